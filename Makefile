@@ -1,0 +1,56 @@
+# `make` is what CI runs. `make demo` and `make test` set themselves up in .venv and may be repeated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUST := Cargo.toml Cargo.lock $(wildcard rust/*)
+
+.PHONY: check test demo lint format reference prerequisites clean
+check: test lint
+
+test: $(VENV)/test.stamp
+	cargo test --locked --quiet
+	$(BIN)/python -m pytest --quiet
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/bandpo demo
+
+lint: $(VENV)/lint.stamp $(VENV)/test.stamp
+	cargo fmt --check
+	cargo clippy --locked --quiet --all-targets -- -D warnings
+	cargo clippy --locked --quiet --features python -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest bandpo
+
+format:
+	cargo fmt
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Reference bounds at 60 digits, and the digits that rust/real.rs is tested against.
+reference: $(VENV)/test.stamp
+	$(BIN)/python tools/make_reference.py
+
+prerequisites:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "bandpo needs Python 3.10 or newer: install it, or say make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "bandpo needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) -V): say make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "bandpo needs Python's venv module (on Debian: apt install python3-venv)"; exit 1; }
+	@command -v cargo >/dev/null || \
+	  { echo "bandpo needs Rust 1.88 or newer with cargo: see https://rustup.rs"; exit 1; }
+	@cargo --version | awk '{ split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 88) }' || \
+	  { echo "bandpo needs Rust 1.88 or newer, found $$(cargo --version): run rustup update"; exit 1; }
+
+$(BIN)/python: | prerequisites
+	$(PYTHON) -m venv $(VENV)
+
+# The extension is built in place, so that an edited .py needs no install and an edited .rs only this.
+$(VENV)/%.stamp: $(BIN)/python pyproject.toml $(RUST) | prerequisites
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) target python/bandpo/_core*.so

@@ -1,0 +1,59 @@
+"""The compiled half of bandpo. Private: use `bandpo` itself."""
+
+from collections.abc import Callable
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["BandTable", "Divergence", "__version__", "contains", "log_bounds"]
+
+__version__: str
+
+@final
+class Divergence:
+    def __new__(cls, spec: str) -> Divergence: ...
+    @property
+    def spec(self) -> str: ...
+
+@final
+class BandTable:
+    @staticmethod
+    def build(divergence: Divergence, low: float, high: float) -> BandTable: ...
+    @staticmethod
+    def from_bytes(data: bytes) -> BandTable: ...
+    @staticmethod
+    def load(path: str) -> BandTable: ...
+    def to_bytes(self) -> bytes: ...
+    def save(self, path: str) -> None: ...
+    def log_bounds(
+        self, logp: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+    def words(self) -> NDArray[np.int32]: ...
+    def verified(self, samples: int, progress: Callable[[int], object] | None) -> BandTable: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def metadata(self) -> list[tuple[str, str]]: ...
+    @property
+    def delta(self) -> tuple[float, float]: ...
+    @property
+    def max_error(self) -> tuple[float, float]: ...
+    @property
+    def exhaustive(self) -> bool: ...
+
+def log_bounds(
+    divergence: Divergence,
+    delta_low: float | NDArray[np.float64],
+    delta_high: float | NDArray[np.float64],
+    logp: NDArray[np.float64],
+    /,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def contains(
+    divergence: Divergence,
+    delta_low: float | NDArray[np.float64],
+    delta_high: float | NDArray[np.float64],
+    logp: NDArray[np.float64],
+    log_ratio: NDArray[np.float64],
+    /,
+) -> NDArray[np.bool_]: ...

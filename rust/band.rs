@@ -1,0 +1,751 @@
+//! The band: for a token of old log-probability `logp`, every log-ratio `b` whose divergence
+//!
+//! ```text
+//! D_f(p, r) = p f(r) + (1-p) f((1 - r p)/(1-p)),   p = e^logp, r = e^b
+//! ```
+//!
+//! is at most `delta` (`BandPO`, arXiv 2603.04918). [`Band::log_bounds`] returns its two ends.
+//!
+//! # One problem for both sides
+//!
+//! One of the two outcomes {this token, everything else} shrinks by a factor `e^-m`, the other grows
+//! to `1 + (w/(1-w)) (1 - e^-m)` times its size, `w` being the probability of the one that shrinks.
+//! For the lower bound the token shrinks (`w = p`, bound `-m`); for the upper bound everything else
+//! does (`w = 1-p`, bound `ln` of the growth). So `p upper(p) + (1-p) lower(1-p) = 1` (the mirror
+//! identity) and one solver in `m` serves both. `m` stays well scaled over the whole range of a
+//! double: for KL it runs from 1e-155 to 1e308.
+//!
+//! # Accuracy, and always inside
+//!
+//! In double precision the equation is evaluated to a few units in the last place, so `m` is good to
+//! a few ulp times its condition number `kappa = d ln|bound| / d ln delta`. Where `kappa` is at most
+//! [`BENIGN_CONDITION`], the result is moved inwards by [`MARGIN`], which covers that error, and is
+//! inside. Elsewhere (near saturation of the lower side, mostly) the residual is evaluated in
+//! double-double arithmetic, Newton's method corrects the bound, and it is moved inwards by single
+//! ulps until the residual says that it is inside.
+
+use rayon::prelude::*;
+
+use crate::divergence::{Divergence, Generator, Point};
+use crate::error::{Error, Result};
+use crate::real::{Dd, Real};
+use crate::root::{last_inside, newton_log_log};
+
+/// Condition number (of a log bound in delta) up to which double precision suffices.
+const BENIGN_CONDITION: f64 = 1.2;
+
+/// Relative move inwards that covers the error of double precision: 16 eps, 3.6e-15.
+const MARGIN: f64 = 16.0 * f64::EPSILON;
+
+/// `ln` of the smallest probability of either outcome that the fast formulas take; below it products
+/// such as `p f(r)` leave the range of a double and the bits of the bound are halved instead.
+const FAR_TAIL: f64 = -690.9;
+
+/// Elements a thread takes at a time.
+const CHUNK: usize = 1024;
+
+/// Which end of the band.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// `log_lower <= 0`
+    Lower,
+    /// `log_upper >= 0`
+    Upper,
+}
+
+/// How a bound came about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// The equation `D = delta` was solved.
+    Converged = 0,
+    /// The whole side is allowed: exactly `-inf` or `-logp`.
+    Saturated = 1,
+    /// `logp` is 0 or `-inf`: the limit.
+    Limit = 2,
+    /// `logp` is above 0 and was read as 0.
+    ReadAsCertain = 3,
+    /// `logp` is NaN, and so is the bound.
+    NotANumber = 4,
+}
+
+/// One end of the band, and how it was found.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Bound {
+    /// The log bound: inside the region, next to its edge.
+    pub log_ratio: f64,
+    /// A log-ratio on the other side of the edge (or the bound itself where there is no edge).
+    pub outside: f64,
+    /// How it came about.
+    pub status: Status,
+    /// Evaluations of the divergence `D`, two of the generator each.
+    pub evaluations: u32,
+}
+
+/// A radius, or one for every element.
+#[derive(Debug, Clone, Copy)]
+pub enum Delta<'a> {
+    /// The same for all.
+    Same(f64),
+    /// One an element.
+    Each(&'a [f64]),
+}
+
+impl Delta<'_> {
+    fn at(&self, index: usize) -> f64 {
+        match self {
+            Self::Same(value) => *value,
+            Self::Each(values) => values[index],
+        }
+    }
+
+    fn check(&self, argument: &'static str, expected: usize) -> Result<()> {
+        match self {
+            Self::Same(value) => check_delta(*value, None),
+            Self::Each(values) => {
+                if values.len() != expected {
+                    return Err(Error::Length { argument, actual: values.len(), expected });
+                }
+                values
+                    .iter()
+                    .enumerate()
+                    .try_for_each(|(index, value)| check_delta(*value, Some(index)))
+            }
+        }
+    }
+}
+
+fn check_delta(value: f64, index: Option<usize>) -> Result<()> {
+    if value > 0.0 && value.is_finite() { Ok(()) } else { Err(Error::Delta { value, index }) }
+}
+
+/// The region `D_f <= delta`, with its own radius for each side.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Band {
+    divergence: Divergence,
+    delta_low: f64,
+    delta_high: f64,
+}
+
+impl Band {
+    /// A band with radius `delta_low` below and `delta_high` above a ratio of 1.
+    ///
+    /// # Errors
+    /// [`Error::Delta`] if a radius is not a finite number above 0.
+    pub fn new(divergence: Divergence, delta_low: f64, delta_high: f64) -> Result<Self> {
+        check_delta(delta_low, None)?;
+        check_delta(delta_high, None)?;
+        Ok(Self { divergence, delta_low, delta_high })
+    }
+
+    /// The divergence.
+    #[must_use]
+    pub fn divergence(&self) -> &Divergence {
+        &self.divergence
+    }
+
+    /// The radius of a side.
+    #[must_use]
+    pub fn delta(&self, side: Side) -> f64 {
+        match side {
+            Side::Lower => self.delta_low,
+            Side::Upper => self.delta_high,
+        }
+    }
+
+    /// `(log_lower, log_upper)` of one token.
+    #[must_use]
+    pub fn log_bounds(&self, logp: f64) -> (f64, f64) {
+        (self.bound(logp, Side::Lower).log_ratio, self.bound(logp, Side::Upper).log_ratio)
+    }
+
+    /// One end of the band, with how it was found.
+    #[must_use]
+    pub fn bound(&self, logp: f64, side: Side) -> Bound {
+        bound(&self.divergence, logp, self.delta(side), side)
+    }
+
+    /// `d log bound / d logp`, from the implicit function theorem: between -1 and 0 above, at least 0
+    /// below. 0 where the bound is saturated below, -1 where it is above.
+    #[must_use]
+    pub fn log_slope(&self, logp: f64, log_bound: f64) -> f64 {
+        log_slope(self.divergence.generator, logp, log_bound)
+    }
+}
+
+/// Fills `log_lower` and `log_upper` for every element of `logp`, on all threads.
+///
+/// # Errors
+/// [`Error::Delta`] and [`Error::Length`]; nothing is written then.
+pub fn log_bounds(
+    divergence: &Divergence,
+    delta_low: Delta<'_>,
+    delta_high: Delta<'_>,
+    logp: &[f64],
+    log_lower: &mut [f64],
+    log_upper: &mut [f64],
+) -> Result<()> {
+    delta_low.check("delta_low", logp.len())?;
+    delta_high.check("delta_high", logp.len())?;
+    for (argument, actual) in [("log_lower", log_lower.len()), ("log_upper", log_upper.len())] {
+        if actual != logp.len() {
+            return Err(Error::Length { argument, actual, expected: logp.len() });
+        }
+    }
+    logp.par_chunks(CHUNK)
+        .zip(log_lower.par_chunks_mut(CHUNK))
+        .zip(log_upper.par_chunks_mut(CHUNK))
+        .enumerate()
+        .for_each(|(chunk, ((logp, lower), upper))| {
+            for (i, &logp) in logp.iter().enumerate() {
+                let index = chunk * CHUNK + i;
+                lower[i] = bound(divergence, logp, delta_low.at(index), Side::Lower).log_ratio;
+                upper[i] = bound(divergence, logp, delta_high.at(index), Side::Upper).log_ratio;
+            }
+        });
+    Ok(())
+}
+
+/// The bounds of one side with how each was found, on all threads.
+///
+/// # Errors
+/// [`Error::Delta`] and [`Error::Length`].
+pub fn diagnose(
+    divergence: &Divergence,
+    delta: Delta<'_>,
+    logp: &[f64],
+    side: Side,
+) -> Result<Vec<Bound>> {
+    delta.check("delta", logp.len())?;
+    Ok(logp
+        .par_iter()
+        .with_min_len(CHUNK)
+        .enumerate()
+        .map(|(index, &logp)| bound(divergence, logp, delta.at(index), side))
+        .collect())
+}
+
+/// Whether each log-ratio lies in the band, decided on the exact divergence; NaN lies in none.
+///
+/// # Errors
+/// [`Error::Delta`] and [`Error::Length`].
+pub fn contains(
+    divergence: &Divergence,
+    delta_low: Delta<'_>,
+    delta_high: Delta<'_>,
+    logp: &[f64],
+    log_ratio: &[f64],
+) -> Result<Vec<bool>> {
+    delta_low.check("delta_low", logp.len())?;
+    delta_high.check("delta_high", logp.len())?;
+    if log_ratio.len() != logp.len() {
+        return Err(Error::Length {
+            argument: "log_ratio",
+            actual: log_ratio.len(),
+            expected: logp.len(),
+        });
+    }
+    Ok(logp
+        .par_iter()
+        .with_min_len(CHUNK)
+        .zip(log_ratio)
+        .enumerate()
+        .map(|(index, (&logp, &log_ratio))| {
+            let delta = if log_ratio < 0.0 { delta_low } else { delta_high }.at(index);
+            is_inside(divergence, logp, log_ratio, delta)
+        })
+        .collect())
+}
+
+/// One end of `{D <= delta}`; `delta` has been checked.
+fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
+    let exactly =
+        |log_ratio: f64, status| Bound { log_ratio, outside: log_ratio, status, evaluations: 0 };
+    let generator = divergence.generator;
+    if logp.is_nan() {
+        return exactly(f64::NAN, Status::NotANumber);
+    }
+    if logp >= 0.0 {
+        let log_ratio = match side {
+            Side::Upper => 0.0,
+            Side::Lower => lower_of_certain(divergence, delta),
+        };
+        let status = if logp > 0.0 { Status::ReadAsCertain } else { Status::Limit };
+        return exactly(log_ratio, status);
+    }
+    if logp == f64::NEG_INFINITY {
+        let log_ratio = match side {
+            Side::Upper => f64::INFINITY,
+            Side::Lower => f64::NEG_INFINITY,
+        };
+        return exactly(log_ratio, Status::Limit);
+    }
+    let saturation = match side {
+        Side::Upper => -logp,
+        Side::Lower => f64::NEG_INFINITY,
+    };
+    let mut evaluations = 0;
+    if generator.at_zero::<f64>().is_finite() {
+        evaluations += 1;
+        if is_inside(divergence, logp, saturation, delta) {
+            return Bound { evaluations, ..exactly(saturation, Status::Saturated) };
+        }
+    }
+    let split = Split::new(logp, side);
+    let farthest = match side {
+        Side::Upper => saturation.next_down(),
+        Side::Lower => -f64::MAX,
+    };
+    if split.log_shrinking < FAR_TAIL || split.log_growing < FAR_TAIL {
+        let radius = divergence.generator_radius::<f64>(delta);
+        let zero = match side {
+            Side::Upper => 0.0,
+            Side::Lower => -0.0,
+        };
+        let outside = match side {
+            Side::Upper => saturation,
+            Side::Lower => farthest,
+        };
+        let root = last_inside(zero, outside, |b| divergence_at(generator, logp, b) <= radius);
+        let log_ratio = match side {
+            Side::Upper => root.at.min(farthest),
+            Side::Lower => root.at.max(farthest),
+        };
+        return Bound {
+            log_ratio,
+            outside: match side {
+                Side::Upper => log_ratio.next_up(),
+                Side::Lower => log_ratio.next_down(),
+            },
+            status: Status::Converged,
+            evaluations: evaluations + root.evaluations,
+        };
+    }
+
+    let root = split.magnitude(divergence, delta, &mut evaluations);
+    let (rough, condition) = split.log_ratio(generator, root, side);
+    if condition <= BENIGN_CONDITION {
+        let log_ratio = match side {
+            Side::Upper => (rough * (1.0 - MARGIN)).min(farthest),
+            Side::Lower => (rough * (1.0 - MARGIN)).max(farthest),
+        };
+        return Bound {
+            log_ratio,
+            outside: rough * (1.0 + MARGIN),
+            status: Status::Converged,
+            evaluations,
+        };
+    }
+    let (log_ratio, more) = polish(divergence, logp, delta, side, rough, farthest);
+    let outside = match side {
+        Side::Upper => log_ratio.next_up(),
+        Side::Lower => log_ratio.next_down(),
+    };
+    Bound { log_ratio, outside, status: Status::Converged, evaluations: evaluations + more }
+}
+
+/// Corrects a rough bound on the exact residual and moves it inwards by single ulps until it is inside.
+/// Returns it with the evaluations made.
+fn polish(
+    divergence: &Divergence,
+    logp: f64,
+    delta: f64,
+    side: Side,
+    rough: f64,
+    farthest: f64,
+) -> (f64, u32) {
+    let generator = divergence.generator;
+    let radius = divergence.generator_radius::<Dd>(delta);
+    let residual_at = |b: f64| exact_residual(generator, logp, b, radius);
+    let valid = |b: f64| match side {
+        Side::Upper => b > 0.0 && b <= farthest,
+        Side::Lower => b < 0.0 && b >= farthest,
+    };
+    let mut evaluations = 0;
+    // Next to saturation of the lower side, D stays just below its value at r = 0. Newton's method
+    // on the logarithm of what is missing converges there; elsewhere it is Newton's method on D.
+    let missing = if side == Side::Lower && generator.at_zero::<f64>().is_finite() {
+        evaluations += 1;
+        residual_at(f64::NEG_INFINITY)
+    } else {
+        f64::INFINITY
+    };
+    let mut log_ratio =
+        if valid(rough) && rough > -1e3 { rough } else { (missing / delta).min(0.5).ln() };
+    let mut converged = false;
+    for _ in 0..MOST_POLISHING {
+        if !valid(log_ratio) {
+            break;
+        }
+        evaluations += 1;
+        let residual = residual_at(log_ratio);
+        let slope = residual_slope(generator, logp, log_ratio);
+        let step = if missing.is_finite() {
+            (missing - residual) * (-residual / missing).ln_1p() / slope
+        } else {
+            -residual / slope
+        };
+        log_ratio += step;
+        if step.abs() <= 1e-9 * log_ratio.abs() {
+            converged = valid(log_ratio);
+            break;
+        }
+    }
+    let mut inwards = 0_u64;
+    while converged && inwards < 64 {
+        evaluations += 1;
+        if residual_at(log_ratio) <= 0.0 {
+            return (log_ratio, evaluations);
+        }
+        log_ratio = match side {
+            Side::Upper => log_ratio.next_down(),
+            Side::Lower => log_ratio.next_up(),
+        };
+        inwards += 1;
+    }
+    let beyond = match side {
+        Side::Upper => farthest.next_up(),
+        Side::Lower => f64::NEG_INFINITY,
+    };
+    let root = last_inside(0.0_f64.copysign(farthest), beyond, |b| residual_at(b) <= 0.0);
+    (root.at, evaluations + root.evaluations)
+}
+
+/// Most Newton steps on the exact residual.
+const MOST_POLISHING: u32 = 12;
+
+/// The limit of `log_lower` for p -> 1: `f(r) + (1-r) f'(inf) = delta`, 0 where `f'(inf)` is infinite.
+fn lower_of_certain(divergence: &Divergence, delta: f64) -> f64 {
+    let generator = divergence.generator;
+    let radius = divergence.generator_radius::<f64>(delta);
+    if generator.slope_at_infinity() == f64::INFINITY {
+        return 0.0;
+    }
+    let holds = |b: f64| certain_divergence(generator, b) <= radius;
+    if holds(f64::NEG_INFINITY) {
+        return f64::NEG_INFINITY;
+    }
+    let inside = last_inside(-0.0, -f64::MAX, holds).at;
+    inside * (1.0 - MARGIN)
+}
+
+/// `D` for p = 1: `f(r) + (1-r) f'(inf)`.
+fn certain_divergence(generator: Generator, log_ratio: f64) -> f64 {
+    let at = Point::from_log(log_ratio);
+    let given_up = -at.excess * generator.slope_at_infinity();
+    value_or_limit(generator, at) + if at.excess == 0.0 { 0.0 } else { given_up }
+}
+
+fn value_or_limit<T: Real>(generator: Generator, at: Point<T>) -> T {
+    if at.u.to_f64() == 0.0 && at.log.to_f64() == f64::NEG_INFINITY {
+        generator.at_zero()
+    } else {
+        generator.value(at)
+    }
+}
+
+/// The two outcomes, as probabilities and their logarithms.
+struct Split {
+    shrinking: f64,
+    growing: f64,
+    log_shrinking: f64,
+    log_growing: f64,
+}
+
+impl Split {
+    fn new(logp: f64, side: Side) -> Self {
+        let (token, log_token) = (logp.exp(), logp);
+        let others = -logp.exp_m1();
+        let log_others = if token < 0.5 { (-token).ln_1p() } else { others.ln() };
+        match side {
+            Side::Lower => Self {
+                shrinking: token,
+                growing: others,
+                log_shrinking: log_token,
+                log_growing: log_others,
+            },
+            Side::Upper => Self {
+                shrinking: others,
+                growing: token,
+                log_shrinking: log_others,
+                log_growing: log_token,
+            },
+        }
+    }
+
+    /// `D` and `d ln D / d ln m` where the shrinking outcome shrinks by `e^-m`.
+    fn divergence(&self, generator: Generator, m: f64) -> (f64, f64) {
+        let shrunk = Point::from_log(-m);
+        let odds = self.shrinking / self.growing;
+        let grown = Point::from_excess(-odds * shrunk.excess);
+        let d = self.shrinking * value_or_limit(generator, shrunk)
+            + self.growing * generator.value(grown);
+        let slope = self.shrinking
+            * (shrunk.u * generator.log_slope(grown) / grown.u - generator.log_slope(shrunk));
+        (d, m * slope / d)
+    }
+
+    /// `m` to a few ulp times its condition number. The side is known not to be saturated.
+    fn magnitude(&self, divergence: &Divergence, delta: f64, evaluations: &mut u32) -> f64 {
+        let generator = divergence.generator;
+        let radius = divergence.generator_radius::<f64>(delta);
+        if let Some(m) = self.closed_form(generator, radius) {
+            return m;
+        }
+        let at_zero = generator.at_zero::<f64>();
+        if at_zero.is_finite() {
+            let greatest = self.shrinking * at_zero
+                + self.growing * generator.value(Point::from_ratio(1.0 / self.growing));
+            if radius > 0.5 * greatest {
+                return self.magnitude_near_saturation(generator, radius, greatest, evaluations);
+            }
+        }
+        // Local quadratic; for f that explodes at 0 as u^a it starts far too high, hence the tail.
+        let curvature = generator.curvature().unwrap_or(1.0);
+        let mut start = (2.0 * radius * self.growing / (curvature * self.shrinking)).sqrt();
+        if let Generator::Alpha(order) = generator
+            && order < 0.0
+        {
+            let tail = (order * (order - 1.0) * radius / self.shrinking).ln_1p() / -order;
+            start = start.min(1.0 + tail);
+        }
+        let root = newton_log_log(radius, start, |m| self.divergence(generator, m));
+        *evaluations += root.evaluations;
+        root.at
+    }
+
+    /// The same from the other end: the factor `r` that is left, by `D(0) - D(r) = D(0) - delta`.
+    fn magnitude_near_saturation(
+        &self,
+        generator: Generator,
+        radius: f64,
+        greatest: f64,
+        evaluations: &mut u32,
+    ) -> f64 {
+        let gap = (greatest - radius).max(f64::EPSILON * greatest);
+        let start = (gap / (greatest * (2.0 + (greatest / gap).ln()))).min(0.5);
+        let root = newton_log_log(gap, start, |r| {
+            if r >= 1.0 {
+                return (f64::INFINITY, 1.0);
+            }
+            let (d, log_slope) = self.divergence(generator, -r.ln());
+            let left = greatest - d;
+            // d ln left / d ln r, with d m = -d ln r.
+            (left, log_slope * d / (-r.ln() * left))
+        });
+        *evaluations += root.evaluations;
+        -root.at.min(1.0).ln()
+    }
+
+    /// The bound that `m` stands for, and its condition number in delta.
+    fn log_ratio(&self, generator: Generator, m: f64, side: Side) -> (f64, f64) {
+        let (_, slope) = self.divergence(generator, m);
+        match side {
+            Side::Lower => (-m, 1.0 / slope),
+            Side::Upper => {
+                let lost = -(-m).exp_m1();
+                let growth = self.shrinking / self.growing * lost;
+                let log_growth = growth.ln_1p();
+                let chain = m * (-m).exp() / lost * growth / ((1.0 + growth) * log_growth);
+                (log_growth, if chain == 0.0 { 0.0 } else { chain / slope })
+            }
+        }
+    }
+
+    /// `m` where the equation has an elementary solution, arranged so that nothing cancels except
+    /// next to saturation.
+    fn closed_form(&self, generator: Generator, radius: f64) -> Option<f64> {
+        let (w, g) = (self.shrinking, self.growing);
+        match generator {
+            Generator::Tv => Some(-(-radius / w).ln_1p()),
+            Generator::Hellinger => {
+                // Bhattacharyya's coefficient is the cosine of an angle: sqrt(r) = 1 - e.
+                let e = radius + (radius * (2.0 - radius) * (g / w)).sqrt();
+                Some(-2.0 * (-e).ln_1p())
+            }
+            Generator::Bwcs(blend) => Some(blended_chi_square(w, g, blend, radius)),
+            Generator::LeCam => Some(blended_chi_square(w, g, 0.5, 4.0 * radius)),
+            Generator::Vajda(order) => {
+                let odds = w / g;
+                let lost = if odds <= 1.0 {
+                    (radius / (w * (1.0 + odds.powf(order - 1.0)))).powf(1.0 / order)
+                } else {
+                    (radius / (w * (1.0 + odds.powf(1.0 - order)))).powf(1.0 / order)
+                        * odds.powf((1.0 - order) / order)
+                };
+                Some(-(-lost).ln_1p())
+            }
+            Generator::HockeyStick(threshold) => {
+                let lost = (g * (threshold - 1.0) + radius) / w;
+                Some(-(-lost).ln_1p())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// `m` for `(u-1)^2/(1-l+l u)`: with `x` the fraction lost, a quadratic; see docs of [`Divergence`].
+fn blended_chi_square(w: f64, g: f64, blend: f64, radius: f64) -> f64 {
+    let spread = radius * blend * blend;
+    let root = (radius * (spread + 4.0 * w * g)).sqrt();
+    let tilt = radius * blend * (g - w);
+    // The two roots are -x (this one) and the fraction that the same outcome may gain.
+    let (lost, gained) = if tilt >= 0.0 {
+        (2.0 * radius * g / (root + tilt), (root + tilt) / (2.0 * w * (1.0 + spread)))
+    } else {
+        ((root - tilt) / (2.0 * w * (1.0 + spread)), 2.0 * radius * g / (root - tilt))
+    };
+    if lost < 0.5 {
+        return -(-lost).ln_1p();
+    }
+    // What is left, by the product of the roots: 1 - x would cancel.
+    let product = (w - radius * (1.0 - blend) * (g + w * blend)) / (w * (1.0 + spread));
+    -(product / (1.0 + gained)).ln()
+}
+
+/// Whether the exact `D` at a log-ratio is at most `delta`, and the ratio inside the simplex.
+fn is_inside(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> bool {
+    let generator = divergence.generator;
+    if logp.is_nan() || log_ratio.is_nan() {
+        return false;
+    }
+    if logp == f64::NEG_INFINITY {
+        return true; // p = 0: no finite ratio gives the token any probability
+    }
+    let radius = divergence.generator_radius::<f64>(delta);
+    if logp >= 0.0 {
+        return log_ratio == 0.0
+            || (log_ratio < 0.0 && log_ratio >= lower_of_certain(divergence, delta));
+    }
+    if log_ratio > -logp {
+        return false;
+    }
+    let d = divergence_at(generator, logp, log_ratio);
+    // A double evaluates D to a few ulp; nearer to the edge than that, more digits decide.
+    let doubt = 64.0 * f64::EPSILON * radius;
+    if (d - radius).abs() > doubt {
+        return d < radius;
+    }
+    let split = Split::new(logp, Side::Lower);
+    if split.log_shrinking < FAR_TAIL || split.log_growing < FAR_TAIL {
+        return d <= radius;
+    }
+    let exact = divergence.generator_radius::<Dd>(delta);
+    exact_residual(generator, logp, log_ratio, exact) <= 0.0
+}
+
+/// `D` in double precision at any log-ratio inside the simplex, for any `logp < 0`.
+fn divergence_at(generator: Generator, logp: f64, log_ratio: f64) -> f64 {
+    let split = Split::new(logp, Side::Lower);
+    let token = Point::from_log(log_ratio);
+    let new_logp = logp + log_ratio;
+    let others = if log_ratio > 0.0 && new_logp > -0.7 {
+        Point::from_ratio(-new_logp.exp_m1() / split.growing)
+    } else {
+        let odds = split.shrinking / split.growing;
+        let change = odds * token.excess;
+        let change = if change.is_finite() && odds > 0.0 {
+            change
+        } else {
+            // p or 1-p underflows: new p minus old p, over 1-p, in logarithms.
+            let new_p = new_logp.exp();
+            if split.log_growing < FAR_TAIL {
+                return weighted(generator, &split, token)
+                    + far_growth(generator, &split, -token.excess * split.shrinking);
+            }
+            (new_p - split.shrinking) / split.growing
+        };
+        Point::from_excess(-change)
+    };
+    weighted(generator, &split, token)
+        + scaled_value(generator, split.growing, split.log_growing, others)
+}
+
+fn weighted(generator: Generator, split: &Split, token: Point<f64>) -> f64 {
+    scaled_value(generator, split.shrinking, split.log_shrinking, token)
+}
+
+/// `w f(u)` where the outcome of vanishing probability gains `gain`.
+fn far_growth(generator: Generator, split: &Split, gain: f64) -> f64 {
+    let log = (split.growing + gain).ln() - split.log_growing;
+    scaled_value(generator, split.growing, split.log_growing, Point::from_log(log))
+}
+
+/// `w f(u)`, in logarithms where a factor leaves the range of a double.
+fn scaled_value(generator: Generator, weight: f64, log_weight: f64, at: Point<f64>) -> f64 {
+    let value = value_or_limit(generator, at);
+    if value == 0.0 {
+        0.0
+    } else if at.u == 0.0 || value.is_finite() && log_weight > FAR_TAIL {
+        weight * value
+    } else {
+        (log_weight + generator.log_value(at.log)).exp()
+    }
+}
+
+/// `D - delta` with about 30 digits, rounded once.
+fn exact_residual(generator: Generator, logp: f64, log_ratio: f64, radius: Dd) -> f64 {
+    let logp_exact = Dd::of(logp);
+    let token_p = logp_exact.exp();
+    let others_p = -logp_exact.exp_m1();
+    let new_logp = Dd::sum(logp, log_ratio);
+    let (token, others) = if log_ratio == f64::NEG_INFINITY {
+        let gone = Point { log: Dd::of(f64::NEG_INFINITY), excess: Dd::of(-1.0), u: Dd::of(0.0) };
+        (gone, Point::from_ratio(Dd::of(1.0) / others_p))
+    } else {
+        let token = Point::from_log(Dd::of(log_ratio));
+        let others = if log_ratio > 0.0 && new_logp.hi > -0.7 {
+            let left = -new_logp.exp_m1() / others_p;
+            if left.hi <= 0.0 {
+                Point { log: Dd::of(f64::NEG_INFINITY), excess: Dd::of(-1.0), u: Dd::of(0.0) }
+            } else {
+                Point::from_ratio(left)
+            }
+        } else {
+            Point::from_excess(-(token_p / others_p * token.excess))
+        };
+        (token, others)
+    };
+    let first = token_p * value_or_limit(generator, token);
+    let second = others_p * value_or_limit(generator, others);
+    (first + second - radius).to_f64()
+}
+
+/// `dD/d log_ratio`.
+fn residual_slope(generator: Generator, logp: f64, log_ratio: f64) -> f64 {
+    let split = Split::new(logp, Side::Lower);
+    let (token, others) = split.outcomes(logp, log_ratio);
+    split.shrinking
+        * (generator.log_slope(token) - token.u * generator.log_slope(others) / others.u)
+}
+
+/// `d log bound / d logp = -B(r, c) / (r (f'(r) - f'(c)))` with the Bregman divergence
+/// `B(r, c) = f(r) - f(c) - f'(c)(r - c)`.
+fn log_slope(generator: Generator, logp: f64, log_bound: f64) -> f64 {
+    if logp >= 0.0 || log_bound == f64::NEG_INFINITY || log_bound == 0.0 {
+        return 0.0;
+    }
+    if log_bound >= -logp {
+        return -1.0;
+    }
+    let split = Split::new(logp, Side::Lower);
+    let (token, others) = split.outcomes(logp, log_bound);
+    let slope_others = generator.log_slope(others) / others.u;
+    let difference = token.excess - others.excess;
+    let bregman = generator.value(token) - generator.value(others) - slope_others * difference;
+    -bregman / (generator.log_slope(token) - token.u * slope_others)
+}
+
+impl Split {
+    /// The two arguments of the generator at a log-ratio of the token; `self` is the token's split.
+    fn outcomes(&self, logp: f64, log_ratio: f64) -> (Point<f64>, Point<f64>) {
+        let token = Point::from_log(log_ratio);
+        let new_logp = logp + log_ratio;
+        let others = if log_ratio > 0.0 && new_logp > -0.7 {
+            Point::from_ratio(-new_logp.exp_m1() / self.growing)
+        } else {
+            Point::from_excess(-(self.shrinking / self.growing * token.excess))
+        };
+        (token, others)
+    }
+}

@@ -1,0 +1,411 @@
+//! f-divergences: which generator, its value and slope, its behaviour at 0 and infinity.
+//!
+//! `D_f(old, new) = E_old[f(new/old)]` with `f` convex and `f(1) = 0` (Csiszar 1967). Every built-in
+//! generator is normalised so that also `f'(1) = 0`, hence `f >= 0`, and is written as a sum of
+//! terms of one sign: nothing cancels near `u = 1`, where a trust region lives.
+
+use crate::error::{Error, Result};
+use crate::real::Real;
+
+/// An argument of a generator: `u > 0` given by both `ln u` and `u - 1`.
+///
+/// Near `u = 1` neither can be recovered from `u` itself; far from it `u` over- or underflows first.
+#[derive(Debug, Clone, Copy)]
+pub struct Point<T> {
+    /// `ln u`
+    pub log: T,
+    /// `u - 1`
+    pub excess: T,
+    /// `u`
+    pub u: T,
+}
+
+impl<T: Real> Point<T> {
+    /// The point with the given `ln u`.
+    #[must_use]
+    pub fn from_log(log: T) -> Self {
+        let excess = log.exp_m1();
+        let u = if excess.to_f64() < -0.5 { log.exp() } else { excess + T::of(1.0) };
+        Self { log, excess, u }
+    }
+
+    /// The point with the given `u - 1 > -1`.
+    #[must_use]
+    pub fn from_excess(excess: T) -> Self {
+        Self { log: excess.ln_1p(), excess, u: excess + T::of(1.0) }
+    }
+
+    /// The point with the given `u`, which is so far from 1 that `u - 1` loses nothing.
+    #[must_use]
+    pub fn from_ratio(u: T) -> Self {
+        Self { log: u.ln(), excess: u - T::of(1.0), u }
+    }
+}
+
+/// The generators with a formula of their own.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Generator {
+    Kl,
+    ReverseKl,
+    Tv,
+    Hellinger,
+    JensenShannon,
+    Jeffreys,
+    /// Cressie-Read of any order but 0 and 1.
+    Alpha(f64),
+    Vajda(f64),
+    /// Blended weight chi-square; 0 is Pearson, 1/2 four times Le Cam, 1 Neyman.
+    Bwcs(f64),
+    LeCam,
+    HockeyStick(f64),
+}
+
+/// How the radius that the user gives becomes a radius of the generator.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Radius {
+    Same,
+    /// Renyi of order a: `(e^((a-1) delta) - 1) / (a (a-1))` of Cressie-Read.
+    Renyi(f64),
+    /// Bhattacharyya: `1 - e^-delta` of Hellinger.
+    Bhattacharyya,
+}
+
+/// A divergence between the old and the new policy.
+///
+/// | name | generator f(u) | greatest value f(0) + f'(inf) |
+/// |---|---|---|
+/// | `kl`: KL(old, new), the paper's | `-ln u + u - 1` | inf |
+/// | `reverse-kl`: KL(new, old) | `u ln u - u + 1` | inf |
+/// | `tv` | `abs(u-1)/2` | 1 |
+/// | `pearson-chi2` | `(u-1)^2` | inf |
+/// | `neyman-chi2` | `(u-1)^2/u` | inf |
+/// | `hellinger` (squared) | `(sqrt u - 1)^2/2` | 1 |
+/// | `le-cam` | `(u-1)^2/(2(u+1))` | 1 |
+/// | `jensen-shannon` | `[u ln u - (u+1) ln((u+1)/2)]/2` | ln 2 |
+/// | `jeffreys` | `(u-1) ln u` | inf |
+/// | `alpha:a` (Cressie-Read) | `(u^a - 1 - a(u-1))/(a(a-1))`; a = 0 is kl, 1 reverse-kl | `1/(a(1-a))` for 0 < a < 1, else inf |
+/// | `renyi:a`, of (new, old), a > 0 | as `alpha:a`, the radius converted | inf |
+/// | `bhattacharyya` | as `hellinger`, the radius converted | inf |
+/// | `vajda:k`, k >= 1 | `abs(u-1)^k` | 2 for k = 1, else inf |
+/// | `bwcs:l`, 0 <= l <= 1 | `(u-1)^2/(1-l+l u)` | `1/(l(1-l))` |
+/// | `hockey-stick:g`, g >= 1 | `max(u-g, 0)` | 1 |
+#[derive(Debug, Clone, PartialEq)]
+pub struct Divergence {
+    spec: String,
+    pub(crate) generator: Generator,
+    radius: Radius,
+}
+
+impl Divergence {
+    /// Reads a name such as `kl` or a name with its parameter such as `alpha:0.5`.
+    ///
+    /// # Errors
+    /// [`Error::UnknownDivergence`] and [`Error::DivergenceParameter`].
+    pub fn parse(spec: &str) -> Result<Self> {
+        let (name, parameter) = match spec.split_once(':') {
+            Some((name, text)) => (name, Some(text)),
+            None => (spec, None),
+        };
+        let plain = match name {
+            "kl" => Some((Generator::Kl, Radius::Same)),
+            "reverse-kl" => Some((Generator::ReverseKl, Radius::Same)),
+            "tv" => Some((Generator::Tv, Radius::Same)),
+            "pearson-chi2" => Some((Generator::Bwcs(0.0), Radius::Same)),
+            "neyman-chi2" => Some((Generator::Bwcs(1.0), Radius::Same)),
+            "hellinger" => Some((Generator::Hellinger, Radius::Same)),
+            "le-cam" => Some((Generator::LeCam, Radius::Same)),
+            "jensen-shannon" => Some((Generator::JensenShannon, Radius::Same)),
+            "jeffreys" => Some((Generator::Jeffreys, Radius::Same)),
+            "bhattacharyya" => Some((Generator::Hellinger, Radius::Bhattacharyya)),
+            _ => None,
+        };
+        let refuse = |allowed| Error::DivergenceParameter { spec: spec.to_owned(), allowed };
+        if let Some((generator, radius)) = plain {
+            if parameter.is_some() {
+                return Err(refuse("this divergence takes no parameter"));
+            }
+            return Ok(Self { spec: spec.to_owned(), generator, radius });
+        }
+        let allowed = match name {
+            "alpha" => "alpha:a takes any finite number a",
+            "renyi" => "renyi:a takes a finite number a > 0",
+            "vajda" => "vajda:k takes a finite number k >= 1",
+            "bwcs" => "bwcs:l takes a number 0 <= l <= 1",
+            "hockey-stick" => "hockey-stick:g takes a finite number g >= 1",
+            _ => return Err(Error::UnknownDivergence { spec: spec.to_owned() }),
+        };
+        let value = parameter
+            .and_then(|text| text.parse::<f64>().ok())
+            .filter(|value| value.is_finite())
+            .ok_or_else(|| refuse(allowed))?;
+        let (generator, radius) = match name {
+            "alpha" => (cressie_read(value), Radius::Same),
+            "renyi" if value > 0.0 => (
+                cressie_read(value),
+                if value == 1.0 { Radius::Same } else { Radius::Renyi(value) },
+            ),
+            "vajda" if value >= 1.0 => (Generator::Vajda(value), Radius::Same),
+            "bwcs" if (0.0..=1.0).contains(&value) => (Generator::Bwcs(value), Radius::Same),
+            "hockey-stick" if value >= 1.0 => (Generator::HockeyStick(value), Radius::Same),
+            _ => return Err(refuse(allowed)),
+        };
+        Ok(Self { spec: spec.to_owned(), generator, radius })
+    }
+
+    /// The specification this divergence was made from.
+    #[must_use]
+    pub fn spec(&self) -> &str {
+        &self.spec
+    }
+
+    /// The radius for the generator that a radius for this divergence stands for.
+    pub(crate) fn generator_radius<T: Real>(&self, delta: f64) -> T {
+        match self.radius {
+            Radius::Same => T::of(delta),
+            Radius::Renyi(order) => {
+                let rate = T::of(order) - T::of(1.0);
+                (rate * T::of(delta)).exp_m1() / (T::of(order) * rate)
+            }
+            Radius::Bhattacharyya => -T::of(-delta).exp_m1(),
+        }
+    }
+}
+
+fn cressie_read(order: f64) -> Generator {
+    if order == 0.0 {
+        Generator::Kl
+    } else if order == 1.0 {
+        Generator::ReverseKl
+    } else {
+        Generator::Alpha(order)
+    }
+}
+
+impl Generator {
+    /// `f(u)`.
+    pub(crate) fn value<T: Real>(self, at: Point<T>) -> T {
+        let Point { log, excess, u } = at;
+        match self {
+            Self::Kl => {
+                if excess.to_f64().abs() < 0.5 {
+                    excess.excess_over_ln_1p()
+                } else {
+                    excess - log
+                }
+            }
+            Self::ReverseKl => {
+                if log.to_f64().abs() < 0.7 {
+                    u * (-log).exp_excess()
+                } else {
+                    scaled_log(u, log) - excess
+                }
+            }
+            Self::Tv => excess.abs() * T::of(0.5),
+            Self::Hellinger => {
+                let m = (log * T::of(0.5)).exp_m1();
+                m * m * T::of(0.5)
+            }
+            Self::JensenShannon => jensen_shannon(at),
+            Self::Jeffreys => excess * log,
+            Self::Alpha(order) => alpha(T::of(order), at),
+            Self::Vajda(order) => {
+                if order == 1.0 {
+                    excess.abs()
+                } else if excess.to_f64() == 0.0 {
+                    T::of(0.0)
+                } else {
+                    (excess.abs().ln() * T::of(order)).exp()
+                }
+            }
+            Self::Bwcs(blend) => {
+                let denominator = if blend == 1.0 { u } else { excess * T::of(blend) + T::of(1.0) };
+                excess * (excess / denominator)
+            }
+            Self::LeCam => {
+                let plus = excess + T::of(2.0);
+                excess * (excess / (plus + plus))
+            }
+            Self::HockeyStick(threshold) => {
+                let over = excess - (T::of(threshold) - T::of(1.0));
+                if over.to_f64() > 0.0 { over } else { T::of(0.0) }
+            }
+        }
+    }
+
+    /// `df/d ln u = u f'(u)`.
+    pub(crate) fn log_slope(self, at: Point<f64>) -> f64 {
+        let Point { log, excess, u } = at;
+        match self {
+            Self::Kl => excess,
+            Self::ReverseKl => scaled_log(u, log),
+            Self::Tv => 0.5 * u * excess.signum(),
+            Self::Hellinger => 0.5 * (0.5 * log).exp() * (0.5 * log).exp_m1(),
+            Self::JensenShannon => {
+                if u == 0.0 {
+                    0.0
+                } else {
+                    0.5 * u * (log - (0.5 * excess).ln_1p())
+                }
+            }
+            Self::Jeffreys => scaled_log(u, log) + excess,
+            Self::Alpha(order) => ((order * log).exp() - u) / (order - 1.0),
+            Self::Vajda(order) => order * excess.abs().powf(order - 1.0) * excess.signum() * u,
+            Self::Bwcs(blend) => {
+                if blend == 1.0 {
+                    excess * (1.0 + 1.0 / u)
+                } else {
+                    let denominator = 1.0 + blend * excess;
+                    u * (excess / denominator) * ((2.0 + blend * excess) / denominator)
+                }
+            }
+            Self::LeCam => {
+                let plus = 2.0 + excess;
+                0.5 * u * (excess / plus) * ((4.0 + excess) / plus)
+            }
+            Self::HockeyStick(threshold) => {
+                if excess > threshold - 1.0 {
+                    u
+                } else {
+                    0.0
+                }
+            }
+        }
+    }
+
+    /// `ln f(u)` for `|ln u|` so large that `f(u)` may leave the range of a double.
+    pub(crate) fn log_value(self, log: f64) -> f64 {
+        let plain = self.value(Point::from_log(log));
+        if plain.is_finite() && plain > 0.0 {
+            return plain.ln();
+        }
+        if log > 0.0 {
+            // Leading term of f(e^t) for t -> inf.
+            match self {
+                Self::Kl | Self::HockeyStick(_) => log,
+                Self::ReverseKl | Self::Jeffreys => log + log.ln(),
+                Self::Tv | Self::Hellinger | Self::LeCam => log + 0.5_f64.ln(),
+                Self::JensenShannon => log + (0.5 * std::f64::consts::LN_2).ln(),
+                Self::Alpha(order) => {
+                    if order > 1.0 {
+                        order * log - (order * (order - 1.0)).ln()
+                    } else {
+                        log - (1.0 - order).ln()
+                    }
+                }
+                Self::Vajda(order) => order * log,
+                Self::Bwcs(blend) => {
+                    if blend == 0.0 {
+                        2.0 * log
+                    } else {
+                        log - blend.ln()
+                    }
+                }
+            }
+        } else {
+            match self {
+                Self::Alpha(order) => order * log - (order * (order - 1.0)).ln(),
+                Self::Bwcs(_) => -log,
+                _ => plain.ln(),
+            }
+        }
+    }
+
+    /// `f(0)`, infinite for some.
+    pub(crate) fn at_zero<T: Real>(self) -> T {
+        match self {
+            Self::Kl | Self::Jeffreys => T::of(f64::INFINITY),
+            Self::ReverseKl | Self::Vajda(_) => T::of(1.0),
+            Self::Tv | Self::Hellinger | Self::LeCam => T::of(0.5),
+            Self::JensenShannon => T::of(2.0).ln() * T::of(0.5),
+            Self::Alpha(order) => {
+                if order > 0.0 {
+                    T::of(1.0) / T::of(order)
+                } else {
+                    T::of(f64::INFINITY)
+                }
+            }
+            Self::Bwcs(blend) => {
+                if blend == 1.0 {
+                    T::of(f64::INFINITY)
+                } else {
+                    T::of(1.0) / (T::of(1.0) - T::of(blend))
+                }
+            }
+            Self::HockeyStick(_) => T::of(0.0),
+        }
+    }
+
+    /// `f'(inf) = lim f(u)/u`, infinite for some.
+    pub(crate) fn slope_at_infinity(self) -> f64 {
+        match self {
+            Self::Kl | Self::HockeyStick(_) => 1.0,
+            Self::ReverseKl | Self::Jeffreys => f64::INFINITY,
+            Self::Tv | Self::Hellinger | Self::LeCam => 0.5,
+            Self::JensenShannon => 0.5 * std::f64::consts::LN_2,
+            Self::Alpha(order) => {
+                if order < 1.0 {
+                    1.0 / (1.0 - order)
+                } else {
+                    f64::INFINITY
+                }
+            }
+            Self::Vajda(order) => {
+                if order == 1.0 {
+                    1.0
+                } else {
+                    f64::INFINITY
+                }
+            }
+            Self::Bwcs(blend) => 1.0 / blend,
+        }
+    }
+
+    /// `f''(1)`; `None` where `f` has a kink or is flat at 1.
+    pub(crate) fn curvature(self) -> Option<f64> {
+        match self {
+            Self::Kl | Self::ReverseKl | Self::Alpha(_) => Some(1.0),
+            Self::Bwcs(_) | Self::Jeffreys | Self::Vajda(2.0) => Some(2.0),
+            Self::Hellinger | Self::JensenShannon => Some(0.25),
+            Self::LeCam => Some(0.5),
+            Self::Tv | Self::Vajda(_) | Self::HockeyStick(_) => None,
+        }
+    }
+}
+
+/// `u ln u`, 0 at `u = 0`.
+fn scaled_log<T: Real>(u: T, log: T) -> T {
+    if u.to_f64() == 0.0 { T::of(0.0) } else { u * log }
+}
+
+/// With `m = (1+u)/2` and `K(z) = z - ln(1+z)`: `[K(m - 1) + u K(m/u - 1)]/2`, two terms `>= 0`.
+fn jensen_shannon<T: Real>(at: Point<T>) -> T {
+    let half = T::of(0.5);
+    let Point { log, excess, u } = at;
+    let to_mean = excess * half;
+    let from_mean = if u.to_f64() < 1e-3 {
+        // u K(m/u - 1) = -(u-1)/2 - u ln(m/u), where m/u itself may overflow.
+        -to_mean - scaled_log(u, to_mean.ln_1p() - log)
+    } else {
+        u * (-(to_mean / u)).excess_over_ln_1p()
+    };
+    (to_mean.excess_over_ln_1p() + from_mean) * half
+}
+
+/// Cressie-Read. With `E(x) = e^x - 1 - x` it is `[E(a t) - a E(t)] / (a (a-1))`, which cancels only
+/// near a = 1; there the adjoint `f_a(u) = u f_(1-a)(1/u)` takes its place.
+fn alpha<T: Real>(order: T, at: Point<T>) -> T {
+    let Point { log, excess, u } = at;
+    let one = T::of(1.0);
+    let formula = |a: T, t: T| ((a * t).exp_excess() - a * t.exp_excess()) / (a * (a - one));
+    if order.to_f64() > 0.5 {
+        if log.to_f64() < -600.0 {
+            return one / order; // f(0) to all digits, and 1/u would overflow
+        }
+        u * formula(one - order, -log)
+    } else if log.to_f64() < -1.0 {
+        // The same without the terms in t, which would be infinite at u = 0.
+        ((order * log).exp_m1() - order * excess) / (order * (order - one))
+    } else {
+        formula(order, log)
+    }
+}

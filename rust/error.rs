@@ -1,0 +1,99 @@
+//! What can go wrong, with the offending value and what is allowed instead.
+
+use std::fmt;
+
+/// Result of every fallible function of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An input that cannot be used. Nothing has been written or changed when one is returned.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Error {
+    /// A trust-region radius that is not a positive finite number.
+    Delta {
+        /// The value given.
+        value: f64,
+        /// Its position, where an array of radii was given.
+        index: Option<usize>,
+    },
+    /// A divergence name that is not built in.
+    UnknownDivergence {
+        /// The name given.
+        spec: String,
+    },
+    /// A parameter of a divergence that is missing, unreadable or out of range.
+    DivergenceParameter {
+        /// The specification given, such as `vajda:0.5`.
+        spec: String,
+        /// What is allowed.
+        allowed: &'static str,
+    },
+    /// Two arrays that should have the same length have not.
+    Length {
+        /// The argument that has the wrong length.
+        argument: &'static str,
+        /// Its length.
+        actual: usize,
+        /// The length it should have.
+        expected: usize,
+    },
+    /// An argument whose value is not allowed.
+    Argument {
+        /// The argument.
+        argument: &'static str,
+        /// The value given.
+        value: String,
+        /// What is allowed.
+        allowed: &'static str,
+    },
+    /// A table file whose content is not a table that this version wrote or can read.
+    TableFile {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file that could not be read or written.
+    File {
+        /// The path given.
+        path: String,
+        /// What was attempted: `read` or `write`.
+        action: &'static str,
+        /// The operating system's reason.
+        reason: String,
+    },
+}
+
+/// The built-in divergences as a user writes them.
+pub(crate) const KNOWN_DIVERGENCES: &str = "kl, reverse-kl, tv, pearson-chi2, neyman-chi2, \
+     hellinger, le-cam, jensen-shannon, jeffreys, bhattacharyya, alpha:a, renyi:a, vajda:k, \
+     bwcs:l, hockey-stick:g";
+
+impl fmt::Display for Error {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Delta { value, index: None } => {
+                write!(out, "delta must be a finite number above 0, got {value}")
+            }
+            Self::Delta { value, index: Some(index) } => {
+                write!(out, "delta must be a finite number above 0, got {value} at index {index}")
+            }
+            Self::UnknownDivergence { spec } => {
+                write!(out, "divergence {spec:?} is not known; known are: {KNOWN_DIVERGENCES}")
+            }
+            Self::DivergenceParameter { spec, allowed } => {
+                write!(out, "divergence {spec:?}: {allowed}")
+            }
+            Self::Length { argument, actual, expected } => {
+                write!(out, "{argument} has {actual} elements, expected {expected}")
+            }
+            Self::Argument { argument, value, allowed } => {
+                write!(out, "{argument} must be {allowed}, got {value}")
+            }
+            Self::TableFile { reason } => write!(out, "not a usable bandpo table: {reason}"),
+            Self::File { path, action, reason } => {
+                write!(out, "cannot {action} {path}: {reason}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}

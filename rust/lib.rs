@@ -1,0 +1,24 @@
+//! Probability-aware clip bounds for policy-gradient ratios.
+//!
+//! PPO and GRPO clip every token's ratio `r = new/old` to one fixed interval. A *band* clips it to
+//! the ratios for which an f-divergence trust region of radius `delta` still holds for the split
+//! {this token, everything else}, given the token's old probability `p` (`BandPO`, arXiv 2603.04918):
+//!
+//! ```text
+//! D_f(p, r) = p f(r) + (1-p) f((1 - r p)/(1-p)) <= delta
+//! ```
+//!
+//! The data flow is the file list: [`divergence`] (which `f`), [`band`] (its exact bounds, by
+//! [`root`]), [`table`] (the bounds as a lookup table), [`loss`] (a clipped policy loss and its
+//! gradient in one pass). [`real`] holds the number types that formulas are evaluated in. Nothing
+//! here knows Python, except the one file that is compiled with the feature `python`.
+
+pub mod band;
+pub mod divergence;
+pub mod error;
+pub mod real;
+mod root;
+pub mod table;
+
+#[cfg(feature = "python")]
+mod python;

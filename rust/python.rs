@@ -1,0 +1,215 @@
+//! The Python extension `bandpo._core`: convert, release the GIL, call, map the error. No logic.
+
+// Python hands over its objects, and gets arrays back in pairs.
+#![allow(clippy::needless_pass_by_value, clippy::type_complexity)]
+
+use std::path::PathBuf;
+
+use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
+use pyo3::exceptions::PyKeyboardInterrupt;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::band::{self, Band, Delta, Side};
+use crate::divergence::Divergence;
+use crate::error::Error;
+use crate::table::{BandTable, Verification};
+
+impl From<Error> for PyErr {
+    /// Each kind of error becomes the class of `bandpo.error` that callers expect.
+    fn from(error: Error) -> Self {
+        let class = match error {
+            Error::TableFile { .. } => "TableFileError",
+            Error::File { action: "read", .. } => "InputPathError",
+            Error::File { .. } => "OutputPathError",
+            _ => "InvalidValueError",
+        };
+        let message = error.to_string();
+        Python::attach(|py| {
+            match py
+                .import("bandpo.error")
+                .and_then(|module| module.getattr(class))
+                .and_then(|class| class.call1((message,)))
+            {
+                Ok(value) => PyErr::from_value(value),
+                Err(failed) => failed,
+            }
+        })
+    }
+}
+
+/// A radius as Python gives it: a number, or one for every element.
+#[derive(FromPyObject)]
+enum DeltaArgument<'py> {
+    Same(f64),
+    Each(PyReadonlyArray1<'py, f64>),
+}
+
+impl DeltaArgument<'_> {
+    fn as_delta(&self) -> PyResult<Delta<'_>> {
+        Ok(match self {
+            Self::Same(value) => Delta::Same(*value),
+            Self::Each(values) => Delta::Each(values.as_slice()?),
+        })
+    }
+}
+
+/// A divergence by its specification.
+#[pyclass(name = "Divergence", module = "bandpo._core", frozen, from_py_object)]
+#[derive(Clone)]
+struct PyDivergence(Divergence);
+
+#[pymethods]
+impl PyDivergence {
+    #[new]
+    fn new(spec: &str) -> PyResult<Self> {
+        Ok(Self(Divergence::parse(spec)?))
+    }
+
+    #[getter]
+    fn spec(&self) -> &str {
+        self.0.spec()
+    }
+}
+
+/// A band's bounds as a lookup table.
+#[pyclass(name = "BandTable", module = "bandpo._core", frozen)]
+struct PyBandTable(BandTable);
+
+#[pymethods]
+impl PyBandTable {
+    #[staticmethod]
+    fn build(py: Python<'_>, divergence: &PyDivergence, low: f64, high: f64) -> PyResult<Self> {
+        let band = Band::new(divergence.0.clone(), low, high)?;
+        Ok(Self(py.detach(|| BandTable::build(&band))))
+    }
+
+    #[staticmethod]
+    fn from_bytes(data: &[u8]) -> PyResult<Self> {
+        Ok(Self(BandTable::from_bytes(data)?))
+    }
+
+    #[staticmethod]
+    fn load(path: PathBuf) -> PyResult<Self> {
+        Ok(Self(BandTable::load(&path)?))
+    }
+
+    fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &self.0.to_bytes()?))
+    }
+
+    fn save(&self, path: PathBuf) -> PyResult<()> {
+        Ok(self.0.save(&path)?)
+    }
+
+    fn log_bounds<'py>(
+        &self,
+        py: Python<'py>,
+        logp: PyReadonlyArray1<'py, f64>,
+    ) -> PyResult<(Bound<'py, PyArray1<f64>>, Bound<'py, PyArray1<f64>>)> {
+        let logp = logp.as_slice()?;
+        let (lower, upper): (Vec<f64>, Vec<f64>) =
+            py.detach(|| logp.iter().map(|&logp| self.0.log_bounds(logp)).unzip());
+        Ok((lower.into_pyarray(py), upper.into_pyarray(py)))
+    }
+
+    fn words<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i32>> {
+        let words: Vec<i32> = self.0.words().iter().map(|&word| word as i32).collect();
+        words.into_pyarray(py)
+    }
+
+    /// A verified copy; `progress` is called with the number of values done.
+    fn verified(
+        &self,
+        py: Python<'_>,
+        samples: u64,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<Self> {
+        let mut table = self.0.clone();
+        let mut failure = None;
+        py.detach(|| {
+            table.verify(samples, |done| {
+                Python::attach(|py| {
+                    let outcome = py.check_signals().and_then(|()| match &progress {
+                        Some(progress) => progress.call1(py, (done,)).map(|_| ()),
+                        None => Ok(()),
+                    });
+                    failure = outcome.err();
+                    failure.is_none()
+                })
+            })
+        })
+        .map(|_| Self(table))
+        .ok_or_else(|| failure.unwrap_or_else(|| PyKeyboardInterrupt::new_err(())))
+    }
+
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.0.nbytes()
+    }
+
+    #[getter]
+    fn metadata(&self) -> Vec<(&'static str, String)> {
+        self.0.metadata()
+    }
+
+    #[getter]
+    fn delta(&self) -> (f64, f64) {
+        (self.0.band().delta(Side::Lower), self.0.band().delta(Side::Upper))
+    }
+
+    #[getter]
+    fn max_error(&self) -> (f64, f64) {
+        (self.0.max_error().log_upper, self.0.max_error().lower)
+    }
+
+    #[getter]
+    fn exhaustive(&self) -> bool {
+        self.0.verification() == Verification::Exhaustive
+    }
+}
+
+/// `(log_lower, log_upper)` of every element, exact.
+#[pyfunction]
+#[pyo3(signature = (divergence, delta_low, delta_high, logp, /))]
+fn log_bounds<'py>(
+    py: Python<'py>,
+    divergence: &PyDivergence,
+    delta_low: DeltaArgument<'py>,
+    delta_high: DeltaArgument<'py>,
+    logp: PyReadonlyArray1<'py, f64>,
+) -> PyResult<(Bound<'py, PyArray1<f64>>, Bound<'py, PyArray1<f64>>)> {
+    let (low, high, logp) = (delta_low.as_delta()?, delta_high.as_delta()?, logp.as_slice()?);
+    let mut lower = vec![0.0; logp.len()];
+    let mut upper = vec![0.0; logp.len()];
+    py.detach(|| band::log_bounds(&divergence.0, low, high, logp, &mut lower, &mut upper))?;
+    Ok((lower.into_pyarray(py), upper.into_pyarray(py)))
+}
+
+/// Whether each log-ratio lies in the band.
+#[pyfunction]
+#[pyo3(signature = (divergence, delta_low, delta_high, logp, log_ratio, /))]
+fn contains<'py>(
+    py: Python<'py>,
+    divergence: &PyDivergence,
+    delta_low: DeltaArgument<'py>,
+    delta_high: DeltaArgument<'py>,
+    logp: PyReadonlyArray1<'py, f64>,
+    log_ratio: PyReadonlyArray1<'py, f64>,
+) -> PyResult<Bound<'py, PyArray1<bool>>> {
+    let (low, high) = (delta_low.as_delta()?, delta_high.as_delta()?);
+    let (logp, log_ratio) = (logp.as_slice()?, log_ratio.as_slice()?);
+    let inside = py.detach(|| band::contains(&divergence.0, low, high, logp, log_ratio))?;
+    Ok(inside.into_pyarray(py))
+}
+
+/// The compiled half of bandpo. Private: use `bandpo` itself.
+#[pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use super::{PyBandTable, PyDivergence, contains, log_bounds};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)] // Python's name for it
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

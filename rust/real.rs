@@ -1,0 +1,351 @@
+//! The number types that formulas are evaluated in: `f64` for speed, [`Dd`] where `f64` runs out.
+//!
+//! A generator is written once, over [`Real`], and runs in both. [`Dd`] is the unevaluated sum of
+//! two doubles (about 31 digits): it decides whether a bound is inside and polishes bounds whose
+//! condition number is large. Only +, *, fused multiply-add and correctly rounded division are
+//! used for its arithmetic, so its results do not depend on the platform.
+//!
+//! Sources: T. J. Dekker, *A floating-point technique for extending the available precision*,
+//! Numer. Math. 18 (1971); M. Joldes, J.-M. Muller, V. Popescu, *Tight and rigorous error bounds
+//! for basic building blocks of double-word arithmetic*, ACM TOMS 44 (2017).
+
+use std::ops::{Add, Div, Mul, Neg, Sub};
+
+/// What a generator needs from a number.
+pub trait Real:
+    Copy
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+{
+    /// The number with the value of a double.
+    fn of(value: f64) -> Self;
+    /// The nearest double.
+    fn to_f64(self) -> f64;
+    /// `e^x`.
+    #[must_use]
+    fn exp(self) -> Self;
+    /// `e^x - 1`, accurate near 0.
+    #[must_use]
+    fn exp_m1(self) -> Self;
+    /// `ln x`.
+    #[must_use]
+    fn ln(self) -> Self;
+    /// `ln(1 + x)`, accurate near 0.
+    #[must_use]
+    fn ln_1p(self) -> Self;
+    /// `sqrt x`.
+    #[must_use]
+    fn sqrt(self) -> Self;
+    /// `|x|`.
+    #[must_use]
+    fn abs(self) -> Self {
+        if self.to_f64() < 0.0 { -self } else { self }
+    }
+    /// `x - ln(1 + x) >= 0`: relatively accurate near 0, where it is `x^2/2`.
+    #[must_use]
+    fn excess_over_ln_1p(self) -> Self;
+    /// `e^x - 1 - x >= 0`: relatively accurate near 0, where it is `x^2/2`.
+    #[must_use]
+    fn exp_excess(self) -> Self;
+}
+
+impl Real for f64 {
+    fn of(value: f64) -> Self {
+        value
+    }
+    fn to_f64(self) -> f64 {
+        self
+    }
+    fn exp(self) -> Self {
+        f64::exp(self)
+    }
+    fn exp_m1(self) -> Self {
+        f64::exp_m1(self)
+    }
+    fn ln(self) -> Self {
+        f64::ln(self)
+    }
+    fn ln_1p(self) -> Self {
+        f64::ln_1p(self)
+    }
+    fn sqrt(self) -> Self {
+        f64::sqrt(self)
+    }
+
+    fn excess_over_ln_1p(self) -> Self {
+        if !(-0.4..0.6).contains(&self) {
+            return self - f64::ln_1p(self);
+        }
+        // With z = x/(2+x): ln(1+x) = 2 atanh z and x - 2z = z x, so
+        // x - ln(1+x) = z (x - 2 z^2 (1/3 + z^2/5 + z^4/7 + ...)), |z| <= 1/4.
+        let z = self / (2.0 + self);
+        let square = z * z;
+        let mut tail = 1.0 / 29.0;
+        for odd in (3..=27).rev().step_by(2) {
+            tail = tail * square + 1.0 / f64::from(odd);
+        }
+        z * (self - 2.0 * square * tail)
+    }
+
+    fn exp_excess(self) -> Self {
+        if !(-1.0..1.0).contains(&self) {
+            return f64::exp_m1(self) - self;
+        }
+        // Taylor: x^2 (1/2! + x/3! + x^2/4! + ...), by Horner's scheme.
+        let mut tail = 1.0;
+        for n in (3..=19).rev() {
+            tail = 1.0 + tail * self / f64::from(n);
+        }
+        0.5 * self * self * tail
+    }
+}
+
+/// A double-double: the exact sum `hi + lo` with `|lo| <= ulp(hi)/2`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dd {
+    /// The leading double.
+    pub hi: f64,
+    /// The rest.
+    pub lo: f64,
+}
+
+/// `ln 2` in three parts; the first has so few bits that its product with an exponent is exact.
+const LN_2_PARTS: [f64; 3] = [0.6931471804855391, 7.440617110012397e-11, -1.3124698417785255e-27];
+
+/// `1/n!` for n = 2..=11.
+const INVERSE_FACTORIAL: [Dd; 10] = [
+    Dd { hi: 0.5, lo: 0.0 },
+    Dd { hi: 0.16666666666666666, lo: 9.25185853854297e-18 },
+    Dd { hi: 0.041666666666666664, lo: 2.3129646346357427e-18 },
+    Dd { hi: 0.008333333333333333, lo: 1.1564823173178714e-19 },
+    Dd { hi: 0.001388888888888889, lo: -5.300543954373577e-20 },
+    Dd { hi: 0.0001984126984126984, lo: 1.7209558293420705e-22 },
+    Dd { hi: 2.48015873015873e-05, lo: 2.1511947866775882e-23 },
+    Dd { hi: 2.7557319223985893e-06, lo: -1.858393274046472e-22 },
+    Dd { hi: 2.755731922398589e-07, lo: 2.3767714622250297e-23 },
+    Dd { hi: 2.505210838544172e-08, lo: -1.448814070935912e-24 },
+];
+
+impl Dd {
+    /// The exact sum of two doubles.
+    #[must_use]
+    pub fn sum(a: f64, b: f64) -> Self {
+        let hi = a + b;
+        let from_b = hi - a;
+        Self { hi, lo: (a - (hi - from_b)) + (b - from_b) }
+    }
+
+    /// The exact product of two doubles.
+    #[must_use]
+    pub fn product(a: f64, b: f64) -> Self {
+        let hi = a * b;
+        Self { hi, lo: a.mul_add(b, -hi) }
+    }
+
+    /// `hi + lo` where `|hi| >= |lo|` is known.
+    fn ordered(hi: f64, lo: f64) -> Self {
+        let sum = hi + lo;
+        Self { hi: sum, lo: lo - (sum - hi) }
+    }
+
+    fn scaled_by_power_of_two(self, exponent: i32) -> Self {
+        // Two steps: 2^exponent itself may be outside the range of a double.
+        let half = exponent / 2;
+        let (first, second) = (2f64.powi(half), 2f64.powi(exponent - half));
+        Self { hi: self.hi * first * second, lo: self.lo * first * second }
+    }
+
+    /// `(k, e^r - 1)` with `x = k ln 2 + r` and `|r| <= ln(2)/2`.
+    fn reduced_exp_m1(self) -> (i32, Self) {
+        const HALVINGS: i32 = 9;
+        let k = (self.hi / std::f64::consts::LN_2).round();
+        let [first, second, third] = LN_2_PARTS.map(|part| Self::product(-k, part));
+        let r = (self + first + second + third).scaled_by_power_of_two(-HALVINGS);
+        // |r| < 7e-4: the first dropped term of the series is r^12/12!, below 1e-46.
+        let mut series = INVERSE_FACTORIAL[9];
+        for coefficient in INVERSE_FACTORIAL[..9].iter().rev() {
+            series = series * r + *coefficient;
+        }
+        let mut e = r + r * r * series;
+        for _ in 0..HALVINGS {
+            e = e * e + e + e; // e^(2r) - 1 from e^r - 1
+        }
+        (k as i32, e)
+    }
+}
+
+impl Add for Dd {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        let s = Self::sum(self.hi, other.hi);
+        let t = Self::sum(self.lo, other.lo);
+        let u = Self::ordered(s.hi, s.lo + t.hi);
+        Self::ordered(u.hi, u.lo + t.lo)
+    }
+}
+
+impl Neg for Dd {
+    type Output = Self;
+    fn neg(self) -> Self {
+        Self { hi: -self.hi, lo: -self.lo }
+    }
+}
+
+impl Sub for Dd {
+    type Output = Self;
+    fn sub(self, other: Self) -> Self {
+        self + -other
+    }
+}
+
+impl Mul for Dd {
+    type Output = Self;
+    fn mul(self, other: Self) -> Self {
+        let p = Self::product(self.hi, other.hi);
+        let cross = self.hi.mul_add(other.lo, self.lo * other.hi);
+        Self::ordered(p.hi, p.lo + cross)
+    }
+}
+
+impl Div for Dd {
+    type Output = Self;
+    fn div(self, other: Self) -> Self {
+        let first = self.hi / other.hi;
+        let rest = self - other * Self::of(first);
+        let second = rest.hi / other.hi;
+        let rest = rest - other * Self::of(second);
+        let quotient = Self::ordered(first, second);
+        quotient + Self::of(rest.hi / other.hi)
+    }
+}
+
+impl Real for Dd {
+    fn of(value: f64) -> Self {
+        Self { hi: value, lo: 0.0 }
+    }
+    fn to_f64(self) -> f64 {
+        self.hi + self.lo
+    }
+
+    fn exp(self) -> Self {
+        if self.hi < -745.2 {
+            return Self::of(0.0);
+        }
+        if self.hi > 709.78 {
+            return Self::of(f64::INFINITY);
+        }
+        let (k, e) = self.reduced_exp_m1();
+        (e + Self::of(1.0)).scaled_by_power_of_two(k)
+    }
+
+    fn exp_m1(self) -> Self {
+        if self.hi.abs() < 0.34 {
+            return self.reduced_exp_m1().1;
+        }
+        if self.hi > 709.78 {
+            return Self::of(f64::INFINITY);
+        }
+        self.exp() - Self::of(1.0)
+    }
+
+    fn ln(self) -> Self {
+        if self.hi <= 0.0 || !self.hi.is_finite() {
+            return Self::of(self.hi.ln());
+        }
+        // One Newton step on e^y = x doubles the digits of the double-precision logarithm.
+        let y = Self::of(self.hi.ln());
+        let c = self * (-y).exp() - Self::of(1.0);
+        y + (c - c * c * Self::of(0.5))
+    }
+
+    fn ln_1p(self) -> Self {
+        if self.hi <= -1.0 || !self.hi.is_finite() {
+            return (self + Self::of(1.0)).ln();
+        }
+        if self.hi.abs() > 0.5 {
+            return (self + Self::of(1.0)).ln();
+        }
+        let y = Self::of(self.hi.ln_1p());
+        let e = y.exp_m1();
+        let c = (self - e) / (e + Self::of(1.0));
+        y + (c - c * c * Self::of(0.5))
+    }
+
+    fn sqrt(self) -> Self {
+        let root = self.hi.sqrt();
+        if root == 0.0 || !root.is_finite() {
+            return Self::of(root);
+        }
+        let rest = self - Self::product(root, root);
+        Self::ordered(root, rest.hi / (2.0 * root))
+    }
+
+    fn excess_over_ln_1p(self) -> Self {
+        self - self.ln_1p()
+    }
+
+    fn exp_excess(self) -> Self {
+        self.exp_m1() - self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // `(argument, leading double, rest)` of e^x - 1, ln(1+x) and sqrt x: 60 digits by mpmath, cut
+    // to two doubles.
+    include!("real_reference.in");
+
+    fn assert_close(actual: Dd, hi: f64, lo: f64, what: &str, x: f64) {
+        let error = ((actual.hi - hi) + (actual.lo - lo)).abs();
+        assert!(error <= 4e-31 * hi.abs(), "{what}({x:e}): error {error:e} of {hi:e}");
+    }
+
+    #[test]
+    fn double_double_functions_hold_thirty_digits() {
+        for &(x, hi, lo) in EXP_M1 {
+            assert_close(Dd::of(x).exp_m1(), hi, lo, "exp_m1", x);
+        }
+        for &(x, hi, lo) in LN_1P {
+            assert_close(Dd::of(x).ln_1p(), hi, lo, "ln_1p", x);
+        }
+        for &(x, hi, lo) in SQRT {
+            assert_close(Dd::of(x).sqrt(), hi, lo, "sqrt", x);
+        }
+    }
+
+    #[test]
+    fn double_double_limits() {
+        assert_eq!(Dd::of(-1e300).exp(), Dd::of(0.0));
+        assert_eq!(Dd::of(-1e300).exp_m1().to_f64(), -1.0);
+        assert_eq!(Dd::of(1e300).exp().hi, f64::INFINITY);
+        assert_eq!(Dd::of(0.0).ln().hi, f64::NEG_INFINITY);
+        assert_eq!(Dd::of(-1.0).ln_1p().hi, f64::NEG_INFINITY);
+        assert_eq!(Dd::of(0.0).sqrt().hi, 0.0);
+    }
+
+    #[test]
+    fn excesses_agree_with_double_double_to_a_few_ulp() {
+        let mut x = 1e-6;
+        while x < 0.99 {
+            for argument in [x, -x, 3.0 * x] {
+                let exact = Dd::of(argument).excess_over_ln_1p().to_f64();
+                if argument > -1.0 {
+                    let error = (argument.excess_over_ln_1p() - exact).abs() / exact;
+                    assert!(
+                        error <= 6.0 * f64::EPSILON,
+                        "excess_over_ln_1p({argument:e}): {error:e}"
+                    );
+                }
+                let exact = Dd::of(argument).exp_excess().to_f64();
+                let error = (argument.exp_excess() - exact).abs() / exact;
+                assert!(error <= 6.0 * f64::EPSILON, "exp_excess({argument:e}): {error:e}");
+            }
+            x *= 1.07;
+        }
+    }
+}
