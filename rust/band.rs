@@ -18,7 +18,7 @@
 //! # Accuracy, and always inside
 //!
 //! In double precision the equation is evaluated to a few units in the last place, so `m` is good to
-//! a few ulp times its condition number `kappa = d ln|bound| / d ln delta`. Where `kappa` is at most
+//! a few ulp times a condition number. Where that is at most
 //! [`BENIGN_CONDITION`], the result is moved inwards by [`MARGIN`], which covers that error, and is
 //! inside. Elsewhere (near saturation of the lower side, mostly) the residual is evaluated in
 //! double-double arithmetic, Newton's method corrects the bound, and it is moved inwards by single
@@ -31,8 +31,8 @@ use crate::error::{Error, Result};
 use crate::real::{Dd, Real};
 use crate::root::{last_inside, newton_log_log};
 
-/// Condition number (of a log bound in delta) up to which double precision suffices.
-const BENIGN_CONDITION: f64 = 1.2;
+/// Condition number of a log bound up to which double precision suffices.
+const BENIGN_CONDITION: f64 = 3.0;
 
 /// Relative move inwards that covers the error of double precision: 16 eps, 3.6e-15.
 const MARGIN: f64 = 16.0 * f64::EPSILON;
@@ -40,6 +40,9 @@ const MARGIN: f64 = 16.0 * f64::EPSILON;
 /// `ln` of the smallest probability of either outcome that the fast formulas take; below it products
 /// such as `p f(r)` leave the range of a double and the bits of the bound are halved instead.
 const FAR_TAIL: f64 = -690.9;
+
+/// Most evaluations of `D` that one bound takes, whatever its arguments.
+pub const MOST_BOUND_EVALUATIONS: u32 = 200;
 
 /// Elements a thread takes at a time.
 const CHUNK: usize = 1024;
@@ -306,7 +309,7 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
             Side::Upper => saturation,
             Side::Lower => farthest,
         };
-        let root = last_inside(zero, outside, |b| divergence_at(generator, logp, b) <= radius);
+        let root = last_inside(zero, outside, |b| divergence_at(generator, logp, b).0 <= radius);
         let log_ratio = match side {
             Side::Upper => root.at.min(farthest),
             Side::Lower => root.at.max(farthest),
@@ -361,6 +364,7 @@ fn polish(
         Side::Upper => b > 0.0 && b <= farthest,
         Side::Lower => b < 0.0 && b >= farthest,
     };
+    let doubt = RESIDUAL_ERROR * radius.hi;
     let mut evaluations = 0;
     // Next to saturation of the lower side, D stays just below its value at r = 0. Newton's method
     // on the logarithm of what is missing converges there; elsewhere it is Newton's method on D.
@@ -394,7 +398,7 @@ fn polish(
     let mut inwards = 0_u64;
     while converged && inwards < 64 {
         evaluations += 1;
-        if residual_at(log_ratio) <= 0.0 {
+        if residual_at(log_ratio) <= -doubt {
             return (log_ratio, evaluations);
         }
         log_ratio = match side {
@@ -407,9 +411,12 @@ fn polish(
         Side::Upper => farthest.next_up(),
         Side::Lower => f64::NEG_INFINITY,
     };
-    let root = last_inside(0.0_f64.copysign(farthest), beyond, |b| residual_at(b) <= 0.0);
+    let root = last_inside(0.0_f64.copysign(farthest), beyond, |b| residual_at(b) <= -doubt);
     (root.at, evaluations + root.evaluations)
 }
+
+/// Relative error of `D` in double-double arithmetic, rounded up: what is inside by more is inside.
+const RESIDUAL_ERROR: f64 = 2e-30;
 
 /// Most Newton steps on the exact residual.
 const MOST_POLISHING: u32 = 12;
@@ -479,9 +486,9 @@ impl Split {
         let odds = self.shrinking / self.growing;
         let grown = Point::from_excess(-odds * shrunk.excess);
         let d = self.shrinking * value_or_limit(generator, shrunk)
-            + self.growing * generator.value(grown);
-        let slope = self.shrinking
-            * (shrunk.u * generator.log_slope(grown) / grown.u - generator.log_slope(shrunk));
+            + weighted(generator, self.growing, grown);
+        let slope =
+            self.shrinking * (shrunk.u * generator.slope(grown) - generator.log_slope(shrunk));
         (d, m * slope / d)
     }
 
@@ -492,6 +499,11 @@ impl Split {
         if let Some(m) = self.closed_form(generator, radius) {
             return m;
         }
+        self.iterated(generator, radius, evaluations)
+    }
+
+    /// The same by iteration, for any generator.
+    fn iterated(&self, generator: Generator, radius: f64, evaluations: &mut u32) -> f64 {
         let at_zero = generator.at_zero::<f64>();
         if at_zero.is_finite() {
             let greatest = self.shrinking * at_zero
@@ -537,17 +549,22 @@ impl Split {
         -root.at.min(1.0).ln()
     }
 
-    /// The bound that `m` stands for, and its condition number in delta.
+    /// The bound that `m` stands for, and its condition number: by how much more than a rounding error
+    /// evaluating the equation in double precision may move it.
     fn log_ratio(&self, generator: Generator, m: f64, side: Side) -> (f64, f64) {
-        let (_, slope) = self.divergence(generator, m);
+        let (d, slope) = self.divergence(generator, m);
+        let lost = -(-m).exp_m1();
+        let growth = self.shrinking / self.growing * lost;
+        // A rounding error of the odds moves D by so much of itself.
+        let grown = Point::from_excess(growth);
+        let odds_error = self.growing * growth * generator.slope(grown) / d;
+        let condition = (1.0 + odds_error.abs()) / slope;
         match side {
-            Side::Lower => (-m, 1.0 / slope),
+            Side::Lower => (-m, condition),
             Side::Upper => {
-                let lost = -(-m).exp_m1();
-                let growth = self.shrinking / self.growing * lost;
                 let log_growth = growth.ln_1p();
                 let chain = m * (-m).exp() / lost * growth / ((1.0 + growth) * log_growth);
-                (log_growth, if chain == 0.0 { 0.0 } else { chain / slope })
+                (log_growth, if chain == 0.0 { 0.0 } else { chain * condition })
             }
         }
     }
@@ -620,9 +637,9 @@ fn is_inside(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> 
     if log_ratio > -logp {
         return false;
     }
-    let d = divergence_at(generator, logp, log_ratio);
+    let (d, sensitivity) = divergence_at(generator, logp, log_ratio);
     // A double evaluates D to a few ulp; nearer to the edge than that, more digits decide.
-    let doubt = 64.0 * f64::EPSILON * radius;
+    let doubt = 64.0 * f64::EPSILON * (radius + sensitivity);
     if (d - radius).abs() > doubt {
         return d < radius;
     }
@@ -634,41 +651,45 @@ fn is_inside(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> 
     exact_residual(generator, logp, log_ratio, exact) <= 0.0
 }
 
-/// `D` in double precision at any log-ratio inside the simplex, for any `logp < 0`.
-fn divergence_at(generator: Generator, logp: f64, log_ratio: f64) -> f64 {
+/// `D` in double precision at any log-ratio inside the simplex, for any `logp < 0`, and by how much it
+/// moves for a relative change of 1 in what the others gain or keep, which is where rounding enters.
+fn divergence_at(generator: Generator, logp: f64, log_ratio: f64) -> (f64, f64) {
     let split = Split::new(logp, Side::Lower);
     let token = Point::from_log(log_ratio);
-    let new_logp = logp + log_ratio;
-    let others = if log_ratio > 0.0 && new_logp > -0.7 {
-        Point::from_ratio(-new_logp.exp_m1() / split.growing)
-    } else {
-        let odds = split.shrinking / split.growing;
-        let change = odds * token.excess;
-        let change = if change.is_finite() && odds > 0.0 {
-            change
+    let token_part = scaled_value(generator, split.shrinking, split.log_shrinking, token);
+    let others = if split.log_growing < FAR_TAIL {
+        // 1-p and odds leave the range of a double: new over old in logarithms.
+        let new = split.growing - token.excess * split.shrinking;
+        Point::from_log(new.ln() - split.log_growing)
+    } else if split.log_shrinking < FAR_TAIL {
+        // p underflows, and so may the token's growth overflow: their product does neither.
+        let new = (logp + log_ratio).exp();
+        if new > 0.5 {
+            Point::from_ratio(-(logp + log_ratio).exp_m1())
         } else {
-            // p or 1-p underflows: new p minus old p, over 1-p, in logarithms.
-            let new_p = new_logp.exp();
-            if split.log_growing < FAR_TAIL {
-                return weighted(generator, &split, token)
-                    + far_growth(generator, &split, -token.excess * split.shrinking);
-            }
-            (new_p - split.shrinking) / split.growing
-        };
-        Point::from_excess(-change)
+            Point::from_excess(split.shrinking - new)
+        }
+    } else {
+        split.outcomes(logp, log_ratio).1
     };
-    weighted(generator, &split, token)
-        + scaled_value(generator, split.growing, split.log_growing, others)
+    let others_part = scaled_value(generator, split.growing, split.log_growing, others);
+    let change = if others.excess > 0.0 {
+        others.excess * generator.slope(others)
+    } else if others.u == 0.0 {
+        0.0
+    } else {
+        generator.log_slope(others) * (others.excess / others.u).clamp(-1.0, 0.0)
+    };
+    (token_part + others_part, (split.growing * change).abs())
 }
 
-fn weighted(generator: Generator, split: &Split, token: Point<f64>) -> f64 {
-    scaled_value(generator, split.shrinking, split.log_shrinking, token)
-}
-
-/// `w f(u)` where the outcome of vanishing probability gains `gain`.
-fn far_growth(generator: Generator, split: &Split, gain: f64) -> f64 {
-    let log = (split.growing + gain).ln() - split.log_growing;
-    scaled_value(generator, split.growing, split.log_growing, Point::from_log(log))
+/// `w f(u)`, with the factor `u` drawn to the weight where `f(u)` might overflow.
+fn weighted<T: Real>(generator: Generator, weight: T, at: Point<T>) -> T {
+    if at.u.to_f64() > 1e60 {
+        weight * at.u * generator.value_per_u(at)
+    } else {
+        weight * value_or_limit(generator, at)
+    }
 }
 
 /// `w f(u)`, in logarithms where a factor leaves the range of a double.
@@ -676,8 +697,8 @@ fn scaled_value(generator: Generator, weight: f64, log_weight: f64, at: Point<f6
     let value = value_or_limit(generator, at);
     if value == 0.0 {
         0.0
-    } else if at.u == 0.0 || value.is_finite() && log_weight > FAR_TAIL {
-        weight * value
+    } else if at.u == 0.0 || log_weight > FAR_TAIL {
+        weighted(generator, weight, at)
     } else {
         (log_weight + generator.log_value(at.log)).exp()
     }
@@ -694,7 +715,9 @@ fn exact_residual(generator: Generator, logp: f64, log_ratio: f64, radius: Dd) -
         (gone, Point::from_ratio(Dd::of(1.0) / others_p))
     } else {
         let token = Point::from_log(Dd::of(log_ratio));
-        let others = if log_ratio > 0.0 && new_logp.hi > -0.7 {
+        let lost = token_p / others_p * token.excess;
+        let others = if lost.hi > 0.5 {
+            // Next to saturation: what is left of the others, without cancellation.
             let left = -new_logp.exp_m1() / others_p;
             if left.hi <= 0.0 {
                 Point { log: Dd::of(f64::NEG_INFINITY), excess: Dd::of(-1.0), u: Dd::of(0.0) }
@@ -702,21 +725,24 @@ fn exact_residual(generator: Generator, logp: f64, log_ratio: f64, radius: Dd) -
                 Point::from_ratio(left)
             }
         } else {
-            Point::from_excess(-(token_p / others_p * token.excess))
+            Point::from_excess(-lost)
         };
         (token, others)
     };
-    let first = token_p * value_or_limit(generator, token);
-    let second = others_p * value_or_limit(generator, others);
-    (first + second - radius).to_f64()
+    let d = weighted(generator, token_p, token) + weighted(generator, others_p, others);
+    (d - radius).to_f64()
 }
 
 /// `dD/d log_ratio`.
 fn residual_slope(generator: Generator, logp: f64, log_ratio: f64) -> f64 {
     let split = Split::new(logp, Side::Lower);
     let (token, others) = split.outcomes(logp, log_ratio);
-    split.shrinking
-        * (generator.log_slope(token) - token.u * generator.log_slope(others) / others.u)
+    let own = if token.u > 1.0 {
+        split.shrinking * token.u * generator.slope(token)
+    } else {
+        split.shrinking * generator.log_slope(token)
+    };
+    own - split.shrinking * token.u * (generator.log_slope(others) / others.u)
 }
 
 /// `d log bound / d logp = -B(r, c) / (r (f'(r) - f'(c)))` with the Bregman divergence
@@ -740,12 +766,387 @@ impl Split {
     /// The two arguments of the generator at a log-ratio of the token; `self` is the token's split.
     fn outcomes(&self, logp: f64, log_ratio: f64) -> (Point<f64>, Point<f64>) {
         let token = Point::from_log(log_ratio);
-        let new_logp = logp + log_ratio;
-        let others = if log_ratio > 0.0 && new_logp > -0.7 {
-            Point::from_ratio(-new_logp.exp_m1() / self.growing)
+        let lost = self.shrinking / self.growing * token.excess;
+        let others = if lost > 0.5 {
+            // Next to saturation: what is left of the others, without cancellation.
+            Point::from_ratio(-(logp + log_ratio).exp_m1() / self.growing)
         } else {
-            Point::from_excess(-(self.shrinking / self.growing * token.excess))
+            Point::from_excess(-lost)
         };
         (token, others)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// `tests/data/band_*.csv`: 60-digit references, see the header of each.
+    struct Reference {
+        spec: String,
+        logp: f64,
+        delta: f64,
+        /// The nearest double and what is left, `[lower, upper]`.
+        bounds: [(f64, f64); 2],
+    }
+
+    fn references() -> Vec<Reference> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data");
+        let mut references = Vec::new();
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_stem().unwrap().to_str().unwrap();
+            let Some(spec) = name.strip_prefix("band_").map(|spec| spec.replacen('_', ":", 1))
+            else {
+                continue;
+            };
+            let text = std::fs::read_to_string(&path).unwrap();
+            let rows = text.lines().filter(|line| !line.starts_with('#')).skip(1);
+            for row in rows {
+                let columns: Vec<&str> = row.split(',').collect();
+                let number = |i: usize| hex_float(columns[i]);
+                references.push(Reference {
+                    spec: spec.clone(),
+                    logp: number(0),
+                    delta: number(1),
+                    bounds: [(number(2), number(4)), (number(3), number(5))],
+                });
+            }
+        }
+        assert!(references.len() > 8000, "{}", references.len());
+        references
+    }
+
+    fn hex_float(text: &str) -> f64 {
+        let (sign, digits) = match text.strip_prefix('-') {
+            Some(rest) => (-1.0, rest),
+            None => (1.0, text),
+        };
+        if digits == "inf" {
+            return sign * f64::INFINITY;
+        }
+        let (mantissa, exponent) = digits.strip_prefix("0x").unwrap().split_once('p').unwrap();
+        let exponent: i32 = exponent.parse().unwrap();
+        let (whole, fraction) = mantissa.split_once('.').unwrap();
+        let bits = u64::from_str_radix(&format!("{whole}{fraction}"), 16).unwrap() as f64;
+        let shift = exponent - 4 * fraction.len() as i32;
+        // Two steps, for exponents whose power of two is not a double.
+        sign * bits * 2f64.powi(shift / 2) * 2f64.powi(shift - shift / 2)
+    }
+
+    /// The contract: relative error at most 1e-14, and never outside the exact bound.
+    #[test]
+    fn bounds_hold_their_accuracy_and_are_inside() {
+        let mut worst = (0.0, String::new());
+        for Reference { spec, logp, delta, bounds } in references() {
+            let band = band(&spec, delta);
+            for (side, (exact, rest)) in [Side::Lower, Side::Upper].into_iter().zip(bounds) {
+                let bound = band.bound(logp, side).log_ratio;
+                let place = format!("{spec} logp={logp:e} delta={delta:e} {side:?} {bound:e}");
+                if exact.is_infinite() {
+                    assert_eq!(bound, exact, "{place}");
+                    continue;
+                }
+                let error = (bound - exact) - rest; // the difference of neighbours is exact
+                let relative = error / exact;
+                assert!(relative <= 0.0, "{place} is outside by {relative:e}");
+                assert!(relative >= -1e-14, "{place} is off by {relative:e}");
+                if -relative > worst.0 {
+                    worst = (-relative, place);
+                }
+            }
+        }
+        println!("largest relative error {:e} at {}", worst.0, worst.1);
+    }
+
+    const SPECS: [&str; 24] = [
+        "kl",
+        "reverse-kl",
+        "tv",
+        "pearson-chi2",
+        "neyman-chi2",
+        "hellinger",
+        "le-cam",
+        "jensen-shannon",
+        "jeffreys",
+        "bhattacharyya",
+        "alpha:-3",
+        "alpha:-0.5",
+        "alpha:0.5",
+        "alpha:0.999",
+        "alpha:1.5",
+        "alpha:4",
+        "renyi:0.5",
+        "renyi:2",
+        "vajda:1",
+        "vajda:1.5",
+        "vajda:4",
+        "bwcs:0.3",
+        "hockey-stick:1",
+        "hockey-stick:1.2",
+    ];
+
+    fn band(spec: &str, delta: f64) -> Band {
+        Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap()
+    }
+
+    /// Any probability that is not 0 or 1, by its logarithm: both ends get their share.
+    fn log_probability() -> impl Strategy<Value = f64> {
+        prop_oneof![
+            (-690.0..-0.7_f64),
+            (-36.0..-0.7_f64).prop_map(|log_rest: f64| (-log_rest.exp()).ln_1p()),
+            (1e-6..0.999_f64).prop_map(f64::ln),
+        ]
+    }
+
+    fn radius() -> impl Strategy<Value = f64> {
+        (-18.4..2.3_f64).prop_map(f64::exp)
+    }
+
+    fn any_spec() -> impl Strategy<Value = &'static str> {
+        prop::sample::select(SPECS.as_slice())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+
+        /// p upper(p) + (1-p) lower(1-p) = 1, for probabilities whose complement is exact.
+        #[test]
+        fn mirror(spec in any_spec(), delta in radius(), p in 1e-3..0.999_f64) {
+            let p = (p * 1048576.0).round() / 1048576.0;
+            let band = band(spec, delta);
+            // ln p is rounded: the identity holds to the effect of that on both bounds.
+            let (_, log_upper) = band.log_bounds(p.ln());
+            let (log_lower, _) = band.log_bounds((-p).ln_1p());
+            let (up, down) = (p * log_upper.exp(), (1.0 - p) * log_lower.exp());
+            let inwards = if down == 0.0 { 0.0 } else { -log_lower * down } + log_upper * up;
+            let slack = MARGIN * inwards + 2e-15;
+            prop_assert!((up + down - 1.0).abs() <= slack, "{:e}", up + down - 1.0);
+        }
+
+        #[test]
+        fn around_one_and_inside_the_simplex(
+            spec in any_spec(), delta in radius(), logp in log_probability()
+        ) {
+            let (lower, upper) = band(spec, delta).log_bounds(logp);
+            prop_assert!(lower <= 0.0 && 0.0 <= upper && upper <= -logp, "{lower} {upper}");
+        }
+
+        /// upper does not rise and lower does not fall in p.
+        #[test]
+        fn monotone_in_p(
+            spec in any_spec(), delta in radius(), a in log_probability(), b in log_probability()
+        ) {
+            let (small, large) = (a.min(b), a.max(b));
+            let band = band(spec, delta);
+            let ((low_small, up_small), (low_large, up_large)) =
+                (band.log_bounds(small), band.log_bounds(large));
+            // Bounds are within 1e-14 of a monotone function, not monotone in their last bits.
+            prop_assert!(up_large <= up_small * (1.0 + 2e-14), "{up_small} {up_large}");
+            prop_assert!(low_large >= low_small * (1.0 + 2e-14), "{low_small} {low_large}");
+        }
+
+        #[test]
+        fn nested_in_delta(
+            spec in any_spec(), delta in radius(), more in 1.0..100.0_f64, logp in log_probability()
+        ) {
+            let (lower, upper) = band(spec, delta).log_bounds(logp);
+            let (wider_lower, wider_upper) = band(spec, delta * more).log_bounds(logp);
+            prop_assert!(wider_upper >= upper * (1.0 - 2e-14), "{upper} {wider_upper}");
+            prop_assert!(wider_lower <= lower * (1.0 - 2e-14), "{lower} {wider_lower}");
+        }
+
+        /// The bound is in, and a log-ratio 3e-14 beyond it is out.
+        #[test]
+        fn contains_the_bounds_and_nothing_beyond(
+            spec in any_spec(), delta in radius(), logp in log_probability()
+        ) {
+            let divergence = Divergence::parse(spec).unwrap();
+            let (lower, upper) = band(spec, delta).log_bounds(logp);
+            for bound in [lower, upper] {
+                prop_assert!(is_inside(&divergence, logp, bound, delta), "{bound}");
+            }
+            if lower > f64::NEG_INFINITY {
+                prop_assert!(!is_inside(&divergence, logp, lower * (1.0 + 3e-14), delta), "{lower}");
+            }
+            prop_assert!(!is_inside(&divergence, logp, upper * (1.0 + 3e-14), delta), "{upper}");
+        }
+
+        /// Closed forms agree with the general solver where nothing saturates.
+        #[test]
+        fn closed_forms_agree_with_iteration(
+            spec in prop::sample::select(
+                ["tv", "pearson-chi2", "neyman-chi2", "hellinger", "le-cam", "vajda:1", "vajda:1.5",
+                 "vajda:4", "bwcs:0.3", "bwcs:0.99"].as_slice()),
+            delta in radius(), logp in log_probability(), upper in any::<bool>()
+        ) {
+            let divergence = Divergence::parse(spec).unwrap();
+            let generator = divergence.generator;
+            let side = if upper { Side::Upper } else { Side::Lower };
+            let split = Split::new(logp, side);
+            let edge = if upper { -logp } else { f64::NEG_INFINITY };
+            if is_inside(&divergence, logp, edge, delta * 1.01) {
+                return Ok(());
+            }
+            let closed = split.closed_form(generator, delta).unwrap();
+            let iterated = split.iterated(generator, delta, &mut 0);
+            prop_assert!((closed / iterated - 1.0).abs() < 1e-12, "{closed:e} {iterated:e}");
+        }
+    }
+
+    #[test]
+    fn known_values_of_the_paper() {
+        let anchors = [
+            (0.01, 0.002497386, 7.809846),
+            (0.1, 0.3127840, 2.200786),
+            (0.5, 0.6915157, 1.308484),
+            (0.99, 0.9312137, 1.010076),
+        ];
+        for (p, lower, upper) in anchors {
+            let (log_lower, log_upper) = band("kl", 0.05).log_bounds(f64::ln(p));
+            assert!((log_lower.exp() / lower - 1.0).abs() < 4e-7, "{p}");
+            assert!((log_upper.exp() / upper - 1.0).abs() < 4e-7, "{p}");
+        }
+    }
+
+    #[test]
+    fn total_at_the_ends_of_the_line() {
+        for spec in SPECS {
+            let certain = Divergence::parse(spec).unwrap().generator.at_zero::<f64>().is_finite();
+            for delta in [1e-12, 1e-4, 0.05, 3.0, 1e6] {
+                let band = band(spec, delta);
+                let (lower, upper) = band.log_bounds(f64::NAN);
+                assert!(lower.is_nan() && upper.is_nan());
+                assert_eq!(
+                    band.log_bounds(7.5),
+                    band.log_bounds(0.0),
+                    "{spec}: above 0 is read as 0"
+                );
+                assert_eq!(band.bound(7.5, Side::Lower).status, Status::ReadAsCertain);
+                assert_eq!(band.log_bounds(0.0).1, 0.0, "{spec}");
+                let (lower, upper) = band.log_bounds(f64::NEG_INFINITY);
+                assert_eq!((lower, upper), (f64::NEG_INFINITY, f64::INFINITY), "{spec}");
+                for logp in [-5e-324, -1e-310, -1e-30, -300.0, -700.0, -740.0, -1e4, -1e300] {
+                    let (lower, upper) = band.log_bounds(logp);
+                    assert!(
+                        lower <= 0.0 && upper >= 0.0 && upper <= -logp,
+                        "{spec} {delta} {logp}"
+                    );
+                    if !certain {
+                        assert!(upper < -logp && lower >= -f64::MAX, "{spec} {delta} {logp}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// The limits for p -> 1 and p -> 0 in closed form.
+    #[test]
+    fn limits() {
+        let delta = 0.05_f64;
+        let lower_of_certain = [
+            ("kl", (-delta).exp()),
+            ("tv", 1.0 - delta),
+            ("hellinger", (1.0 - delta).powi(2)),
+            ("le-cam", (1.0 - delta) / (1.0 + delta)),
+            ("neyman-chi2", 1.0 / (1.0 + delta)),
+            ("jensen-shannon", 0.863003923),
+            ("pearson-chi2", 1.0),
+            ("reverse-kl", 1.0),
+            ("jeffreys", 1.0),
+        ];
+        for (spec, limit) in lower_of_certain {
+            let band = band(spec, delta);
+            let lower = band.log_bounds(0.0).0.exp();
+            assert!((lower - limit).abs() < 1e-9, "{spec}: {lower} {limit}");
+            // p upper(p) -> 1 - limit for p -> 0
+            let new_p = (band.log_bounds(-600.0).1 - 600.0).exp();
+            let slow = limit == 1.0; // as sqrt(p) or delta/ln(1/p)
+            assert!(
+                (new_p - (1.0 - limit)).abs() < if slow { 1e-3 } else { 1e-9 },
+                "{spec}: {new_p}"
+            );
+        }
+    }
+
+    #[test]
+    fn saturation_is_exact() {
+        for (spec, p, delta) in
+            [("tv", 0.3, 0.8), ("reverse-kl", 0.02, 0.05), ("hellinger", 0.5, 1.5)]
+        {
+            let (lower, _) = band(spec, delta).log_bounds(f64::ln(p));
+            assert_eq!(lower, f64::NEG_INFINITY, "{spec}");
+            let logp = f64::ln(1.0 - p);
+            assert_eq!(band(spec, delta).log_bounds(logp).1, -logp, "{spec}");
+            assert_eq!(band(spec, delta).bound(logp, Side::Upper).status, Status::Saturated);
+        }
+        // tv at delta = p exactly, in exact binary: D at r = 0 is p, so delta = p is in, less is not.
+        let logp = -1.0_f64;
+        let p = Dd::of(logp).exp();
+        let (below, above) =
+            if p.lo > 0.0 { (p.hi, p.hi.next_up()) } else { (p.hi.next_down(), p.hi) };
+        assert!(band("tv", below).log_bounds(logp).0 > f64::NEG_INFINITY);
+        assert_eq!(band("tv", above).log_bounds(logp).0, f64::NEG_INFINITY);
+    }
+
+    #[test]
+    fn slopes_are_those_of_the_bounds() {
+        for spec in SPECS {
+            let band = band(spec, 0.05);
+            for p in [1e-6, 1e-3, 0.03, 0.3, 0.6, 0.9] {
+                let logp = f64::ln(p);
+                for side in [Side::Lower, Side::Upper] {
+                    let at = |logp: f64| band.bound(logp, side).log_ratio;
+                    let slope = band.log_slope(logp, at(logp));
+                    let (left, right) = (at(logp - 1e-6), at(logp + 1e-6));
+                    if left == f64::NEG_INFINITY
+                        || band.bound(logp, side).status == Status::Saturated
+                    {
+                        continue;
+                    }
+                    let measured = (right - left) / 2e-6;
+                    assert!(
+                        (slope - measured).abs() <= 1e-6 * (1.0 + measured.abs()) * 10.0,
+                        "{spec} {p} {side:?}: {slope} {measured}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn work_is_bounded() {
+        let mut worst = 0;
+        for spec in SPECS {
+            for delta in [1e-12, 1e-8, 1e-3, 0.05, 0.7, 10.0, 1e3] {
+                let band = band(spec, delta);
+                for step in 1..400 {
+                    let logp = -1e-17 * 1.11_f64.powi(step);
+                    for side in [Side::Lower, Side::Upper] {
+                        let bound = band.bound(logp, side);
+                        worst = worst.max(bound.evaluations);
+                    }
+                }
+            }
+        }
+        assert!(worst <= MOST_BOUND_EVALUATIONS, "{worst}");
+    }
+
+    #[test]
+    fn bad_radii_are_refused_by_value_and_place() {
+        let kl = Divergence::parse("kl").unwrap();
+        for delta in [0.0, -1.0, f64::INFINITY, f64::NAN] {
+            assert!(matches!(Band::new(kl.clone(), delta, 0.1), Err(Error::Delta { .. })));
+        }
+        let radii = [0.1, -2.0];
+        let (mut lower, mut upper) = ([7.0; 2], [7.0; 2]);
+        let each = Delta::Each(&radii);
+        let refused = log_bounds(&kl, each, each, &[-1.0, -2.0], &mut lower, &mut upper);
+        assert_eq!(refused, Err(Error::Delta { value: -2.0, index: Some(1) }));
+        assert_eq!(lower, [7.0; 2], "nothing is written");
+        let refused = log_bounds(&kl, each, each, &[-1.0], &mut lower[..1], &mut upper[..1]);
+        assert!(matches!(refused, Err(Error::Length { argument: "delta_low", .. })));
     }
 }

@@ -164,7 +164,9 @@ impl Divergence {
             Radius::Same => T::of(delta),
             Radius::Renyi(order) => {
                 let rate = T::of(order) - T::of(1.0);
-                (rate * T::of(delta)).exp_m1() / (T::of(order) * rate)
+                let radius = (rate * T::of(delta)).exp_m1() / (T::of(order) * rate);
+                // Beyond the range of a double every ratio that can be told from 0 is allowed.
+                if radius.to_f64() < f64::MAX { radius } else { T::of(f64::MAX) }
             }
             Radius::Bhattacharyya => -T::of(-delta).exp_m1(),
         }
@@ -211,10 +213,8 @@ impl Generator {
             Self::Vajda(order) => {
                 if order == 1.0 {
                     excess.abs()
-                } else if excess.to_f64() == 0.0 {
-                    T::of(0.0)
                 } else {
-                    (excess.abs().ln() * T::of(order)).exp()
+                    excess.abs().powf(T::of(order))
                 }
             }
             Self::Bwcs(blend) => {
@@ -229,6 +229,32 @@ impl Generator {
                 let over = excess - (T::of(threshold) - T::of(1.0));
                 if over.to_f64() > 0.0 { over } else { T::of(0.0) }
             }
+        }
+    }
+
+    /// `f(u)/u`, which stays in the range of a double where `f(u)` does not.
+    pub(crate) fn value_per_u<T: Real>(self, at: Point<T>) -> T {
+        let Point { excess, u, .. } = at;
+        match self {
+            Self::Alpha(order) if order > 1.0 => {
+                let rate = T::of(order - 1.0);
+                (power_minus_one(rate, at) - rate * (excess / u)) / (T::of(order) * rate)
+            }
+            Self::Vajda(order) if excess.to_f64() > 0.0 => {
+                excess / u * excess.powf(T::of(order - 1.0))
+            }
+            Self::Bwcs(blend) => excess / u * (excess / (excess * T::of(blend) + T::of(1.0))),
+            _ => self.value(at) / u,
+        }
+    }
+
+    /// `f'(u)` for `u > 1`.
+    pub(crate) fn slope(self, at: Point<f64>) -> f64 {
+        match self {
+            Self::Alpha(order) => ((order - 1.0) * at.log).exp_m1() / (order - 1.0),
+            Self::Vajda(order) => order * at.excess.powf(order - 1.0),
+            Self::Bwcs(0.0) => 2.0 * at.excess,
+            _ => self.log_slope(at) / at.u,
         }
     }
 
@@ -391,21 +417,40 @@ fn jensen_shannon<T: Real>(at: Point<T>) -> T {
     (to_mean.excess_over_ln_1p() + from_mean) * half
 }
 
-/// Cressie-Read. With `E(x) = e^x - 1 - x` it is `[E(a t) - a E(t)] / (a (a-1))`, which cancels only
-/// near a = 1; there the adjoint `f_a(u) = u f_(1-a)(1/u)` takes its place.
+/// Cressie-Read, `(u^a - 1 - a(u-1)) / (a(a-1))`.
+///
+/// With `t = ln u` and `E(x) = e^x - 1 - x` it is `[E(a t) - a E(t)] / (a(a-1))` near u = 1, where that
+/// cancels only for a near 1; there the adjoint `f_a(u) = u f_(1-a)(1/u)` takes its place. Far from 1
+/// powers of u itself are more accurate than exponentials of t.
 fn alpha<T: Real>(order: T, at: Point<T>) -> T {
     let Point { log, excess, u } = at;
     let one = T::of(1.0);
-    let formula = |a: T, t: T| ((a * t).exp_excess() - a * t.exp_excess()) / (a * (a - one));
-    if order.to_f64() > 0.5 {
-        if log.to_f64() < -600.0 {
-            return one / order; // f(0) to all digits, and 1/u would overflow
+    let near_one = log.to_f64().abs() < 1.0;
+    let scale = order * (order - one);
+    if order.to_f64() <= 0.5 {
+        if near_one {
+            ((order * log).exp_excess() - order * log.exp_excess()) / scale
+        } else {
+            (power_minus_one(order, at) - order * excess) / scale
         }
-        u * formula(one - order, -log)
-    } else if log.to_f64() < -1.0 {
-        // The same without the terms in t, which would be infinite at u = 0.
-        ((order * log).exp_m1() - order * excess) / (order * (order - one))
+    } else if near_one {
+        let rest = one - order;
+        u * ((-(rest * log)).exp_excess() - rest * (-log).exp_excess()) / (-rest * order)
+    } else if log.to_f64() < -600.0 {
+        one / order // f(0) to all digits, and a power of 1/u would overflow
     } else {
-        formula(order, log)
+        (u * power_minus_one(order - one, at) - (order - one) * excess) / scale
+    }
+}
+
+/// `u^a - 1`.
+fn power_minus_one<T: Real>(order: T, at: Point<T>) -> T {
+    let exponent = order * at.log;
+    if exponent.to_f64().abs() < 1.0 {
+        exponent.exp_m1()
+    } else if at.u.to_f64() < 1e-290 {
+        exponent.exp() - T::of(1.0) // u itself is about to underflow
+    } else {
+        at.u.powf(order) - T::of(1.0)
     }
 }

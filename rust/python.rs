@@ -203,11 +203,17 @@ fn contains<'py>(
     Ok(inside.into_pyarray(py))
 }
 
+/// How many threads batches are spread over.
+#[pyfunction]
+fn thread_count() -> usize {
+    rayon::current_num_threads()
+}
+
 /// The compiled half of bandpo. Private: use `bandpo` itself.
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use super::{PyBandTable, PyDivergence, contains, log_bounds};
+    use super::{PyBandTable, PyDivergence, contains, log_bounds, thread_count};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)] // Python's name for it

@@ -39,6 +39,9 @@ pub trait Real:
     /// `sqrt x`.
     #[must_use]
     fn sqrt(self) -> Self;
+    /// `x^y` for `x >= 0`.
+    #[must_use]
+    fn powf(self, exponent: Self) -> Self;
     /// `|x|`.
     #[must_use]
     fn abs(self) -> Self {
@@ -73,6 +76,9 @@ impl Real for f64 {
     }
     fn sqrt(self) -> Self {
         f64::sqrt(self)
+    }
+    fn powf(self, exponent: Self) -> Self {
+        f64::powf(self, exponent)
     }
 
     fn excess_over_ln_1p(self) -> Self {
@@ -281,6 +287,13 @@ impl Real for Dd {
         }
         let rest = self - Self::product(root, root);
         Self::ordered(root, rest.hi / (2.0 * root))
+    }
+
+    fn powf(self, exponent: Self) -> Self {
+        if self.hi == 0.0 {
+            return Self::of(self.hi.powf(exponent.hi));
+        }
+        (self.ln() * exponent).exp()
     }
 
     fn excess_over_ln_1p(self) -> Self {

@@ -43,7 +43,8 @@ pub(crate) fn newton_log_log(
         } else {
             above = above.min(m);
         }
-        let step = -(g / target).ln() / slope;
+        // A slope that overflowed says nothing, least of all that the step is 0.
+        let step = if slope.is_finite() { -(g / target).ln() / slope } else { f64::NAN };
         let candidate = m * step.exp();
         if step.abs() <= LAST_STEP {
             return Root { at: candidate, evaluations };
