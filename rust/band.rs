@@ -782,6 +782,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::real::tests::hex_float;
 
     /// `tests/data/band_*.csv`: 60-digit references, see the header of each.
     struct Reference {
@@ -817,23 +818,6 @@ mod tests {
         }
         assert!(references.len() > 8000, "{}", references.len());
         references
-    }
-
-    fn hex_float(text: &str) -> f64 {
-        let (sign, digits) = match text.strip_prefix('-') {
-            Some(rest) => (-1.0, rest),
-            None => (1.0, text),
-        };
-        if digits == "inf" {
-            return sign * f64::INFINITY;
-        }
-        let (mantissa, exponent) = digits.strip_prefix("0x").unwrap().split_once('p').unwrap();
-        let exponent: i32 = exponent.parse().unwrap();
-        let (whole, fraction) = mantissa.split_once('.').unwrap();
-        let bits = u64::from_str_radix(&format!("{whole}{fraction}"), 16).unwrap() as f64;
-        let shift = exponent - 4 * fraction.len() as i32;
-        // Two steps, for exponents whose power of two is not a double.
-        sign * bits * 2f64.powi(shift / 2) * 2f64.powi(shift - shift / 2)
     }
 
     /// The contract: relative error at most 1e-14, and never outside the exact bound.

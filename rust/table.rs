@@ -22,7 +22,8 @@
 //! its first node is at words `2 node` (value) and `2 node + 1` (slope in `z`). Each cell holds a
 //! cubic Hermite polynomial. A lookup picks the piece by comparisons; the exponent of `z` picks the
 //! octave, the top `b` bits of its mantissa the cell, the remaining bits are the fraction. There is no
-//! exponential, logarithm, division or search in it.
+//! exponential, logarithm, division or search in it. The result is kept in the simplex: `log_upper` at
+//! most `y`, `lower` at least 0.
 //!
 //! Grading by octaves follows the bounds where they bend: towards `p = 1` and towards saturation.
 //! How finely each octave is divided is found by halving cells until the cubic meets the target, so
@@ -134,7 +135,9 @@ impl BandTable {
     /// `lower`, the ratio, at `y = -logp >= 0`.
     #[must_use]
     pub fn lower(&self, y: f32) -> f32 {
-        self.value_at(SIDE_WORDS, y)
+        let value = self.value_at(SIDE_WORDS, y);
+        // A cubic may dip below 0 by its error where the bound dies away.
+        if value < 0.0 { 0.0 } else { value }
     }
 
     fn value_at(&self, header: usize, y: f32) -> f32 {
@@ -798,4 +801,175 @@ fn canonical(bytes: &[u8]) -> Result<Vec<u8>> {
     out.extend(text);
     out.extend(&bytes[8 + header_len..]);
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn table(spec: &str, low: f64, high: f64) -> BandTable {
+        BandTable::build(&Band::new(Divergence::parse(spec).unwrap(), low, high).unwrap())
+    }
+
+    /// The promise of a table, and what a cell-wise sample may not see of it.
+    const TARGET: f64 = 1e-6;
+
+    #[test]
+    fn tables_hold_the_target_for_every_built_in() {
+        for spec in [
+            "kl",
+            "reverse-kl",
+            "tv",
+            "pearson-chi2",
+            "neyman-chi2",
+            "hellinger",
+            "le-cam",
+            "jensen-shannon",
+            "jeffreys",
+            "bhattacharyya",
+            "alpha:-3",
+            "alpha:0.5",
+            "alpha:4",
+            "renyi:0.5",
+            "renyi:2",
+            "vajda:1",
+            "vajda:1.5",
+            "vajda:4",
+            "bwcs:0.3",
+            "hockey-stick:1",
+            "hockey-stick:1.2",
+            "hockey-stick:4",
+        ] {
+            for delta in [1e-4, 1e-3, 0.01, 0.05, 0.3, 1.0] {
+                let mut table = table(spec, delta, delta);
+                assert!(table.nbytes() <= MOST_BYTES, "{spec} {delta}: {}", table.nbytes());
+                let sampled = table.max_error();
+                let found = table.verify(20_000, |_| true).unwrap();
+                for error in [sampled, found] {
+                    let worst = error.log_upper.max(error.lower);
+                    assert!(worst <= TARGET, "{spec} {delta}: {error:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ends_and_special_values() {
+        let table = table("kl", 0.05, 0.05);
+        assert_eq!(table.log_upper(0.0), 0.0);
+        assert!((table.lower(0.0) - (-0.05_f32).exp()).abs() < 1e-7, "the limit for p -> 1");
+        assert_eq!(table.log_upper(f32::INFINITY), f32::INFINITY);
+        assert_eq!(table.lower(f32::INFINITY), 0.0);
+        assert!(table.log_upper(f32::NAN).is_nan() && table.lower(f32::NAN).is_nan());
+        assert_eq!(table.log_bounds(0.5), table.log_bounds(0.0), "above 0 is read as 0");
+        assert!(table.log_bounds(f64::NAN).0.is_nan());
+    }
+
+    #[test]
+    fn each_side_has_its_own_radius() {
+        let (low, high) = (table("kl", 0.01, 0.2), table("kl", 0.2, 0.01));
+        for y in [0.01_f32, 0.7, 3.0] {
+            assert!(low.log_upper(y) > high.log_upper(y) && low.lower(y) > high.lower(y), "{y}");
+        }
+    }
+
+    #[test]
+    fn a_file_gives_back_the_same_table_and_the_same_bytes() {
+        let mut table = table("alpha:0.5", 0.01, 0.2);
+        table.verify(5000, |_| true).unwrap();
+        let bytes = table.to_bytes().unwrap();
+        let again = BandTable::from_bytes(&bytes).unwrap();
+        assert_eq!(again, table);
+        assert_eq!(again.to_bytes().unwrap(), bytes);
+    }
+
+    #[test]
+    fn every_flipped_bit_and_every_truncation_is_refused() {
+        let bytes = table("tv", 0.05, 0.05).to_bytes().unwrap();
+        for place in 0..bytes.len() {
+            let mut altered = bytes.clone();
+            altered[place] ^= 1 << (place % 8);
+            assert!(
+                matches!(BandTable::from_bytes(&altered), Err(Error::TableFile { .. })),
+                "byte {place}"
+            );
+        }
+        for length in (0..bytes.len()).step_by(7) {
+            assert!(BandTable::from_bytes(&bytes[..length]).is_err(), "{length}");
+        }
+        let mut longer = bytes.clone();
+        longer.push(0);
+        assert!(BandTable::from_bytes(&longer).is_err());
+    }
+
+    #[test]
+    fn foreign_and_newer_files_are_told_apart() {
+        let refused = |bytes: &[u8]| match BandTable::from_bytes(bytes) {
+            Err(Error::TableFile { reason }) => reason,
+            other => panic!("{other:?}"),
+        };
+        assert!(refused(b"GIF89a").contains("not a whole safetensors file"));
+        let data = [0_u8; 4];
+        let view = || TensorView::new(Dtype::F32, vec![1], &data).unwrap();
+        let foreign = safetensors::serialize([("weight", view())], None).unwrap();
+        assert!(refused(&foreign).contains("not of a bandpo table"));
+        let metadata = HashMap::from([
+            ("format".to_owned(), FORMAT.to_owned()),
+            ("format_version".to_owned(), "2".to_owned()),
+        ]);
+        let newer = safetensors::serialize([(TENSOR, view())], Some(metadata)).unwrap();
+        assert!(refused(&newer).contains("format version \"2\""));
+    }
+
+    /// A forged file with a right checksum but indices that lead outside.
+    #[test]
+    fn an_image_that_points_outside_itself_is_refused() {
+        let good = table("kl", 0.05, 0.05);
+        for (place, word) in [(18, 1 << 20), (24, u32::MAX), (ENTRIES, u32::MAX), (30, u32::MAX)] {
+            let mut forged = good.clone();
+            forged.words[place] = word;
+            let bytes = forged.to_bytes().unwrap();
+            assert!(BandTable::from_bytes(&bytes).is_err(), "word {place}");
+        }
+    }
+
+    #[test]
+    fn saving_where_one_cannot_write_leaves_nothing() {
+        let table = table("kl", 0.05, 0.05);
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("missing").join("table.safetensors");
+        assert!(matches!(table.save(&missing), Err(Error::File { action: "write", .. })));
+        assert!(matches!(table.save(folder.path()), Err(Error::File { action: "write", .. })));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        let path = folder.path().join("table.safetensors");
+        table.save(&path).unwrap();
+        table.save(&path).unwrap();
+        assert_eq!(BandTable::load(&path).unwrap(), table);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file stays");
+        assert!(matches!(BandTable::load(&missing), Err(Error::File { action: "read", .. })));
+    }
+
+    #[test]
+    fn a_verification_that_is_stopped_changes_nothing() {
+        let mut table = table("kl", 0.05, 0.05);
+        let before = table.clone();
+        assert_eq!(table.verify(10_000, |_| false), None);
+        assert_eq!(table, before);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        /// Random radii: the table stays within the target at random tokens.
+        #[test]
+        fn any_radius(log_delta in -9.2..0.0_f64, y in prop::collection::vec(0.0..104.0_f32, 50)) {
+            let table = table("reverse-kl", log_delta.exp(), log_delta.exp());
+            for y in y {
+                let error = table.error_at(y);
+                prop_assert!(error.log_upper <= TARGET && error.lower <= TARGET, "{} {:?}", y, error);
+            }
+        }
+    }
 }

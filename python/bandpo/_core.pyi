@@ -6,7 +6,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BandTable", "Divergence", "__version__", "contains", "log_bounds"]
+__all__ = ["BandTable", "Divergence", "__version__", "contains", "log_bounds", "thread_count"]
 
 __version__: str
 
@@ -57,3 +57,4 @@ def contains(
     log_ratio: NDArray[np.float64],
     /,
 ) -> NDArray[np.bool_]: ...
+def thread_count() -> int: ...

@@ -47,7 +47,7 @@ class Region(ABC):
 
     @abstractmethod
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
-        """Returns ``(log_lower, log_upper)``, natural logarithms, float64, in the shape of ``logp``.
+        """Returns ``(log_lower, log_upper)``: natural, float64, in the shape of ``logp``.
 
         Args:
             logp: Old log-probabilities (natural), real numbers, any shape.
@@ -59,8 +59,8 @@ class Region(ABC):
     def bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns ``(lower, upper)``, the bounds of the ratio new/old itself.
 
-        A finite ``log_lower`` gives at least the smallest positive float: 0 means that the ratio may
-        be 0. An ``upper`` beyond the largest float is inf.
+        A finite ``log_lower`` gives at least the smallest positive float: 0 means that the ratio
+        may be 0. An ``upper`` beyond the largest float is inf.
         """
         log_lower, log_upper = self.log_bounds(logp)
         with np.errstate(over="ignore", under="ignore"):
@@ -133,8 +133,9 @@ class Clip(Region):
 class Band(Region):
     """Every ratio for which ``D_f <= delta`` holds for {this token, everything else}.
 
-    ``D_f(p, r) = p f(r) + (1-p) f((1 - r p)/(1-p))`` (BandPO, arXiv 2603.04918). It bounds a token's
-    ratio; it does not bound the divergence of the whole policy after an update of shared parameters.
+    ``D_f(p, r) = p f(r) + (1-p) f((1 - r p)/(1-p))`` (BandPO, arXiv 2603.04918). It bounds a
+    token's ratio; it does not bound the divergence of the whole policy after an update of shared
+    parameters.
 
     The bounds are exact: within 1e-14 of the true log bound, relatively, and on its inner side.
 
@@ -160,11 +161,14 @@ class Band(Region):
         self.delta_high: float | Float64Array
         if isinstance(delta, tuple):
             if len(delta) != 2:
-                raise InvalidValueError(f"delta must be a pair (low, high), got {len(delta)} values")
+                raise InvalidValueError(
+                    f"delta must be a pair (low, high), got {len(delta)} values"
+                )
             self.delta_low, self.delta_high = (_as_number("delta", side) for side in delta)
         elif isinstance(delta, np.ndarray) and delta.ndim > 0:
-            self.delta_low = self.delta_high = as_float64("delta", delta).copy()
-            self.delta_low.flags.writeable = False
+            radii = as_float64("delta", delta).copy()
+            radii.flags.writeable = False
+            self.delta_low = self.delta_high = radii
         else:
             self.delta_low = self.delta_high = _as_number("delta", delta)
         for side in (self.delta_low, self.delta_high):
@@ -196,17 +200,17 @@ class Band(Region):
         tokens, low, high, ratios = self._with_radii(
             logp=as_float64("logp", logp), log_ratio=as_float64("log_ratio", log_ratio)
         )
-        inside = _core.contains(self.divergence._core, low, high, _flat(tokens), _flat(ratios))
-        return inside.reshape(tokens.shape)
+        inside: BoolArray = _core.contains(
+            self.divergence._core, low, high, _flat(tokens), _flat(ratios)
+        )
+        return np.reshape(inside, tokens.shape)
 
     def _with_radii(self, **arrays: Float64Array) -> list[Any]:
         """The first array, the radii as the core takes them, then the rest; all broadcast."""
         if not isinstance(self.delta_low, np.ndarray):
             first, *rest = _broadcast(**arrays)
             return [first, self.delta_low, self.delta_high, *rest]
-        first, radii, *rest = _broadcast(
-            logp=arrays.pop("logp"), delta=self.delta_low, **arrays
-        )
+        first, radii, *rest = _broadcast(logp=arrays.pop("logp"), delta=self.delta_low, **arrays)
         return [first, _flat(radii), _flat(radii), *rest]
 
     def table(self) -> BandTable:

@@ -15,7 +15,7 @@ from bandpo.region import Band, Float64Array, Region, as_float64
 
 
 class MaxError(NamedTuple):
-    """Largest absolute error found, beyond one float32 ulp of the bound, within log bounds of +-20."""
+    """Largest absolute error beyond one float32 ulp of the bound, where log bounds are in +-20."""
 
     log_upper: float
     lower: float
@@ -24,22 +24,23 @@ class MaxError(NamedTuple):
 class BandTable(Region):
     """A tabulated region; make one with `Band.table` or `BandTable.load`.
 
-    It holds ``log_upper`` and ``lower`` over ``-logp`` in float32, as cubic Hermite pieces whose cell
-    is read off the bits of the float: a lookup has no exponential, logarithm, division or search.
-
-    A table can be pickled; on a disk it is a safetensors file, described in ``docs/table-format.md``.
+    It holds ``log_upper`` and ``lower`` over ``-logp`` in float32, as cubic Hermite pieces whose
+    cell is read off the bits of the float: a lookup has no exponential, logarithm, division or
+    search. A table can be pickled; on a disk it is a safetensors file.
     """
 
     def __init__(self, core: _core.BandTable) -> None:
         if not isinstance(core, _core.BandTable):
-            raise InvalidTypeError("make a BandTable with Band(...).table() or BandTable.load(path)")
+            raise InvalidTypeError(
+                "make a BandTable with Band(...).table() or BandTable.load(path)"
+            )
         self._core = core
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the tabulated ``(log_lower, log_upper)``; see `Region.log_bounds`.
 
-        ``logp`` is rounded to float32 first. ``lower`` is what is tabulated, so ``log_lower`` has an
-        absolute error in ``exp(log_lower)``.
+        ``logp`` is rounded to float32 first. ``lower`` is what is tabulated, so ``log_lower`` has
+        an absolute error in ``exp(log_lower)``.
         """
         tokens = as_float64("logp", logp)
         log_lower, log_upper = self._core.log_bounds(np.ascontiguousarray(tokens).reshape(-1))

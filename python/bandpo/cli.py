@@ -1,0 +1,303 @@
+"""The command line: bounds, tables, the demo, and what is installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import bandpo
+from bandpo.error import BandpoError, InvalidValueError, MissingExtraError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+CHECK_FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+TABLE_TARGET = 1e-6
+"""What a table's error may be beyond one float32 ulp of the bound (see `bandpo.BandTable`)."""
+
+SAMPLES = 1_000_000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    0 is success, 1 a table beyond its target, 2 bad input, 130 an interruption. Errors are one line
+    on standard error.
+    """
+    parsed = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    try:
+        return command(parsed)
+    except BandpoError as error:
+        print(f"bandpo: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("bandpo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone, and Python would complain about it once more
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bandpo",
+        description="Probability-aware clip bounds from f-divergence trust regions.",
+    )
+    parser.add_argument("--version", action="version", version=f"bandpo {bandpo.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    bounds = commands.add_parser("bounds", help="print the exact bounds of a band")
+    bounds.add_argument(
+        "p",
+        nargs="+",
+        type=_number,
+        help="old probabilities in [0, 1]; with --logp their logarithms",
+    )
+    _add_band(bounds)
+    bounds.add_argument("--logp", action="store_true", help="read natural logarithms")
+    _add_json(bounds)
+    bounds.set_defaults(command=_bounds)
+
+    table = commands.add_parser("table", help="build, inspect and verify lookup tables")
+    tables = table.add_subparsers(required=True, metavar="ACTION")
+    build = tables.add_parser("build", help="tabulate a band into a file")
+    _add_band(build)
+    build.add_argument("-o", "--output", required=True, help="the .safetensors file to write")
+    _add_json(build)
+    build.set_defaults(command=_table_build)
+    inspect = tables.add_parser("inspect", help="print what a table file says of itself")
+    inspect.add_argument("path")
+    _add_json(inspect)
+    inspect.set_defaults(command=_table_inspect)
+    verify = tables.add_parser("verify", help="compare a table file with the exact solver")
+    verify.add_argument("path")
+    verify.add_argument(
+        "--samples", type=int, default=SAMPLES, help="float32 log-probs to look at (%(default)s)"
+    )
+    _add_json(verify)
+    verify.set_defaults(command=_table_verify)
+
+    demo = commands.add_parser("demo", help="train a small policy under several clip rules")
+    demo.add_argument("-o", "--output", default="bandpo-demo.png", help="picture (%(default)s)")
+    demo.add_argument("--seeds", type=int, help="runs for each rule")
+    demo.add_argument("--batches", type=int, help="rollout batches a run")
+    _add_json(demo)
+    demo.set_defaults(command=_demo)
+
+    doctor = commands.add_parser("doctor", help="what is installed and which backend would run")
+    _add_json(doctor)
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_band(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--divergence", default="kl", help="name of the divergence (%(default)s)")
+    parser.add_argument(
+        "--delta",
+        type=_number,
+        nargs="+",
+        default=[0.05],
+        metavar="DELTA",
+        help="radius, or two: below and above a ratio of 1 (0.05)",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _band(parsed: argparse.Namespace) -> bandpo.Band:
+    delta: list[float] = parsed.delta
+    if len(delta) > 2:
+        raise InvalidValueError(f"delta must be one radius or two, got {len(delta)}")
+    return bandpo.Band(parsed.divergence, (delta[0], delta[-1]))
+
+
+def _print_json(content: object) -> None:
+    print(json.dumps(_json_safe(content), indent=2, allow_nan=False))
+
+
+def _json_safe(content: Any) -> Any:
+    """JSON has no infinity and no NaN: they become the strings that float() reads back."""
+    if isinstance(content, dict):
+        return {key: _json_safe(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_json_safe(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(content)
+    return content
+
+
+def _bounds(parsed: argparse.Namespace) -> int:
+    band = _band(parsed)
+    given = np.array(parsed.p, dtype=np.float64)
+    if parsed.logp:
+        logp = given
+    else:
+        outside = ~((given >= 0.0) & (given <= 1.0))
+        if outside.any():
+            raise InvalidValueError(f"p must be in [0, 1], got {given[outside][0]}")
+        with np.errstate(divide="ignore"):
+            logp = np.log(given)
+    log_lower, log_upper = band.log_bounds(logp)
+    lower, upper = band.bounds(logp)
+    rows = [
+        {
+            "logp" if parsed.logp else "p": float(given[i]),
+            "lower": float(lower[i]),
+            "upper": float(upper[i]),
+            "log_lower": float(log_lower[i]),
+            "log_upper": float(log_upper[i]),
+        }
+        for i in range(len(given))
+    ]
+    if parsed.json:
+        _print_json(
+            {
+                "divergence": band.divergence.spec,
+                "delta_low": band.delta_low,
+                "delta_high": band.delta_high,
+                "bounds": rows,
+            }
+        )
+        return 0
+    print(" ".join(f"{name:>14}" for name in rows[0]))
+    for row in rows:
+        print(" ".join(f"{value:>14.9g}" for value in row.values()))
+    return 0
+
+
+def _describe(table: bandpo.BandTable) -> dict[str, Any]:
+    return {**table.metadata, "nbytes": table.nbytes}
+
+
+def _print_table(table: bandpo.BandTable, as_json: bool) -> None:
+    description = _describe(table)
+    if as_json:
+        _print_json(description)
+        return
+    for name, value in description.items():
+        print(f"{name:22} {value}")
+
+
+def _table_build(parsed: argparse.Namespace) -> int:
+    table = _band(parsed).table()
+    table.save(parsed.output)
+    _print_table(table, parsed.json)
+    return 0
+
+
+def _table_inspect(parsed: argparse.Namespace) -> int:
+    _print_table(bandpo.BandTable.load(parsed.path), parsed.json)
+    return 0
+
+
+def _table_verify(parsed: argparse.Namespace) -> int:
+    table = bandpo.BandTable.load(parsed.path)
+    with _progress() as progress:
+        task = progress.add_task("comparing with the solver", total=parsed.samples)
+        verified = table.verify(
+            parsed.samples, progress=lambda done: progress.update(task, completed=done)
+        )
+    error = verified.max_error
+    passed = max(error) <= TABLE_TARGET
+    if parsed.json:
+        _print_json({**_describe(verified), "target": TABLE_TARGET, "passed": passed})
+    else:
+        _print_table(verified, as_json=False)
+        print(f"{'target':22} {TABLE_TARGET}")
+        print("passed" if passed else "failed: the error is above the target")
+    return 0 if passed else CHECK_FAILED
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # On standard error: standard output belongs to the result.
+    return Progress(console=Console(stderr=True), transient=True)
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    from bandpo import demo
+
+    chosen = {name: getattr(parsed, name) for name in ("seeds", "batches")}
+    result = demo.run(
+        Path(parsed.output),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    if parsed.json:
+        _print_json(result.as_dict())
+    else:
+        demo.print_report(result)
+    return 0
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    report = {
+        "bandpo": bandpo.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in ("numpy", "torch", "matplotlib", "cupy")},
+        "threads": _threads(),
+        **_backends(),
+    }
+    if parsed.json:
+        _print_json(report)
+    else:
+        for name, value in report.items():
+            print(f"{name:22} {'not installed' if value is None else value}")
+    return 0
+
+
+def _version(distribution: str) -> str | None:
+    # CuPy's distributions carry the CUDA version in their name.
+    names = [distribution]
+    if distribution == "cupy":
+        names += ["cupy-cuda12x", "cupy-cuda13x"]
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _threads() -> int:
+    return bandpo._core.thread_count()
+
+
+def _backends() -> dict[str, str]:
+    try:
+        from bandpo import torch as bandpo_torch
+    except MissingExtraError as missing:
+        return {
+            "backend on a CPU": f"none: {missing}",
+            "backend on a GPU": f"none: {missing}",
+            "GPU": "unknown without torch",
+        }
+    return {
+        "backend on a CPU": bandpo_torch.default_backend("cpu"),
+        "backend on a GPU": bandpo_torch.default_backend("cuda"),
+        "GPU": bandpo_torch.gpu_report(),
+    }

@@ -1,0 +1,298 @@
+"""Exact bounds: against 60-digit references, published values, identities and other solvers."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import bandpo
+import numpy as np
+import pytest
+from bandpo import Band, Clip, Divergence
+from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.region import Float64Array
+from conftest import Reference
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import elementwise
+
+RELATIVE = 1e-14
+"""What a log bound may be off, relatively: the contract of `bandpo.Band`."""
+
+SPECS = [
+    "kl",
+    "reverse-kl",
+    "tv",
+    "pearson-chi2",
+    "neyman-chi2",
+    "hellinger",
+    "le-cam",
+    "jensen-shannon",
+    "jeffreys",
+    "bhattacharyya",
+    "alpha:-3",
+    "alpha:0.5",
+    "alpha:4",
+    "renyi:0.5",
+    "renyi:2",
+    "vajda:1.5",
+    "bwcs:0.3",
+    "hockey-stick:1.2",
+]
+
+
+def test_bounds_equal_the_reference_and_lie_inside(reference: Reference) -> None:
+    log_lower, log_upper = Band(reference.spec, reference.delta).log_bounds(reference.logp)
+    for actual, exact, rest in [
+        (log_lower, reference.log_lower, reference.log_lower_rest),
+        (log_upper, reference.log_upper, reference.log_upper_rest),
+    ]:
+        infinite = np.isinf(exact)
+        np.testing.assert_array_equal(actual[infinite], exact[infinite])
+        finite = ~infinite
+        # Neighbouring doubles subtract exactly, so this sees errors far below one ulp.
+        error = ((actual[finite] - exact[finite]) - rest[finite]) / exact[finite]
+        assert error.max() <= 0.0, "outside the exact bound"
+        assert error.min() >= -RELATIVE
+
+
+def test_every_divergence_has_a_reference() -> None:
+    from conftest import REFERENCE_FILES
+
+    stems = {path.stem.removeprefix("band_").split("_")[0] for path in REFERENCE_FILES}
+    assert {spec.split(":")[0] for spec in SPECS} <= stems
+
+
+@pytest.mark.parametrize(
+    ("p", "lower", "upper"),
+    [
+        (1e-3, 7.099e-23, 53.54809),
+        (0.01, 0.002497386, 7.809846),
+        (0.05, 0.1620217, 2.981250),
+        (0.1, 0.3127840, 2.200786),
+        (0.3, 0.5708725, 1.515323),
+        (0.5, 0.6915157, 1.308484),
+        (0.8, 0.8205804, 1.131015),
+        (0.95, 0.8957237, 1.044104),
+        (0.99, 0.9312137, 1.010076),
+    ],
+)
+def test_known_values_of_kl_at_005(p: float, lower: float, upper: float) -> None:
+    actual_lower, actual_upper = Band("kl", 0.05).bounds(np.log(p))
+    # Half a unit in the last digit that is printed.
+    assert actual_lower == pytest.approx(lower, rel=1e-4 if p < 0.01 else 4e-7, abs=0)
+    assert actual_upper == pytest.approx(upper, rel=4e-7, abs=0)
+
+
+def test_the_general_solver_of_scipy_agrees_for_kl() -> None:
+    rng = np.random.default_rng(0)
+    logp = np.log(rng.uniform(1e-4, 0.99, 2000))
+    p = np.exp(logp)
+
+    def residual(log_ratio: Float64Array, p: Float64Array) -> Float64Array:
+        r = np.exp(log_ratio)
+        c = (1 - r * p) / (1 - p)
+        shifted: Float64Array = p * (r - 1 - log_ratio) + (1 - p) * (c - 1 - np.log(c)) - 0.05
+        return shifted
+
+    upper = elementwise.find_root(residual, (np.zeros_like(p), -logp * (1 - 1e-12)), args=(p,))
+    _, log_upper = Band("kl", 0.05).log_bounds(logp)
+    np.testing.assert_allclose(log_upper, upper.x, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("delta", "p"), [(0.05, 0.3), (0.2, 0.7), (1e-6, 1e-3)])
+def test_closed_forms_of_tv_and_chi_square(delta: float, p: float) -> None:
+    lower, upper = Band("tv", delta).bounds(np.log(p))
+    assert lower == pytest.approx(max(1 - delta / p, 0.0), rel=1e-13, abs=0)
+    assert upper == pytest.approx(min(1 + delta / p, 1 / p), rel=1e-13, abs=0)
+    half = np.sqrt(delta * (1 - p) / p)
+    lower, upper = Band("pearson-chi2", delta).bounds(np.log(p))
+    assert lower == pytest.approx(max(1 - half, 0.0), rel=1e-13, abs=0)
+    assert upper == pytest.approx(min(1 + half, 1 / p), rel=1e-13, abs=0)
+
+
+probabilities = st.floats(min_value=-690.0, max_value=-1e-15)
+radii = st.floats(min_value=1e-8, max_value=10.0)
+specs = st.sampled_from(SPECS)
+
+
+@given(specs, radii, probabilities)
+def test_one_is_inside_and_the_simplex_is_not_left(spec: str, delta: float, logp: float) -> None:
+    log_lower, log_upper = Band(spec, delta).log_bounds(logp)
+    assert log_lower <= 0.0 <= log_upper <= -logp
+
+
+@given(specs, radii, st.integers(min_value=1, max_value=2**20 - 1))
+def test_mirror_identity(spec: str, delta: float, numerator: int) -> None:
+    p = numerator / 2**20  # so that 1 - p is exact
+    band = Band(spec, delta)
+    _, log_upper = band.log_bounds(np.log(p))
+    log_lower, _ = band.log_bounds(np.log1p(-p))
+    up, down = p * np.exp(log_upper), (1 - p) * np.exp(log_lower)
+    # Each log bound is off by its relative error, each logarithm by half an ulp.
+    slack = RELATIVE * (up * log_upper - (down * log_lower if down > 0 else 0.0)) + 4e-15
+    assert abs(up + down - 1) <= slack
+
+
+@given(specs, radii, st.lists(probabilities, min_size=2, max_size=30))
+def test_monotone_in_p(spec: str, delta: float, logp: list[float]) -> None:
+    log_lower, log_upper = Band(spec, delta).log_bounds(np.sort(logp))
+    assert np.all(log_upper[1:] <= log_upper[:-1] * (1 + 2 * RELATIVE))
+    assert np.all(log_lower[1:] >= log_lower[:-1] * (1 + 2 * RELATIVE))
+
+
+@given(specs, radii, st.floats(min_value=1.0, max_value=1e3), probabilities)
+def test_nested_in_delta(spec: str, delta: float, more: float, logp: float) -> None:
+    log_lower, log_upper = Band(spec, delta).log_bounds(logp)
+    wider_lower, wider_upper = Band(spec, delta * more).log_bounds(logp)
+    assert wider_lower <= log_lower * (1 - 2 * RELATIVE)
+    assert wider_upper >= log_upper * (1 - 2 * RELATIVE)
+
+
+@given(specs, radii, probabilities)
+def test_contains_its_bounds_and_nothing_beyond(spec: str, delta: float, logp: float) -> None:
+    band = Band(spec, delta)
+    log_lower, log_upper = band.log_bounds(logp)
+    assert band.contains(logp, log_lower)
+    assert band.contains(logp, log_upper)
+    assert not band.contains(logp, log_upper * (1 + 4 * RELATIVE))
+    if log_lower > -np.inf:
+        assert not band.contains(logp, log_lower * (1 + 4 * RELATIVE))
+
+
+def test_limits_at_both_ends_and_nan() -> None:
+    logp = np.array([0.0, 3.0, -np.inf, np.nan, -1.0])
+    for spec in SPECS:
+        log_lower, log_upper = Band(spec, 0.05).log_bounds(logp)
+        np.testing.assert_array_equal(log_upper[:4], [0.0, 0.0, np.inf, np.nan])
+        np.testing.assert_array_equal(log_lower[2:4], [-np.inf, np.nan])
+        assert log_lower[0] == log_lower[1]
+        assert np.isfinite([log_lower[4], log_upper[4]]).all(), "a NaN spoils no neighbour"
+    assert Band("kl", 0.05).log_bounds(0.0)[0] == pytest.approx(-0.05, rel=RELATIVE, abs=0)
+
+
+def test_saturation_is_exact_where_f_at_0_is_finite() -> None:
+    # tv lets everything pass on the lower side where delta >= p, on the upper side where >= 1 - p.
+    logp = np.log([0.3, 0.6, 0.9])
+    log_lower, log_upper = Band("tv", 0.35).log_bounds(logp)
+    assert log_lower[0] == -np.inf
+    assert log_upper[2] == -logp[2]
+    assert np.isfinite(log_lower[1:]).all()
+    lower, _ = Band("tv", 0.35).bounds(logp)
+    assert lower[0] == 0.0
+
+
+def test_nothing_saturates_where_f_at_0_is_infinite() -> None:
+    logp = np.array([-1e-300, -1e-10, -0.1, -1.0, -300.0, -740.0, -1e6])
+    for spec in ["kl", "jeffreys", "neyman-chi2", "alpha:-2"]:
+        band = Band(spec, 5.0)
+        log_lower, log_upper = band.log_bounds(logp)
+        assert np.all(log_upper < -logp)
+        assert np.all(log_lower >= -np.finfo(float).max)
+        assert np.all(band.bounds(logp)[0] > 0.0)
+
+
+def test_delta_as_a_number_a_pair_and_an_array() -> None:
+    logp = np.log([[0.1, 0.5], [0.01, 0.9]])
+    low, high = Band("kl", 0.01), Band("kl", 0.2)
+    pair = Band("kl", (0.01, 0.2))
+    np.testing.assert_array_equal(pair.log_bounds(logp)[0], low.log_bounds(logp)[0])
+    np.testing.assert_array_equal(pair.log_bounds(logp)[1], high.log_bounds(logp)[1])
+    rows = Band("kl", np.array([[0.01], [0.2]]))
+    np.testing.assert_array_equal(rows.log_bounds(logp)[1][0], low.log_bounds(logp)[1][0])
+    np.testing.assert_array_equal(rows.log_bounds(logp)[1][1], high.log_bounds(logp)[1][1])
+    inside = rows.contains(logp, np.full((2, 2), 0.3))
+    assert inside[0, 0] == low.contains(logp[0, 0], 0.3)
+    assert inside[1, 0] == high.contains(logp[1, 0], 0.3)
+
+
+def test_shape_dtype_and_layout_are_kept_or_converted() -> None:
+    logp = np.log(np.linspace(0.1, 0.9, 24)).reshape(2, 3, 4)
+    expected = Band("kl", 0.05).log_bounds(logp)[1]
+    strided = Band("kl", 0.05).log_bounds(logp.transpose(2, 0, 1))[1]
+    np.testing.assert_array_equal(strided, expected.transpose(2, 0, 1))
+    assert Band("kl", 0.05).log_bounds(logp.astype(np.float32))[1].dtype == np.float64
+    assert Band("kl", 0.05).log_bounds(np.empty((0, 3)))[0].shape == (0, 3)
+    assert Band("kl", 0.05).log_bounds(-1)[0].shape == ()
+
+
+def test_clip_is_the_constant_interval() -> None:
+    lower, upper = Clip(0.2, 0.28).bounds([-1.0, -9.0, np.nan])
+    np.testing.assert_allclose(lower, [0.8, 0.8, np.nan], rtol=1e-15)
+    np.testing.assert_allclose(upper, [1.28, 1.28, np.nan], rtol=1e-15)
+    assert Clip(0.2) == Clip(0.2, 0.2)
+    lower, upper = Clip(1.0, np.inf).bounds(-1.0)
+    assert lower == 0.0
+    assert upper == np.inf
+
+
+def test_regions_compare_hash_print_and_pickle() -> None:
+    regions = [Band("alpha:0.5", (0.1, 0.2)), Band("kl", np.array([0.1, 0.2])), Clip(0.2, 0.28)]
+    for region in regions:
+        copy = pickle.loads(pickle.dumps(region))  # noqa: S301 -- our own bytes
+        assert copy == region
+        assert hash(copy) == hash(region)
+    assert repr(regions[0]) == "Band('alpha:0.5', (0.1, 0.2))"
+    assert Band("kl", 0.1) != Band("kl", 0.2)
+    assert Band("kl", 0.1) != Clip(0.1)
+    assert pickle.loads(pickle.dumps(Divergence("kl"))) == Divergence("kl")  # noqa: S301
+
+
+@pytest.mark.parametrize("delta", [0.0, -0.05, float("nan"), float("inf")])
+def test_bad_delta_is_refused_by_name_and_value(delta: float) -> None:
+    forms: list[Any] = [delta, (0.1, delta), np.array([0.1, delta])]
+    for given_delta in forms:
+        with pytest.raises(
+            InvalidValueError, match=f"delta must be finite and above 0, got {delta}"
+        ):
+            Band("kl", given_delta)
+
+
+def test_unknown_divergence_lists_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"\"wasserstein\" is not known; known are: kl, reverse-kl"
+    ):
+        Band("wasserstein", 0.05)
+    with pytest.raises(InvalidTypeError, match="divergence must be a name"):
+        Divergence(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["alpha", "alpha:", "alpha:nan", "alpha:inf", "renyi:0", "renyi:-1", "vajda:0.5", "bwcs:1.5",
+     "bwcs:-0.1", "hockey-stick:0.9", "kl:2", "alpha:1:2"],
+)  # fmt: skip
+def test_bad_parameters_are_refused_with_what_is_allowed(spec: str) -> None:
+    with pytest.raises(InvalidValueError, match=f'divergence "{spec}": .*(takes)'):
+        Divergence(spec)
+
+
+def test_wrong_types_and_shapes_name_the_argument() -> None:
+    band = Band("kl", 0.05)
+    with pytest.raises(InvalidTypeError, match="logp must hold real numbers, got dtype <U1"):
+        band.log_bounds(["a"])
+    with pytest.raises(InvalidTypeError, match="logp must hold real numbers, got dtype complex128"):
+        band.log_bounds(np.array([1j]))
+    with pytest.raises(InvalidTypeError, match="logp must be an array of real numbers"):
+        band.log_bounds([[1.0], [1.0, 2.0]])
+    with pytest.raises(InvalidTypeError, match="delta must hold real numbers"):
+        Band("kl", "0.05")  # type: ignore[arg-type]
+    with pytest.raises(InvalidValueError, match="pair"):
+        Band("kl", (0.1, 0.2, 0.3))  # type: ignore[arg-type]
+    with pytest.raises(InvalidValueError, match=r"do not broadcast: logp \(3,\), delta \(2,\)"):
+        Band("kl", np.array([0.1, 0.2])).log_bounds([-1.0, -2.0, -3.0])
+    with pytest.raises(InvalidValueError, match=r"logp \(3,\), log_ratio \(2,\)"):
+        band.contains([-1.0, -2.0, -3.0], [0.0, 0.0])
+    with pytest.raises(InvalidValueError, match=r"eps_low must be in \[0, 1\], got 1.2"):
+        Clip(1.2)
+    with pytest.raises(InvalidValueError, match=r"eps_high must be at least 0, got -0\.1"):
+        Clip(0.2, -0.1)
+    with pytest.raises(InvalidTypeError, match="eps_low must be one number"):
+        Clip([0.2, 0.3])  # type: ignore[arg-type]
+
+
+def test_every_error_is_a_bandpo_error() -> None:
+    with pytest.raises(bandpo.BandpoError):
+        Band("kl", 0.0)
+    with pytest.raises(bandpo.BandpoError):
+        Divergence("nope")
