@@ -301,3 +301,7 @@ def _backends() -> dict[str, str]:
         "backend on a GPU": bandpo_torch.default_backend("cuda"),
         "GPU": bandpo_torch.gpu_report(),
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The command line as a shell sees it: output, JSON, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bandpo
+from bandpo.cli import main
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bandpo.cli", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_bounds_prints_a_row_for_each_probability(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bounds", "0.01", "0.5"]) == 0
+    header, first, second = capsys.readouterr().out.splitlines()
+    assert header.split() == ["p", "lower", "upper", "log_lower", "log_upper"]
+    assert [float(value) for value in first.split()][:3] == [0.01, 0.00249738572, 7.80984629]
+    assert float(second.split()[2]) == pytest.approx(1.308484, rel=4e-7)
+
+
+def test_bounds_as_json_reads_back_exactly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bounds", "--logp", "-1", "-inf", "--delta", "0.01", "0.2", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["delta_low"], content["delta_high"]) == (0.01, 0.2)
+    log_lower, log_upper = bandpo.Band("kl", (0.01, 0.2)).log_bounds(-1.0)
+    assert content["bounds"][0]["log_lower"] == float(log_lower)
+    assert content["bounds"][0]["log_upper"] == float(log_upper)
+    assert float(content["bounds"][1]["log_upper"]) == float("inf")
+
+
+def test_a_table_is_built_inspected_and_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "tv.safetensors")
+    assert main(["table", "build", "--divergence", "tv", "--delta", "0.1", "-o", path]) == 0
+    capsys.readouterr()
+    assert main(["table", "inspect", path, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["divergence"], content["delta_low"]) == ("tv", "0.1")
+    assert main(["table", "verify", path, "--samples", "20000", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["passed"] is True
+    assert float(content["max_error_log_upper"]) <= content["target"]
+    assert bandpo.BandTable.load(path).band == bandpo.Band("tv", 0.1)
+
+
+def test_doctor_reports_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+    import torch
+
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["bandpo"] == bandpo.__version__
+    assert report["numpy"] == np.__version__
+    assert report["torch"] == torch.__version__
+    assert report["backend on a CPU"] == "native"
+    assert report["backend on a GPU"] == "torch"
+    assert ("usable" in report["GPU"]) == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bounds", "1.5"], "p must be in [0, 1], got 1.5"),
+        (["bounds", "nan"], "p must be in [0, 1], got nan"),
+        (["bounds", "0.5", "--delta", "0"], "delta must be finite and above 0, got 0.0"),
+        (["bounds", "0.5", "--delta", "1", "2", "3"], "delta must be one radius or two, got 3"),
+        (["bounds", "0.5", "--divergence", "kll"], 'divergence "kll" is not known; known are: kl'),
+        (["table", "inspect", "no-such-file"], "cannot read no-such-file"),
+        (["table", "build", "-o", "no-such-folder/t"], "cannot write no-such-folder/t"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    outcome = run(*arguments)
+    assert outcome.returncode == 2
+    assert outcome.stdout == ""
+    assert outcome.stderr.startswith("bandpo: error: ")
+    assert message in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+
+
+def test_an_altered_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.safetensors"
+    bandpo.Band("kl", 0.05).table().save(path)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    outcome = run("table", "verify", str(path))
+    assert outcome.returncode == 2
+    assert "altered" in outcome.stderr
+
+
+def test_usage_errors_and_version() -> None:
+    assert run().returncode == 2
+    assert run("bounds", "a-half").returncode == 2
+    assert run("--version").stdout == f"bandpo {bandpo.__version__}\n"
