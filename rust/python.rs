@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
+use numpy::{Element, IntoPyArray, PyArray1, PyReadonlyArray1, PyReadwriteArray1};
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -13,6 +13,7 @@ use pyo3::types::PyBytes;
 use crate::band::{self, Band, Delta, Side};
 use crate::divergence::Divergence;
 use crate::error::Error;
+use crate::loss::{self, Advantages, BoundSource, Float, Tokens};
 use crate::table::{BandTable, Verification};
 
 impl From<Error> for PyErr {
@@ -203,6 +204,101 @@ fn contains<'py>(
     Ok(inside.into_pyarray(py))
 }
 
+/// Loss and gradient of every token, written to `per_token` and `gradient`.
+///
+/// `advantages` has one element a token or one a row; `bounds` is the image of a table, or all lower
+/// and then all upper log bounds, one each or one a token. Returns the counts (valid, nonfinite,
+/// clipped low, clipped high, dual clipped; if asked for also valid, clipped low and clipped high of
+/// each bin), then the sums (`kl`, `kl_k3`) and the extremes of the ratio.
+#[pyfunction]
+#[pyo3(signature = (
+    old_log_prob, log_prob, advantages, mask, bounds, row_length, dual_clip, by_probability,
+    per_token, gradient, /
+))]
+#[allow(clippy::too_many_arguments)]
+fn min_clip<'py>(
+    py: Python<'py>,
+    old_log_prob: Bound<'py, PyAny>,
+    log_prob: Bound<'py, PyAny>,
+    advantages: Bound<'py, PyAny>,
+    mask: PyReadonlyArray1<'py, u8>,
+    bounds: Bound<'py, PyAny>,
+    row_length: usize,
+    dual_clip: Option<f64>,
+    by_probability: bool,
+    per_token: Bound<'py, PyAny>,
+    gradient: Bound<'py, PyAny>,
+) -> PyResult<(Vec<u64>, [f64; 4])> {
+    let arrays = [old_log_prob, log_prob, advantages, bounds, per_token, gradient];
+    let run = if arrays[1].cast::<PyArray1<f32>>().is_ok() {
+        min_clip_of::<f32>
+    } else {
+        min_clip_of::<f64>
+    };
+    run(py, &arrays, &mask, row_length, dual_clip, by_probability)
+}
+
+fn min_clip_of<T: Float + Element>(
+    py: Python<'_>,
+    [old_log_prob, log_prob, advantages, bounds, per_token, gradient]: &[Bound<'_, PyAny>; 6],
+    mask: &PyReadonlyArray1<'_, u8>,
+    row_length: usize,
+    dual_clip: Option<f64>,
+    by_probability: bool,
+) -> PyResult<(Vec<u64>, [f64; 4])> {
+    let old_log_prob: PyReadonlyArray1<'_, T> = old_log_prob.extract()?;
+    let log_prob: PyReadonlyArray1<'_, T> = log_prob.extract()?;
+    let advantages: PyReadonlyArray1<'_, T> = advantages.extract()?;
+    let mut per_token: PyReadwriteArray1<'_, T> = per_token.extract()?;
+    let mut gradient: PyReadwriteArray1<'_, T> = gradient.extract()?;
+
+    let log_prob = log_prob.as_slice()?;
+    let values = advantages.as_slice()?;
+    let tokens = Tokens {
+        old_log_prob: old_log_prob.as_slice()?,
+        log_prob,
+        advantages: if values.len() == log_prob.len() {
+            Advantages::PerToken(values)
+        } else {
+            Advantages::PerRow { values, row_length }
+        },
+        mask: mask.as_slice()?,
+    };
+    let (per_token, gradient) = (per_token.as_slice_mut()?, gradient.as_slice_mut()?);
+    let mut run = |source: BoundSource<'_, T>| {
+        py.detach(|| {
+            loss::min_clip(&tokens, &source, dual_clip, by_probability, per_token, gradient)
+        })
+    };
+    let totals = if let Ok(words) = bounds.extract::<PyReadonlyArray1<'_, u32>>() {
+        run(BoundSource::Table(words.as_slice()?))
+    } else {
+        let bounds: PyReadonlyArray1<'_, T> = bounds.extract()?;
+        run(match bounds.as_slice()? {
+            &[log_lower, log_upper] => BoundSource::Constant { log_lower, log_upper },
+            both => {
+                let (log_lower, log_upper) = both.split_at(both.len() / 2);
+                BoundSource::PerToken { log_lower, log_upper }
+            }
+        })
+    }?;
+
+    let mut counts = vec![
+        totals.valid,
+        totals.nonfinite,
+        totals.clipped_low,
+        totals.clipped_high,
+        totals.dual_clipped,
+    ];
+    if by_probability {
+        let bins = &totals.by_probability;
+        counts.extend(bins.iter().map(|bin| bin.valid));
+        counts.extend(bins.iter().map(|bin| bin.clipped_low));
+        counts.extend(bins.iter().map(|bin| bin.clipped_high));
+    }
+    Ok((counts, [totals.kl, totals.kl_k3, totals.ratio_min, totals.ratio_max]))
+}
+
 /// How many threads batches are spread over.
 #[pyfunction]
 fn thread_count() -> usize {
@@ -213,7 +309,7 @@ fn thread_count() -> usize {
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use super::{PyBandTable, PyDivergence, contains, log_bounds, thread_count};
+    use super::{PyBandTable, PyDivergence, contains, log_bounds, min_clip, thread_count};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)] // Python's name for it

@@ -1,14 +1,24 @@
 """The compiled half of bandpo. Private: use `bandpo` itself."""
 
 from collections.abc import Callable
-from typing import final
+from typing import TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BandTable", "Divergence", "__version__", "contains", "log_bounds", "thread_count"]
+__all__ = [
+    "BandTable",
+    "Divergence",
+    "__version__",
+    "contains",
+    "log_bounds",
+    "min_clip",
+    "thread_count",
+]
 
 __version__: str
+
+_FloatArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 
 @final
 class Divergence:
@@ -57,4 +67,17 @@ def contains(
     log_ratio: NDArray[np.float64],
     /,
 ) -> NDArray[np.bool_]: ...
+def min_clip(
+    old_log_prob: _FloatArray,
+    log_prob: _FloatArray,
+    advantages: _FloatArray,
+    mask: NDArray[np.uint8],
+    bounds: NDArray[np.uint32] | _FloatArray,
+    row_length: int,
+    dual_clip: float | None,
+    by_probability: bool,
+    per_token: _FloatArray,
+    gradient: _FloatArray,
+    /,
+) -> tuple[list[int], list[float]]: ...
 def thread_count() -> int: ...

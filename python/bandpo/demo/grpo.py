@@ -1,0 +1,124 @@
+"""GRPO: sampled groups of answers, advantages within a group, several steps on each batch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+from bandpo import Region
+from bandpo.demo.policy import Policy
+from bandpo.demo.result import BIN_EDGES, BIN_NAMES, Run
+from bandpo.demo.settings import Settings
+from bandpo.demo.task import Task, reward
+from bandpo.loss import policy_loss
+from bandpo.torch import torch
+
+MAX_GRADIENT_NORM = 1.0
+
+
+def train(
+    pretrained: Policy,
+    task: Task,
+    rule: str,
+    region: Region,
+    *,
+    seed: int,
+    settings: Settings,
+    on_batch: Callable[[], object],
+) -> Run:
+    """Trains a copy of the policy under one region and returns what happened.
+
+    A batch samples `settings.group` answers to each of `settings.prompts_per_batch` prompts, then
+    takes `settings.inner_steps` optimizer steps on all of them: the first is on-policy, the later
+    ones are what a clip rule acts on. An answer is one token, so every tensor is [tokens, 1].
+    """
+    policy = copy.deepcopy(pretrained)
+    optimizer = torch.optim.Adam(policy.parameters(), settings.learning_rate, fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    rewards, entropies = [], []
+    counts = torch.zeros(4, len(BIN_NAMES), dtype=torch.int64)
+
+    def evaluate() -> torch.Tensor:
+        with torch.no_grad():
+            log_probs: torch.Tensor = policy(task.prompts)
+        probs = log_probs.exp()
+        rewards.append(probs.gather(1, task.right[:, None]).mean().item())
+        entropies.append(-(probs * log_probs).sum(-1).mean().item())
+        return log_probs
+
+    log_probs = evaluate()
+    for _ in range(settings.batches):
+        chosen = torch.randperm(len(task.prompts), generator=generator)
+        chosen = chosen[: settings.prompts_per_batch]
+        prompts = task.prompts[chosen]
+        answers = torch.multinomial(
+            log_probs[chosen].exp(), settings.group, replacement=True, generator=generator
+        )
+        old_log_prob = log_probs[chosen].gather(1, answers).reshape(-1, 1)
+        advantages = group_advantages(reward(answers, task.right[chosen])).reshape(-1, 1)
+        response_mask = torch.ones_like(advantages, dtype=torch.bool)
+
+        for _ in range(settings.inner_steps):
+            # One pass a prompt serves its whole group, since the answers are one token long.
+            log_prob = policy(prompts).gather(1, answers).reshape(-1, 1)
+            result = policy_loss(old_log_prob, log_prob, advantages, response_mask, region=region)
+            optimizer.zero_grad()
+            result.loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRADIENT_NORM)
+            optimizer.step()
+
+        counts += clip_counts(
+            old_log_prob, log_prob.detach(), advantages, response_mask, region=region
+        )
+        log_probs = evaluate()
+        on_batch()
+
+    positive, up, negative, down = (tuple(row) for row in counts.tolist())
+    return Run(rule, seed, tuple(rewards), tuple(entropies), positive, up, negative, down)
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """Returns rewards [prompts, group] less their group's mean, over its standard deviation.
+
+    A group without any difference has advantage 0 everywhere.
+    """
+    spread = rewards.std(dim=1, keepdim=True)
+    return (rewards - rewards.mean(dim=1, keepdim=True)) / (spread + 1e-6)
+
+
+def clip_counts(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    *,
+    region: Region,
+) -> torch.Tensor:
+    """Counts tokens and clipped tokens by bin of the old probability.
+
+    Args:
+        old_log_prob: Natural log-probability of each token in the rollout policy, [B, T].
+        log_prob: The same in the policy being trained, [B, T].
+        advantages: Advantage of each token, [B, T].
+        response_mask: Which tokens count, bool [B, T]; the others may hold anything.
+        region: Where the bounds come from.
+
+    Returns:
+        int64 [4, bins]: tokens with A > 0, those of them with log r > log_upper, tokens with A < 0,
+        those of them with log r < log_lower.
+    """
+    old, new, advantage = (values[response_mask] for values in (old_log_prob, log_prob, advantages))
+    log_lower, log_upper = (
+        torch.from_numpy(bound) for bound in region.log_bounds(old.double().numpy())
+    )
+    log_ratio = (new - old).double()
+    edges = torch.tensor([math.log(edge) for edge in BIN_EDGES], dtype=torch.float64)
+    bins = torch.bucketize(old.double(), edges, right=True)
+    selected = (
+        advantage > 0,
+        (advantage > 0) & (log_ratio > log_upper),
+        advantage < 0,
+        (advantage < 0) & (log_ratio < log_lower),
+    )
+    return torch.stack([torch.bincount(bins[rows], minlength=len(BIN_NAMES)) for rows in selected])

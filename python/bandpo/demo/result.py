@@ -1,0 +1,107 @@
+"""What came out of a demo run, as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bandpo.demo.settings import Settings
+
+# Old probabilities are binned at these edges; a probability on an edge belongs to the bin above.
+BIN_EDGES = (1e-3, 1e-2, 1e-1, 0.5)
+BIN_NAMES = ("< 0.001", "0.001-0.01", "0.01-0.1", "0.1-0.5", ">= 0.5")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One rule on one seed.
+
+    Attributes:
+        rule: Name of the clip rule.
+        seed: The seed.
+        reward: Expected reward over all prompts, exact and not sampled, before the first batch and
+            after each one.
+        entropy: Mean entropy of the answers over all prompts, in nats, at the same times.
+        positive_tokens: Tokens with A > 0 by bin of their old probability, over all batches.
+        clipped_up: Those of them whose ratio was above the upper bound in the last inner step.
+        negative_tokens: Tokens with A < 0 by bin.
+        clipped_down: Those of them whose ratio was below the lower bound in the last inner step.
+    """
+
+    rule: str
+    seed: int
+    reward: tuple[float, ...]
+    entropy: tuple[float, ...]
+    positive_tokens: tuple[int, ...]
+    clipped_up: tuple[int, ...]
+    negative_tokens: tuple[int, ...]
+    clipped_down: tuple[int, ...]
+
+    @property
+    def batches_to_half(self) -> int | None:
+        """Batches until the expected reward is 1/2 for the first time, None if it never is."""
+        return next((batch for batch, reward in enumerate(self.reward) if reward >= 0.5), None)
+
+
+@dataclass(frozen=True)
+class Result:
+    """All runs of a demo.
+
+    Attributes:
+        settings: What was run.
+        table_nbytes: Size of the band's table in bytes.
+        table_max_error: Its largest error found, in log_upper and in lower.
+        base_probability: Median probability of the right answer after pre-training, for each seed.
+        runs: One for each rule and seed.
+        conclusion: What the runs say, in words.
+        picture: Where the picture was written, None if it was not asked for.
+    """
+
+    settings: Settings
+    table_nbytes: int
+    table_max_error: tuple[float, float]
+    base_probability: tuple[float, ...]
+    runs: tuple[Run, ...]
+    conclusion: str = ""
+    picture: str | None = None
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Names of the rules, in the order in which they were run."""
+        return tuple(dict.fromkeys(run.rule for run in self.runs))
+
+    def of_rule(self, rule: str) -> list[Run]:
+        """The runs of one rule, in the order of the seeds."""
+        return [run for run in self.runs if run.rule == rule]
+
+    def clip_fractions(self, rule: str) -> tuple[list[float | None], list[float | None]]:
+        """Clip fraction up and down by bin, over all seeds; None where a bin has no such token.
+
+        Up is the share of the tokens with A > 0 whose ratio was above the upper bound in the last
+        inner step, down the share of those with A < 0 whose ratio was below the lower bound.
+        """
+        runs = self.of_rule(rule)
+        return (
+            _shares([run.clipped_up for run in runs], [run.positive_tokens for run in runs]),
+            _shares([run.clipped_down for run in runs], [run.negative_tokens for run in runs]),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as dicts, tuples and numbers that `json.dumps` takes."""
+        document = asdict(self)
+        for run, written in zip(self.runs, document["runs"], strict=True):
+            written["batches_to_half"] = run.batches_to_half
+        fractions = {rule: self.clip_fractions(rule) for rule in self.rules}
+        document["probability_bins"] = BIN_NAMES
+        document["clip_fraction_up"] = {rule: up for rule, (up, _) in fractions.items()}
+        document["clip_fraction_down"] = {rule: down for rule, (_, down) in fractions.items()}
+        return document
+
+
+def _shares(parts: Sequence[Sequence[int]], wholes: Sequence[Sequence[int]]) -> list[float | None]:
+    part_sums = [sum(counts) for counts in zip(*parts, strict=True)]
+    whole_sums = [sum(counts) for counts in zip(*wholes, strict=True)]
+    return [
+        part / whole if whole else None for part, whole in zip(part_sums, whole_sums, strict=True)
+    ]

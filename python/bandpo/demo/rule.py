@@ -1,0 +1,26 @@
+"""The clip rules that the demo compares."""
+
+from __future__ import annotations
+
+from bandpo import BandTable, Clip, Region
+
+FIXED = "fixed clip 0.2/0.28"
+BAND = "KL band"
+
+# The baselines: without them, any rule looser than the fixed clip would look like a gain.
+NO_CLIP = "no clipping"
+CONSTANT = "constant [0.1, 10]"
+
+
+def regions(table: BandTable) -> dict[str, Region]:
+    """Returns the region of every rule by its name, in the order in which they are run.
+
+    Args:
+        table: The band's. It is used as it is, where the paper's runs cap its upper side at 10.
+    """
+    return {
+        FIXED: Clip(0.2, 0.28),
+        BAND: table,
+        NO_CLIP: Clip(1.0, float("inf")),
+        CONSTANT: Clip(0.9, 9.0),
+    }

@@ -1,0 +1,64 @@
+"""What a demo run is asked to do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from bandpo.error import InvalidTypeError, InvalidValueError
+
+# Answers the policy chooses from; every prompt needs one of its own as the right one.
+ANSWERS = 300
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One demo run.
+
+    Attributes:
+        seeds: How many, counted from 0. Each has a task, a pre-trained policy and a stream of
+            random numbers of its own, which all rules share.
+        batches: Rollout batches of one training run.
+        prompts: Prompts in a task, at most `ANSWERS`.
+        prompts_per_batch: How many of them a batch has, drawn without replacement.
+        group: Answers sampled for each prompt of a batch, at least 2.
+        inner_steps: Optimizer steps on a batch, each on all of its tokens.
+        learning_rate: Adam's, constant.
+        pretrain_steps: Optimizer steps that fit the policy to the corpus.
+        delta: Radius of the KL band.
+
+    Raises:
+        InvalidTypeError: If a count is not an int.
+        InvalidValueError: If a setting is out of range.
+    """
+
+    seeds: int = 4
+    batches: int = 60
+    prompts: int = 128
+    prompts_per_batch: int = 64
+    group: int = 16
+    inner_steps: int = 8
+    learning_rate: float = 3e-4
+    pretrain_steps: int = 300
+    delta: float = 0.05
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "prompts": (1, ANSWERS),
+            "prompts_per_batch": (1, self.prompts),
+            "group": (2, math.inf),
+        }
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, float):
+                continue
+            if not isinstance(value, int):
+                raise InvalidTypeError(f"{field.name} must be an int, got {value!r}")
+            least, most = ranges.get(field.name, (1, math.inf))
+            if not least <= value <= most:
+                allowed = f"at least {least}" if most == math.inf else f"in {least}..{most}"
+                raise InvalidValueError(f"{field.name} must be {allowed}, got {value}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0.0):
+            raise InvalidValueError(
+                f"learning_rate must be finite and above 0, got {self.learning_rate}"
+            )

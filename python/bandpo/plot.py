@@ -1,0 +1,176 @@
+"""Pictures of regions and of the demo; the only module that imports matplotlib."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bandpo.error import MissingExtraError, OutputPathError
+from bandpo.region import Region
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "matplotlib":
+        raise
+    raise MissingExtraError("matplotlib", "plot") from None
+
+if TYPE_CHECKING:
+    from bandpo.demo import Result
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the dashes say it once more.
+_COLOURS = ("#D55E00", "#0072B2", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_DASHES = ("--", "-", ":", "-.")
+_GRID: Mapping[str, Any] = {"color": "0.9", "linewidth": 0.6}
+_DOTS_PER_INCH = 140
+
+
+def band_figure(
+    regions: Mapping[str, Region],
+    *,
+    probability_range: tuple[float, float] = (1e-4, 1.0),
+    ratio_range: tuple[float, float] = (1e-2, 1e3),
+) -> Figure:
+    """Returns a figure of the bounds of each region, by name; see `draw_regions`."""
+    figure = Figure(figsize=(6.4, 4.8), dpi=_DOTS_PER_INCH, layout="constrained")
+    draw_regions(
+        figure.add_subplot(),
+        regions,
+        probability_range=probability_range,
+        ratio_range=ratio_range,
+    )
+    return figure
+
+
+def draw_regions(
+    axes: Axes,
+    regions: Mapping[str, Region],
+    *,
+    probability_range: tuple[float, float] = (1e-4, 1.0),
+    ratio_range: tuple[float, float] = (1e-2, 1e3),
+) -> None:
+    """Draws the upper and lower bound of each region against the old probability, log-log.
+
+    A bound outside the ratio range, such as 0 or inf, is not drawn. The grey edge is 1/p, beyond
+    which the new probability would exceed 1.
+
+    Args:
+        axes: Where to draw.
+        regions: The regions by the name they get in the legend.
+        probability_range: Least and greatest old probability, in (0, 1].
+        ratio_range: Least and greatest ratio of the vertical axis, above 0.
+    """
+    least, greatest = probability_range
+    logp = np.linspace(math.log(least), math.log(greatest), 1001)
+    p = np.exp(logp)
+    axes.fill_between(p, 1.0 / p, ratio_range[1], color="0.93", linewidth=0)
+    for (name, region), style in zip(regions.items(), _styles(), strict=False):
+        label = name
+        for bound in reversed(region.bounds(logp)):
+            seen = np.where((bound > 0.0) & np.isfinite(bound), bound, np.nan)
+            if np.any((seen >= ratio_range[0]) & (seen <= ratio_range[1])):
+                axes.plot(p, seen, label=label, **style)
+                label = "_"  # one entry a region in the legend
+    axes.plot(p, 1.0 / p, color="0.6", linewidth=0.8, label="1/p, new probability 1")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=probability_range,
+        ylim=ratio_range,
+        xlabel="old probability p of the token",
+        ylabel="allowed ratio new/old",
+    )
+    axes.grid(**_GRID)
+    axes.legend()
+
+
+def demo_figure(result: Result, regions: Mapping[str, Region]) -> Figure:
+    """Returns three panels: reward, entropy, and the bounds of the rules that were compared.
+
+    Args:
+        result: The demo's runs.
+        regions: The region of each rule, by the rule's name, in the order of the runs.
+    """
+    figure = Figure(figsize=(14.0, 4.6), dpi=_DOTS_PER_INCH, layout="constrained")
+    reward, entropy, bounds = figure.subplots(1, 3)
+    for rule, style in zip(regions, _styles(), strict=False):
+        runs = result.of_rule(rule)
+        _draw_runs(reward, [run.reward for run in runs], rule, style)
+        _draw_runs(entropy, [run.entropy for run in runs], rule, style)
+    reward.axhline(0.5, color="0.6", linewidth=0.8)
+    reward.set(title="Expected reward", ylabel="mean probability of the right answer", ylim=(0, 1))
+    entropy.set(title="Entropy of the answers", ylabel="nats")
+    entropy.set_ylim(bottom=0)
+    for axes in (reward, entropy):
+        axes.set(xlabel="rollout batches", xlim=(0, result.settings.batches))
+        axes.grid(**_GRID)
+    reward.legend(loc="upper left", title="line: median, area: all seeds")
+    draw_regions(bounds, regions)
+    bounds.set_title(f"Ratios that a rule allows (band: delta {result.settings.delta:g})")
+    return figure
+
+
+def _draw_runs(
+    axes: Axes, curves: Sequence[Sequence[float]], name: str, style: Mapping[str, Any]
+) -> None:
+    values = np.asarray(curves)
+    batches = np.arange(values.shape[1])
+    axes.fill_between(
+        batches, values.min(0), values.max(0), color=style["color"], alpha=0.12, linewidth=0
+    )
+    axes.plot(batches, np.median(values, axis=0), label=name, **style)
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    for colour, dashes in zip(cycle(_COLOURS), cycle(_DASHES), strict=False):
+        yield {"color": colour, "linestyle": dashes, "linewidth": 1.8}
+
+
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """Returns where a picture will be written, with links followed, after trying the folder.
+
+    Raises:
+        OutputPathError: If no picture can be written there.
+    """
+    try:
+        target = Path(path).resolve()
+        if target.suffix.lower() not in SUFFIXES:
+            raise OutputPathError(f"cannot write {path}: use one of {', '.join(SUFFIXES)}")
+        if target.exists() and not target.is_file():
+            raise OutputPathError(f"cannot write {path}: it is not a regular file")
+        with tempfile.TemporaryFile(dir=target.parent):
+            return target
+    except OutputPathError:
+        raise
+    except OSError as error:
+        raise OutputPathError(f"cannot write {path}: {error.strerror}") from None
+    except (RuntimeError, ValueError) as error:  # a loop of links, a NUL in the name
+        raise OutputPathError(f"cannot write {path!r}: {error}") from None
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure in the format that the suffix names; the file appears whole or not at all.
+
+    Raises:
+        OutputPathError: If it cannot be written.
+    """
+    target = check_output(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with partial.open("xb") as file:
+            figure.savefig(file, format=target.suffix[1:].lower())
+        partial.replace(target)
+    except OSError as error:
+        raise OutputPathError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,519 @@
+"""Bounds on tensors, and the backends of the loss. The one module that imports torch.
+
+Every backend reads the bounds of a region from one tensor, made by `bounds_of`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bandpo import _core
+from bandpo.error import InvalidTypeError, InvalidValueError, MissingExtraError
+from bandpo.region import Band, Clip, Region
+from bandpo.table import BandTable
+
+try:
+    import torch as torch
+except ModuleNotFoundError as missing:
+    raise MissingExtraError("torch", "torch") from missing
+
+__all__ = ["clip", "contains", "log_bounds"]
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to plus and minus this before they are exponentiated."""
+
+PROBABILITY_EDGES = (0.0, 1e-3, 1e-2, 1e-1, 0.5, 1.0)
+"""Edges of the bins of the old probability; a bin includes its lower edge, the last one both."""
+
+PROBABILITY_BINS = len(PROBABILITY_EDGES) - 1
+COUNTS = 5  # that a backend of the loss returns before those of the bins
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def log_bounds(
+    region: Region, old_log_prob: torch.Tensor, *, exact: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``(log_lower, log_upper)`` of every token, like `Region.log_bounds`.
+
+    Args:
+        region: Where the bounds come from.
+        old_log_prob: Natural log-probabilities under the policy that drew the tokens, any shape,
+            float32, float64, bfloat16 or float16. Above 0 is read as 0.
+        exact: Use the solver, which runs on the CPU in float64, even where there is a table.
+
+    Returns:
+        Two tensors of the shape, dtype and device of ``old_log_prob``, without gradient. They are
+        computed in float32 or better; NaN gives NaN.
+
+    Raises:
+        InvalidTypeError: If an argument has the wrong type or dtype.
+        InvalidValueError: If an array of radii does not broadcast to the shape.
+    """
+    check_region(region)
+    check_float("old_log_prob", old_log_prob)
+    bounds = _log_bounds(region, old_log_prob.detach().to(compute_dtype(old_log_prob)), exact)
+    log_lower, log_upper = (bound.to(old_log_prob.dtype) for bound in bounds)
+    return log_lower, log_upper
+
+
+def contains(
+    region: Region, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, *, exact: bool = False
+) -> torch.Tensor:
+    """Returns whether each log-ratio lies between the bounds, both included, as a bool tensor.
+
+    The arguments are those of `log_bounds` and log-ratios ``ln(new/old)`` that broadcast with
+    ``old_log_prob``. NaN lies nowhere.
+
+    Raises:
+        InvalidTypeError: If an argument has the wrong type or dtype.
+        InvalidValueError: If an array of radii does not broadcast to the shape.
+    """
+    log_ratio, log_lower, log_upper = _with_bounds(region, old_log_prob, log_ratio, exact)
+    return (log_lower <= log_ratio) & (log_ratio <= log_upper)
+
+
+def clip(
+    region: Region, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, *, exact: bool = False
+) -> torch.Tensor:
+    """Returns the log-ratios moved to the nearest bound where they lie outside.
+
+    The arguments are those of `contains`; the result has the dtype of ``log_ratio``. Its gradient
+    passes to ``log_ratio`` inside the region and at its bounds. NaN in either gives NaN.
+
+    Raises:
+        InvalidTypeError: If an argument has the wrong type or dtype.
+        InvalidValueError: If an array of radii does not broadcast to the shape.
+    """
+    precise, log_lower, log_upper = _with_bounds(region, old_log_prob, log_ratio, exact)
+    return precise.clamp(log_lower, log_upper).to(log_ratio.dtype)
+
+
+def _with_bounds(
+    region: Region, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, exact: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_region(region)
+    check_float("old_log_prob", old_log_prob)
+    check_float("log_ratio", log_ratio)
+    dtype = compute_dtype(old_log_prob, log_ratio)
+    return log_ratio.to(dtype), *_log_bounds(region, old_log_prob.detach().to(dtype), exact)
+
+
+def _log_bounds(
+    region: Region, old_log_prob: torch.Tensor, exact: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bounds = bounds_of(region, old_log_prob, exact=exact)
+    if bounds.dtype == torch.int32:
+        lower, log_upper = (
+            read_table(bounds, old_log_prob, bounds.new_full((), side, dtype=torch.bool))
+            for side in (True, False)
+        )
+        return lower.log(), log_upper
+    if bounds.ndim > 1:
+        return bounds[0], bounds[1]
+    unknown = torch.where(old_log_prob.isnan(), old_log_prob, 0.0)
+    return unknown + bounds[0], unknown + bounds[1]
+
+
+def check_region(region: Region) -> None:
+    """Raises InvalidTypeError unless the region is one."""
+    if not isinstance(region, Region):
+        raise InvalidTypeError(
+            f"region must be a bandpo.Band, Clip, BandTable or another Region, "
+            f"got {type(region).__name__}"
+        )
+
+
+def check_float(argument: str, tensor: torch.Tensor) -> None:
+    """Raises InvalidTypeError unless the argument is a dense tensor of floats."""
+    check_tensor(argument, tensor)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise InvalidTypeError(
+            f"{argument} must be float32, float64, bfloat16 or float16, got {tensor.dtype}"
+        )
+
+
+def check_tensor(argument: str, tensor: torch.Tensor) -> None:
+    """Raises InvalidTypeError unless the argument is a dense tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidTypeError(f"{argument} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise InvalidTypeError(f"{argument} must be a dense tensor, got layout {tensor.layout}")
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """Returns float64 if any of the tensors is, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def bounds_of(
+    region: Region,
+    old_log_prob: torch.Tensor,
+    *,
+    valid: torch.Tensor | None = None,
+    exact: bool = False,
+) -> torch.Tensor:
+    """Returns the bounds of a region as one tensor, of one of three kinds.
+
+    - A table, int32 [words]: the image described in ``docs/table-format.md``, for a `BandTable` and
+      for a `Band` with fixed radii. Devices other than the CPU keep theirs as long as it lives.
+    - Constants, [2]: ``log_lower`` and ``log_upper`` of every token, for a `Clip`.
+    - Per token, [2, ...] and the shape of ``old_log_prob``: the same of each token, by
+      `Region.log_bounds`, which runs on the CPU in float64; for a `Band` with an array of radii,
+      for any other region, and with ``exact``.
+
+    A tensor enters a compiled graph as data. Under `torch.compile` the region itself is a constant:
+    another region object compiles again.
+
+    Args:
+        region: Where the bounds come from.
+        old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
+        valid: Bool, like ``old_log_prob``; the solver skips the other tokens.
+        exact: Use the solver even where there is a table.
+
+    Raises:
+        InvalidValueError: If an array of radii does not broadcast to the shape.
+    """
+    source: _Source = _source(region, old_log_prob.dtype, old_log_prob.device, exact)
+    if source.bounds is not None:
+        return source.bounds
+    if source.shape is not None:
+        _check_radii(source.shape, tuple(old_log_prob.shape))
+    if valid is not None:
+        # The solver is at its limit at once where the probability is 1.
+        old_log_prob = torch.where(valid, old_log_prob, 0.0)
+    bounds: torch.Tensor = _solve(old_log_prob, source.region)
+    return bounds
+
+
+class _Source(NamedTuple):
+    """Either the bounds themselves or, by its id in `_REGIONS`, the region to ask for them."""
+
+    bounds: torch.Tensor | None
+    region: int
+    shape: tuple[int, ...] | None  # of the radii, where there is an array of them
+
+
+_REGIONS: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
+
+
+# A region cannot be traced: torch.compile calls this once, guards on the identity of the region
+# and takes the tensor it returns as an input of the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _source(region: Region, dtype: torch.dtype, device: torch.device, exact: bool) -> _Source:
+    if isinstance(region, Clip):
+        return _Source(_constants(region.log_lower, region.log_upper, dtype, device), 0, None)
+    radii = region.delta_low if isinstance(region, Band) else None
+    shape = radii.shape if isinstance(radii, np.ndarray) else None
+    if isinstance(region, Band | BandTable) and not exact and shape is None:
+        return _Source(_table_words(region.table(), device), 0, None)
+    _REGIONS[id(region)] = region
+    return _Source(None, id(region), shape)
+
+
+def _constants(
+    log_lower: float, log_upper: float, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    # Filled on the device: a copy from the host would have to wait for it.
+    bounds = torch.full((2,), log_upper, dtype=dtype, device=device)
+    bounds[0].fill_(log_lower)
+    return bounds
+
+
+_WORDS: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+
+def _table_words(table: BandTable, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return torch.from_numpy(table.words)
+    # By identity: to hash a table is to serialize it.
+    key = (id(table), device)
+    words = _WORDS.get(key)
+    if words is None:
+        words = torch.from_numpy(table.words).to(device)
+        if type(words) is torch.Tensor:  # a fake one would outlive its mode
+            _WORDS[key] = words
+            weakref.finalize(table, _WORDS.pop, key, None)
+    return words
+
+
+def _check_radii(radii: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+    try:
+        fits = np.broadcast_shapes(radii, tokens) == tokens
+    except ValueError:
+        fits = False
+    if not fits:
+        raise InvalidValueError(
+            f"the region's delta has shape {radii}, which does not broadcast to the shape {tokens} "
+            f"of old_log_prob"
+        )
+
+
+@torch.library.custom_op(
+    "bandpo::exact_log_bounds",
+    mutates_args=(),
+    schema="(Tensor old_log_prob, int region) -> Tensor",
+)
+def _solve(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
+    solver = _REGIONS[region]
+    if isinstance(solver, BandTable):
+        solver = solver.band
+    tokens = old_log_prob.detach().to("cpu", torch.float64).numpy()
+    return torch.from_numpy(np.stack(solver.log_bounds(tokens))).to(old_log_prob)
+
+
+@_solve.register_fake
+def _(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
+    return old_log_prob.new_empty((2, *old_log_prob.shape))
+
+
+def read_table(
+    words: torch.Tensor, old_log_prob: torch.Tensor, lower: torch.Tensor
+) -> torch.Tensor:
+    """Looks one side up for every token: ``lower``, a ratio, or ``log_upper``.
+
+    Plain torch on integers and floats: the operations of ``rust/table.rs`` in the same order, for
+    the same results bit for bit.
+
+    Args:
+        words: The image of a table, int32 [words].
+        old_log_prob: Old log-probabilities, float32 or float64.
+        lower: Which side, bool, broadcasts with ``old_log_prob``.
+
+    Returns:
+        The bounds, in the dtype of ``old_log_prob``, which is rounded to float32 for the lookup.
+    """
+    floats = words.view(torch.float32)
+    y = (-old_log_prob).to(torch.float32).clamp(min=0.0)
+
+    def header(index: int) -> torch.Tensor:
+        return torch.where(lower, floats[48 + index], floats[index])
+
+    piece = torch.where(lower, 48, 0) + sum((y >= header(k)).to(torch.int64) for k in range(1, 6))
+    distance = (y - floats[piece + 6]).abs() * floats[piece + 12]
+    bits = distance.view(torch.int32).clamp(words[piece + 24], words[piece + 30])
+    exponent = bits >> 23
+    entry = words[words[piece + 18] + exponent]
+    halvings = entry & 15
+    fraction_bits = 23 - halvings
+    node = 2 * ((entry >> 4) + ((bits & 0x7FFFFF) >> fraction_bits))
+    fraction = (bits & (0x7FFFFF >> halvings)).to(torch.float32) * _power_of_two(-fraction_bits)
+    width = _power_of_two(exponent - 127 - halvings)
+    value, slope = floats[node], floats[node + 1] * width
+    rise, next_slope = floats[node + 2] - value, floats[node + 3] * width
+    bend = 3.0 * rise - 2.0 * slope - next_slope
+    twist = slope + next_slope - 2.0 * rise
+    bound = value + fraction * (slope + fraction * (bend + fraction * twist))
+    bound = torch.where(y == 0.0, header(36), torch.where(y >= 128.0, header(37), bound))
+    bound = torch.where(lower, bound.clamp(min=0.0), torch.minimum(bound, y))
+    return torch.where(y.isnan(), y, bound).to(old_log_prob.dtype)
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+class MinClip(Protocol):
+    """A backend: the min-clip loss of every token, as `bandpo.loss.policy_loss` defines it.
+
+    Args:
+        old_log_prob: [B, T], float32 or float64.
+        log_prob: [B, T], same dtype; the loss carries its gradient.
+        advantages: [B, T] or [B, 1], same dtype.
+        valid: Which tokens count, bool [B, T].
+        bounds: As `bounds_of` makes them; per token, [2, B, T].
+        dual_clip: Greatest ratio for negative advantages, above 1.
+        by_probability: Whether to count by bin of the old probability.
+
+    Returns:
+        The loss per token, [B, T]; the counts, int64: valid, nonfinite, clipped low, clipped high,
+        dual clipped, then by bin all valid, all clipped low and all clipped high; and [4]: the sums
+        of ``-ln r`` and of ``r - 1 - ln r`` and the extremes of r (arbitrary where none is valid).
+    """
+
+    def __call__(
+        self,
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        valid: torch.Tensor,
+        bounds: torch.Tensor,
+        dual_clip: float | None,
+        by_probability: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns losses, counts and sums."""
+
+
+def default_backend(device: str) -> str:
+    """Returns the backend that ``"auto"`` stands for on a type of device, such as ``"cuda"``."""
+    return "native" if device == "cpu" else "torch"
+
+
+def gpu_report() -> str:
+    """Returns whether torch can use a GPU here, and why not, in one line."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        if torch.backends.mps.is_available():
+            return "usable: MPS"
+        return f"not usable: torch {torch.__version__} is built without CUDA"
+    try:
+        name = torch.cuda.get_device_name()
+        torch.zeros(1, device="cuda").cpu()
+    except (RuntimeError, AssertionError) as reason:
+        return f"not usable: {str(reason).splitlines()[0]}"
+    return f"usable: {name}"
+
+
+def min_clip_torch(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    valid: torch.Tensor,
+    bounds: torch.Tensor,
+    dual_clip: float | None,
+    by_probability: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`MinClip` in plain torch, for any device; a compiler can fuse it."""
+    old_log_prob = torch.where(valid, old_log_prob, 0.0)
+    cost = torch.where(valid, -advantages, 0.0)
+    log_ratio = torch.where(valid, log_prob, 0.0) - old_log_prob
+    # Not clamp, which gives a NaN no gradient and so hides it.
+    log_ratio = torch.where(log_ratio > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, log_ratio)
+    log_ratio = torch.where(log_ratio < -LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT, log_ratio)
+    ratio = log_ratio.exp()
+    x, r = log_ratio.detach(), ratio.detach()
+
+    up, down = cost < 0.0, cost > 0.0
+    if bounds.dtype == torch.int32:
+        bound = read_table(bounds, old_log_prob, down)
+        clipped_low = down & (r < bound)
+        stop = torch.where(down, bound, bound.exp())
+    else:
+        bound = torch.where(down, bounds[0], bounds[1])
+        clipped_low = down & (x < bound)
+        stop = bound.exp()
+    clipped_high = up & (x > bound)
+    if dual_clip is None:
+        dual_clipped = torch.zeros_like(down)
+    else:
+        dual_clipped = down & (x >= math.log(dual_clip))
+        stop = torch.where(dual_clipped, dual_clip, stop)
+    # Not minimum and maximum, which halve the gradient where r is at the bound.
+    per_token = cost * torch.where(clipped_low | clipped_high | dual_clipped, stop, ratio)
+
+    counted = [valid, ~per_token.isfinite(), clipped_low, clipped_high, dual_clipped]
+    if by_probability:
+        edges = PROBABILITY_EDGES[1:-1]
+        index = torch.stack([old_log_prob >= math.log(edge) for edge in edges]).sum(0)
+        bins = [index == k for k in range(PROBABILITY_BINS)]
+        counted += [flag & one for flag in (valid, clipped_low, clipped_high) for one in bins]
+    counts = torch.stack([flag.sum() for flag in counted])
+    if x.numel() == 0:
+        return per_token, counts, x.new_zeros(4)
+    # A masked token has x = 0 and adds nothing. Not r - 1 - x: near r = 1 that has lost its digits.
+    lowest = torch.where(valid, r, math.inf).amin()
+    highest = torch.where(valid, r, -math.inf).amax()
+    sums = torch.stack([-x.sum(), (x.expm1() - x).sum(), lowest, highest])
+    return per_token, counts, sums
+
+
+@torch.library.custom_op(
+    "bandpo::min_clip",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor old_log_prob, Tensor log_prob, Tensor advantages, Tensor valid, Tensor bounds, "
+    "float? dual_clip, bool by_probability) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _min_clip_op(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    valid: torch.Tensor,
+    bounds: torch.Tensor,
+    dual_clip: float | None,
+    by_probability: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    per_token, gradient = (
+        torch.empty_like(log_prob, memory_format=torch.contiguous_format) for _ in range(2)
+    )
+
+    def flat(tensor: torch.Tensor) -> NDArray[Any]:
+        return tensor.detach().contiguous().view(-1).numpy()
+
+    is_table = bounds.dtype == torch.int32
+    counts, sums = _core.min_clip(
+        flat(old_log_prob),
+        flat(log_prob),
+        flat(advantages),
+        flat(valid).view(np.uint8),
+        flat(bounds).view(np.uint32) if is_table else flat(bounds),
+        log_prob.shape[1],
+        dual_clip,
+        by_probability,
+        flat(per_token),
+        flat(gradient),
+    )
+    cpu = log_prob.device
+    return (
+        per_token,
+        gradient,
+        torch.tensor(counts, dtype=torch.int64, device=cpu),
+        torch.tensor(sums, dtype=torch.float64, device=cpu),
+    )
+
+
+@_min_clip_op.register_fake
+def _(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    valid: torch.Tensor,
+    bounds: torch.Tensor,
+    dual_clip: float | None,
+    by_probability: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    per_token, gradient = (
+        torch.empty_like(log_prob, memory_format=torch.contiguous_format) for _ in range(2)
+    )
+    counts = log_prob.new_empty(COUNTS + 3 * PROBABILITY_BINS * by_probability, dtype=torch.int64)
+    return per_token, gradient, counts, log_prob.new_empty(4, dtype=torch.float64)
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any,
+    grad_per_token: torch.Tensor | None,
+    grad_gradient: torch.Tensor | None,
+    *_: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    # Where the gradient is not 0 it is -A r, so its own derivative is itself: good for any order.
+    grads = [grad for grad in (grad_per_token, grad_gradient) if grad is not None]
+    return None, gradient * sum(grads) if grads else None, None, None, None, None, None
+
+
+_min_clip_op.register_autograd(_backward, setup_context=_save_gradient)
+
+
+def min_clip_native(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    valid: torch.Tensor,
+    bounds: torch.Tensor,
+    dual_clip: float | None,
+    by_probability: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`MinClip` in Rust, for CPU tensors: the loss and its gradient in one pass."""
+    per_token, _, counts, sums = _min_clip_op(
+        old_log_prob, log_prob, advantages, valid, bounds, dual_clip, by_probability
+    )
+    return per_token, counts, sums.detach()
