@@ -260,6 +260,41 @@ pub fn contains(
         .collect())
 }
 
+/// `D` of the split {this token, everything else} at each log-ratio, in double precision; inf outside the
+/// simplex, NaN where an argument is NaN.
+///
+/// # Errors
+/// [`Error::Length`].
+pub fn divergences(divergence: &Divergence, logp: &[f64], log_ratio: &[f64]) -> Result<Vec<f64>> {
+    if log_ratio.len() != logp.len() {
+        return Err(Error::Length {
+            argument: "log_ratio",
+            actual: log_ratio.len(),
+            expected: logp.len(),
+        });
+    }
+    let generator = &divergence.generator;
+    let of_generator = |logp: f64, log_ratio: f64| {
+        if logp.is_nan() || log_ratio.is_nan() {
+            f64::NAN
+        } else if logp == f64::NEG_INFINITY {
+            0.0
+        } else if log_ratio > -logp.min(0.0) {
+            f64::INFINITY
+        } else if logp >= 0.0 {
+            certain_divergence(generator, log_ratio)
+        } else {
+            divergence_at(generator, logp, log_ratio).0
+        }
+    };
+    Ok(logp
+        .par_iter()
+        .with_min_len(CHUNK)
+        .zip(log_ratio)
+        .map(|(&logp, &log_ratio)| divergence.radius_of_generator(of_generator(logp, log_ratio)))
+        .collect())
+}
+
 /// One end of `{D <= delta}`; `delta` has been checked.
 fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
     let exactly =

@@ -179,12 +179,19 @@ impl Divergence {
     /// `f''(1)`; `None` where the generator has a kink or is flat at 1.
     #[must_use]
     pub fn curvature(&self) -> Option<f64> {
-        self.generator.curvature().map(|curvature| match self.radius {
-            Radius::Same => curvature,
-            // D_f of the generator is delta' with d delta'/d delta at 0 of 1/a and 1.
-            Radius::Renyi(order) => curvature * order,
-            Radius::Bhattacharyya => curvature,
-        })
+        let curvature = self.generator.curvature()?;
+        // Of a small divergence of the generator, Renyi's of order a is a times as much.
+        Some(if let Radius::Renyi(order) = self.radius { curvature * order } else { curvature })
+    }
+
+    /// The radius for this divergence that a radius for its generator stands for.
+    #[must_use]
+    pub fn radius_of_generator(&self, value: f64) -> f64 {
+        match self.radius {
+            Radius::Same => value,
+            Radius::Renyi(order) => (order * (order - 1.0) * value).ln_1p() / (order - 1.0),
+            Radius::Bhattacharyya => -(-value).ln_1p(),
+        }
     }
 
     /// The specification this divergence was made from.

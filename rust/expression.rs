@@ -71,7 +71,7 @@ enum Node {
 
 /// A number, its derivative in `ln u`, and its logarithm where that is known better than from it.
 #[derive(Clone, Copy)]
-struct Value<T> {
+struct Jet<T> {
     value: T,
     slope: T,
     log: Option<T>,
@@ -109,7 +109,7 @@ impl Expression {
         let refuse = |reason: String| Error::Generator { text: text.to_owned(), reason };
         let one = expression.evaluate(Point::from_excess(Dd::of(0.0)));
         let at_one = one.value.to_f64();
-        if !(at_one.abs() <= f64::EPSILON) {
+        if at_one.is_nan() || at_one.abs() > f64::EPSILON {
             return Err(refuse(format!("f(1) must be 0, it is {at_one}")));
         }
         if !one.slope.to_f64().is_finite() {
@@ -156,7 +156,7 @@ impl Expression {
         self.evaluate(at).slope - self.slope_at_one.to_f64() * at.u
     }
 
-    fn evaluate<T: Real>(&self, at: Point<T>) -> Value<T> {
+    fn evaluate<T: Real>(&self, at: Point<T>) -> Jet<T> {
         evaluate(&self.node, at)
     }
 
@@ -237,13 +237,14 @@ fn limit_of(values: [Dd; 3]) -> Option<Dd> {
     ((c - b).abs() <= 1e-12 * c.abs().max(1e-3)).then_some(values[2])
 }
 
-fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Value<T> {
+#[allow(clippy::too_many_lines)] // one arm a kind of node
+fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Jet<T> {
     let zero = T::of(0.0);
-    let plain = |value: T, slope: T| Value { value, slope, log: None };
-    let logarithm = |of: Value<T>| of.log.unwrap_or_else(|| of.value.ln());
+    let plain = |value: T, slope: T| Jet { value, slope, log: None };
+    let logarithm = |of: Jet<T>| of.log.unwrap_or_else(|| of.value.ln());
     match node {
-        Node::Variable => Value { value: at.u, slope: at.u, log: Some(at.log) },
-        Node::Number(number) => Value {
+        Node::Variable => Jet { value: at.u, slope: at.u, log: Some(at.log) },
+        Node::Number(number) => Jet {
             value: T::of(*number),
             slope: zero,
             log: (*number > 0.0).then(|| T::of(*number).ln()),
@@ -258,20 +259,20 @@ fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Value<T> {
         }
         Node::Multiply(left, right) => {
             let (left, right) = (evaluate(left, at), evaluate(right, at));
-            Value {
+            product_of_logs(left, right, T::of(1.0)).unwrap_or(Jet {
                 value: left.value * right.value,
                 slope: left.slope * right.value + left.value * right.slope,
                 log: left.log.zip(right.log).map(|(a, b)| a + b),
-            }
+            })
         }
         Node::Divide(left, right) => {
             let (left, right) = (evaluate(left, at), evaluate(right, at));
             let value = left.value / right.value;
-            Value {
+            product_of_logs(left, right, T::of(-1.0)).unwrap_or(Jet {
                 value,
                 slope: (left.slope - value * right.slope) / right.value,
                 log: left.log.zip(right.log).map(|(a, b)| a - b),
-            }
+            })
         }
         Node::Power(base, exponent) => {
             let (base, exponent) = (evaluate(base, at), evaluate(exponent, at));
@@ -280,16 +281,18 @@ fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Value<T> {
             if constant && order.fract() == 0.0 && order.abs() <= 64.0 {
                 // Whole powers, of negative numbers too.
                 let lower = whole_power(base.value, order as i32 - 1);
-                return Value {
-                    value: lower * base.value,
+                let value = lower * base.value;
+                let log = if in_range(value) { base.log } else { Some(logarithm(base)) };
+                return Jet {
+                    value,
                     slope: exponent.value * lower * base.slope,
-                    log: base.log.map(|log| log * exponent.value),
+                    log: log.map(|log| log * exponent.value),
                 };
             }
             let log = logarithm(base);
             let value = (log * exponent.value).exp();
             let relative = exponent.slope * log + exponent.value * (base.slope / base.value);
-            Value { value, slope: value * relative, log: Some(log * exponent.value) }
+            Jet { value, slope: value * relative, log: Some(log * exponent.value) }
         }
         Node::Ln(inner) => {
             let inner = evaluate(inner, at);
@@ -304,7 +307,7 @@ fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Value<T> {
         Node::Exp(inner) => {
             let inner = evaluate(inner, at);
             let value = inner.value.exp();
-            Value { value, slope: value * inner.slope, log: Some(inner.value) }
+            Jet { value, slope: value * inner.slope, log: Some(inner.value) }
         }
         Node::Sqrt(inner) => {
             let inner = evaluate(inner, at);
@@ -313,7 +316,7 @@ fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Value<T> {
                 Some(log) => (log * half).exp(),
                 None => inner.value.sqrt(),
             };
-            Value { value, slope: half * inner.slope / value, log: inner.log.map(|log| log * half) }
+            Jet { value, slope: half * inner.slope / value, log: inner.log.map(|log| log * half) }
         }
         Node::Abs(inner) => {
             let inner = evaluate(inner, at);
@@ -343,6 +346,31 @@ fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Value<T> {
             }
         }
     }
+}
+
+/// Whether a number is neither 0 nor infinite.
+fn in_range<T: Real>(value: T) -> bool {
+    value.to_f64().is_finite() && value.to_f64() != 0.0
+}
+
+/// `left * right^sign` by logarithms, where a factor is out of the range of a double and its logarithm
+/// is known. The slope is NaN then: the solver does without.
+fn product_of_logs<T: Real>(left: Jet<T>, right: Jet<T>, sign: T) -> Option<Jet<T>> {
+    if in_range(left.value) && in_range(right.value) {
+        return None;
+    }
+    let known = |of: Jet<T>| {
+        let log = of.log.or_else(|| in_range(of.value).then(|| of.value.abs().ln()));
+        log.filter(|log| log.to_f64().is_finite()) // the logarithm of a true 0 says nothing
+    };
+    let negative = (left.value.to_f64() < 0.0) != (right.value.to_f64() < 0.0);
+    let log = known(left)? + sign * known(right)?;
+    let value = log.exp();
+    Some(Jet {
+        value: if negative { -value } else { value },
+        slope: T::of(f64::NAN),
+        log: (!negative).then_some(log),
+    })
 }
 
 fn whole_power<T: Real>(base: T, exponent: i32) -> T {
