@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 is success, 1 a table beyond its target, 2 bad input, 130 an interruption. Errors are one line
     on standard error.
     """
-    parsed = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    # argparse takes -1e-5 and -inf for options, but nothing that has a space in it.
+    parsed = _parser().parse_args([f" {text}" if _is_negative(text) else text for text in given])
     command: Callable[[argparse.Namespace], int] = parsed.command
     try:
         return command(parsed)
@@ -121,6 +123,13 @@ def _add_band(parser: argparse.ArgumentParser) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _is_negative(text: str) -> bool:
+    try:
+        return text.startswith("-") and math.copysign(1.0, float(text)) < 0.0
+    except ValueError:
+        return False
 
 
 def _number(text: str) -> float:

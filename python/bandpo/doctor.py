@@ -32,29 +32,12 @@ def _version(distribution: str) -> str | None:
 
 def _backends() -> dict[str, str | None]:
     try:
-        from bandpo.loss import backend_for
-        from bandpo.torch import torch
+        from bandpo.torch import default_backend, gpu_report
     except MissingExtraError as missing:
         none = f"none: {missing}"
         return {"backend on a CPU": none, "backend on a GPU": none, "GPU": "unknown without torch"}
     return {
-        "backend on a CPU": backend_for("auto", torch.device("cpu")),
-        "backend on a GPU": f"{backend_for('auto', torch.device('cuda'))} (this version of bandpo "
-        "has no CUDA kernel)",
-        "GPU": _gpu(),
+        "backend on a CPU": default_backend("cpu"),
+        "backend on a GPU": f"{default_backend('cuda')} (this version has no CUDA kernel)",
+        "GPU": gpu_report(),
     }
-
-
-def _gpu() -> str:
-    from bandpo.torch import torch
-
-    if torch.version.cuda is None and torch.version.hip is None:
-        return f"not usable: torch {torch.__version__} is built for the CPU alone"
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return f"usable: {', '.join(names)}"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return f"not usable: {str(error).splitlines()[0]}"
-    return "not usable: torch finds no device"
