@@ -172,7 +172,7 @@ impl Band {
     /// below. 0 where the bound is saturated below, -1 where it is above.
     #[must_use]
     pub fn log_slope(&self, logp: f64, log_bound: f64) -> f64 {
-        log_slope(self.divergence.generator, logp, log_bound)
+        log_slope(&self.divergence.generator, logp, log_bound)
     }
 }
 
@@ -260,11 +260,46 @@ pub fn contains(
         .collect())
 }
 
+/// `D` of the split {this token, everything else} at each log-ratio, in double precision; inf outside the
+/// simplex, NaN where an argument is NaN.
+///
+/// # Errors
+/// [`Error::Length`].
+pub fn divergences(divergence: &Divergence, logp: &[f64], log_ratio: &[f64]) -> Result<Vec<f64>> {
+    if log_ratio.len() != logp.len() {
+        return Err(Error::Length {
+            argument: "log_ratio",
+            actual: log_ratio.len(),
+            expected: logp.len(),
+        });
+    }
+    let generator = &divergence.generator;
+    let of_generator = |logp: f64, log_ratio: f64| {
+        if logp.is_nan() || log_ratio.is_nan() {
+            f64::NAN
+        } else if logp == f64::NEG_INFINITY {
+            0.0
+        } else if log_ratio > -logp.min(0.0) {
+            f64::INFINITY
+        } else if logp >= 0.0 {
+            certain_divergence(generator, log_ratio)
+        } else {
+            divergence_at(generator, logp, log_ratio).0
+        }
+    };
+    Ok(logp
+        .par_iter()
+        .with_min_len(CHUNK)
+        .zip(log_ratio)
+        .map(|(&logp, &log_ratio)| divergence.radius_of_generator(of_generator(logp, log_ratio)))
+        .collect())
+}
+
 /// One end of `{D <= delta}`; `delta` has been checked.
 fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
     let exactly =
         |log_ratio: f64, status| Bound { log_ratio, outside: log_ratio, status, evaluations: 0 };
-    let generator = divergence.generator;
+    let generator = &divergence.generator;
     if logp.is_nan() {
         return exactly(f64::NAN, Status::NotANumber);
     }
@@ -327,7 +362,7 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
 
     let root = split.magnitude(divergence, delta, &mut evaluations);
     let (rough, condition) = split.log_ratio(generator, root, side);
-    if condition <= BENIGN_CONDITION {
+    if condition <= BENIGN_CONDITION && !generator.cancels() {
         let log_ratio = match side {
             Side::Upper => (rough * (1.0 - MARGIN)).min(farthest),
             Side::Lower => (rough * (1.0 - MARGIN)).max(farthest),
@@ -357,7 +392,7 @@ fn polish(
     rough: f64,
     farthest: f64,
 ) -> (f64, u32) {
-    let generator = divergence.generator;
+    let generator = &divergence.generator;
     let radius = divergence.generator_radius::<Dd>(delta);
     let residual_at = |b: f64| exact_residual(generator, logp, b, radius);
     let valid = |b: f64| match side {
@@ -423,7 +458,7 @@ const MOST_POLISHING: u32 = 12;
 
 /// The limit of `log_lower` for p -> 1: `f(r) + (1-r) f'(inf) = delta`, 0 where `f'(inf)` is infinite.
 fn lower_of_certain(divergence: &Divergence, delta: f64) -> f64 {
-    let generator = divergence.generator;
+    let generator = &divergence.generator;
     let radius = divergence.generator_radius::<f64>(delta);
     if generator.slope_at_infinity() == f64::INFINITY {
         return 0.0;
@@ -437,13 +472,13 @@ fn lower_of_certain(divergence: &Divergence, delta: f64) -> f64 {
 }
 
 /// `D` for p = 1: `f(r) + (1-r) f'(inf)`.
-fn certain_divergence(generator: Generator, log_ratio: f64) -> f64 {
+fn certain_divergence(generator: &Generator, log_ratio: f64) -> f64 {
     let at = Point::from_log(log_ratio);
     let given_up = -at.excess * generator.slope_at_infinity();
     value_or_limit(generator, at) + if at.excess == 0.0 { 0.0 } else { given_up }
 }
 
-fn value_or_limit<T: Real>(generator: Generator, at: Point<T>) -> T {
+fn value_or_limit<T: Real>(generator: &Generator, at: Point<T>) -> T {
     if at.u.to_f64() == 0.0 && at.log.to_f64() == f64::NEG_INFINITY {
         generator.at_zero()
     } else {
@@ -481,7 +516,7 @@ impl Split {
     }
 
     /// `D` and `d ln D / d ln m` where the shrinking outcome shrinks by `e^-m`.
-    fn divergence(&self, generator: Generator, m: f64) -> (f64, f64) {
+    fn divergence(&self, generator: &Generator, m: f64) -> (f64, f64) {
         let shrunk = Point::from_log(-m);
         let odds = self.shrinking / self.growing;
         let grown = Point::from_excess(-odds * shrunk.excess);
@@ -494,7 +529,7 @@ impl Split {
 
     /// `m` to a few ulp times its condition number. The side is known not to be saturated.
     fn magnitude(&self, divergence: &Divergence, delta: f64, evaluations: &mut u32) -> f64 {
-        let generator = divergence.generator;
+        let generator = &divergence.generator;
         let radius = divergence.generator_radius::<f64>(delta);
         if let Some(m) = self.closed_form(generator, radius) {
             return m;
@@ -503,7 +538,7 @@ impl Split {
     }
 
     /// The same by iteration, for any generator.
-    fn iterated(&self, generator: Generator, radius: f64, evaluations: &mut u32) -> f64 {
+    fn iterated(&self, generator: &Generator, radius: f64, evaluations: &mut u32) -> f64 {
         let at_zero = generator.at_zero::<f64>();
         if at_zero.is_finite() {
             let greatest = self.shrinking * at_zero
@@ -515,13 +550,15 @@ impl Split {
         // Local quadratic; for f that explodes at 0 as u^a it starts far too high, hence the tail.
         let curvature = generator.curvature().unwrap_or(1.0);
         let mut start = (2.0 * radius * self.growing / (curvature * self.shrinking)).sqrt();
-        if let Generator::Alpha(order) = generator
+        if let Generator::Alpha(order) = *generator
             && order < 0.0
         {
             let tail = (order * (order - 1.0) * radius / self.shrinking).ln_1p() / -order;
             start = start.min(1.0 + tail);
         }
-        let root = newton_log_log(radius, start, |m| self.divergence(generator, m));
+        let root = newton_log_log(radius, start, last_step(generator, radius), |m| {
+            self.divergence(generator, m)
+        });
         *evaluations += root.evaluations;
         root.at
     }
@@ -529,14 +566,14 @@ impl Split {
     /// The same from the other end: the factor `r` that is left, by `D(0) - D(r) = D(0) - delta`.
     fn magnitude_near_saturation(
         &self,
-        generator: Generator,
+        generator: &Generator,
         radius: f64,
         greatest: f64,
         evaluations: &mut u32,
     ) -> f64 {
         let gap = (greatest - radius).max(f64::EPSILON * greatest);
         let start = (gap / (greatest * (2.0 + (greatest / gap).ln()))).min(0.5);
-        let root = newton_log_log(gap, start, |r| {
+        let root = newton_log_log(gap, start, last_step(generator, gap), |r| {
             if r >= 1.0 {
                 return (f64::INFINITY, 1.0);
             }
@@ -551,7 +588,7 @@ impl Split {
 
     /// The bound that `m` stands for, and its condition number: by how much more than a rounding error
     /// evaluating the equation in double precision may move it.
-    fn log_ratio(&self, generator: Generator, m: f64, side: Side) -> (f64, f64) {
+    fn log_ratio(&self, generator: &Generator, m: f64, side: Side) -> (f64, f64) {
         let (d, slope) = self.divergence(generator, m);
         let lost = -(-m).exp_m1();
         let growth = self.shrinking / self.growing * lost;
@@ -571,9 +608,9 @@ impl Split {
 
     /// `m` where the equation has an elementary solution, arranged so that nothing cancels except
     /// next to saturation.
-    fn closed_form(&self, generator: Generator, radius: f64) -> Option<f64> {
+    fn closed_form(&self, generator: &Generator, radius: f64) -> Option<f64> {
         let (w, g) = (self.shrinking, self.growing);
-        match generator {
+        match *generator {
             Generator::Tv => Some(-(-radius / w).ln_1p()),
             Generator::Hellinger => {
                 // Bhattacharyya's coefficient is the cosine of an angle: sqrt(r) = 1 - e.
@@ -601,6 +638,12 @@ impl Split {
     }
 }
 
+/// The relative step at which Newton's method stops: below it, the error after it is of the order of its
+/// square, 1e-17. Text is evaluated with an absolute error of a rounding, and polished afterwards.
+fn last_step(generator: &Generator, target: f64) -> f64 {
+    if generator.cancels() { (100.0 * f64::EPSILON / target).max(1e-5) } else { 3e-9 }
+}
+
 /// `m` for `(u-1)^2/(1-l+l u)`: with `x` the fraction lost, a quadratic; see docs of [`Divergence`].
 fn blended_chi_square(w: f64, g: f64, blend: f64, radius: f64) -> f64 {
     let spread = radius * blend * blend;
@@ -622,7 +665,7 @@ fn blended_chi_square(w: f64, g: f64, blend: f64, radius: f64) -> f64 {
 
 /// Whether the exact `D` at a log-ratio is at most `delta`, and the ratio inside the simplex.
 fn is_inside(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> bool {
-    let generator = divergence.generator;
+    let generator = &divergence.generator;
     if logp.is_nan() || log_ratio.is_nan() {
         return false;
     }
@@ -638,14 +681,15 @@ fn is_inside(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> 
         return false;
     }
     let (d, sensitivity) = divergence_at(generator, logp, log_ratio);
-    // A double evaluates D to a few ulp; nearer to the edge than that, more digits decide.
-    let doubt = 64.0 * f64::EPSILON * (radius + sensitivity);
-    if (d - radius).abs() > doubt {
-        return d < radius;
-    }
     let split = Split::new(logp, Side::Lower);
     if split.log_shrinking < FAR_TAIL || split.log_growing < FAR_TAIL {
         return d <= radius;
+    }
+    // A double evaluates D to a few ulp (text, to a few ulp of 1); nearer to the edge than that, more
+    // digits decide.
+    let scale = radius + sensitivity + if generator.cancels() { 1.0 + d.abs() } else { 0.0 };
+    if (d - radius).abs() > 64.0 * f64::EPSILON * scale {
+        return d < radius;
     }
     let exact = divergence.generator_radius::<Dd>(delta);
     exact_residual(generator, logp, log_ratio, exact) <= 0.0
@@ -653,7 +697,7 @@ fn is_inside(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> 
 
 /// `D` in double precision at any log-ratio inside the simplex, for any `logp < 0`, and by how much it
 /// moves for a relative change of 1 in what the others gain or keep, which is where rounding enters.
-fn divergence_at(generator: Generator, logp: f64, log_ratio: f64) -> (f64, f64) {
+fn divergence_at(generator: &Generator, logp: f64, log_ratio: f64) -> (f64, f64) {
     let split = Split::new(logp, Side::Lower);
     let token = Point::from_log(log_ratio);
     let token_part = scaled_value(generator, split.shrinking, split.log_shrinking, token);
@@ -684,7 +728,7 @@ fn divergence_at(generator: Generator, logp: f64, log_ratio: f64) -> (f64, f64) 
 }
 
 /// `w f(u)`, with the factor `u` drawn to the weight where `f(u)` might overflow.
-fn weighted<T: Real>(generator: Generator, weight: T, at: Point<T>) -> T {
+fn weighted<T: Real>(generator: &Generator, weight: T, at: Point<T>) -> T {
     if at.u.to_f64() > 1e60 {
         weight * at.u * generator.value_per_u(at)
     } else {
@@ -693,7 +737,7 @@ fn weighted<T: Real>(generator: Generator, weight: T, at: Point<T>) -> T {
 }
 
 /// `w f(u)`, in logarithms where a factor leaves the range of a double.
-fn scaled_value(generator: Generator, weight: f64, log_weight: f64, at: Point<f64>) -> f64 {
+fn scaled_value(generator: &Generator, weight: f64, log_weight: f64, at: Point<f64>) -> f64 {
     let value = value_or_limit(generator, at);
     if value == 0.0 {
         0.0
@@ -705,7 +749,7 @@ fn scaled_value(generator: Generator, weight: f64, log_weight: f64, at: Point<f6
 }
 
 /// `D - delta` with about 30 digits, rounded once.
-fn exact_residual(generator: Generator, logp: f64, log_ratio: f64, radius: Dd) -> f64 {
+fn exact_residual(generator: &Generator, logp: f64, log_ratio: f64, radius: Dd) -> f64 {
     let logp_exact = Dd::of(logp);
     let token_p = logp_exact.exp();
     let others_p = -logp_exact.exp_m1();
@@ -734,7 +778,7 @@ fn exact_residual(generator: Generator, logp: f64, log_ratio: f64, radius: Dd) -
 }
 
 /// `dD/d log_ratio`.
-fn residual_slope(generator: Generator, logp: f64, log_ratio: f64) -> f64 {
+fn residual_slope(generator: &Generator, logp: f64, log_ratio: f64) -> f64 {
     let split = Split::new(logp, Side::Lower);
     let (token, others) = split.outcomes(logp, log_ratio);
     let own = if token.u > 1.0 {
@@ -747,7 +791,7 @@ fn residual_slope(generator: Generator, logp: f64, log_ratio: f64) -> f64 {
 
 /// `d log bound / d logp = -B(r, c) / (r (f'(r) - f'(c)))` with the Bregman divergence
 /// `B(r, c) = f(r) - f(c) - f'(c)(r - c)`.
-fn log_slope(generator: Generator, logp: f64, log_bound: f64) -> f64 {
+fn log_slope(generator: &Generator, logp: f64, log_bound: f64) -> f64 {
     if logp >= 0.0 || log_bound == f64::NEG_INFINITY || log_bound == 0.0 {
         return 0.0;
     }
@@ -967,7 +1011,7 @@ mod tests {
             delta in radius(), logp in log_probability(), upper in any::<bool>()
         ) {
             let divergence = Divergence::parse(spec).unwrap();
-            let generator = divergence.generator;
+            let generator = &divergence.generator;
             let side = if upper { Side::Upper } else { Side::Lower };
             let split = Split::new(logp, side);
             let edge = if upper { -logp } else { f64::NEG_INFINITY };
@@ -1020,6 +1064,74 @@ mod tests {
                     );
                     if !certain {
                         assert!(upper < -logp && lower >= -f64::MAX, "{spec} {delta} {logp}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Text that says the same as a built-in agrees with it, everywhere.
+    #[test]
+    fn expressions_agree_with_built_ins() {
+        let pairs = [
+            ("kl", "-ln(u) + u - 1"),
+            ("reverse-kl", "u*ln(u) - u + 1"),
+            ("reverse-kl", "u*log(u)"),
+            ("tv", "abs(u-1)/2"),
+            ("pearson-chi2", "u^2 - 1"),
+            ("neyman-chi2", "(u-1)**2/u"),
+            ("hellinger", "1 - sqrt(u)"),
+            ("le-cam", "(u-1)^2/(2*(u+1))"),
+            ("jensen-shannon", "(u*ln(u) - (u+1)*ln((u+1)/2))/2"),
+            ("jeffreys", "(u-1)*ln(u)"),
+            ("alpha:3", "(u^3 - 1)/6"),
+            ("alpha:-3", "(u^-3 - 1)/12"),
+            ("hockey-stick:1.25", "max(u-1.25, 0)"),
+        ];
+        for (spec, text) in pairs {
+            let divergence = Divergence::from_expression(text, None, None).unwrap();
+            for delta in [1e-8, 1e-5, 1e-3, 0.05, 0.7, 5.0] {
+                let custom = Band::new(divergence.clone(), delta, delta).unwrap();
+                let built_in = band(spec, delta);
+                for step in 0..150 {
+                    let logp = -1e-16 * 1.33_f64.powi(step);
+                    for side in [Side::Lower, Side::Upper] {
+                        let (a, b) = (custom.bound(logp, side), built_in.bound(logp, side));
+                        let (a, b) = (a.log_ratio, b.log_ratio);
+                        assert!(
+                            a == b || (a / b - 1.0).abs() <= 2e-14,
+                            "{text} {delta:e} {logp:e} {side:?}: {a:e} {b:e}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn kinked_and_flat_bottomed_expressions() {
+        // max of two convex functions: the band is the intersection of theirs, side by side where one
+        // of the two is active all over; against halving of bits otherwise.
+        for text in ["max((u-1)^2, abs(u-1))", "max(abs(u-1) - 0.1, 0)", "max(u-1.3, 0)"] {
+            let divergence = Divergence::from_expression(text, None, None).unwrap();
+            for delta in [1e-4, 0.05, 0.4] {
+                let band = Band::new(divergence.clone(), delta, delta).unwrap();
+                for p in [1e-6, 1e-3, 0.1, 0.4, 0.8, 0.99] {
+                    let logp = f64::ln(p);
+                    let radius = Dd::of(delta);
+                    let generator = &divergence.generator;
+                    for (side, outside) in [(Side::Lower, -1e3), (Side::Upper, -logp)] {
+                        let actual = band.bound(logp, side).log_ratio;
+                        let inside = |b| exact_residual(generator, logp, b, radius) <= 0.0;
+                        if inside(outside) {
+                            assert!(actual.abs() >= outside.abs(), "{text} {delta} {p} {side:?}");
+                            continue;
+                        }
+                        let expected = last_inside(0.0_f64.copysign(outside), outside, inside).at;
+                        assert!(
+                            (actual / expected - 1.0).abs() < 1e-14,
+                            "{text} {delta} {p} {side:?}: {actual:e} {expected:e}"
+                        );
                     }
                 }
             }

@@ -4,7 +4,10 @@
 //! generator is normalised so that also `f'(1) = 0`, hence `f >= 0`, and is written as a sum of
 //! terms of one sign: nothing cancels near `u = 1`, where a trust region lives.
 
+use std::sync::Arc;
+
 use crate::error::{Error, Result};
+use crate::expression::Expression;
 use crate::real::Real;
 
 /// An argument of a generator: `u > 0` given by both `ln u` and `u - 1`.
@@ -42,8 +45,8 @@ impl<T: Real> Point<T> {
     }
 }
 
-/// The generators with a formula of their own.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// The generators with a formula of their own, and those read from text.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Generator {
     Kl,
     ReverseKl,
@@ -58,6 +61,7 @@ pub(crate) enum Generator {
     Bwcs(f64),
     LeCam,
     HockeyStick(f64),
+    Expression(Arc<Expression>),
 }
 
 /// How the radius that the user gives becomes a radius of the generator.
@@ -152,6 +156,44 @@ impl Divergence {
         Ok(Self { spec: spec.to_owned(), generator, radius })
     }
 
+    /// The divergence of a convex function of `u` given as text, such as `u*ln(u) - u + 1`.
+    ///
+    /// `f(0)` and `f'(inf)` may be given where they cannot be found out from the text.
+    ///
+    /// # Errors
+    /// [`Error::Expression`] if the text cannot be read, [`Error::Generator`] if the function is not
+    /// convex, not finite on (0, inf), or not 0 at 1.
+    pub fn from_expression(
+        text: &str,
+        at_zero: Option<f64>,
+        slope_at_infinity: Option<f64>,
+    ) -> Result<Self> {
+        let expression = Expression::parse(text, at_zero, slope_at_infinity)?;
+        Ok(Self {
+            spec: text.to_owned(),
+            generator: Generator::Expression(Arc::new(expression)),
+            radius: Radius::Same,
+        })
+    }
+
+    /// `f''(1)`; `None` where the generator has a kink or is flat at 1.
+    #[must_use]
+    pub fn curvature(&self) -> Option<f64> {
+        let curvature = self.generator.curvature()?;
+        // Of a small divergence of the generator, Renyi's of order a is a times as much.
+        Some(if let Radius::Renyi(order) = self.radius { curvature * order } else { curvature })
+    }
+
+    /// The radius for this divergence that a radius for its generator stands for.
+    #[must_use]
+    pub fn radius_of_generator(&self, value: f64) -> f64 {
+        match self.radius {
+            Radius::Same => value,
+            Radius::Renyi(order) => (order * (order - 1.0) * value).ln_1p() / (order - 1.0),
+            Radius::Bhattacharyya => -(-value).ln_1p(),
+        }
+    }
+
     /// The specification this divergence was made from.
     #[must_use]
     pub fn spec(&self) -> &str {
@@ -185,9 +227,9 @@ fn cressie_read(order: f64) -> Generator {
 
 impl Generator {
     /// `f(u)`.
-    pub(crate) fn value<T: Real>(self, at: Point<T>) -> T {
+    pub(crate) fn value<T: Real>(&self, at: Point<T>) -> T {
         let Point { log, excess, u } = at;
-        match self {
+        match *self {
             Self::Kl => {
                 if excess.to_f64().abs() < 0.5 {
                     excess.excess_over_ln_1p()
@@ -225,6 +267,7 @@ impl Generator {
                 let plus = excess + T::of(2.0);
                 excess * (excess / (plus + plus))
             }
+            Self::Expression(ref expression) => expression.value(at),
             Self::HockeyStick(threshold) => {
                 let over = excess - (T::of(threshold) - T::of(1.0));
                 if over.to_f64() > 0.0 { over } else { T::of(0.0) }
@@ -233,9 +276,9 @@ impl Generator {
     }
 
     /// `f(u)/u`, which stays in the range of a double where `f(u)` does not.
-    pub(crate) fn value_per_u<T: Real>(self, at: Point<T>) -> T {
+    pub(crate) fn value_per_u<T: Real>(&self, at: Point<T>) -> T {
         let Point { excess, u, .. } = at;
-        match self {
+        match *self {
             Self::Alpha(order) if order > 1.0 => {
                 let rate = T::of(order - 1.0);
                 (power_minus_one(rate, at) - rate * (excess / u)) / (T::of(order) * rate)
@@ -249,8 +292,8 @@ impl Generator {
     }
 
     /// `f'(u)` for `u > 1`.
-    pub(crate) fn slope(self, at: Point<f64>) -> f64 {
-        match self {
+    pub(crate) fn slope(&self, at: Point<f64>) -> f64 {
+        match *self {
             Self::Alpha(order) => ((order - 1.0) * at.log).exp_m1() / (order - 1.0),
             Self::Vajda(order) => order * at.excess.powf(order - 1.0),
             Self::Bwcs(0.0) => 2.0 * at.excess,
@@ -259,9 +302,9 @@ impl Generator {
     }
 
     /// `df/d ln u = u f'(u)`.
-    pub(crate) fn log_slope(self, at: Point<f64>) -> f64 {
+    pub(crate) fn log_slope(&self, at: Point<f64>) -> f64 {
         let Point { log, excess, u } = at;
-        match self {
+        match *self {
             Self::Kl => excess,
             Self::ReverseKl => scaled_log(u, log),
             Self::Tv => 0.5 * u * excess.signum(),
@@ -288,6 +331,7 @@ impl Generator {
                 let plus = 2.0 + excess;
                 0.5 * u * (excess / plus) * ((4.0 + excess) / plus)
             }
+            Self::Expression(ref expression) => expression.log_slope(at),
             Self::HockeyStick(threshold) => {
                 if excess > threshold - 1.0 {
                     u
@@ -299,14 +343,20 @@ impl Generator {
     }
 
     /// `ln f(u)` for `|ln u|` so large that `f(u)` may leave the range of a double.
-    pub(crate) fn log_value(self, log: f64) -> f64 {
+    pub(crate) fn log_value(&self, log: f64) -> f64 {
         let plain = self.value(Point::from_log(log));
         if plain.is_finite() && plain > 0.0 {
             return plain.ln();
         }
+        if let Self::Expression(_) = self {
+            // As a power of u beyond the farthest point where the text can be evaluated.
+            let far = Point::from_log(600.0_f64.copysign(log));
+            let value = self.value(far);
+            return value.ln() + self.log_slope(far) / value * (log - far.log);
+        }
         if log > 0.0 {
             // Leading term of f(e^t) for t -> inf.
-            match self {
+            match *self {
                 Self::Kl | Self::HockeyStick(_) => log,
                 Self::ReverseKl | Self::Jeffreys => log + log.ln(),
                 Self::Tv | Self::Hellinger | Self::LeCam => log + 0.5_f64.ln(),
@@ -326,9 +376,10 @@ impl Generator {
                         log - blend.ln()
                     }
                 }
+                Self::Expression(_) => plain.ln(),
             }
         } else {
-            match self {
+            match *self {
                 Self::Alpha(order) => order * log - (order * (order - 1.0)).ln(),
                 Self::Bwcs(_) => -log,
                 _ => plain.ln(),
@@ -337,8 +388,8 @@ impl Generator {
     }
 
     /// `f(0)`, infinite for some.
-    pub(crate) fn at_zero<T: Real>(self) -> T {
-        match self {
+    pub(crate) fn at_zero<T: Real>(&self) -> T {
+        match *self {
             Self::Kl | Self::Jeffreys => T::of(f64::INFINITY),
             Self::ReverseKl | Self::Vajda(_) => T::of(1.0),
             Self::Tv | Self::Hellinger | Self::LeCam => T::of(0.5),
@@ -358,12 +409,18 @@ impl Generator {
                 }
             }
             Self::HockeyStick(_) => T::of(0.0),
+            Self::Expression(ref expression) => T::of_dd(expression.at_zero),
         }
     }
 
+    /// Whether evaluating it in double precision cancels near 1, as text does that was written by hand.
+    pub(crate) fn cancels(&self) -> bool {
+        matches!(self, Self::Expression(_))
+    }
+
     /// `f'(inf) = lim f(u)/u`, infinite for some.
-    pub(crate) fn slope_at_infinity(self) -> f64 {
-        match self {
+    pub(crate) fn slope_at_infinity(&self) -> f64 {
+        match *self {
             Self::Kl | Self::HockeyStick(_) => 1.0,
             Self::ReverseKl | Self::Jeffreys => f64::INFINITY,
             Self::Tv | Self::Hellinger | Self::LeCam => 0.5,
@@ -383,17 +440,19 @@ impl Generator {
                 }
             }
             Self::Bwcs(blend) => 1.0 / blend,
+            Self::Expression(ref expression) => expression.slope_at_infinity,
         }
     }
 
     /// `f''(1)`; `None` where `f` has a kink or is flat at 1.
-    pub(crate) fn curvature(self) -> Option<f64> {
-        match self {
+    pub(crate) fn curvature(&self) -> Option<f64> {
+        match *self {
             Self::Kl | Self::ReverseKl | Self::Alpha(_) => Some(1.0),
             Self::Bwcs(_) | Self::Jeffreys | Self::Vajda(2.0) => Some(2.0),
             Self::Hellinger | Self::JensenShannon => Some(0.25),
             Self::LeCam => Some(0.5),
             Self::Tv | Self::Vajda(_) | Self::HockeyStick(_) => None,
+            Self::Expression(ref expression) => expression.curvature,
         }
     }
 }

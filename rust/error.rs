@@ -28,6 +28,22 @@ pub enum Error {
         /// What is allowed.
         allowed: &'static str,
     },
+    /// An expression that cannot be read.
+    Expression {
+        /// The text given.
+        text: String,
+        /// The column, from 1, where reading failed.
+        column: usize,
+        /// What is wrong there.
+        reason: String,
+    },
+    /// A function that is no generator of a divergence.
+    Generator {
+        /// The text given.
+        text: String,
+        /// Which condition it breaks, where and by how much.
+        reason: String,
+    },
     /// Two arrays that should have the same length have not.
     Length {
         /// The argument that has the wrong length.
@@ -82,6 +98,10 @@ impl fmt::Display for Error {
             Self::DivergenceParameter { spec, allowed } => {
                 write!(out, "divergence {spec:?}: {allowed}")
             }
+            Self::Expression { text, column, reason } => {
+                write!(out, "expression {text:?}, column {column}: {reason}")
+            }
+            Self::Generator { text, reason } => write!(out, "expression {text:?}: {reason}"),
             Self::Length { argument, actual, expected } => {
                 write!(out, "{argument} has {actual} elements, expected {expected}")
             }

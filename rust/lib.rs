@@ -16,6 +16,7 @@
 pub mod band;
 pub mod divergence;
 pub mod error;
+mod expression;
 pub mod loss;
 pub mod real;
 mod root;

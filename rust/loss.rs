@@ -16,6 +16,7 @@ use std::fmt::Debug;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::table::Image;
 
 /// Log-ratios are clamped to plus and minus this before they are exponentiated.
 pub const LOG_RATIO_LIMIT: f64 = 20.0;
@@ -144,8 +145,8 @@ pub enum BoundSource<'a, T> {
         /// At least 0.
         log_upper: T,
     },
-    /// The image of a [`BandTable`](crate::table::BandTable).
-    Table(&'a [u32]),
+    /// A table.
+    Table(Image<'a>),
     /// The log bounds of every token.
     PerToken {
         /// At most 0 each.
@@ -284,8 +285,8 @@ pub fn min_clip<T: Float>(
             let bounds = Constant { log_lower, log_upper };
             batch(tokens, &bounds, cap, by_probability, per_token, gradient)
         }
-        BoundSource::Table(words) => {
-            batch(tokens, &Table { words }, cap, by_probability, per_token, gradient)
+        BoundSource::Table(image) => {
+            batch(tokens, &image, cap, by_probability, per_token, gradient)
         }
         BoundSource::PerToken { log_lower, log_upper } => {
             let bounds = PerToken { log_lower, log_upper };
@@ -341,67 +342,16 @@ impl<T: Float> Bounds<T> for PerToken<'_, T> {
     }
 }
 
-/// The image of a table, see [`crate::table`], read in place.
-struct Table<'a> {
-    words: &'a [u32],
-}
-
-impl<T: Float> Bounds<T> for Table<'_> {
+impl<T: Float> Bounds<T> for Image<'_> {
     fn upper_if_above(&self, _: usize, old_log_prob: T, log_ratio: T) -> Option<T> {
-        let bound = T::from_f32(self.log_upper(Self::y(old_log_prob)));
+        let bound = T::from_f32(self.log_upper(Self::y(old_log_prob.to_f32())));
         (log_ratio > bound).then(|| bound.exp())
     }
 
     fn lower_if_below(&self, _: usize, old_log_prob: T, _: T, ratio: T) -> Option<T> {
         // The table holds this side as a ratio.
-        let bound = T::from_f32(self.lower(Self::y(old_log_prob)));
+        let bound = T::from_f32(self.lower(Self::y(old_log_prob.to_f32())));
         (ratio < bound).then_some(bound)
-    }
-}
-
-impl Table<'_> {
-    fn y<T: Float>(log_prob: T) -> f32 {
-        if log_prob > T::ZERO { 0.0 } else { -log_prob.to_f32() }
-    }
-
-    fn log_upper(&self, y: f32) -> f32 {
-        let value = self.value(0, y);
-        if value > y { y } else { value }
-    }
-
-    fn lower(&self, y: f32) -> f32 {
-        let value = self.value(48, y);
-        if value < 0.0 { 0.0 } else { value }
-    }
-
-    fn value(&self, header: usize, y: f32) -> f32 {
-        let words = self.words;
-        let float = |index: usize| f32::from_bits(words[index]);
-        if y.is_nan() {
-            return y;
-        }
-        if y == 0.0 {
-            return float(header + 36);
-        }
-        if y >= 128.0 {
-            return float(header + 37);
-        }
-        let piece = (1..6).map(|k| usize::from(y >= float(header + k))).sum::<usize>();
-        let at = header + piece;
-        let z = (y - float(at + 6)).abs() * float(at + 12);
-        let bits = z.to_bits().clamp(words[at + 24], words[at + 30]);
-        let exponent = bits >> 23;
-        let entry = words[words[at + 18].wrapping_add(exponent) as usize];
-        let halvings = entry & 15;
-        let shift = 23 - halvings;
-        let node = 2 * ((entry >> 4) + ((bits & 0x7f_ffff) >> shift)) as usize;
-        let power_of_two = |exponent: u32| f32::from_bits(exponent << 23);
-        let t = (bits & ((1 << shift) - 1)) as f32 * power_of_two(127 - shift);
-        let width = power_of_two(exponent - halvings);
-        let (v0, v1) = (float(node), float(node + 2));
-        let (m0, m1) = (float(node + 1) * width, float(node + 3) * width);
-        let rise = v1 - v0;
-        v0 + t * (m0 + t * ((3.0 * rise - 2.0 * m0 - m1) + t * (m0 + m1 - 2.0 * rise)))
     }
 }
 
@@ -501,7 +451,8 @@ mod tests {
     use crate::table::BandTable;
 
     fn table(spec: &str, delta: f64) -> BandTable {
-        BandTable::build(&Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap())
+        let band = Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap();
+        BandTable::of_band(&band).unwrap()
     }
 
     /// Loss, gradient and totals of single tokens `(old, new, advantage)`, all valid.
@@ -524,22 +475,6 @@ mod tests {
         let totals =
             min_clip(&tokens, bounds, dual_clip, true, &mut per_token, &mut gradient).unwrap();
         (per_token, gradient, totals)
-    }
-
-    #[test]
-    fn the_image_is_read_as_the_table_reads_it() {
-        for (spec, delta) in [("kl", 0.05), ("tv", 0.1), ("hellinger", 0.3), ("reverse-kl", 1e-4)] {
-            let table = table(spec, delta);
-            let image = Table { words: table.words() };
-            let last = u64::from(f32::INFINITY.to_bits());
-            for i in 0..=100_000 {
-                let y = f32::from_bits((last * i / 100_000) as u32);
-                let same = |a: f32, b: f32| assert_eq!(a.to_bits(), b.to_bits(), "{spec} {y}");
-                same(image.log_upper(y), table.log_upper(y));
-                same(image.lower(y), table.lower(y));
-            }
-            assert!(image.log_upper(f32::NAN).is_nan() && image.lower(f32::NAN).is_nan());
-        }
     }
 
     #[test]
@@ -605,7 +540,7 @@ mod tests {
     fn a_nan_stays_with_its_token_and_a_masked_one_is_nowhere() {
         let nan = f32::NAN;
         let table = table("kl", 0.05);
-        let bounds = BoundSource::Table(table.words());
+        let bounds = BoundSource::Table(table.image());
         let (loss, slope, totals) = run(
             &[(nan, -1.0, 1.0), (-1.0, nan, -1.0), (-1.0, -1.0, nan), (-1.0, -1.0, 1.0)],
             &bounds,
@@ -631,7 +566,7 @@ mod tests {
     fn many_tokens_are_the_sum_of_their_parts_on_any_number_of_threads() {
         let count = 3 * PARALLEL_FROM + 17;
         let table = table("kl", 0.05);
-        let bounds = BoundSource::Table(table.words());
+        let bounds = BoundSource::Table(table.image());
         let wave = |i: usize, frequency: f64| (i as f64 * frequency).sin();
         let tokens: Vec<(f64, f64, f64)> = (0..count)
             .map(|i| {

@@ -4,9 +4,9 @@
 #![allow(clippy::needless_pass_by_value, clippy::type_complexity)]
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 use numpy::{Element, IntoPyArray, PyArray1, PyReadonlyArray1, PyReadwriteArray1};
-use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -14,7 +14,7 @@ use crate::band::{self, Band, Delta, Side};
 use crate::divergence::Divergence;
 use crate::error::Error;
 use crate::loss::{self, Advantages, BoundSource, Float, Tokens};
-use crate::table::{BandTable, Verification};
+use crate::table::{BandTable, Curve, Image, MaxError, Stretches, Verification, exact_bounds};
 
 impl From<Error> for PyErr {
     /// Each kind of error becomes the class of `bandpo.error` that callers expect.
@@ -67,22 +67,158 @@ impl PyDivergence {
         Ok(Self(Divergence::parse(spec)?))
     }
 
+    #[staticmethod]
+    fn from_expression(
+        text: &str,
+        at_zero: Option<f64>,
+        slope_at_infinity: Option<f64>,
+    ) -> PyResult<Self> {
+        Ok(Self(Divergence::from_expression(text, at_zero, slope_at_infinity)?))
+    }
+
     #[getter]
     fn spec(&self) -> &str {
         self.0.spec()
     }
+
+    #[getter]
+    fn curvature(&self) -> Option<f64> {
+        self.0.curvature()
+    }
 }
 
-/// A band's bounds as a lookup table.
+/// Where a table's curve comes from, as Python gives it.
+#[derive(FromPyObject)]
+enum CurveArgument {
+    Constant(f64),
+    Band(PyDivergence, f64),
+    /// `sampler(is_upper, logp) -> (log_bounds, slopes)`
+    Sampled(Py<PyAny>),
+}
+
+/// A curve with everything that it refers to.
+enum OwnedCurve {
+    Constant(f64),
+    Band(Band),
+    Sampled(Box<dyn Fn(Side, &[f64]) -> crate::error::Result<Vec<(f64, f64)>> + Sync>),
+}
+
+/// What a Python function raised inside a call from Rust; it is raised again at the end.
+#[derive(Default)]
+struct Raised(Mutex<Option<PyErr>>);
+
+impl Raised {
+    fn keep(&self, error: PyErr) -> Error {
+        if let Ok(mut kept) = self.0.lock() {
+            kept.get_or_insert(error);
+        }
+        Error::Argument {
+            argument: "region",
+            value: "one that raised".to_owned(),
+            allowed: "usable",
+        }
+    }
+
+    fn or(&self, error: Error) -> PyErr {
+        let kept = self.0.lock().ok().and_then(|mut kept| kept.take());
+        kept.unwrap_or_else(|| error.into())
+    }
+}
+
+/// What a table is measured against: a band, or `exact(logp) -> (log_lower, log_upper)`.
+#[derive(FromPyObject)]
+enum ExactArgument {
+    Band(PyDivergence, f64, f64),
+    Function(Py<PyAny>),
+}
+
+impl ExactArgument {
+    fn bounds(&self, logp: &[f64], raised: &Raised) -> crate::error::Result<(Vec<f64>, Vec<f64>)> {
+        match self {
+            Self::Band(divergence, low, high) => {
+                let band = Band::new(divergence.0.clone(), *low, *high)?;
+                Ok(exact_bounds(&band, logp))
+            }
+            Self::Function(function) => {
+                Python::attach(|py| call_for_pair(py, function, (logp.to_vec().into_pyarray(py),)))
+                    .map_err(|error| raised.keep(error))
+            }
+        }
+    }
+}
+
+fn call_for_pair<'py>(
+    py: Python<'py>,
+    function: &Py<PyAny>,
+    arguments: impl pyo3::call::PyCallArgs<'py>,
+) -> PyResult<(Vec<f64>, Vec<f64>)> {
+    py.check_signals()?;
+    let pair = function.call1(py, arguments)?;
+    let (first, second): (PyReadonlyArray1<'py, f64>, PyReadonlyArray1<'py, f64>) =
+        pair.extract(py)?;
+    Ok((first.as_slice()?.to_vec(), second.as_slice()?.to_vec()))
+}
+
+fn owned_curve(curve: CurveArgument, raised: &Arc<Raised>) -> PyResult<OwnedCurve> {
+    let raised = Arc::clone(raised);
+    Ok(match curve {
+        CurveArgument::Constant(ratio) => OwnedCurve::Constant(ratio),
+        CurveArgument::Band(divergence, delta) => {
+            OwnedCurve::Band(Band::new(divergence.0, delta, delta)?)
+        }
+        CurveArgument::Sampled(function) => OwnedCurve::Sampled(Box::new(move |side, logp| {
+            Python::attach(|py| {
+                let arguments = (side == Side::Upper, logp.to_vec().into_pyarray(py));
+                call_for_pair(py, &function, arguments)
+            })
+            .map(|(bounds, slopes)| bounds.into_iter().zip(slopes).collect())
+            .map_err(|error| raised.keep(error))
+        })),
+    })
+}
+
+fn borrowed(side: &[(f64, OwnedCurve)]) -> Stretches<'_> {
+    side.iter()
+        .map(|(start, curve)| {
+            let curve = match curve {
+                OwnedCurve::Constant(ratio) => Curve::Constant(*ratio),
+                OwnedCurve::Band(band) => Curve::Band(band),
+                OwnedCurve::Sampled(sampler) => Curve::Sampled(sampler.as_ref()),
+            };
+            (*start, curve)
+        })
+        .collect()
+}
+
+/// A region's bounds as a lookup table.
 #[pyclass(name = "BandTable", module = "bandpo._core", frozen)]
 struct PyBandTable(BandTable);
 
 #[pymethods]
 impl PyBandTable {
+    /// Tabulates curves, each with the `y` where it begins.
     #[staticmethod]
-    fn build(py: Python<'_>, divergence: &PyDivergence, low: f64, high: f64) -> PyResult<Self> {
-        let band = Band::new(divergence.0.clone(), low, high)?;
-        Ok(Self(py.detach(|| BandTable::build(&band))))
+    fn build(
+        py: Python<'_>,
+        lower: Vec<(f64, CurveArgument)>,
+        upper: Vec<(f64, CurveArgument)>,
+        region: String,
+        exact: ExactArgument,
+    ) -> PyResult<Self> {
+        let raised = Arc::new(Raised::default());
+        let own = |side: Vec<(f64, CurveArgument)>| -> PyResult<Vec<(f64, OwnedCurve)>> {
+            side.into_iter()
+                .map(|(start, curve)| Ok((start, owned_curve(curve, &raised)?)))
+                .collect()
+        };
+        let (lower, upper) = (own(lower)?, own(upper)?);
+        py.detach(|| {
+            BandTable::build(&borrowed(&lower), &borrowed(&upper), region, &|logp| {
+                exact.bounds(logp, &raised)
+            })
+        })
+        .map(Self)
+        .map_err(|error| raised.or(error))
     }
 
     #[staticmethod]
@@ -119,29 +255,31 @@ impl PyBandTable {
         words.into_pyarray(py)
     }
 
-    /// A verified copy; `progress` is called with the number of values done.
-    fn verified(
+    /// The largest errors at the values number `start..stop` of `count`; see [`BandTable::errors_between`].
+    fn errors_between(
         &self,
         py: Python<'_>,
-        samples: u64,
-        progress: Option<Py<PyAny>>,
-    ) -> PyResult<Self> {
-        let mut table = self.0.clone();
-        let mut failure = None;
-        py.detach(|| {
-            table.verify(samples, |done| {
-                Python::attach(|py| {
-                    let outcome = py.check_signals().and_then(|()| match &progress {
-                        Some(progress) => progress.call1(py, (done,)).map(|_| ()),
-                        None => Ok(()),
-                    });
-                    failure = outcome.err();
-                    failure.is_none()
-                })
-            })
-        })
-        .map(|_| Self(table))
-        .ok_or_else(|| failure.unwrap_or_else(|| PyKeyboardInterrupt::new_err(())))
+        start: u64,
+        stop: u64,
+        count: u64,
+        exact: ExactArgument,
+    ) -> PyResult<(f64, f64)> {
+        py.check_signals()?;
+        let raised = Raised::default();
+        py.detach(|| self.0.errors_between(start, stop, count, &|logp| exact.bounds(logp, &raised)))
+            .map(|error| (error.log_upper, error.lower))
+            .map_err(|error| raised.or(error))
+    }
+
+    /// How many values an exhaustive verification looks at.
+    #[staticmethod]
+    fn checkable() -> u64 {
+        BandTable::checkable()
+    }
+
+    /// A copy that says that `count` values were looked at and these largest errors were found.
+    fn verified(&self, count: u64, log_upper: f64, lower: f64) -> Self {
+        Self(self.0.clone().verified(count, MaxError { log_upper, lower }))
     }
 
     #[getter]
@@ -155,8 +293,8 @@ impl PyBandTable {
     }
 
     #[getter]
-    fn delta(&self) -> (f64, f64) {
-        (self.0.band().delta(Side::Lower), self.0.band().delta(Side::Upper))
+    fn region(&self) -> &str {
+        self.0.region()
     }
 
     #[getter]
@@ -271,7 +409,7 @@ fn min_clip_of<T: Float + Element>(
         })
     };
     let totals = if let Ok(words) = bounds.extract::<PyReadonlyArray1<'_, u32>>() {
-        run(BoundSource::Table(words.as_slice()?))
+        run(BoundSource::Table(Image(words.as_slice()?)))
     } else {
         let bounds: PyReadonlyArray1<'_, T> = bounds.extract()?;
         run(match bounds.as_slice()? {
@@ -299,6 +437,46 @@ fn min_clip_of<T: Float + Element>(
     Ok((counts, [totals.kl, totals.kl_k3, totals.ratio_min, totals.ratio_max]))
 }
 
+/// The bound of one side with how it was found: `(log_ratio, outside, status, evaluations)`.
+#[pyfunction]
+#[pyo3(signature = (divergence, delta, logp, upper, /))]
+fn diagnose<'py>(
+    py: Python<'py>,
+    divergence: &PyDivergence,
+    delta: DeltaArgument<'py>,
+    logp: PyReadonlyArray1<'py, f64>,
+    upper: bool,
+) -> PyResult<(
+    Bound<'py, PyArray1<f64>>,
+    Bound<'py, PyArray1<f64>>,
+    Bound<'py, PyArray1<u8>>,
+    Bound<'py, PyArray1<u32>>,
+)> {
+    let side = if upper { Side::Upper } else { Side::Lower };
+    let (delta, logp) = (delta.as_delta()?, logp.as_slice()?);
+    let found = py.detach(|| band::diagnose(&divergence.0, delta, logp, side))?;
+    Ok((
+        found.iter().map(|bound| bound.log_ratio).collect::<Vec<_>>().into_pyarray(py),
+        found.iter().map(|bound| bound.outside).collect::<Vec<_>>().into_pyarray(py),
+        found.iter().map(|bound| bound.status as u8).collect::<Vec<_>>().into_pyarray(py),
+        found.iter().map(|bound| bound.evaluations).collect::<Vec<_>>().into_pyarray(py),
+    ))
+}
+
+/// The divergence of {this token, everything else} at each log-ratio.
+#[pyfunction]
+#[pyo3(signature = (divergence, logp, log_ratio, /))]
+fn divergences<'py>(
+    py: Python<'py>,
+    divergence: &PyDivergence,
+    logp: PyReadonlyArray1<'py, f64>,
+    log_ratio: PyReadonlyArray1<'py, f64>,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let (logp, log_ratio) = (logp.as_slice()?, log_ratio.as_slice()?);
+    let values = py.detach(|| band::divergences(&divergence.0, logp, log_ratio))?;
+    Ok(values.into_pyarray(py))
+}
+
 /// How many threads batches are spread over.
 #[pyfunction]
 fn thread_count() -> usize {
@@ -309,7 +487,10 @@ fn thread_count() -> usize {
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use super::{PyBandTable, PyDivergence, contains, log_bounds, min_clip, thread_count};
+    use super::{
+        PyBandTable, PyDivergence, contains, diagnose, divergences, log_bounds, min_clip,
+        thread_count,
+    };
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)] // Python's name for it

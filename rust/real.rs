@@ -42,6 +42,14 @@ pub trait Real:
     /// `x^y` for `x >= 0`.
     #[must_use]
     fn powf(self, exponent: Self) -> Self;
+    /// `sin x`.
+    #[must_use]
+    fn sin(self) -> Self;
+    /// `cos x`.
+    #[must_use]
+    fn cos(self) -> Self;
+    /// The nearest number of this type to a double-double.
+    fn of_dd(value: Dd) -> Self;
     /// `|x|`.
     #[must_use]
     fn abs(self) -> Self {
@@ -79,6 +87,15 @@ impl Real for f64 {
     }
     fn powf(self, exponent: Self) -> Self {
         f64::powf(self, exponent)
+    }
+    fn sin(self) -> Self {
+        f64::sin(self)
+    }
+    fn cos(self) -> Self {
+        f64::cos(self)
+    }
+    fn of_dd(value: Dd) -> Self {
+        value.to_f64()
     }
 
     fn excess_over_ln_1p(self) -> Self {
@@ -121,6 +138,9 @@ pub struct Dd {
 /// `ln 2` in three parts; the first has so few bits that its product with an exponent is exact.
 const LN_2_PARTS: [f64; 3] = [0.6931471804855391, 7.440617110012397e-11, -1.3124698417785255e-27];
 
+/// `pi/2` in three parts, likewise.
+const HALF_PI_PARTS: [f64; 3] = [1.5707963267341256, 6.077100506506192e-11, 3.5215598651832e-27];
+
 /// `1/n!` for n = 2..=11.
 const INVERSE_FACTORIAL: [Dd; 10] = [
     Dd { hi: 0.5, lo: 0.0 },
@@ -140,6 +160,9 @@ impl Dd {
     #[must_use]
     pub fn sum(a: f64, b: f64) -> Self {
         let hi = a + b;
+        if !hi.is_finite() {
+            return Self { hi, lo: 0.0 }; // the rest of an infinity would be a NaN
+        }
         let from_b = hi - a;
         Self { hi, lo: (a - (hi - from_b)) + (b - from_b) }
     }
@@ -148,12 +171,18 @@ impl Dd {
     #[must_use]
     pub fn product(a: f64, b: f64) -> Self {
         let hi = a * b;
+        if !hi.is_finite() {
+            return Self { hi, lo: 0.0 };
+        }
         Self { hi, lo: a.mul_add(b, -hi) }
     }
 
     /// `hi + lo` where `|hi| >= |lo|` is known.
     fn ordered(hi: f64, lo: f64) -> Self {
         let sum = hi + lo;
+        if !sum.is_finite() {
+            return Self { hi: sum, lo: 0.0 };
+        }
         Self { hi: sum, lo: lo - (sum - hi) }
     }
 
@@ -180,6 +209,25 @@ impl Dd {
             e = e * e + e + e; // e^(2r) - 1 from e^r - 1
         }
         (k as i32, e)
+    }
+}
+
+impl Dd {
+    /// The quadrant `k mod 4` and `sin r`, `cos r` with `x = k pi/2 + r`, `|r| <= pi/4`.
+    ///
+    /// Absolute accuracy is 1e-31 times the size of `k`: a generator has no use for huge angles.
+    fn reduced_sin_cos(self) -> (u8, Self, Self) {
+        let k = (self.hi / std::f64::consts::FRAC_PI_2).round();
+        let [first, second, third] = HALF_PI_PARTS.map(|part| Self::product(-k, part));
+        let r = self + first + second + third;
+        let square = -(r * r);
+        let (mut sin, mut cos) = (Self::of(1.0), Self::of(1.0));
+        for n in (1..=14).rev() {
+            let (even, odd) = (f64::from(2 * n * (2 * n - 1)), f64::from(2 * n * (2 * n + 1)));
+            cos = Self::of(1.0) + square * cos / Self::of(even);
+            sin = Self::of(1.0) + square * sin / Self::of(odd);
+        }
+        (k.rem_euclid(4.0) as u8, r * sin, cos)
     }
 }
 
@@ -211,6 +259,9 @@ impl Mul for Dd {
     type Output = Self;
     fn mul(self, other: Self) -> Self {
         let p = Self::product(self.hi, other.hi);
+        if !p.hi.is_finite() || p.hi == 0.0 {
+            return p;
+        }
         let cross = self.hi.mul_add(other.lo, self.lo * other.hi);
         Self::ordered(p.hi, p.lo + cross)
     }
@@ -220,6 +271,9 @@ impl Div for Dd {
     type Output = Self;
     fn div(self, other: Self) -> Self {
         let first = self.hi / other.hi;
+        if !first.is_finite() || first == 0.0 || !other.hi.is_finite() {
+            return Self::of(first);
+        }
         let rest = self - other * Self::of(first);
         let second = rest.hi / other.hi;
         let rest = rest - other * Self::of(second);
@@ -289,6 +343,30 @@ impl Real for Dd {
         Self::ordered(root, rest.hi / (2.0 * root))
     }
 
+    fn of_dd(value: Dd) -> Self {
+        value
+    }
+
+    fn sin(self) -> Self {
+        let (quadrant, sin, cos) = self.reduced_sin_cos();
+        match quadrant {
+            0 => sin,
+            1 => cos,
+            2 => -sin,
+            _ => -cos,
+        }
+    }
+
+    fn cos(self) -> Self {
+        let (quadrant, sin, cos) = self.reduced_sin_cos();
+        match quadrant {
+            0 => cos,
+            1 => -sin,
+            2 => -cos,
+            _ => sin,
+        }
+    }
+
     fn powf(self, exponent: Self) -> Self {
         if self.hi == 0.0 {
             return Self::of(self.hi.powf(exponent.hi));
@@ -338,6 +416,8 @@ pub(crate) mod tests {
                 "exp_m1" => Dd::of(x).exp_m1(),
                 "ln_1p" => Dd::of(x).ln_1p(),
                 "sqrt" => Dd::of(x).sqrt(),
+                "sin" => Dd::of(x).sin(),
+                "cos" => Dd::of(x).cos(),
                 other => panic!("unknown function {other}"),
             };
             let error = ((actual.hi - hi) + (actual.lo - lo)).abs();

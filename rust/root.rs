@@ -17,20 +17,18 @@ pub(crate) struct Root {
 /// Most evaluations that [`newton_log_log`] makes.
 pub(crate) const MOST_EVALUATIONS: u32 = 100;
 
-/// A step below this, relative to the root, ends Newton's method: the error after it is of the order
-/// of its square, 1e-17.
-const LAST_STEP: f64 = 3e-9;
-
 /// After this many steps by more than a factor `e^0.5`, Newton's method only crawls and the bracket
 /// is halved instead (in `ln m`).
 const MOST_LONG_STEPS: u32 = 5;
 
 /// The `m > 0` with `g(m) = target > 0`, for an increasing `g` with `g(0) = 0`.
 ///
+/// Ends after a step of at most `last_step`, relative to `m`.
 /// `evaluate(m)` returns `g(m)` and `d ln g / d ln m`. An infinite or NaN `g` counts as too large.
 pub(crate) fn newton_log_log(
     target: f64,
     start: f64,
+    last_step: f64,
     mut evaluate: impl FnMut(f64) -> (f64, f64),
 ) -> Root {
     let (mut below, mut above) = (0.0_f64, f64::INFINITY);
@@ -46,7 +44,7 @@ pub(crate) fn newton_log_log(
         // A slope that overflowed says nothing, least of all that the step is 0.
         let step = if slope.is_finite() { -(g / target).ln() / slope } else { f64::NAN };
         let candidate = m * step.exp();
-        if step.abs() <= LAST_STEP {
+        if step.abs() <= last_step {
             return Root { at: candidate, evaluations };
         }
         let previous = m;
@@ -95,9 +93,9 @@ mod tests {
 
     #[test]
     fn newton_solves_powers_in_one_step_and_exponentials_in_few() {
-        let root = newton_log_log(8.0, 1e-3, |m| (m * m * m, 3.0));
+        let root = newton_log_log(8.0, 1e-3, 3e-9, |m| (m * m * m, 3.0));
         assert!((root.at - 2.0).abs() < 1e-15 && root.evaluations <= 2, "{root:?}");
-        let root = newton_log_log(1e100, 1e150, |m| (m.exp_m1(), m * m.exp() / m.exp_m1()));
+        let root = newton_log_log(1e100, 1e150, 3e-9, |m| (m.exp_m1(), m * m.exp() / m.exp_m1()));
         assert!((root.at - 1e100_f64.ln()).abs() < 1e-12, "{root:?}");
         assert!(root.evaluations < 40, "{root:?}");
     }
@@ -105,7 +103,7 @@ mod tests {
     #[test]
     fn newton_survives_a_kink_and_a_flat_bottom() {
         // max(m - 1, 0), 3 beyond 2.
-        let root = newton_log_log(0.5, 1e-8, |m| {
+        let root = newton_log_log(0.5, 1e-8, 3e-9, |m| {
             let g = (m - 1.0).clamp(0.0, 3.0);
             (g, if g > 0.0 && g < 3.0 { m / g } else { 0.0 })
         });

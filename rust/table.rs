@@ -39,7 +39,6 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use sha2::{Digest, Sha256};
 
 use crate::band::{Band, Side};
-use crate::divergence::Divergence;
 use crate::error::{Error, Result};
 
 /// Pieces a side may have.
@@ -89,44 +88,21 @@ pub enum Verification {
     Exhaustive,
 }
 
-/// The bounds of a [`Band`] with fixed radii, tabulated.
-#[derive(Debug, Clone, PartialEq)]
-pub struct BandTable {
-    words: Vec<u32>,
-    band: Band,
-    max_error: MaxError,
-    verification: Verification,
-}
+/// The words of a table, to look bounds up in.
+#[derive(Debug, Clone, Copy)]
+pub struct Image<'a>(pub &'a [u32]);
 
-impl BandTable {
-    /// Tabulates a band.
+impl Image<'_> {
+    /// `-logp`, 0 where `logp` is above 0, NaN where it is.
     #[must_use]
-    pub fn build(band: &Band) -> Self {
-        let mut tolerance = TARGET;
-        let mut sides = [plan_upper(band), plan_lower(band)].map(|plan| plan.sampled(band));
-        let words = loop {
-            let words = image(&sides, tolerance);
-            if 4 * words.len() <= MOST_BYTES {
-                break words;
-            }
-            tolerance *= 1.5;
-        };
-        let mut table = Self {
-            words,
-            band: band.clone(),
-            max_error: MaxError::default(),
-            verification: Verification::Sampled,
-        };
-        table.max_error = sides
-            .iter_mut()
-            .map(|side| table.check(&side.samples_in_every_cell(tolerance)))
-            .fold(MaxError::default(), MaxError::merge);
-        table
+    pub fn y(logp: f32) -> f32 {
+        // Not f32::max, which would turn a NaN into 0.
+        if logp > 0.0 { 0.0 } else { -logp }
     }
 
     /// `log_upper` at `y = -logp >= 0`.
     #[must_use]
-    pub fn log_upper(&self, y: f32) -> f32 {
+    pub fn log_upper(self, y: f32) -> f32 {
         let value = self.value_at(0, y);
         // Never outside the simplex; a NaN must not be lost in a minimum.
         if value > y { y } else { value }
@@ -134,14 +110,14 @@ impl BandTable {
 
     /// `lower`, the ratio, at `y = -logp >= 0`.
     #[must_use]
-    pub fn lower(&self, y: f32) -> f32 {
+    pub fn lower(self, y: f32) -> f32 {
         let value = self.value_at(SIDE_WORDS, y);
         // A cubic may dip below 0 by its error where the bound dies away.
         if value < 0.0 { 0.0 } else { value }
     }
 
-    fn value_at(&self, header: usize, y: f32) -> f32 {
-        let words = &self.words;
+    fn value_at(self, header: usize, y: f32) -> f32 {
+        let words = self.0;
         let float = |index: usize| f32::from_bits(words[index]);
         if y.is_nan() {
             return y;
@@ -169,13 +145,98 @@ impl BandTable {
         let rise = v1 - v0;
         v0 + t * (m0 + t * ((3.0 * rise - 2.0 * m0 - m1) + t * (m0 + m1 - 2.0 * rise)))
     }
+}
+
+/// Where the bound of one side comes from over a stretch of `y`.
+pub enum Curve<'a> {
+    /// The same ratio for every token.
+    Constant(f64),
+    /// A band.
+    Band(&'a Band),
+    /// Anything smooth: from old log-probabilities to log bounds and their slopes in logp.
+    Sampled(&'a Sampler<'a>),
+}
+
+/// See [`Curve::Sampled`].
+pub type Sampler<'a> = dyn Fn(Side, &[f64]) -> Result<Vec<(f64, f64)>> + Sync + 'a;
+
+/// From old log-probabilities to exact `(log_lower, log_upper)`.
+pub type Exact<'a> = dyn Fn(&[f64]) -> Result<(Vec<f64>, Vec<f64>)> + 'a;
+
+/// Curves with the `y` where each begins, the first at 0: kinks are where one follows another.
+pub type Stretches<'a> = Vec<(f64, Curve<'a>)>;
+
+/// The bounds of a region that does not depend on anything but logp, tabulated.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BandTable {
+    words: Vec<u32>,
+    /// What was tabulated, as JSON.
+    region: String,
+    max_error: MaxError,
+    verification: Verification,
+}
+
+impl BandTable {
+    /// Tabulates a band.
+    ///
+    /// # Errors
+    /// None that a band can cause.
+    pub fn of_band(band: &Band) -> Result<Self> {
+        let region = serde_json::json!({"band": {
+            "divergence": band.divergence().spec(),
+            "delta": [band.delta(Side::Lower), band.delta(Side::Upper)],
+        }});
+        let whole = || vec![(0.0, Curve::Band(band))];
+        Self::build(&whole(), &whole(), region.to_string(), &|logp| Ok(exact_bounds(band, logp)))
+    }
+
+    /// Tabulates a region that is made of curves; `exact` is what its error is measured against, and
+    /// `region` describes it, as JSON.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if a side needs more pieces than a table has, and what the curves raise.
+    pub fn build(
+        lower: &Stretches<'_>,
+        upper: &Stretches<'_>,
+        region: String,
+        exact: &Exact<'_>,
+    ) -> Result<Self> {
+        let sides = [
+            SidePlan::sampled(Side::Upper, upper, exact)?,
+            SidePlan::sampled(Side::Lower, lower, exact)?,
+        ];
+        let mut tolerance = TARGET;
+        let words = loop {
+            let words = image(&sides, tolerance);
+            if 4 * words.len() <= MOST_BYTES {
+                break words;
+            }
+            tolerance *= 1.5;
+        };
+        let mut table = Self {
+            words,
+            region,
+            max_error: MaxError::default(),
+            verification: Verification::Sampled,
+        };
+        for side in &sides {
+            let ys = side.samples_in_every_cell(tolerance);
+            table.max_error = table.max_error.merge(table.errors_at(&ys, exact)?);
+        }
+        Ok(table)
+    }
+
+    /// What bounds are looked up in.
+    #[must_use]
+    pub fn image(&self) -> Image<'_> {
+        Image(&self.words)
+    }
 
     /// `(log_lower, log_upper)`; `logp` above 0 is read as 0.
     #[must_use]
     pub fn log_bounds(&self, logp: f64) -> (f64, f64) {
-        // Not f32::max, which would turn a NaN into 0.
-        let y = if logp > 0.0 { 0.0 } else { -logp as f32 };
-        (f64::from(self.lower(y)).ln(), f64::from(self.log_upper(y)))
+        let y = Image::y(logp as f32);
+        (f64::from(self.image().lower(y)).ln(), f64::from(self.image().log_upper(y)))
     }
 
     /// The image that every backend reads.
@@ -190,10 +251,10 @@ impl BandTable {
         4 * self.words.len()
     }
 
-    /// The band that was tabulated.
+    /// What was tabulated, as JSON.
     #[must_use]
-    pub fn band(&self) -> &Band {
-        &self.band
+    pub fn region(&self) -> &str {
+        &self.region
     }
 
     /// Largest error found so far by build or verification.
@@ -208,54 +269,64 @@ impl BandTable {
         self.verification
     }
 
-    /// Compares with the solver at `count` float32 values of `-logp`, evenly spaced in their bit
-    /// patterns over [0, 104], both ends included, and stores what was found. Calls `progress` with
-    /// the number of values done; a `false` from it stops, and then nothing is stored.
-    pub fn verify(
-        &mut self,
-        count: u64,
-        mut progress: impl FnMut(u64) -> bool,
-    ) -> Option<MaxError> {
-        const BLOCK: u64 = 1 << 18;
-        let last = u64::from(Self::GREATEST_CHECKED.to_bits());
-        let count = count.clamp(2, last + 1);
-        let mut worst = MaxError::default();
-        let mut done = 0;
-        while done < count {
-            let end = (done + BLOCK).min(count);
-            let found = (0..(end - done) as u32)
-                .into_par_iter()
-                .with_min_len(1024)
-                .map(|i| {
-                    let index = u128::from(done) + u128::from(i);
-                    let bits = index * u128::from(last) / u128::from(count - 1);
-                    self.error_at(f32::from_bits(bits as u32))
-                })
-                .reduce(MaxError::default, MaxError::merge);
-            worst = worst.merge(found);
-            done = end;
-            if !progress(done) {
-                return None;
-            }
-        }
-        self.max_error = worst;
-        self.verification =
-            if count == last + 1 { Verification::Exhaustive } else { Verification::Sampled };
-        Some(worst)
-    }
-
     /// The greatest `-logp` that verification looks at: e^-104 is below the smallest float32.
     pub const GREATEST_CHECKED: f32 = 104.0;
 
-    fn check(&self, ys: &[f32]) -> MaxError {
-        ys.par_iter()
-            .with_min_len(256)
-            .map(|&y| self.error_at(y))
-            .reduce(MaxError::default, MaxError::merge)
+    /// How many float32 there are in [0, 104].
+    #[must_use]
+    pub fn checkable() -> u64 {
+        u64::from(Self::GREATEST_CHECKED.to_bits()) + 1
     }
 
-    fn error_at(&self, y: f32) -> MaxError {
-        let (log_lower, log_upper) = self.band.log_bounds(-f64::from(y));
+    /// The largest error at the values number `from..to` out of `count` float32 values of `-logp`, evenly
+    /// spaced in their bit patterns over [0, 104], both ends included.
+    ///
+    /// # Errors
+    /// What `exact` raises.
+    pub fn errors_between(
+        &self,
+        from: u64,
+        to: u64,
+        count: u64,
+        exact: &Exact<'_>,
+    ) -> Result<MaxError> {
+        let last = u128::from(Self::checkable() - 1);
+        let ys: Vec<f32> = (from..to)
+            .map(|index| {
+                let bits = u128::from(index) * last / u128::from(count.max(2) - 1);
+                f32::from_bits(bits as u32)
+            })
+            .collect();
+        self.errors_at(&ys, exact)
+    }
+
+    /// The same table with what a verification of `count` values found.
+    #[must_use]
+    pub fn verified(mut self, count: u64, found: MaxError) -> Self {
+        self.max_error = found;
+        self.verification = if count >= Self::checkable() {
+            Verification::Exhaustive
+        } else {
+            Verification::Sampled
+        };
+        self
+    }
+
+    fn errors_at(&self, ys: &[f32], exact: &Exact<'_>) -> Result<MaxError> {
+        let logp: Vec<f64> = ys.iter().map(|&y| -f64::from(y)).collect();
+        let (log_lower, log_upper) = exact(&logp)?;
+        Ok(ys
+            .par_iter()
+            .with_min_len(1024)
+            .zip(&log_lower)
+            .zip(&log_upper)
+            .map(|((&y, &log_lower), &log_upper)| self.error_at(y, log_lower, log_upper))
+            .reduce(MaxError::default, MaxError::merge))
+    }
+
+    fn error_at(&self, y: f32, log_lower: f64, log_upper: f64) -> MaxError {
+        // A table keeps to the simplex, whether its region does or not.
+        let log_upper = if log_upper > f64::from(y) { f64::from(y) } else { log_upper };
         let beyond_one_ulp = |actual: f32, exact: f64| {
             let bound = exact.abs() as f32;
             let ulp = f64::from(bound.next_up()) - f64::from(bound);
@@ -266,28 +337,33 @@ impl BandTable {
         MaxError {
             log_upper: if log_upper > CLAMP {
                 // Clamped in use; it only has to lie beyond the clamp as well.
-                if self.log_upper(y) >= CLAMP as f32 { 0.0 } else { f64::INFINITY }
+                if self.image().log_upper(y) >= CLAMP as f32 { 0.0 } else { f64::INFINITY }
             } else {
-                beyond_one_ulp(self.log_upper(y), log_upper)
+                beyond_one_ulp(self.image().log_upper(y), log_upper)
             },
-            lower: beyond_one_ulp(self.lower(y), log_lower.exp()),
+            lower: beyond_one_ulp(self.image().lower(y), log_lower.exp()),
         }
     }
 }
 
+/// `(log_lower, log_upper)` of a band, on all threads.
+pub(crate) fn exact_bounds(band: &Band, logp: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    logp.par_iter().with_min_len(256).map(|&logp| band.log_bounds(logp)).unzip()
+}
+
 /// A stretch of `y` over which the bound is smooth, and the end its grid is graded from.
-struct Piece {
+struct Piece<'a> {
     start: f32,
     origin: f32,
     scale: f32,
-    content: Content,
+    content: Content<'a>,
 }
 
-enum Content {
+enum Content<'a> {
     /// The same value all over.
     Constant(f32),
-    /// Octaves from the smallest up.
-    Graded(Vec<Octave>),
+    /// Octaves from the smallest up, of a curve.
+    Graded(&'a Curve<'a>, Vec<Octave>),
 }
 
 /// An octave of `z` with samples at its nodes and at all midpoints that were looked at.
@@ -310,27 +386,151 @@ impl Octave {
         let enough = self.errors.iter().position(|&error| error <= tolerance);
         enough.map_or(self.errors.len() as u32, |b| b as u32).min(MOST_HALVINGS)
     }
+
+    fn cell_width(&self) -> f64 {
+        2f64.powi(self.exponent) / (self.samples.len() - 1) as f64
+    }
+
+    fn middles(&self) -> impl Iterator<Item = f64> + use<> {
+        let (start, width) = (2f64.powi(self.exponent), self.cell_width());
+        (0..self.samples.len() - 1).map(move |cell| start + width * (cell as f64 + 0.5))
+    }
+
+    /// Takes the samples at the midpoints of its cells; returns whether they have to be halved again.
+    fn refine(&mut self, middles: &[(f64, f64)]) -> bool {
+        let width = self.cell_width();
+        let error = self
+            .samples
+            .windows(2)
+            .zip(middles)
+            .map(|(ends, middle)| {
+                let interpolated =
+                    0.5 * (ends[0].0 + ends[1].0) + 0.125 * width * (ends[0].1 - ends[1].1);
+                (interpolated - middle.0).abs()
+            })
+            .fold(0.0, f64::max);
+        self.errors.push(error);
+        if error <= TARGET || self.depth() == MOST_HALVINGS {
+            return false;
+        }
+        let mut finer = Vec::with_capacity(2 * self.samples.len() - 1);
+        for (node, middle) in self.samples.iter().zip(middles) {
+            finer.extend([*node, *middle]);
+        }
+        finer.extend(self.samples.last());
+        self.samples = finer;
+        true
+    }
 }
 
-struct SidePlan {
-    side: Side,
+impl Curve<'_> {
+    /// The tabulated values of a side at each `y`, and their derivatives in `y`.
+    fn sample(&self, side: Side, ys: &[f64]) -> Result<Vec<(f64, f64)>> {
+        let tabulated = |log_bound: f64, log_slope: f64| match side {
+            Side::Upper => (log_bound, -log_slope),
+            Side::Lower => {
+                let lower = log_bound.exp();
+                (lower, if lower == 0.0 { 0.0 } else { -lower * log_slope })
+            }
+        };
+        match self {
+            Self::Constant(ratio) => {
+                let value = if side == Side::Upper { ratio.ln() } else { *ratio };
+                Ok(vec![(value, 0.0); ys.len()])
+            }
+            Self::Band(band) => Ok(ys
+                .par_iter()
+                .with_min_len(32)
+                .map(|&y| {
+                    let log_bound = band.bound(-y, side).log_ratio;
+                    tabulated(log_bound, band.log_slope(-y, log_bound))
+                })
+                .collect()),
+            Self::Sampled(sampler) => {
+                let logp: Vec<f64> = ys.iter().map(|y| -y).collect();
+                let sampled = sampler(side, &logp)?;
+                if sampled.len() != ys.len() {
+                    return Err(Error::Length {
+                        argument: "the samples of a curve",
+                        actual: sampled.len(),
+                        expected: ys.len(),
+                    });
+                }
+                Ok(sampled.into_iter().map(|(bound, slope)| tabulated(bound, slope)).collect())
+            }
+        }
+    }
+
+    /// Where the side stops (upper) or starts (lower) to allow everything, as `y`.
+    fn saturation(&self, side: Side) -> Result<Option<f64>> {
+        let everything = |y: f64| -> Result<bool> {
+            Ok(match (self, side) {
+                (Self::Constant(_), _) => false,
+                (Self::Band(band), Side::Upper) => band.bound(-y, side).log_ratio >= y,
+                (Self::Band(band), Side::Lower) => {
+                    band.bound(-y, side).log_ratio == f64::NEG_INFINITY
+                }
+                (Self::Sampled(sampler), _) => {
+                    let bound = sampler(side, &[-y])?.first().map_or(f64::NAN, |bound| bound.0);
+                    if side == Side::Upper { bound >= y } else { bound == f64::NEG_INFINITY }
+                }
+            })
+        };
+        let smallest = f64::from(f32::from_bits(1));
+        // Everything is allowed next to p = 1 on the upper side, next to p = 0 on the lower.
+        let (near, far) = (everything(smallest)?, everything(FAR)?);
+        Ok(match side {
+            Side::Upper if !near => None,
+            Side::Upper if far => Some(FAR),
+            Side::Lower if near => Some(0.0),
+            Side::Lower if !far => None,
+            _ => {
+                let mut failure = None;
+                let edge = crate::root::last_inside(smallest, FAR, |y| match everything(y) {
+                    Ok(all) => all == near,
+                    Err(error) => {
+                        failure.get_or_insert(error);
+                        false
+                    }
+                });
+                if let Some(error) = failure {
+                    return Err(error);
+                }
+                Some(edge.at)
+            }
+        })
+    }
+}
+
+struct SidePlan<'a> {
     at_zero: f32,
     far: f32,
-    pieces: Vec<Piece>,
+    pieces: Vec<Piece<'a>>,
 }
 
 /// A grid over distances from `nearest` to `farthest`, a power of two, from `origin`; not sampled yet.
-fn graded(start: f64, origin: f64, farthest: f64, nearest: f64) -> Piece {
+fn graded<'a>(
+    curve: &'a Curve<'a>,
+    start: f64,
+    origin: f64,
+    farthest: f64,
+    nearest: f64,
+) -> Piece<'a> {
     // A power of two as well: the product with it is exact.
     let scale = (2f64.powi(TOP_EXPONENT) / farthest) as f32;
     let lowest = (nearest * f64::from(scale)).log2().floor() as i32;
     let octaves = (lowest.max(-125)..TOP_EXPONENT)
         .map(|exponent| Octave { exponent, samples: Vec::new(), errors: Vec::new() })
         .collect();
-    Piece { start: start as f32, origin: origin as f32, scale, content: Content::Graded(octaves) }
+    Piece {
+        start: start as f32,
+        origin: origin as f32,
+        scale,
+        content: Content::Graded(curve, octaves),
+    }
 }
 
-fn constant(start: f64, value: f64) -> Piece {
+fn constant<'a>(start: f64, value: f64) -> Piece<'a> {
     Piece { start: start as f32, origin: 0.0, scale: 1.0, content: Content::Constant(value as f32) }
 }
 
@@ -339,67 +539,39 @@ fn nearest_distance(origin: f64) -> f64 {
     (origin * f64::from(f32::EPSILON) * 0.25).max(2f64.powi(-40))
 }
 
-fn plan_upper(band: &Band) -> SidePlan {
-    let everything = |y: f64| band.log_bounds(-y).1 >= y;
-    let pieces = match edge(everything) {
-        None => vec![graded(0.0, 0.0, FAR, nearest_distance(0.0))],
-        Some(edge) if edge >= FAR => vec![constant(0.0, FAR)],
-        Some(edge) => {
-            // Everything is allowed up to the edge; the minimum with y makes a constant say so.
-            let edge = round_up(edge);
-            vec![constant(0.0, FAR), graded(edge, edge, FAR, nearest_distance(edge))]
-        }
-    };
-    SidePlan {
-        side: Side::Upper,
-        at_zero: 0.0,
-        far: band.log_bounds(f64::NEG_INFINITY).1 as f32,
-        pieces,
+/// The natural pieces of a curve over all `y`.
+fn pieces_of<'a>(curve: &'a Curve<'a>, side: Side) -> Result<Vec<Piece<'a>>> {
+    if let Curve::Constant(ratio) = curve {
+        // The minimum with y makes any value from FAR on say that everything is allowed.
+        let value = if side == Side::Upper { ratio.ln().min(FAR) } else { *ratio };
+        return Ok(vec![constant(0.0, value)]);
     }
-}
-
-fn plan_lower(band: &Band) -> SidePlan {
-    let at_zero = band.log_bounds(0.0).0.exp();
-    let everything = |y: f64| band.log_bounds(-y).0 == f64::NEG_INFINITY;
     // Where f grows faster than linearly, `lower` still moves at the smallest floats.
-    let nearest = f64::from(f32::from_bits(1));
-    let pieces = if everything(f64::from(f32::from_bits(1))) {
-        vec![constant(0.0, 0.0)]
-    } else {
-        match edge(|y| !everything(y)) {
-            Some(edge) if edge < FAR => {
-                let edge = round_up(edge);
-                // Of this power of two, both the left part and the right part, lengthened to a power of
-                // two, lie in (0, edge].
-                let middle = 2f64.powi((0.75 * edge).log2().floor() as i32);
-                let farthest = 2f64.powi((edge - middle).log2().ceil() as i32);
-                vec![
-                    graded(0.0, 0.0, middle, nearest),
-                    graded(middle, edge, farthest, nearest_distance(edge)),
-                    constant(edge, 0.0),
-                ]
-            }
-            _ => vec![graded(0.0, 0.0, FAR, nearest)],
-        }
-    };
-    SidePlan {
-        side: Side::Lower,
-        at_zero: at_zero as f32,
-        far: band.log_bounds(f64::NEG_INFINITY).0.exp() as f32,
-        pieces,
-    }
-}
-
-/// Where a property that holds for small `y` ends; `None` if it does not hold for the smallest.
-fn edge(holds: impl Fn(f64) -> bool) -> Option<f64> {
     let smallest = f64::from(f32::from_bits(1));
-    if !holds(smallest) {
-        return None;
-    }
-    if holds(FAR) {
-        return Some(FAR);
-    }
-    Some(crate::root::last_inside(smallest, FAR, holds).at)
+    let edge = curve.saturation(side)?;
+    Ok(match (side, edge) {
+        (Side::Upper, None) => vec![graded(curve, 0.0, 0.0, FAR, nearest_distance(0.0))],
+        // The minimum with y makes a constant say that everything is allowed.
+        (Side::Upper, Some(edge)) if edge >= FAR => vec![constant(0.0, FAR)],
+        (Side::Upper, Some(edge)) => {
+            let edge = round_up(edge);
+            vec![constant(0.0, FAR), graded(curve, edge, edge, FAR, nearest_distance(edge))]
+        }
+        (Side::Lower, None) => vec![graded(curve, 0.0, 0.0, FAR, smallest)],
+        (Side::Lower, Some(0.0)) => vec![constant(0.0, 0.0)],
+        (Side::Lower, Some(edge)) => {
+            let edge = round_up(edge);
+            // Of this power of two, both the left part and the right part, lengthened to a power of
+            // two, lie in (0, edge].
+            let middle = 2f64.powi((0.75 * edge).log2().floor() as i32);
+            let farthest = 2f64.powi((edge - middle).log2().ceil() as i32);
+            vec![
+                graded(curve, 0.0, 0.0, middle, smallest),
+                graded(curve, middle, edge, farthest, nearest_distance(edge)),
+                constant(edge, 0.0),
+            ]
+        }
+    })
 }
 
 /// The float32 at or above a value.
@@ -408,89 +580,136 @@ fn round_up(value: f64) -> f64 {
     f64::from(if f64::from(near) < value { near.next_up() } else { near })
 }
 
-impl SidePlan {
-    /// Samples the band on all grids, halving cells until the cubic meets the target.
-    fn sampled(mut self, band: &Band) -> Self {
-        let side = self.side;
-        for piece in &mut self.pieces {
-            let (origin, scale) = (f64::from(piece.origin), f64::from(piece.scale));
-            let towards_zero = piece.origin > piece.start;
-            let Content::Graded(octaves) = &mut piece.content else { continue };
-            let sample = |z: f64| {
-                let distance = z / scale;
-                let y = if towards_zero { origin - distance } else { origin + distance };
-                let (value, slope) = sample_band(band, side, y);
-                (value, if towards_zero { -slope } else { slope } / scale)
-            };
-            let ends: Vec<_> = (octaves[0].exponent..=TOP_EXPONENT)
-                .into_par_iter()
-                .map(|exponent| sample(2f64.powi(exponent)))
-                .collect();
-            for (octave, ends) in octaves.iter_mut().zip(ends.windows(2)) {
-                octave.samples = ends.to_vec();
-            }
-            if piece.origin == 0.0 {
-                drop_settled_octaves(octaves);
-            }
-            octaves.par_iter_mut().for_each(|octave| octave.refine(&sample));
+impl Piece<'_> {
+    /// Restricts it to `start <= y < end`: octaves that no such `y` falls in are left out.
+    fn restrict(&mut self, start: f32, end: f32) {
+        self.start = self.start.max(start);
+        let (origin, scale) = (f64::from(self.origin), f64::from(self.scale));
+        let distances =
+            [f64::from(self.start), f64::from(end).min(FAR)].map(|y| (y - origin).abs() * scale);
+        let (low, high) = (distances[0].min(distances[1]), distances[0].max(distances[1]));
+        if let Content::Graded(_, octaves) = &mut self.content {
+            let top = octaves.len() - 1;
+            let mut index = 0;
+            octaves.retain(|octave| {
+                let (bottom, ceiling) =
+                    (2f64.powi(octave.exponent), 2f64.powi(octave.exponent + 1));
+                let reached = ceiling > low && bottom <= high;
+                // The ends are clamped to, so one octave always stays.
+                let keep = reached || (index == top && high < 2f64.powi(-125));
+                index += 1;
+                keep
+            });
         }
-        self
+    }
+
+    fn y(&self, z: f64) -> f64 {
+        let distance = z / f64::from(self.scale);
+        let origin = f64::from(self.origin);
+        if self.towards_zero() { origin - distance } else { origin + distance }
+    }
+
+    fn towards_zero(&self) -> bool {
+        self.origin > self.start
+    }
+
+    /// Samples its curve, halving cells until the cubic meets the target.
+    fn sample(&mut self, side: Side) -> Result<()> {
+        let (scale, sign) = (f64::from(self.scale), if self.towards_zero() { -1.0 } else { 1.0 });
+        let places: Vec<f64> = match &self.content {
+            Content::Constant(_) => return Ok(()),
+            Content::Graded(_, octaves) => octaves
+                .iter()
+                .map(|octave| octave.exponent)
+                .chain(octaves.last().map(|octave| octave.exponent + 1))
+                .map(|exponent| 2f64.powi(exponent))
+                .collect(),
+        };
+        let sample = |curve: &Curve<'_>, ys: &[f64]| -> Result<Vec<(f64, f64)>> {
+            let sampled = curve.sample(side, ys)?;
+            Ok(sampled.into_iter().map(|(value, slope)| (value, sign * slope / scale)).collect())
+        };
+        let ys: Vec<f64> = places.iter().map(|&z| self.y(z)).collect();
+        let (origin, towards_zero) = (f64::from(self.origin), self.towards_zero());
+        let y_of = |z: f64| {
+            let distance = z / scale;
+            if towards_zero { origin - distance } else { origin + distance }
+        };
+        let Content::Graded(curve, octaves) = &mut self.content else { return Ok(()) };
+        let ends = sample(curve, &ys)?;
+        for (octave, ends) in octaves.iter_mut().zip(ends.windows(2)) {
+            octave.samples = ends.to_vec();
+        }
+        if origin == 0.0 && self.start == 0.0 {
+            drop_settled_octaves(octaves);
+        }
+        let mut pending: Vec<&mut Octave> = octaves.iter_mut().collect();
+        while !pending.is_empty() {
+            let ys: Vec<f64> =
+                pending.iter().flat_map(|octave| octave.middles()).map(y_of).collect();
+            let mut middles = sample(curve, &ys)?.into_iter();
+            pending.retain_mut(|octave| {
+                let own: Vec<_> = middles.by_ref().take(octave.samples.len() - 1).collect();
+                octave.refine(&own)
+            });
+        }
+        Ok(())
+    }
+}
+
+impl<'a> SidePlan<'a> {
+    fn sampled(side: Side, stretches: &'a Stretches<'a>, exact: &Exact<'_>) -> Result<Self> {
+        let mut pieces = Vec::new();
+        for (i, (start, curve)) in stretches.iter().enumerate() {
+            let start = *start as f32;
+            let end = stretches.get(i + 1).map_or(f32::INFINITY, |next| next.0 as f32);
+            let natural = pieces_of(curve, side)?;
+            let starts: Vec<f32> = natural.iter().map(|piece| piece.start).collect();
+            for (k, mut piece) in natural.into_iter().enumerate() {
+                let piece_end = starts.get(k + 1).copied().unwrap_or(f32::INFINITY).min(end);
+                if piece.start.max(start) < piece_end {
+                    piece.restrict(start, piece_end);
+                    pieces.push(piece);
+                }
+            }
+        }
+        if pieces.len() > PIECES {
+            return Err(Error::Argument {
+                argument: "region",
+                value: format!("one with {} smooth pieces", pieces.len()),
+                allowed: "of at most 6 smooth pieces a side to be tabulated",
+            });
+        }
+        for piece in &mut pieces {
+            piece.sample(side)?;
+        }
+        let (lower, upper) = exact(&[0.0, f64::NEG_INFINITY])?;
+        let (at_zero, far) = match side {
+            Side::Upper => (0.0, upper[1]),
+            Side::Lower => (lower[0].exp(), lower[1].exp()),
+        };
+        Ok(Self { at_zero: at_zero as f32, far: far as f32, pieces })
     }
 
     /// Three `y` in every cell, and the ends of the pieces.
     fn samples_in_every_cell(&self, tolerance: f64) -> Vec<f32> {
         let mut ys = vec![0.0, f32::from_bits(1), (FAR as f32).next_down()];
-        for piece in &self.pieces {
+        for (k, piece) in self.pieces.iter().enumerate() {
+            let end = self.pieces.get(k + 1).map_or(FAR, |next| f64::from(next.start));
             ys.extend([piece.start, piece.start.next_up(), piece.start.next_down().max(0.0)]);
-            let Content::Graded(octaves) = &piece.content else { continue };
-            let towards_zero = piece.origin > piece.start;
+            let Content::Graded(_, octaves) = &piece.content else { continue };
             for octave in octaves {
                 let cells = 1_u32 << octave.halvings(tolerance);
                 for quarter in (0..4 * cells).filter(|quarter| quarter % 4 != 0) {
-                    let z = 2f64.powi(octave.exponent)
-                        * (1.0 + f64::from(quarter) / f64::from(4 * cells));
-                    let distance = z / f64::from(piece.scale);
-                    let origin = f64::from(piece.origin);
-                    let y = if towards_zero { origin - distance } else { origin + distance };
-                    if y < FAR {
+                    let share = f64::from(quarter) / f64::from(4 * cells);
+                    let y = piece.y(2f64.powi(octave.exponent) * (1.0 + share));
+                    if (f64::from(piece.start)..end).contains(&y) {
                         ys.push(y as f32);
                     }
                 }
             }
         }
         ys
-    }
-}
-
-impl Octave {
-    fn refine(&mut self, sample: &impl Fn(f64) -> (f64, f64)) {
-        loop {
-            let cells = self.samples.len() - 1;
-            let width = 2f64.powi(self.exponent) / cells as f64;
-            let middles: Vec<_> = (0..cells)
-                .map(|cell| sample(2f64.powi(self.exponent) + width * (cell as f64 + 0.5)))
-                .collect();
-            let error = self
-                .samples
-                .windows(2)
-                .zip(&middles)
-                .map(|(ends, middle)| {
-                    let interpolated =
-                        0.5 * (ends[0].0 + ends[1].0) + 0.125 * width * (ends[0].1 - ends[1].1);
-                    (interpolated - middle.0).abs()
-                })
-                .fold(0.0, f64::max);
-            self.errors.push(error);
-            if error <= TARGET || self.depth() == MOST_HALVINGS {
-                return;
-            }
-            let mut finer = Vec::with_capacity(2 * cells + 1);
-            for (node, middle) in self.samples.iter().zip(&middles) {
-                finer.extend([*node, *middle]);
-            }
-            finer.extend(self.samples.last());
-            self.samples = finer;
-        }
     }
 }
 
@@ -503,27 +722,14 @@ fn drop_settled_octaves(octaves: &mut Vec<Octave>) {
     octaves.drain(..settled.min(octaves.len() - 1));
 }
 
-/// The tabulated value of a side and its derivative in `y`.
-fn sample_band(band: &Band, side: Side, y: f64) -> (f64, f64) {
-    let log_bound = band.bound(-y, side).log_ratio;
-    let slope = -band.log_slope(-y, log_bound);
-    match side {
-        Side::Upper => (log_bound, slope),
-        Side::Lower => {
-            let lower = log_bound.exp();
-            (lower, if lower == 0.0 { 0.0 } else { lower * slope })
-        }
-    }
-}
-
 /// Writes the image of both sides.
-fn image(sides: &[SidePlan; 2], tolerance: f64) -> Vec<u32> {
+fn image(sides: &[SidePlan<'_>; 2], tolerance: f64) -> Vec<u32> {
     let entry_count: usize = sides
         .iter()
         .flat_map(|side| &side.pieces)
         .map(|piece| match &piece.content {
             Content::Constant(_) => 1,
-            Content::Graded(octaves) => octaves.len(),
+            Content::Graded(_, octaves) => octaves.len(),
         })
         .sum();
     let nodes_start = (ENTRIES + entry_count).next_multiple_of(2);
@@ -553,11 +759,11 @@ fn image(sides: &[SidePlan; 2], tolerance: f64) -> Vec<u32> {
                         push_node(&mut words, f64::from(*value), 0.0);
                     }
                 }
-                Content::Graded(octaves) => {
+                Content::Graded(_, octaves) => {
                     let biased = (octaves[0].exponent + 127) as u32;
                     words[at + 18] = (entry as u32).wrapping_sub(biased);
                     words[at + 24] = biased << 23;
-                    words[at + 30] = (((TOP_EXPONENT + 127) as u32) << 23) - 1;
+                    words[at + 30] = (biased + octaves.len() as u32) * (1 << 23) - 1;
                     for octave in octaves {
                         let halvings = octave.halvings(tolerance);
                         words[entry] = (words.len() as u32 / 2) << 4 | halvings;
@@ -609,9 +815,7 @@ impl BandTable {
         vec![
             ("format", FORMAT.to_owned()),
             ("format_version", VERSION.to_owned()),
-            ("divergence", self.band.divergence().spec().to_owned()),
-            ("delta_low", format!("{:?}", self.band.delta(Side::Lower))),
-            ("delta_high", format!("{:?}", self.band.delta(Side::Upper))),
+            ("region", self.region.clone()),
             ("grid", "cubic Hermite, octaves of float32 -log p".to_owned()),
             ("max_error_log_upper", format!("{:?}", self.max_error.log_upper)),
             ("max_error_lower", format!("{:?}", self.max_error.lower)),
@@ -659,19 +863,13 @@ impl BandTable {
                 .parse::<f64>()
                 .map_err(|_| refuse(&format!("metadata {key} is not a number")))
         };
-        let band = Band::new(
-            Divergence::parse(text("divergence")?).map_err(|error| refuse(&error.to_string()))?,
-            number("delta_low")?,
-            number("delta_high")?,
-        )
-        .map_err(|error| refuse(&error.to_string()))?;
         let table = Self {
             words: tensor
                 .data()
                 .chunks_exact(4)
                 .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
                 .collect(),
-            band,
+            region: text("region")?.clone(),
             max_error: MaxError {
                 log_upper: number("max_error_log_upper")?,
                 lower: number("max_error_lower")?,
@@ -808,9 +1006,18 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::divergence::Divergence;
+
+    fn band(spec: &str, low: f64, high: f64) -> Band {
+        Band::new(Divergence::parse(spec).unwrap(), low, high).unwrap()
+    }
 
     fn table(spec: &str, low: f64, high: f64) -> BandTable {
-        BandTable::build(&Band::new(Divergence::parse(spec).unwrap(), low, high).unwrap())
+        BandTable::of_band(&band(spec, low, high)).unwrap()
+    }
+
+    fn found(table: &BandTable, band: &Band, count: u64) -> MaxError {
+        table.errors_between(0, count, count, &|logp| Ok(exact_bounds(band, logp))).unwrap()
     }
 
     /// The promise of a table, and what a cell-wise sample may not see of it.
@@ -843,10 +1050,11 @@ mod tests {
             "hockey-stick:4",
         ] {
             for delta in [1e-4, 1e-3, 0.01, 0.05, 0.3, 1.0] {
-                let mut table = table(spec, delta, delta);
+                let band = band(spec, delta, delta);
+                let table = BandTable::of_band(&band).unwrap();
                 assert!(table.nbytes() <= MOST_BYTES, "{spec} {delta}: {}", table.nbytes());
                 let sampled = table.max_error();
-                let found = table.verify(20_000, |_| true).unwrap();
+                let found = found(&table, &band, 20_000);
                 for error in [sampled, found] {
                     let worst = error.log_upper.max(error.lower);
                     assert!(worst <= TARGET, "{spec} {delta}: {error:?}");
@@ -858,11 +1066,16 @@ mod tests {
     #[test]
     fn ends_and_special_values() {
         let table = table("kl", 0.05, 0.05);
-        assert_eq!(table.log_upper(0.0), 0.0);
-        assert!((table.lower(0.0) - (-0.05_f32).exp()).abs() < 1e-7, "the limit for p -> 1");
-        assert_eq!(table.log_upper(f32::INFINITY), f32::INFINITY);
-        assert_eq!(table.lower(f32::INFINITY), 0.0);
-        assert!(table.log_upper(f32::NAN).is_nan() && table.lower(f32::NAN).is_nan());
+        assert_eq!(table.image().log_upper(0.0), 0.0);
+        assert!(
+            (table.image().lower(0.0) - (-0.05_f32).exp()).abs() < 1e-7,
+            "the limit for p -> 1"
+        );
+        assert_eq!(table.image().log_upper(f32::INFINITY), f32::INFINITY);
+        assert_eq!(table.image().lower(f32::INFINITY), 0.0);
+        assert!(
+            table.image().log_upper(f32::NAN).is_nan() && table.image().lower(f32::NAN).is_nan()
+        );
         assert_eq!(table.log_bounds(0.5), table.log_bounds(0.0), "above 0 is read as 0");
         assert!(table.log_bounds(f64::NAN).0.is_nan());
     }
@@ -871,14 +1084,19 @@ mod tests {
     fn each_side_has_its_own_radius() {
         let (low, high) = (table("kl", 0.01, 0.2), table("kl", 0.2, 0.01));
         for y in [0.01_f32, 0.7, 3.0] {
-            assert!(low.log_upper(y) > high.log_upper(y) && low.lower(y) > high.lower(y), "{y}");
+            assert!(
+                low.image().log_upper(y) > high.image().log_upper(y)
+                    && low.image().lower(y) > high.image().lower(y),
+                "{y}"
+            );
         }
     }
 
     #[test]
     fn a_file_gives_back_the_same_table_and_the_same_bytes() {
-        let mut table = table("alpha:0.5", 0.01, 0.2);
-        table.verify(5000, |_| true).unwrap();
+        let table = table("alpha:0.5", 0.01, 0.2);
+        let error = found(&table, &band("alpha:0.5", 0.01, 0.2), 5000);
+        let table = table.verified(5000, error);
         let bytes = table.to_bytes().unwrap();
         let again = BandTable::from_bytes(&bytes).unwrap();
         assert_eq!(again, table);
@@ -952,11 +1170,54 @@ mod tests {
     }
 
     #[test]
-    fn a_verification_that_is_stopped_changes_nothing() {
-        let mut table = table("kl", 0.05, 0.05);
-        let before = table.clone();
-        assert_eq!(table.verify(10_000, |_| false), None);
-        assert_eq!(table, before);
+    fn a_verification_of_every_value_says_so() {
+        let table = table("kl", 0.05, 0.05);
+        assert_eq!(table.verification(), Verification::Sampled);
+        let error = MaxError { log_upper: 1e-7, lower: 2e-7 };
+        let verified = table.clone().verified(BandTable::checkable(), error);
+        assert_eq!(
+            (verified.verification(), verified.max_error()),
+            (Verification::Exhaustive, error)
+        );
+        let sampled = table.verified(BandTable::checkable() - 1, error);
+        assert_eq!(sampled.verification(), Verification::Sampled);
+    }
+
+    /// Kinks in the middle: a band that a constant cuts off at both ends, and a sampled curve.
+    #[test]
+    fn pieces_of_several_curves_meet_at_their_kinks() {
+        let kl = band("kl", 0.05, 0.05);
+        let sampler = |side: Side, logp: &[f64]| {
+            Ok(logp
+                .iter()
+                .map(|&logp| {
+                    let bound = kl.bound(logp, side).log_ratio;
+                    (bound, kl.log_slope(logp, bound))
+                })
+                .collect())
+        };
+        // upper = max(1.28, min(band, 10)): the band crosses 1.28 and 10 at these y.
+        let crosses = |ratio: f64| {
+            crate::root::last_inside(1e-9, FAR, |y| kl.log_bounds(-y).1 <= ratio.ln()).at
+        };
+        let (low, high) = (crosses(1.28), crosses(10.0));
+        let exact = |logp: &[f64]| {
+            let (lower, upper) = exact_bounds(&kl, logp);
+            let upper = upper.iter().map(|u| u.clamp(1.28_f64.ln(), 10_f64.ln())).collect();
+            Ok((lower, upper))
+        };
+        for curve in [Curve::Band(&kl), Curve::Sampled(&sampler)] {
+            let upper =
+                vec![(0.0, Curve::Constant(1.28)), (low, curve), (high, Curve::Constant(10.0))];
+            let lower = vec![(0.0, Curve::Sampled(&sampler))];
+            let table = BandTable::build(&lower, &upper, "{}".to_owned(), &exact).unwrap();
+            assert!(table.nbytes() < 6000, "{}", table.nbytes());
+            let error = table.errors_between(0, 100_000, 100_000, &exact).unwrap();
+            for error in [error, table.max_error()] {
+                assert!(error.log_upper <= TARGET && error.lower <= TARGET, "{error:?}");
+            }
+            assert_eq!(table.image().log_upper(50.0), 10_f32.ln());
+        }
     }
 
     proptest! {
@@ -965,11 +1226,10 @@ mod tests {
         /// Random radii: the table stays within the target at random tokens.
         #[test]
         fn any_radius(log_delta in -9.2..0.0_f64, y in prop::collection::vec(0.0..104.0_f32, 50)) {
-            let table = table("reverse-kl", log_delta.exp(), log_delta.exp());
-            for y in y {
-                let error = table.error_at(y);
-                prop_assert!(error.log_upper <= TARGET && error.lower <= TARGET, "{} {:?}", y, error);
-            }
+            let band = band("reverse-kl", log_delta.exp(), log_delta.exp());
+            let table = BandTable::of_band(&band).unwrap();
+            let error = table.errors_at(&y, &|logp| Ok(exact_bounds(&band, logp))).unwrap();
+            prop_assert!(error.log_upper <= TARGET && error.lower <= TARGET, "{:?}", error);
         }
     }
 }

@@ -25,6 +25,8 @@ def main() -> None:
     functions: dict[str, tuple[Callable[[mpf], mpf], list[float]]] = {
         "exp_m1": (mp.expm1, [*signed, 1.5, 7.25, -7.25, 30.0, -30.0, 300.0, 700.0]),
         "ln_1p": (mp.log1p, [*signed, 1.5, 7.25, 30.0, 1e200]),
+        "sin": (mp.sin, [*signed, 1.0, 2.0, -4.0, 5.5, 7.25, 30.0]),
+        "cos": (mp.cos, [*signed, 1.0, 2.0, -4.0, 5.5, 7.25, 30.0]),
         "sqrt": (mp.sqrt, [*spread[:12], 1e200, 1e-200]),
     }
     rows = [

@@ -15,7 +15,7 @@ from bandpo._core import __version__
 from bandpo.divergence import Divergence
 from bandpo.error import BandpoError
 from bandpo.region import Band, Clip, Region
-from bandpo.table import BandTable
+from bandpo.table import BandTable, TableAccuracyWarning
 
 __all__ = [
     "Band",
@@ -24,6 +24,7 @@ __all__ = [
     "Clip",
     "Divergence",
     "Region",
+    "TableAccuracyWarning",
     "__version__",
     "error",
 ]

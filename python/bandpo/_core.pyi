@@ -1,6 +1,6 @@
 """The compiled half of bandpo. Private: use `bandpo` itself."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TypeAlias, final
 
 import numpy as np
@@ -11,6 +11,8 @@ __all__ = [
     "Divergence",
     "__version__",
     "contains",
+    "diagnose",
+    "divergences",
     "log_bounds",
     "min_clip",
     "thread_count",
@@ -23,13 +25,24 @@ _FloatArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 @final
 class Divergence:
     def __new__(cls, spec: str) -> Divergence: ...
+    @staticmethod
+    def from_expression(
+        text: str, at_zero: float | None, slope_at_infinity: float | None
+    ) -> Divergence: ...
     @property
     def spec(self) -> str: ...
+    @property
+    def curvature(self) -> float | None: ...
 
 @final
 class BandTable:
     @staticmethod
-    def build(divergence: Divergence, low: float, high: float) -> BandTable: ...
+    def build(
+        lower: Sequence[tuple[float, object]],
+        upper: Sequence[tuple[float, object]],
+        region: str,
+        exact: object,
+    ) -> BandTable: ...
     @staticmethod
     def from_bytes(data: bytes) -> BandTable: ...
     @staticmethod
@@ -40,13 +53,18 @@ class BandTable:
         self, logp: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
     def words(self) -> NDArray[np.int32]: ...
-    def verified(self, samples: int, progress: Callable[[int], object] | None) -> BandTable: ...
+    @staticmethod
+    def checkable() -> int: ...
+    def errors_between(
+        self, start: int, stop: int, count: int, exact: object
+    ) -> tuple[float, float]: ...
+    def verified(self, count: int, log_upper: float, lower: float) -> BandTable: ...
     @property
     def nbytes(self) -> int: ...
     @property
     def metadata(self) -> list[tuple[str, str]]: ...
     @property
-    def delta(self) -> tuple[float, float]: ...
+    def region(self) -> str: ...
     @property
     def max_error(self) -> tuple[float, float]: ...
     @property
@@ -80,4 +98,14 @@ def min_clip(
     gradient: _FloatArray,
     /,
 ) -> tuple[list[int], list[float]]: ...
+def diagnose(
+    divergence: Divergence,
+    delta: float | NDArray[np.float64],
+    logp: NDArray[np.float64],
+    upper: bool,
+    /,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.uint8], NDArray[np.uint32]]: ...
+def divergences(
+    divergence: Divergence, logp: NDArray[np.float64], log_ratio: NDArray[np.float64], /
+) -> NDArray[np.float64]: ...
 def thread_count() -> int: ...

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from enum import IntEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
 
 Float64Array: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
+
+Sampler: TypeAlias = Callable[[bool, Float64Array], tuple[Float64Array, Float64Array]]
+"""From (is upper, logp) to log bounds and their slopes in logp."""
+
+Curve: TypeAlias = float | tuple[_core.Divergence, float] | Sampler
+"""A constant ratio, a divergence with its radius, or anything smooth."""
+
+Stretches: TypeAlias = list[tuple[float, Curve]]
 
 _SMALLEST_POSITIVE = math.ulp(0.0)
 
@@ -67,6 +77,44 @@ class Region(ABC):
             lower, upper = np.exp(log_lower), np.exp(log_upper)
         underflowed = (lower == 0.0) & (log_lower > -np.inf)
         return np.asarray(np.where(underflowed, _SMALLEST_POSITIVE, lower)), np.asarray(upper)
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What `from_description` makes the same region of, as JSON takes it."""
+
+    def _stretches(self, upper: bool) -> Stretches:
+        """The curves of one side with the ``-logp`` where each begins, the first at 0."""
+        raise InvalidValueError(f"{self!r} cannot be tabulated")
+
+    def table(self) -> BandTable:
+        """Returns the bounds as a lookup table, built once for each region.
+
+        Raises:
+            InvalidValueError: If a delta is an array, or a side has more than six smooth pieces.
+        """
+        return _table(self)
+
+    def __or__(self, other: Region) -> Region:
+        """The union: the wider bound of the two on each side."""
+        return Combined("union", self, other) if isinstance(other, Region) else NotImplemented
+
+    def __and__(self, other: Region) -> Region:
+        """The intersection: the narrower bound of the two on each side."""
+        return (
+            Combined("intersection", self, other) if isinstance(other, Region) else NotImplemented
+        )
+
+    def cap(self, upper: float) -> Region:
+        """Returns this region with ratios above ``upper`` taken out.
+
+        Raises:
+            InvalidTypeError: If ``upper`` is not a real number.
+            InvalidValueError: If it is below 1.
+        """
+        limit = _as_number("upper", upper)
+        if not limit >= 1.0:
+            raise InvalidValueError(f"upper must be at least 1, got {upper}")
+        return self & Clip(1.0, limit - 1.0)
 
     def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
         """Returns whether each log-ratio lies in the region; the arguments broadcast.
@@ -118,6 +166,13 @@ class Clip(Region):
         unknown = np.where(np.isnan(as_float64("logp", logp)), np.nan, 0.0)
         return unknown + self.log_lower, unknown + self.log_upper
 
+    def describe(self) -> dict[str, Any]:
+        """Its two epsilons; see `Region.describe`."""
+        return {"clip": [str(self.eps_low), str(self.eps_high)]}
+
+    def _stretches(self, upper: bool) -> Stretches:
+        return [(0.0, 1.0 + self.eps_high if upper else 1.0 - self.eps_low)]
+
     def __repr__(self) -> str:
         return f"Clip({self.eps_low!r}, {self.eps_high!r})"
 
@@ -128,6 +183,41 @@ class Clip(Region):
 
     def __hash__(self) -> int:
         return hash((Clip, self.eps_low, self.eps_high))
+
+
+class Status(IntEnum):
+    """How a bound came about."""
+
+    CONVERGED = 0
+    """The equation D = delta was solved."""
+    SATURATED = 1
+    """The whole side is allowed: exactly -inf or -logp."""
+    LIMIT = 2
+    """logp is 0 or -inf: the limit."""
+    READ_AS_CERTAIN = 3
+    """logp is above 0 and was read as 0."""
+    NOT_A_NUMBER = 4
+    """logp is NaN, and so is the bound."""
+
+
+class SideDiagnosis(NamedTuple):
+    """One side of `Band.diagnose`; all arrays have the shape of ``logp``."""
+
+    log_bound: Float64Array
+    """The bound: inside the region, next to its edge."""
+    outside: Float64Array
+    """The other end of the final bracket; the bound itself where there is no edge."""
+    status: NDArray[np.uint8]
+    """A `Status` for each element."""
+    iterations: NDArray[np.uint32]
+    """Evaluations of D_f."""
+
+
+class Diagnosis(NamedTuple):
+    """What `Band.diagnose` returns."""
+
+    lower: SideDiagnosis
+    upper: SideDiagnosis
 
 
 class Band(Region):
@@ -189,7 +279,11 @@ class Band(Region):
             InvalidValueError: If ``logp`` and an array of radii do not broadcast.
         """
         tokens, low, high = self._with_radii(logp=as_float64("logp", logp))
-        log_lower, log_upper = _core.log_bounds(self.divergence._core, low, high, _flat(tokens))
+        solver = self.divergence._solver
+        if isinstance(solver, _core.Divergence):
+            log_lower, log_upper = _core.log_bounds(solver, low, high, _flat(tokens))
+        else:
+            log_lower, log_upper = solver.log_bounds(low, high, _flat(tokens))
         return log_lower.reshape(tokens.shape), log_upper.reshape(tokens.shape)
 
     def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
@@ -200,10 +294,69 @@ class Band(Region):
         tokens, low, high, ratios = self._with_radii(
             logp=as_float64("logp", logp), log_ratio=as_float64("log_ratio", log_ratio)
         )
-        inside: BoolArray = _core.contains(
-            self.divergence._core, low, high, _flat(tokens), _flat(ratios)
-        )
-        return np.reshape(inside, tokens.shape)
+        solver = self.divergence._solver
+        inside: BoolArray
+        if isinstance(solver, _core.Divergence):
+            inside = _core.contains(solver, low, high, _flat(tokens), _flat(ratios))
+        else:
+            inside = solver.contains(low, high, _flat(tokens), _flat(ratios))
+        return np.asarray(inside.reshape(tokens.shape), dtype=np.bool_)
+
+    def diagnose(self, logp: ArrayLike) -> Diagnosis:
+        """Returns the bounds with how each was found; no element ever fails the others.
+
+        Raises:
+            InvalidValueError: If the divergence was made from a Python function.
+        """
+        tokens, low, high = self._with_radii(logp=as_float64("logp", logp))
+        solver = self.divergence._solver
+        if not isinstance(solver, _core.Divergence):
+            raise InvalidValueError("diagnose needs a divergence by name or from an expression")
+
+        def side(radius: float | Float64Array, upper: bool) -> SideDiagnosis:
+            found = _core.diagnose(solver, radius, _flat(tokens), upper)
+            log_bound, outside, status, evaluations = (
+                values.reshape(tokens.shape) for values in found
+            )
+            return SideDiagnosis(log_bound, outside, status, evaluations)
+
+        return Diagnosis(side(low, False), side(high, True))
+
+    def calibrated(self, divergence: Divergence | str, *, p: float | None = None) -> Band:
+        """Returns the band of another divergence that is as wide as this one.
+
+        A delta means different things for different divergences. Near a ratio of 1 the width is
+        ``sqrt(2 delta (1-p) / (f''(1) p))``, so equal ``delta / f''(1)`` gives equal width.
+
+        Args:
+            divergence: The other divergence.
+            p: Match the bounds at this probability exactly, each side by its own delta, rather than
+                by ``f''(1)``; in (0, 1).
+
+        Raises:
+            InvalidValueError: If a divergence has no ``f''(1)`` (tv, hockey-stick, vajda but for
+                k = 2) and no ``p`` is given; if ``p`` is not in (0, 1); or if a bound of this band
+                is saturated at ``p``, so that no finite delta is meant by it.
+        """
+        other = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
+        if isinstance(self.delta_low, np.ndarray) or isinstance(self.delta_high, np.ndarray):
+            raise InvalidValueError("calibrated needs one delta for all tokens, got an array")
+        if p is None:
+            for each in (self.divergence, other):
+                if each.curvature is None:
+                    raise InvalidValueError(
+                        f"{each!r} has no f''(1); match at a reference probability: p=0.1"
+                    )
+            scale = (other.curvature or 0.0) / (self.divergence.curvature or 1.0)
+            return Band(other, (self.delta_low * scale, self.delta_high * scale))
+        if not 0.0 < p < 1.0:
+            raise InvalidValueError(f"p must be in (0, 1), got {p}")
+        logp = np.array([math.log(p)])
+        log_lower, log_upper = self.log_bounds(logp)
+        if log_lower[0] == -np.inf or log_upper[0] >= -logp[0]:
+            raise InvalidValueError(f"{self!r} allows everything at p = {p}; match at another p")
+        low, high = (other.between(logp, bound)[0] for bound in (log_lower, log_upper))
+        return Band(other, (float(low), float(high)))
 
     def _with_radii(self, **arrays: Float64Array) -> list[Any]:
         """The first array, the radii as the core takes them, then the rest; all broadcast."""
@@ -213,17 +366,31 @@ class Band(Region):
         first, radii, *rest = _broadcast(logp=arrays.pop("logp"), delta=self.delta_low, **arrays)
         return [first, _flat(radii), _flat(radii), *rest]
 
-    def table(self) -> BandTable:
-        """Returns the bounds as a lookup table, built once for each divergence and radius.
+    def describe(self) -> dict[str, Any]:
+        """Its divergence and radii; see `Region.describe`."""
+        low, high = self._radii_of_a_table()
+        return {"band": {**self.divergence.describe(), "delta": [low, high]}}
 
-        Raises:
-            InvalidValueError: If delta is an array.
-        """
+    def _radii_of_a_table(self) -> tuple[float, float]:
         if isinstance(self.delta_low, np.ndarray) or isinstance(self.delta_high, np.ndarray):
             raise InvalidValueError(
                 "a table needs one delta for all tokens, got an array; use the exact solver"
             )
-        return _table(self.divergence, self.delta_low, self.delta_high)
+        return self.delta_low, self.delta_high
+
+    def _stretches(self, upper: bool) -> Stretches:
+        low, high = self._radii_of_a_table()
+        solver = self.divergence._solver
+        if isinstance(solver, _core.Divergence):
+            return [(0.0, (solver, high if upper else low))]
+
+        def sampler(is_upper: bool, logp: Float64Array) -> tuple[Float64Array, Float64Array]:
+            log_lower, log_upper, slope_lower, slope_upper = solver.bounds_with_slopes(
+                low, high, logp
+            )
+            return (log_upper, slope_upper) if is_upper else (log_lower, slope_lower)
+
+        return [(0.0, sampler)]
 
     def __repr__(self) -> str:
         if isinstance(self.delta_low, np.ndarray):
@@ -232,7 +399,9 @@ class Band(Region):
             delta = self.delta_low
         else:
             delta = (self.delta_low, self.delta_high)
-        return f"Band({self.divergence.spec!r}, {delta})"
+        by_name = "divergence" in self.divergence.describe()
+        source = repr(self.divergence.spec) if by_name else repr(self.divergence)
+        return f"Band({source}, {delta})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Band):
@@ -259,8 +428,94 @@ def _flat(array: Float64Array) -> Float64Array:
     return np.ascontiguousarray(array).reshape(-1)
 
 
+class Combined(Region):
+    """The union or intersection of two regions; made with ``|``, ``&`` and `Region.cap`."""
+
+    def __init__(self, kind: Literal["union", "intersection"], left: Region, right: Region) -> None:
+        self.kind = kind
+        self.parts = (left, right)
+
+    def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
+        """Returns the wider or the narrower bounds of the two; see `Region.log_bounds`."""
+        (low_a, up_a), (low_b, up_b) = (part.log_bounds(logp) for part in self.parts)
+        if self.kind == "union":
+            return np.minimum(low_a, low_b), np.maximum(up_a, up_b)
+        return np.maximum(low_a, low_b), np.minimum(up_a, up_b)
+
+    def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
+        """Returns whether each log-ratio lies in one part (union) or in both (intersection)."""
+        left, right = (part.contains(logp, log_ratio) for part in self.parts)
+        inside: BoolArray = left | right if self.kind == "union" else left & right
+        return inside
+
+    def describe(self) -> dict[str, Any]:
+        """Its parts; see `Region.describe`."""
+        return {self.kind: [part.describe() for part in self.parts]}
+
+    def _stretches(self, upper: bool) -> Stretches:
+        """The stretches of whichever part holds the bound, cut where the other takes over."""
+        sides = [part._stretches(upper) for part in self.parts]
+        # The part that reaches further out holds a union; on the lower side that is the lesser.
+        outer = self.kind == "union"
+
+        def left_holds(y: Float64Array) -> BoolArray:
+            left, right = (part.log_bounds(-y)[int(upper)] for part in self.parts)
+            further: BoolArray = left >= right if upper else left <= right
+            return further if outer else ~further | (left == right)
+
+        # Kinks are bracketed on a fine grid, which starts of parts are points of, then halved.
+        octaves = np.exp2(np.arange(-149 * 16, 7 * 16 + 1) / 16.0)
+        grid = np.unique(np.concatenate([octaves, [start for side in sides for start, _ in side]]))
+        grid = grid[grid > 0.0]
+        holds = left_holds(grid)
+        change = np.flatnonzero(holds[1:] != holds[:-1])
+        low, high = grid[change], grid[change + 1]
+        for _ in range(64):
+            middle = 0.5 * (low + high)
+            same = left_holds(middle) == holds[change]
+            low, high = np.where(same, middle, low), np.where(same, high, middle)
+        starts = [0.0, *high.tolist()]
+        stretches: Stretches = []
+        for i, start in enumerate(starts):
+            end = starts[i + 1] if i + 1 < len(starts) else math.inf
+            side = sides[0] if bool(holds[0]) == (i % 2 == 0) else sides[1]
+            for k, (begin, curve) in enumerate(side):
+                next_begin = side[k + 1][0] if k + 1 < len(side) else math.inf
+                if max(begin, start) < min(next_begin, end):
+                    stretches.append((max(begin, start), curve))
+        return stretches
+
+    def __repr__(self) -> str:
+        left, right = self.parts
+        return f"({left!r} {'|' if self.kind == 'union' else '&'} {right!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Combined):
+            return NotImplemented
+        return (self.kind, self.parts) == (other.kind, other.parts)
+
+    def __hash__(self) -> int:
+        return hash((Combined, self.kind, self.parts))
+
+
+def from_description(description: dict[str, Any]) -> Region:
+    """Makes the region that `Region.describe` described.
+
+    Raises:
+        InvalidValueError: If it holds a Python function, which a description cannot.
+    """
+    [(kind, content)] = description.items()
+    if kind == "clip":
+        return Clip(*(float(epsilon) for epsilon in content))
+    if kind == "band":
+        low, high = content["delta"]
+        return Band(Divergence.from_description(content), (low, high))
+    left, right = (from_description(part) for part in content)
+    return left | right if kind == "union" else left & right
+
+
 @lru_cache(maxsize=64)
-def _table(divergence: Divergence, delta_low: float, delta_high: float) -> BandTable:
+def _table(region: Region) -> BandTable:
     from bandpo.table import BandTable
 
-    return BandTable(_core.BandTable.build(divergence._core, delta_low, delta_high))
+    return BandTable.build(region)

@@ -1,17 +1,36 @@
-"""A band's bounds as a lookup table that is verified, saved and read by every backend."""
+"""A region's bounds as a lookup table that is verified, saved and read by every backend."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import tempfile
+import time
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bandpo import _core
-from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.region import Band, Float64Array, Region, as_float64
+from bandpo.error import InvalidTypeError, InvalidValueError, OutputPathError
+from bandpo.region import Band, Float64Array, Region, as_float64, from_description
+
+TARGET = 1e-6
+"""What the error of a table may be: absolute, beyond one float32 ulp of the bound."""
+
+_BLOCK = 1 << 20
+"""Values that are compared between two reports of progress."""
+
+_SAVE_EVERY = 2.0
+"""Seconds between two writes of a checkpoint."""
+
+
+class TableAccuracyWarning(UserWarning):
+    """A table was built whose error is above `TARGET`; its metadata holds the error."""
 
 
 class MaxError(NamedTuple):
@@ -22,7 +41,7 @@ class MaxError(NamedTuple):
 
 
 class BandTable(Region):
-    """A tabulated region; make one with `Band.table` or `BandTable.load`.
+    """A tabulated region; make one with `Region.table` or `BandTable.load`.
 
     It holds ``log_upper`` and ``lower`` over ``-logp`` in float32, as cubic Hermite pieces whose
     cell is read off the bits of the float: a lookup has no exponential, logarithm, division or
@@ -50,10 +69,43 @@ class BandTable(Region):
         """Returns the table itself."""
         return self
 
+    @classmethod
+    def build(cls, region: Region) -> BandTable:
+        """Tabulates a region; `Region.table` does it once for each.
+
+        Warns with `TableAccuracyWarning` if the error found is above `TARGET`.
+
+        Raises:
+            InvalidValueError: If a delta is an array, or a side has more than six smooth pieces.
+        """
+        core = _core.BandTable.build(
+            region._stretches(False),
+            region._stretches(True),
+            json.dumps(region.describe(), sort_keys=True),
+            _exact(region),
+        )
+        table = cls(core)
+        if max(table.max_error) > TARGET:
+            warnings.warn(
+                f"the table of {region!r} is off by {max(table.max_error):.1e}, above {TARGET:g}",
+                TableAccuracyWarning,
+                stacklevel=2,
+            )
+        return table
+
     @property
-    def band(self) -> Band:
-        """The band that was tabulated."""
-        return Band(dict(self._core.metadata)["divergence"], self._core.delta)
+    def region(self) -> Region:
+        """The region that was tabulated.
+
+        Raises:
+            InvalidValueError: If it was made from a Python function, which a table cannot hold.
+        """
+        return from_description(json.loads(self._core.region))
+
+    def describe(self) -> dict[str, Any]:
+        """What was tabulated; see `Region.describe`."""
+        description: dict[str, Any] = json.loads(self._core.region)
+        return description
 
     @property
     def words(self) -> NDArray[np.int32]:
@@ -77,23 +129,43 @@ class BandTable(Region):
 
     def verify(
         self,
-        samples: int = 1_000_000,
+        samples: int | None = 1_000_000,
         *,
-        progress: Callable[[int], object] | None = None,
+        region: Region | None = None,
+        progress: Callable[[int, int], object] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> BandTable:
         """Returns this table with `max_error` measured afresh against the exact solver.
 
         Args:
             samples: How many float32 values of ``-logp`` to look at, at least 2, evenly spaced in
-                their bit patterns over [0, 104], both ends included.
-            progress: Called with the number of values done, from time to time.
+                their bit patterns over [0, 104], both ends included. None means every float32 there
+                is, about 1.1e9, and the metadata then says ``exhaustive``.
+            region: What to compare with, where the table cannot tell (Python functions).
+            progress: Called with the number of values done and to do, from time to time.
+            checkpoint: A file that keeps how far it got, so that the same call can go on after an
+                interruption. It is removed at the end.
 
         Raises:
-            InvalidValueError: If ``samples`` is below 2.
+            InvalidValueError: If ``samples`` is below 2, or ``region`` is needed and not given.
+            OutputPathError: If the checkpoint cannot be written.
         """
-        if samples < 2:
+        count = _core.BandTable.checkable() if samples is None else samples
+        if count < 2:
             raise InvalidValueError(f"samples must be at least 2, got {samples}")
-        return BandTable(self._core.verified(samples, progress))
+        exact = _exact(self.region if region is None else region)
+        state = _Checkpoint(checkpoint, self._core.to_bytes(), count)
+        saved = time.monotonic()
+        while state.done < count:
+            stop = min(state.done + _BLOCK, count)
+            state.merge(self._core.errors_between(state.done, stop, count, exact), stop)
+            if progress is not None:
+                progress(state.done, count)
+            if time.monotonic() - saved >= _SAVE_EVERY:
+                state.save()
+                saved = time.monotonic()
+        state.remove()
+        return BandTable(self._core.verified(count, *state.max_error))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table to a safetensors file, which appears whole or not at all.
@@ -114,7 +186,8 @@ class BandTable(Region):
         return cls(_core.BandTable.load(os.fspath(path)))
 
     def __repr__(self) -> str:
-        return f"BandTable({self.band!r}, nbytes={self.nbytes}, max_error={tuple(self.max_error)})"
+        errors = tuple(self.max_error)
+        return f"BandTable({self._core.region}, nbytes={self.nbytes}, max_error={errors})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BandTable):
@@ -130,3 +203,52 @@ class BandTable(Region):
 
 def _from_bytes(data: bytes) -> BandTable:
     return BandTable(_core.BandTable.from_bytes(data))
+
+
+def _exact(region: Region) -> object:
+    """What a table of the region is measured against, as the core takes it."""
+    if isinstance(region, Band) and isinstance(region.divergence._solver, _core.Divergence):
+        return region.divergence._solver, region.delta_low, region.delta_high
+    return region.log_bounds
+
+
+class _Checkpoint:
+    """How far a verification got, in memory and in a file."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, table: bytes, count: int) -> None:
+        self.path = None if path is None else Path(path)
+        self.key = {"table": hashlib.sha256(table).hexdigest(), "count": count}
+        self.done = 0
+        self.max_error = MaxError(0.0, 0.0)
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            kept = json.loads(self.path.read_text())
+            ours = all(kept[name] == value for name, value in self.key.items())
+            done, max_error = int(kept["done"]), MaxError(*map(float, kept["max_error"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidValueError(f"checkpoint {self.path} cannot be used: {error}") from None
+        if not ours or not 0 <= done <= count:
+            raise InvalidValueError(f"checkpoint {self.path} belongs to another verification")
+        self.done, self.max_error = done, max_error
+
+    def merge(self, found: tuple[float, float], done: int) -> None:
+        self.max_error = MaxError(*map(max, self.max_error, found))
+        self.done = done
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        content = {**self.key, "done": self.done, "max_error": list(self.max_error)}
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self.path.parent, prefix=".bandpo-checkpoint-", delete=False
+            ) as file:
+                json.dump(content, file)
+            Path(file.name).replace(self.path)
+        except OSError as error:
+            raise OutputPathError(f"cannot write {self.path}: {error.strerror}") from None
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

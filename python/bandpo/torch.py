@@ -210,7 +210,7 @@ def _source(region: Region, dtype: torch.dtype, device: torch.device, exact: boo
         return _Source(_constants(region.log_lower, region.log_upper, dtype, device), 0, None)
     radii = region.delta_low if isinstance(region, Band) else None
     shape = radii.shape if isinstance(radii, np.ndarray) else None
-    if isinstance(region, Band | BandTable) and not exact and shape is None:
+    if not exact and shape is None:
         return _Source(_table_words(region.table(), device), 0, None)
     _REGIONS[id(region)] = region
     return _Source(None, id(region), shape)
@@ -262,7 +262,7 @@ def _check_radii(radii: tuple[int, ...], tokens: tuple[int, ...]) -> None:
 def _solve(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     solver = _REGIONS[region]
     if isinstance(solver, BandTable):
-        solver = solver.band
+        solver = solver.region
     tokens = old_log_prob.detach().to("cpu", torch.float64).numpy()
     return torch.from_numpy(np.stack(solver.log_bounds(tokens))).to(old_log_prob)
 

@@ -1,0 +1,43 @@
+"""What is installed, which backend would run, and whether a GPU is usable and why not."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+from bandpo import _core
+from bandpo.error import MissingExtraError
+
+_DISTRIBUTIONS = ("numpy", "torch", "matplotlib", "rich")
+
+
+def report() -> dict[str, str | None]:
+    """Returns findings by name; a version is None where the package is not installed."""
+    return {
+        "bandpo": _core.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in _DISTRIBUTIONS},
+        "threads": str(_core.thread_count()),
+        **_backends(),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _backends() -> dict[str, str | None]:
+    try:
+        from bandpo.torch import default_backend, gpu_report
+    except MissingExtraError as missing:
+        none = f"none: {missing}"
+        return {"backend on a CPU": none, "backend on a GPU": none, "GPU": "unknown without torch"}
+    return {
+        "backend on a CPU": default_backend("cpu"),
+        "backend on a GPU": f"{default_backend('cuda')} (this version has no CUDA kernel)",
+        "GPU": gpu_report(),
+    }
