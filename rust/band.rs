@@ -744,7 +744,8 @@ fn scaled_value(generator: &Generator, weight: f64, log_weight: f64, at: Point<f
     } else if at.u == 0.0 || log_weight > FAR_TAIL {
         weighted(generator, weight, at)
     } else {
-        (log_weight + generator.log_value(at.log)).exp()
+        // The weight takes the factor u first: both may be huge, and their sum exact.
+        ((log_weight + at.log.max(0.0)) + generator.log_value(at.log)).exp()
     }
 }
 
@@ -1228,6 +1229,21 @@ mod tests {
             }
         }
         assert!(worst <= MOST_BOUND_EVALUATIONS, "{worst}");
+    }
+
+    /// Far outside the range of probabilities the bounds still are what 60 digits say.
+    #[test]
+    fn far_tails() {
+        let le_cam = band("le-cam", 1.83e-10).log_bounds(-1.85e-313).0;
+        assert!((le_cam / -3.66e-10 - 1.0).abs() < 1e-2, "{le_cam:e}");
+        let le_cam = band("le-cam", 4.4457e-12).log_bounds(-725.62).1;
+        assert!((le_cam - 700.18).abs() < 0.01, "{le_cam}");
+        for spec in ["tv", "hellinger", "le-cam", "jensen-shannon", "alpha:0.5"] {
+            for logp in [-1.44e30, -1e6, -800.0] {
+                // Beyond the greatest value of the divergence everything is allowed.
+                assert_eq!(band(spec, 4.1).log_bounds(logp), (f64::NEG_INFINITY, -logp), "{spec}");
+            }
+        }
     }
 
     #[test]

@@ -263,10 +263,7 @@ impl Generator {
                 let denominator = if blend == 1.0 { u } else { excess * T::of(blend) + T::of(1.0) };
                 excess * (excess / denominator)
             }
-            Self::LeCam => {
-                let plus = excess + T::of(2.0);
-                excess * (excess / (plus + plus))
-            }
+            Self::LeCam => excess * (excess / (excess + T::of(2.0))) * T::of(0.5),
             Self::Expression(ref expression) => expression.value(at),
             Self::HockeyStick(threshold) => {
                 let over = excess - (T::of(threshold) - T::of(1.0));
@@ -342,41 +339,30 @@ impl Generator {
         }
     }
 
-    /// `ln f(u)` for `|ln u|` so large that `f(u)` may leave the range of a double.
+    /// `ln(f(u)/u)` for `log = ln u > 0`, and `ln f(u)` for `log < 0`, also where `f(u)` leaves the range of a
+    /// double.
     pub(crate) fn log_value(&self, log: f64) -> f64 {
+        let per_u = log.max(0.0);
         let plain = self.value(Point::from_log(log));
         if plain.is_finite() && plain > 0.0 {
-            return plain.ln();
+            return plain.ln() - per_u;
         }
         if let Self::Expression(_) = self {
             // As a power of u beyond the farthest point where the text can be evaluated.
             let far = Point::from_log(600.0_f64.copysign(log));
             let value = self.value(far);
-            return value.ln() + self.log_slope(far) / value * (log - far.log);
+            return value.ln() + self.log_slope(far) / value * (log - far.log) - per_u;
         }
         if log > 0.0 {
-            // Leading term of f(e^t) for t -> inf.
+            // Leading term of f(e^t) e^-t for t -> inf.
             match *self {
-                Self::Kl | Self::HockeyStick(_) => log,
-                Self::ReverseKl | Self::Jeffreys => log + log.ln(),
-                Self::Tv | Self::Hellinger | Self::LeCam => log + 0.5_f64.ln(),
-                Self::JensenShannon => log + (0.5 * std::f64::consts::LN_2).ln(),
-                Self::Alpha(order) => {
-                    if order > 1.0 {
-                        order * log - (order * (order - 1.0)).ln()
-                    } else {
-                        log - (1.0 - order).ln()
-                    }
+                Self::ReverseKl | Self::Jeffreys => log.ln(),
+                Self::Alpha(order) if order > 1.0 => {
+                    (order - 1.0) * log - (order * (order - 1.0)).ln()
                 }
-                Self::Vajda(order) => order * log,
-                Self::Bwcs(blend) => {
-                    if blend == 0.0 {
-                        2.0 * log
-                    } else {
-                        log - blend.ln()
-                    }
-                }
-                Self::Expression(_) => plain.ln(),
+                Self::Vajda(order) if order > 1.0 => (order - 1.0) * log,
+                Self::Bwcs(0.0) => log,
+                _ => self.slope_at_infinity().ln(),
             }
         } else {
             match *self {

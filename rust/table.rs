@@ -944,6 +944,17 @@ impl BandTable {
         if words.len() < ENTRIES {
             return Err(refuse("its image has no room for the header"));
         }
+        for header in [0, SIDE_WORDS] {
+            // The lookup counts the starts at or below y, so they have to ascend.
+            let starts = words[header..header + PIECES].iter().map(|&word| f32::from_bits(word));
+            let ascending = starts
+                .clone()
+                .zip(starts.clone().skip(1))
+                .all(|(a, b)| a < b || (a == f32::INFINITY && b == f32::INFINITY));
+            if words[header] != 0 || !ascending {
+                return Err(refuse("the pieces of its image do not follow each other"));
+            }
+        }
         for at in (0..PIECES).chain(SIDE_WORDS..SIDE_WORDS + PIECES) {
             if words[at] == f32::INFINITY.to_bits() {
                 continue;

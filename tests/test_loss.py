@@ -157,7 +157,7 @@ class TestMinClip:
         self, region: bandpo.Region, dual_clip: float | None, backend: str
     ) -> None:
         exact = not isinstance(region, bandpo.BandTable)
-        reference = region.band if isinstance(region, bandpo.BandTable) else region
+        reference = region.region if isinstance(region, bandpo.BandTable) else region
         batch = random_batch((50, 40), dtype=torch.float64)
         wanted = expected(batch, reference, dual_clip or math.inf)
         options: dict[str, Any] = {

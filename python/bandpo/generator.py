@@ -56,7 +56,7 @@ _MOST_MOVES = 27
 MOST_CALLS = 2 + _MOST_EXPANSIONS + _MOST_ITERATIONS + _MOST_MOVES
 """Most calls of the callable for the bounds of a block of `BLOCK` tokens, whatever the arguments.
 
-Two are for saturation and for the far end. The mean over tokens is about 10, but the slowest token
+Two are for saturation and for the far end. The mean over tokens is about 8, but the slowest token
 of 100 000 takes 15 to 80.
 """
 

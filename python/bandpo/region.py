@@ -78,9 +78,18 @@ class Region(ABC):
         underflowed = (lower == 0.0) & (log_lower > -np.inf)
         return np.asarray(np.where(underflowed, _SMALLEST_POSITIVE, lower)), np.asarray(upper)
 
-    @abstractmethod
+    @property
+    def per_token(self) -> bool:
+        """Whether the bounds depend on more than logp, so that there is no table of them."""
+        return True
+
     def describe(self) -> dict[str, Any]:
-        """What `from_description` makes the same region of, as JSON takes it."""
+        """What `from_description` makes the same region of, as JSON takes it.
+
+        Raises:
+            InvalidValueError: If the region cannot be described.
+        """
+        raise InvalidValueError(f"{self!r} cannot be described")
 
     def _stretches(self, upper: bool) -> Stretches:
         """The curves of one side with the ``-logp`` where each begins, the first at 0."""
@@ -160,6 +169,11 @@ class Clip(Region):
             raise InvalidValueError(f"eps_high must be at least 0, got {eps_high}")
         self.log_lower = math.log1p(-self.eps_low) if self.eps_low < 1.0 else -math.inf
         self.log_upper = math.log1p(self.eps_high)
+
+    @property
+    def per_token(self) -> bool:
+        """False; see `Region.per_token`."""
+        return False
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the same two bounds for every token; see `Region.log_bounds`."""
@@ -434,6 +448,11 @@ class Combined(Region):
     def __init__(self, kind: Literal["union", "intersection"], left: Region, right: Region) -> None:
         self.kind = kind
         self.parts = (left, right)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether one of the parts is; see `Region.per_token`."""
+        return any(part.per_token for part in self.parts)
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the wider or the narrower bounds of the two; see `Region.log_bounds`."""

@@ -65,6 +65,11 @@ class BandTable(Region):
         log_lower, log_upper = self._core.log_bounds(np.ascontiguousarray(tokens).reshape(-1))
         return log_lower.reshape(tokens.shape), log_upper.reshape(tokens.shape)
 
+    @property
+    def per_token(self) -> bool:
+        """False; see `Region.per_token`."""
+        return False
+
     def table(self) -> BandTable:
         """Returns the table itself."""
         return self

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bandpo import _core
 from bandpo.error import InvalidTypeError, InvalidValueError, MissingExtraError
-from bandpo.region import Band, Clip, Region
+from bandpo.region import Clip, Region
 from bandpo.table import BandTable
 
 try:
@@ -182,8 +182,6 @@ def bounds_of(
     source: _Source = _source(region, old_log_prob.dtype, old_log_prob.device, exact)
     if source.bounds is not None:
         return source.bounds
-    if source.shape is not None:
-        _check_radii(source.shape, tuple(old_log_prob.shape))
     if valid is not None:
         # The solver is at its limit at once where the probability is 1.
         old_log_prob = torch.where(valid, old_log_prob, 0.0)
@@ -196,7 +194,6 @@ class _Source(NamedTuple):
 
     bounds: torch.Tensor | None
     region: int
-    shape: tuple[int, ...] | None  # of the radii, where there is an array of them
 
 
 _REGIONS: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
@@ -207,13 +204,11 @@ _REGIONS: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _source(region: Region, dtype: torch.dtype, device: torch.device, exact: bool) -> _Source:
     if isinstance(region, Clip):
-        return _Source(_constants(region.log_lower, region.log_upper, dtype, device), 0, None)
-    radii = region.delta_low if isinstance(region, Band) else None
-    shape = radii.shape if isinstance(radii, np.ndarray) else None
-    if not exact and shape is None:
-        return _Source(_table_words(region.table(), device), 0, None)
+        return _Source(_constants(region.log_lower, region.log_upper, dtype, device), 0)
+    if not exact and not region.per_token:
+        return _Source(_table_words(region.table(), device), 0)
     _REGIONS[id(region)] = region
-    return _Source(None, id(region), shape)
+    return _Source(None, id(region))
 
 
 def _constants(
@@ -242,18 +237,6 @@ def _table_words(table: BandTable, device: torch.device) -> torch.Tensor:
     return words
 
 
-def _check_radii(radii: tuple[int, ...], tokens: tuple[int, ...]) -> None:
-    try:
-        fits = np.broadcast_shapes(radii, tokens) == tokens
-    except ValueError:
-        fits = False
-    if not fits:
-        raise InvalidValueError(
-            f"the region's delta has shape {radii}, which does not broadcast to the shape {tokens} "
-            f"of old_log_prob"
-        )
-
-
 @torch.library.custom_op(
     "bandpo::exact_log_bounds",
     mutates_args=(),
@@ -264,7 +247,13 @@ def _solve(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     if isinstance(solver, BandTable):
         solver = solver.region
     tokens = old_log_prob.detach().to("cpu", torch.float64).numpy()
-    return torch.from_numpy(np.stack(solver.log_bounds(tokens))).to(old_log_prob)
+    bounds = np.stack(solver.log_bounds(tokens))
+    if bounds.shape[1:] != tokens.shape:
+        raise InvalidValueError(
+            f"the region's delta must broadcast to the shape {tokens.shape} of old_log_prob, "
+            f"together they have shape {bounds.shape[1:]}"
+        )
+    return torch.from_numpy(bounds).to(old_log_prob)
 
 
 @_solve.register_fake
