@@ -5,16 +5,17 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-import bandpo
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import elementwise
+
+import bandpo
 from bandpo import Band, Clip, Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Float64Array
 from conftest import Reference
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.optimize import elementwise
 
 RELATIVE = 1e-14
 """What a log bound may be off, relatively: the contract of `bandpo.Band`."""

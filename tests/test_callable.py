@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mpmath import mp, mpf
+
 from bandpo import Band, BandpoError
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.generator import BLOCK, LOG_REACH, MOST_CALLS, CallableGenerator
 from bandpo.region import BoolArray, Float64Array
-from mpmath import mp, mpf
 
 RELATIVE = 1e-10
 """What a log bound may be off the built-in's, relatively, for delta >= 1e-5."""

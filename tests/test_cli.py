@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bandpo
 import pytest
+
+import bandpo
 from bandpo.cli import main
 
 
@@ -30,7 +31,8 @@ def test_bounds_prints_a_row_for_each_probability(capsys: pytest.CaptureFixture[
 
 
 def test_bounds_as_json_reads_back_exactly(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bounds", "--logp", "-1", "-inf", "-1e-5", "--delta", "0.01", "0.2", "--json"]) == 0
+    command = ["bounds", "--logp", "-1", "-inf", "-1e-5", "--delta", "0.01", "0.2", "--json"]
+    assert main(command) == 0
     content = json.loads(capsys.readouterr().out)
     assert (content["delta_low"], content["delta_high"]) == (0.01, 0.2)
     log_lower, log_upper = bandpo.Band("kl", (0.01, 0.2)).log_bounds(-1.0)

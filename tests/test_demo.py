@@ -9,15 +9,16 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import bandpo
 import numpy as np
 import pytest
+from rich.console import Console
+
+import bandpo
 from bandpo import demo
 from bandpo.demo.report import conclusion
 from bandpo.demo.result import BIN_EDGES
 from bandpo.demo.rule import BAND, CONSTANT, FIXED, NO_CLIP
 from bandpo.error import InvalidTypeError, InvalidValueError, OutputPathError
-from rich.console import Console
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")

@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+
 from bandpo import Band, Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Status

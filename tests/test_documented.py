@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mpmath import mp, mpf
+
 from bandpo import Band
 from conftest import Reference
-from mpmath import mp, mpf
 from reference import bound as reference_bound
 from reference import condition, divergence
 

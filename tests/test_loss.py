@@ -9,10 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
-import bandpo
-import bandpo.torch
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bandpo
+import bandpo.torch
 from bandpo.loss import (
     PROBABILITY_EDGES,
     PolicyLoss,
@@ -21,9 +25,6 @@ from bandpo.loss import (
 )
 from bandpo.region import Float64Array
 from bandpo.torch import torch
-from numpy.typing import NDArray
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 Array: TypeAlias = NDArray[Any]
 Tensor: TypeAlias = torch.Tensor
@@ -151,7 +152,15 @@ class TestMinClip:
 
     @pytest.mark.parametrize("dual_clip", [None, 1.5])
     @pytest.mark.parametrize(
-        "region", [KL, bandpo.Band("tv", (0.02, 0.3)), KL.table(), CLIP, bandpo.Clip(1.0, math.inf)]
+        "region",
+        [
+            KL,
+            bandpo.Band("tv", (0.02, 0.3)),
+            KL.table(),
+            (KL | CLIP).table(),
+            CLIP,
+            bandpo.Clip(1.0, math.inf),
+        ],
     )
     def test_loss_and_gradient_of_every_token(
         self, region: bandpo.Region, dual_clip: float | None, backend: str
@@ -277,7 +286,9 @@ class TestMinClip:
 
 class TestBackendsAgree:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("region", [KL, bandpo.Band("hellinger", 0.1), CLIP], ids=str)
+    @pytest.mark.parametrize(
+        "region", [KL, bandpo.Band("hellinger", 0.1), KL | CLIP, CLIP], ids=str
+    )
     @pytest.mark.parametrize("exact", [False, True])
     def test_on_every_dtype_and_mode(
         self, dtype: torch.dtype, region: bandpo.Region, exact: bool
@@ -891,11 +902,11 @@ PACKED = random_batch((24,))
         ),
         (
             BATCH, {"region": bandpo.Band("kl", np.full(5, 0.1))},
-            ValueError, r"delta has shape \(5,\), which does not broadcast to .*\(4, 6\)",
+            ValueError, r"do not broadcast: logp \(4, 6\), delta \(5,\)",
         ),
         (
             BATCH, {"region": bandpo.Band("kl", np.full((2, 4, 6), 0.1))},
-            ValueError, r"delta has shape \(2, 4, 6\), which does not broadcast to .*\(4, 6\)",
+            ValueError, r"delta must broadcast to the shape \(4, 6\) .* \(2, 4, 6\)",
         ),
         (
             BATCH, {"cu_seqlens": torch.tensor([0, 4])},
@@ -1007,7 +1018,7 @@ class TestBoundsOnTensors:
             bandpo.torch.log_bounds(KL, torch.zeros(2, dtype=torch.int64))
         with pytest.raises(TypeError, match=r"region must be .* got Divergence"):
             bandpo.torch.log_bounds(bandpo.Divergence("kl"), torch.zeros(2))  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=r"delta has shape \(3,\)"):
+        with pytest.raises(ValueError, match=r"delta \(3,\)"):
             bandpo.torch.log_bounds(bandpo.Band("kl", np.full(3, 0.1)), torch.zeros(2))
 
 

@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from bandpo import Band
-from bandpo.region import Float64Array
 from scipy.optimize import brentq
 from scipy.special import logit
 from scipy.stats import binomtest, norm
+
+from bandpo import Band
+from bandpo.region import Float64Array
 
 CLOSED_FORM = 2e-13
 """Relative tolerance of an end of an interval from a closed form.

@@ -6,13 +6,14 @@ import json
 import pickle
 from pathlib import Path
 
-import bandpo
 import numpy as np
 import pytest
-from bandpo import Band, BandTable, Clip, Region, TableAccuracyWarning
-from bandpo.error import InputPathError, InvalidValueError, OutputPathError, TableFileError
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+
+import bandpo
+from bandpo import Band, BandTable, Clip, Region, TableAccuracyWarning
+from bandpo.error import InputPathError, InvalidValueError, OutputPathError, TableFileError
 
 TARGET = 1e-6
 """Absolute error of log_upper and lower beyond one float32 ulp of the bound: the promise."""

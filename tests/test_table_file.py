@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from bandpo import Band, BandTable, Clip, Divergence
 from bandpo._core import BandTable as CoreTable
 from bandpo.error import TableFileError

@@ -25,11 +25,12 @@ from pathlib import Path
 from random import Random
 from typing import TypeVar
 
-import bandpo
 import numpy as np
 from make_reference import log_of, log_uniform, points
 from mpmath import isinf, mp, mpf
 from numpy.typing import NDArray
+
+import bandpo
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

@@ -76,7 +76,7 @@ class Divergence:
 
         Args:
             text: ``u``, numbers, ``+ - * / ^`` (or ``**``), parentheses, and the functions ln
-                (log), exp, sqrt, abs, min, max, sin, cos. Any multiple of ``u - 1`` may be added to it.
+                (log), exp, sqrt, abs, min, max, sin, cos. Any multiple of ``u - 1`` may be added.
             at_zero: The limit f(0), where it cannot be found out (the error says so).
             slope_at_infinity: The limit f'(inf), likewise.
 

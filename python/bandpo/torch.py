@@ -160,12 +160,12 @@ def bounds_of(
 ) -> torch.Tensor:
     """Returns the bounds of a region as one tensor, of one of three kinds.
 
-    - A table, int32 [words]: the image described in ``docs/table-format.md``, for a `BandTable` and
-      for a `Band` with fixed radii. Devices other than the CPU keep theirs as long as it lives.
     - Constants, [2]: ``log_lower`` and ``log_upper`` of every token, for a `Clip`.
-    - Per token, [2, ...] and the shape of ``old_log_prob``: the same of each token, by
-      `Region.log_bounds`, which runs on the CPU in float64; for a `Band` with an array of radii,
-      for any other region, and with ``exact``.
+    - A table, int32 [words]: the image described in ``docs/table-format.md``, for other regions.
+      Devices other than the CPU keep theirs as long as the table lives.
+    - Per token, [2, ...] and the shape of ``old_log_prob``: the bounds of each token, by
+      `Region.log_bounds`, which runs on the CPU in float64; with ``exact``, and for regions that no
+      table can hold, such as a `Band` with an array of radii.
 
     A tensor enters a compiled graph as data. Under `torch.compile` the region itself is a constant:
     another region object compiles again.
