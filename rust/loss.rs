@@ -344,7 +344,14 @@ impl<T: Float> Bounds<T> for PerToken<'_, T> {
 
 impl<T: Float> Bounds<T> for Image<'_> {
     fn upper_if_above(&self, _: usize, old_log_prob: T, log_ratio: T) -> Option<T> {
-        let bound = T::from_f32(self.log_upper(Self::y(old_log_prob.to_f32())));
+        let y = Self::y(old_log_prob.to_f32());
+        let tabulated = self.log_upper(y);
+        // Where everything is allowed, y in f32 could fall short of a new probability of 1.
+        let bound = if tabulated >= y && old_log_prob <= T::ZERO {
+            -old_log_prob
+        } else {
+            T::from_f32(tabulated)
+        };
         (log_ratio > bound).then(|| bound.exp())
     }
 
@@ -475,6 +482,15 @@ mod tests {
         let totals =
             min_clip(&tokens, bounds, dual_clip, true, &mut per_token, &mut gradient).unwrap();
         (per_token, gradient, totals)
+    }
+
+    #[test]
+    fn where_everything_is_allowed_a_new_probability_of_1_is() {
+        let table = table("tv", 0.3);
+        let tokens: Vec<(f64, f64, f64)> =
+            (0..1000).map(|i| (-f64::from(i) / 3000.0, 0.0, 1.0)).collect();
+        let (loss, slope, totals) = run(&tokens, &BoundSource::Table(table.image()), None);
+        assert_eq!((loss, totals.clipped_high), (slope, 0));
     }
 
     #[test]

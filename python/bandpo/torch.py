@@ -299,8 +299,10 @@ def read_table(
     twist = slope + next_slope - 2.0 * rise
     bound = value + fraction * (slope + fraction * (bend + fraction * twist))
     bound = torch.where(y == 0.0, header(36), torch.where(y >= 128.0, header(37), bound))
-    bound = torch.where(lower, bound.clamp(min=0.0), torch.minimum(bound, y))
-    return torch.where(y.isnan(), y, bound).to(old_log_prob.dtype)
+    everything = ~lower & (bound >= y)
+    bound = torch.where(y.isnan(), y, bound.clamp(min=0.0)).to(old_log_prob.dtype)
+    # Where everything is allowed, y in float32 could fall short of a new probability of 1.
+    return torch.where(everything, (-old_log_prob).clamp(min=0.0), bound)
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
