@@ -692,7 +692,11 @@ fn is_inside(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> 
         return d < radius;
     }
     let exact = divergence.generator_radius::<Dd>(delta);
-    exact_residual(generator, logp, log_ratio, exact) <= 0.0
+    // Radii that make D at the end of a side equal to delta exactly do occur, and count; so does what
+    // these digits cannot tell from them.
+    let at_the_end = log_ratio == f64::NEG_INFINITY || log_ratio == -logp;
+    let tie = if at_the_end { RESIDUAL_ERROR * exact.hi } else { 0.0 };
+    exact_residual(generator, logp, log_ratio, exact) <= tie
 }
 
 /// `D` in double precision at any log-ratio inside the simplex, for any `logp < 0`, and by how much it

@@ -260,7 +260,8 @@ impl Generator {
                 }
             }
             Self::Bwcs(blend) => {
-                let denominator = if blend == 1.0 { u } else { excess * T::of(blend) + T::of(1.0) };
+                // Not 1 + l (u-1), which cancels for l near 1 and small u.
+                let denominator = (T::of(1.0) - T::of(blend)) + u * T::of(blend);
                 excess * (excess / denominator)
             }
             Self::LeCam => excess * (excess / (excess + T::of(2.0))) * T::of(0.5),
@@ -314,7 +315,14 @@ impl Generator {
                 }
             }
             Self::Jeffreys => scaled_log(u, log) + excess,
-            Self::Alpha(order) => ((order * log).exp() - u) / (order - 1.0),
+            Self::Alpha(order) => {
+                let power = (order - 1.0) * log;
+                if power.abs() < 1.0 {
+                    u * power.exp_m1() / (order - 1.0)
+                } else {
+                    ((order * log).exp() - u) / (order - 1.0)
+                }
+            }
             Self::Vajda(order) => order * excess.abs().powf(order - 1.0) * excess.signum() * u,
             Self::Bwcs(blend) => {
                 if blend == 1.0 {

@@ -118,11 +118,25 @@ impl Expression {
         expression.slope_at_one = one.slope;
         expression.judge_convexity().map_err(refuse)?;
 
-        let limit = |name: &str, given: Option<f64>, far: [Dd; 3]| match given {
-            Some(value) => Ok(Dd::of(value)),
-            None => limit_of(far).ok_or_else(|| {
-                refuse(format!("{name} could not be found out; give it, inf if it is infinite"))
-            }),
+        let limit = |name: &str, given: Option<f64>, far: [Dd; 3]| match (given, limit_of(far)) {
+            (Some(given), found) => {
+                // Both rise towards their limit.
+                let least = far[2].to_f64();
+                let slack = 1e-9 * least.abs().max(1e-3);
+                let agrees = found.is_none_or(|found| {
+                    let found = found.to_f64();
+                    given == found || (given - found).abs() <= slack
+                });
+                if given >= least - slack && agrees {
+                    Ok(Dd::of(given))
+                } else {
+                    Err(refuse(format!("{name} was given, and f contradicts it")))
+                }
+            }
+            (None, Some(found)) => Ok(found),
+            (None, None) => Err(refuse(format!(
+                "{name} could not be found out; give it, inf if it is infinite"
+            ))),
         };
         let c = expression.slope_at_one.to_f64();
         let value_at = |log: f64| expression.raw(Point::from_log(Dd::of(log)));
@@ -278,7 +292,7 @@ fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Jet<T> {
             let (base, exponent) = (evaluate(base, at), evaluate(exponent, at));
             let order = exponent.value.to_f64();
             let constant = exponent.slope.to_f64() == 0.0;
-            if constant && order.fract() == 0.0 && order.abs() <= 64.0 {
+            if constant && order.fract() == 0.0 && order.abs() <= 1e6 {
                 // Whole powers, of negative numbers too.
                 let lower = whole_power(base.value, order as i32 - 1);
                 let value = lower * base.value;
@@ -288,6 +302,9 @@ fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Jet<T> {
                     slope: exponent.value * lower * base.slope,
                     log: log.map(|log| log * exponent.value),
                 };
+            }
+            if constant && order > 1.0 && base.value.to_f64() == 0.0 {
+                return plain(zero, zero);
             }
             let log = logarithm(base);
             let value = (log * exponent.value).exp();

@@ -315,6 +315,11 @@ impl Real for Dd {
         if self.hi <= 0.0 || !self.hi.is_finite() {
             return Self::of(self.hi.ln());
         }
+        if self.hi < 1e-270 {
+            // e^-y below would overflow, and the rest of a tiny number is denormal.
+            let [first, second, third] = LN_2_PARTS.map(|part| Self::product(-300.0, part));
+            return self.scaled_by_power_of_two(300).ln() + first + second + third;
+        }
         // One Newton step on e^y = x doubles the digits of the double-precision logarithm.
         let y = Self::of(self.hi.ln());
         let c = self * (-y).exp() - Self::of(1.0);

@@ -900,15 +900,24 @@ impl BandTable {
         let fail = |error: std::io::Error| Error::File {
             path: path.display().to_string(),
             action: "write",
-            reason: error.to_string(),
+            // The kind alone: the rest would name the temporary file.
+            reason: match error.kind() {
+                std::io::ErrorKind::Other => error.to_string(),
+                kind => kind.to_string(),
+            },
         };
-        let folder = match path.parent() {
+        // Through links to the file itself; and a device or a pipe is not to be replaced by a file.
+        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if target.is_dir() {
+            return Err(fail(std::io::ErrorKind::IsADirectory.into()));
+        }
+        if target.exists() && !target.is_file() {
+            return Err(fail(std::io::Error::other("it is not a regular file")));
+        }
+        let folder = match target.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
-        if path.is_dir() {
-            return Err(fail(std::io::ErrorKind::IsADirectory.into()));
-        }
         let mut builder = tempfile::Builder::new();
         builder.prefix(".bandpo-table-");
         #[cfg(unix)]
@@ -920,7 +929,7 @@ impl BandTable {
         let mut file = builder.tempfile_in(folder).map_err(fail)?;
         file.write_all(&bytes).map_err(fail)?;
         file.as_file().sync_all().map_err(fail)?;
-        file.persist(path).map_err(|error| fail(error.error))?;
+        file.persist(&target).map_err(|error| fail(error.error))?;
         Ok(())
     }
 
@@ -934,7 +943,12 @@ impl BandTable {
             action: "read",
             reason: error.to_string(),
         })?;
-        Self::from_bytes(&bytes)
+        Self::from_bytes(&bytes).map_err(|error| match error {
+            Error::TableFile { reason } => {
+                Error::TableFile { reason: format!("{}: {reason}", path.display()) }
+            }
+            other => other,
+        })
     }
 
     /// Every index that a lookup can form must stay inside the image, whatever wrote it.

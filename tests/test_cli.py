@@ -31,7 +31,8 @@ def test_bounds_prints_a_row_for_each_probability(capsys: pytest.CaptureFixture[
 
 
 def test_bounds_as_json_reads_back_exactly(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["bounds", "--logp", "-1", "-inf", "-1e-5", "--delta", "0.01", "0.2", "--json"]
+    command = ["bounds", "--logp", "-1", "-inf", "-1e-5", "--delta", "0.01"]
+    command += ["--delta-high", "0.2", "--json"]
     assert main(command) == 0
     content = json.loads(capsys.readouterr().out)
     assert (content["delta_low"], content["delta_high"]) == (0.01, 0.2)
@@ -79,7 +80,8 @@ def test_doctor_reports_what_is_there(capsys: pytest.CaptureFixture[str]) -> Non
         (["bounds", "1.5"], "p must be in [0, 1], got 1.5"),
         (["bounds", "nan"], "p must be in [0, 1], got nan"),
         (["bounds", "0.5", "--delta", "0"], "delta must be finite and above 0, got 0.0"),
-        (["bounds", "0.5", "--delta", "1", "2", "3"], "delta must be one radius or two, got 3"),
+        (["bounds", "0.5", "--delta-high", "-1"], "delta must be finite and above 0, got -1.0"),
+        (["bounds", "--delta", "nan", "0.5"], "delta must be finite and above 0, got nan"),
         (["bounds", "0.5", "--divergence", "kll"], 'divergence "kll" is not known; known are: kl'),
         (["bounds", "0.5", "--expression", "u*ln(v)"], 'column 6: "v" is not known'),
         (["bounds", "0.5", "--expression", "u-1", "--divergence", "kl"], "not both"),

@@ -13,7 +13,13 @@ from safetensors.numpy import load_file
 
 import bandpo
 from bandpo import Band, BandTable, Clip, Region, TableAccuracyWarning
-from bandpo.error import InputPathError, InvalidValueError, OutputPathError, TableFileError
+from bandpo.error import (
+    InputPathError,
+    InvalidTypeError,
+    InvalidValueError,
+    OutputPathError,
+    TableFileError,
+)
 
 TARGET = 1e-6
 """Absolute error of log_upper and lower beyond one float32 ulp of the bound: the promise."""
@@ -72,7 +78,7 @@ def test_a_table_is_a_region_and_is_cached() -> None:
     logp = np.log([0.1, 0.5])
     assert table.contains(logp, [0.5, 0.5]).tolist() == [True, False]
     _, upper = table.bounds(logp)
-    np.testing.assert_allclose(upper, Band("kl", 0.05).bounds(logp)[1], atol=3e-6)
+    np.testing.assert_allclose(upper, Band("kl", 0.05).bounds(logp)[1], rtol=TARGET, atol=0)
 
 
 def test_save_and_load_give_the_same_table(tmp_path: Path) -> None:
@@ -152,8 +158,10 @@ def test_verify_reports_progress_and_stops_on_an_exception() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Band("tv", 0.05).table().verify(600_000, progress=stop)
-    with pytest.raises(InvalidValueError, match="samples must be at least 2, got 1"):
+    with pytest.raises(InvalidValueError, match=r"samples must be from 2 to \d+, got 1"):
         Band("tv", 0.05).table().verify(1)
+    with pytest.raises(InvalidTypeError, match="samples must be an int or None, got float"):
+        Band("tv", 0.05).table().verify(2.5)  # type: ignore[arg-type]
 
 
 class Interrupted(Exception):  # noqa: N818 -- not an error
@@ -192,6 +200,12 @@ def test_an_interrupted_verification_goes_on_where_it_stopped(
         table.verify(count, checkpoint=checkpoint)
     with pytest.raises(OutputPathError, match="cannot write"):
         table.verify(count, checkpoint=tmp_path / "missing" / "checkpoint.json")
+
+
+def test_a_small_sample_takes_no_error_back() -> None:
+    table = Band("kl", 0.05).table()
+    assert max(table.max_error) > 0.0
+    assert table.verify(2).max_error == table.max_error
 
 
 def test_metadata_tells_sampled_from_exhaustive() -> None:

@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone, and Python would complain about it once more
         return 0
+    except OSError as error:
+        print(f"bandpo: error: {error}", file=sys.stderr)
+        return BAD_INPUT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,14 +114,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_band(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--divergence", help="name of the divergence (kl)")
     parser.add_argument("--expression", help='any convex f instead, such as "u*ln(u) - u + 1"')
-    parser.add_argument(
-        "--delta",
-        type=_number,
-        nargs="+",
-        default=[0.05],
-        metavar="DELTA",
-        help="radius, or two: below and above a ratio of 1 (0.05)",
-    )
+    parser.add_argument("--delta", type=_number, default=0.05, help="radius (%(default)s)")
+    parser.add_argument("--delta-high", type=_number, help="another radius above a ratio of 1")
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -140,16 +137,14 @@ def _number(text: str) -> float:
 
 
 def _band(parsed: argparse.Namespace) -> bandpo.Band:
-    delta: list[float] = parsed.delta
-    if len(delta) > 2:
-        raise InvalidValueError(f"delta must be one radius or two, got {len(delta)}")
+    high = parsed.delta if parsed.delta_high is None else parsed.delta_high
     if parsed.expression is None:
         divergence = bandpo.Divergence(parsed.divergence or "kl")
     elif parsed.divergence is None:
         divergence = bandpo.Divergence.from_expression(parsed.expression)
     else:
         raise InvalidValueError("give --divergence or --expression, not both")
-    return bandpo.Band(divergence, (delta[0], delta[-1]))
+    return bandpo.Band(divergence, (parsed.delta, high))
 
 
 def _print_json(content: object) -> None:
@@ -257,7 +252,8 @@ def _progress() -> Progress:
     from rich.progress import Progress
 
     # On standard error: standard output belongs to the result.
-    return Progress(console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _demo(parsed: argparse.Namespace) -> int:

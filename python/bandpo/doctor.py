@@ -6,7 +6,7 @@ import platform
 from importlib import metadata
 
 from bandpo import _core
-from bandpo.error import MissingExtraError
+from bandpo.error import BrokenExtraError, MissingExtraError
 
 _DISTRIBUTIONS = ("numpy", "torch", "matplotlib", "rich")
 
@@ -33,8 +33,8 @@ def _version(distribution: str) -> str | None:
 def _backends() -> dict[str, str | None]:
     try:
         from bandpo.torch import default_backend, gpu_report
-    except MissingExtraError as missing:
-        none = f"none: {missing}"
+    except (BrokenExtraError, MissingExtraError) as reason:
+        none = f"none: {reason}"
         return {"backend on a CPU": none, "backend on a GPU": none, "GPU": "unknown without torch"}
     return {
         "backend on a CPU": default_backend("cpu"),

@@ -32,3 +32,7 @@ class MissingExtraError(BandpoError, ImportError):
         super().__init__(f"{module} is not installed; run: pip install 'bandpo[{extra}]'")
         self.module = module
         self.extra = extra
+
+
+class BrokenExtraError(BandpoError, ImportError):
+    """An optional dependency is installed but cannot be imported; the message says why."""

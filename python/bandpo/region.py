@@ -273,6 +273,10 @@ class Band(Region):
             radii = as_float64("delta", delta).copy()
             radii.flags.writeable = False
             self.delta_low = self.delta_high = radii
+        elif isinstance(delta, list):
+            raise InvalidTypeError(
+                "delta must be a number, a tuple (low, high) or a numpy array, got a list"
+            )
         else:
             self.delta_low = self.delta_high = _as_number("delta", delta)
         for side in (self.delta_low, self.delta_high):

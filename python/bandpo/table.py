@@ -140,7 +140,9 @@ class BandTable(Region):
         progress: Callable[[int, int], object] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> BandTable:
-        """Returns this table with `max_error` measured afresh against the exact solver.
+        """Returns this table with `max_error` measured against the exact solver.
+
+        Samples can only raise it; looking at every float32 replaces it.
 
         Args:
             samples: How many float32 values of ``-logp`` to look at, at least 2, evenly spaced in
@@ -152,12 +154,20 @@ class BandTable(Region):
                 interruption. It is removed at the end.
 
         Raises:
-            InvalidValueError: If ``samples`` is below 2, or ``region`` is needed and not given.
+            InvalidTypeError: If an argument has the wrong type.
+            InvalidValueError: If ``samples`` is below 2 or more than there are, or ``region`` is
+                needed and not given.
             OutputPathError: If the checkpoint cannot be written.
         """
         count = _core.BandTable.checkable() if samples is None else samples
-        if count < 2:
-            raise InvalidValueError(f"samples must be at least 2, got {samples}")
+        if not isinstance(count, int):
+            raise InvalidTypeError(f"samples must be an int or None, got {type(samples).__name__}")
+        if not 2 <= count <= _core.BandTable.checkable():
+            raise InvalidValueError(
+                f"samples must be from 2 to {_core.BandTable.checkable()}, got {samples}"
+            )
+        if region is not None and not isinstance(region, Region):
+            raise InvalidTypeError(f"region must be a Region, got {type(region).__name__}")
         exact = _exact(self.region if region is None else region)
         state = _Checkpoint(checkpoint, self._core.to_bytes(), count)
         saved = time.monotonic()
@@ -170,6 +180,9 @@ class BandTable(Region):
                 state.save()
                 saved = time.monotonic()
         state.remove()
+        if samples is not None:
+            # A sample that sees less than an earlier one takes nothing back.
+            state.merge(self._core.max_error, count)
         return BandTable(self._core.verified(count, *state.max_error))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -225,7 +238,10 @@ class _Checkpoint:
         self.key = {"table": hashlib.sha256(table).hexdigest(), "count": count}
         self.done = 0
         self.max_error = MaxError(0.0, 0.0)
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return
+        if not self.path.exists():
+            self.save()  # now, rather than after minutes, if it cannot be written
             return
         try:
             kept = json.loads(self.path.read_text())
@@ -235,6 +251,8 @@ class _Checkpoint:
             raise InvalidValueError(f"checkpoint {self.path} cannot be used: {error}") from None
         if not ours or not 0 <= done <= count:
             raise InvalidValueError(f"checkpoint {self.path} belongs to another verification")
+        if not all(error >= 0.0 for error in max_error):
+            raise InvalidValueError(f"checkpoint {self.path} holds impossible errors {max_error}")
         self.done, self.max_error = done, max_error
 
     def merge(self, found: tuple[float, float], done: int) -> None:
@@ -246,11 +264,10 @@ class _Checkpoint:
             return
         content = {**self.key, "done": self.done, "max_error": list(self.max_error)}
         try:
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, prefix=".bandpo-checkpoint-", delete=False
-            ) as file:
-                json.dump(content, file)
-            Path(file.name).replace(self.path)
+            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".bandpo-") as folder:
+                whole = Path(folder, "checkpoint")
+                whole.write_text(json.dumps(content))
+                whole.replace(self.path)
         except OSError as error:
             raise OutputPathError(f"cannot write {self.path}: {error.strerror}") from None
 

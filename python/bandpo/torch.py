@@ -13,14 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bandpo import _core
-from bandpo.error import InvalidTypeError, InvalidValueError, MissingExtraError
+from bandpo.error import (
+    BrokenExtraError,
+    InvalidTypeError,
+    InvalidValueError,
+    MissingExtraError,
+)
 from bandpo.region import Clip, Region
 from bandpo.table import BandTable
 
 try:
     import torch as torch
 except ModuleNotFoundError as missing:
+    if missing.name != "torch":
+        raise BrokenExtraError(f"torch is installed but cannot be imported: {missing}") from missing
     raise MissingExtraError("torch", "torch") from missing
+except (ImportError, OSError) as broken:
+    raise BrokenExtraError(f"torch is installed but cannot be imported: {broken}") from broken
 
 __all__ = ["clip", "contains", "log_bounds"]
 
