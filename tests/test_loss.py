@@ -844,6 +844,8 @@ PACKED = random_batch((24,))
         (BATCH, {"dual_clip": "3"}, TypeError, "dual_clip must be a real number, got str"),
         (BATCH, {"dp_size": 0}, ValueError, "dp_size must be a whole number above 0, got 0"),
         (BATCH, {"dp_size": 1.5}, ValueError, "dp_size must be a whole number above 0, got 1.5"),
+        (BATCH, {"dp_size": math.nan}, ValueError, "dp_size must be a whole number above 0, got n"),
+        (BATCH, {"dp_size": math.inf}, ValueError, "dp_size must be a whole number above 0, got i"),
         (BATCH, {"dp_size": True}, TypeError, "dp_size must be a real number, got bool"),
         (BATCH, {"dp_size": 2}, ValueError, "batch_num_tokens must be given .* dp_size 2"),
         (

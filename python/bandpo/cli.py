@@ -228,6 +228,8 @@ def _table_inspect(parsed: argparse.Namespace) -> int:
 
 def _table_verify(parsed: argparse.Namespace) -> int:
     table = bandpo.BandTable.load(parsed.path)
+    if parsed.exhaustive:
+        table.save(parsed.path)  # rather now than after minutes, if it cannot be written
     with _progress() as progress:
         task = progress.add_task("comparing with the solver")
         verified = table.verify(

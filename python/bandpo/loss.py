@@ -359,7 +359,7 @@ def _check_reduction(reduction: _Reduction) -> None:
     mode, dp_size, tokens, sequences, scale = reduction
     _check_name("loss_agg_mode", mode, _MODES)
     _check_number("dp_size", dp_size)
-    if dp_size < 1 or dp_size != int(dp_size):
+    if not 1 <= dp_size < math.inf or dp_size != int(dp_size):
         raise InvalidValueError(f"dp_size must be a whole number above 0, got {dp_size}")
     if scale is not None:
         _check_number("loss_scale_factor", scale)

@@ -134,7 +134,7 @@ class Region(ABC):
             logp=as_float64("logp", logp), log_ratio=as_float64("log_ratio", log_ratio)
         )
         log_lower, log_upper = self.log_bounds(logp)
-        return (log_lower <= log_ratio) & (log_ratio <= log_upper)
+        return np.asarray((log_lower <= log_ratio) & (log_ratio <= log_upper))
 
 
 def _broadcast(**arrays: Float64Array) -> list[Float64Array]:
