@@ -31,6 +31,7 @@ format:
 # Reference bounds at 60 digits, and the digits that rust/real.rs is tested against.
 reference: $(VENV)/test.stamp
 	$(BIN)/python tools/make_reference.py
+	$(BIN)/python tools/make_real_reference.py
 
 prerequisites:
 	@command -v $(PYTHON) >/dev/null || \

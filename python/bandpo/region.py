@@ -98,6 +98,8 @@ class Region(ABC):
     def table(self) -> BandTable:
         """Returns the bounds as a lookup table, built once for each region.
 
+        The table keeps to the simplex, ``log_upper <= -logp``, where the region may not (a `Clip`).
+
         Raises:
             InvalidValueError: If a delta is an array, or a side has more than six smooth pieces.
         """
