@@ -17,6 +17,7 @@ pub mod band;
 pub mod divergence;
 pub mod error;
 mod expression;
+mod lanes;
 pub mod loss;
 pub mod real;
 mod root;

@@ -1,21 +1,28 @@
 //! The clipped policy loss of every token and its gradient, in one pass over the batch.
 //!
-//! With `r = e^(new - old)`, the log-ratio clamped to `±`[`LOG_RATIO_LIMIT`], and the bounds of the
-//! token, the min-clip surrogate (PPO, with dual clip: Ye et al. 2020, arXiv 1912.09729) is
+//! With the log-ratio `x = new - old` (or one that is given) clamped to `±`[`LOG_RATIO_LIMIT`],
+//! `r = e^x`, and the bounds of the token, `beyond` means `A > 0` and `r > upper`, or `A < 0` and
+//! `r < lower`; `sg` stops the gradient:
 //!
-//! | | loss | gradient with respect to `new` is `-A r`, except 0 where |
+//! | surrogate | loss | gradient with respect to `new` |
 //! |---|---|---|
-//! | `A > 0` | `-A min(r, upper)` | `r > upper` |
-//! | `A < 0` | `min(-A max(r, lower), -A c)` | `r < lower` or `r >= c` |
+//! | min-clip (PPO; dual clip c: arXiv 1912.09729) | `-A min(r, upper)` for `A > 0`, `min(-A max(r, lower), -A c)` for `A < 0` | `-A r`; 0 beyond, where `A < 0` and `r >= c`, and where the clamp acts |
+//! | mask (DPPO, arXiv 2602.04879) | `-A sg(min(r, c)) new`; 0 beyond | `-A min(r, c)`; 0 beyond |
+//! | weight (CISPO, arXiv 2506.13585) | `-A sg(clip(r, lower, upper)) new` | `-A clip(r, lower, upper)` |
+//! | gradient-preserving (CE-GPPO, arXiv 2509.20712) | `-A r`; beyond `-A beta bound r/sg(r)` | `-A r` but 0 where the clamp acts; beyond `-A beta bound` |
 //!
-//! and 0 where the clamp acts. At `r` equal to a bound the gradient passes. Only the side that the
-//! sign of the advantage selects is looked up.
+//! At `r` equal to a bound a token is not beyond it. Only one side of each token is looked up: the one
+//! that the sign of the advantage selects, and for weight the one that the sign of `x` selects.
+
+// A function of vectors has to become part of one that is compiled for their instructions.
+#![allow(clippy::inline_always)]
 
 use std::fmt::Debug;
 
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::lanes::{Lanes, MOST_LANES, Number, Work};
 use crate::table::Image;
 
 /// Log-ratios are clamped to plus and minus this before they are exponentiated.
@@ -33,64 +40,62 @@ const CHUNK: usize = 8192;
 /// Fewer tokens than this are done sooner than other threads wake up.
 const PARALLEL_FROM: usize = 2 * CHUNK;
 
-mod sealed {
-    use std::ops::{Mul, Neg, Sub};
-
-    /// What the loss needs of a number.
-    pub trait Number:
-        Copy + PartialOrd + Sub<Output = Self> + Mul<Output = Self> + Neg<Output = Self>
-    {
-        const ZERO: Self;
-        fn from_f64(value: f64) -> Self;
-        fn from_f32(value: f32) -> Self;
-        fn to_f64(self) -> f64;
-        fn to_f32(self) -> f32;
-        fn exp(self) -> Self;
-        fn exp_m1(self) -> Self;
-        /// Keeps a NaN.
-        fn clamp(self, limit: Self) -> Self;
-        fn is_finite(self) -> bool;
-    }
-
-    macro_rules! number {
-        ($float:ty) => {
-            impl Number for $float {
-                const ZERO: Self = 0.0;
-                fn from_f64(value: f64) -> Self {
-                    value as Self
-                }
-                fn from_f32(value: f32) -> Self {
-                    value as Self
-                }
-                fn to_f64(self) -> f64 {
-                    f64::from(self)
-                }
-                fn to_f32(self) -> f32 {
-                    self as f32
-                }
-                fn exp(self) -> Self {
-                    self.exp()
-                }
-                fn exp_m1(self) -> Self {
-                    self.exp_m1()
-                }
-                fn clamp(self, limit: Self) -> Self {
-                    self.clamp(-limit, limit)
-                }
-                fn is_finite(self) -> bool {
-                    self.is_finite()
-                }
-            }
-        };
-    }
-    number!(f32);
-    number!(f64);
-}
+/// Vectors that are added up in the precision of the tokens before f64 takes over.
+const BLOCK: usize = 32;
 
 /// The float types that a loss is computed in: `f32` and `f64`.
-pub trait Float: sealed::Number + Send + Sync + Debug {}
+pub trait Float: Number + Send + Sync + Debug {}
 impl Float for f32 {}
 impl Float for f64 {}
+
+/// What a token's loss is, given its ratio and its bounds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Surrogate {
+    /// PPO's.
+    MinClip {
+        /// Greatest ratio for `A < 0`, above 1.
+        dual_clip: Option<f64>,
+    },
+    /// DPPO's.
+    Mask {
+        /// Greatest weight, above 1.
+        truncation: Option<f64>,
+    },
+    /// CISPO's.
+    Weight,
+    /// CE-GPPO's.
+    GradientPreserving {
+        /// Factor of the gradient below the lower bound, finite and at least 0.
+        beta_low: f64,
+        /// Factor above the upper bound, likewise.
+        beta_high: f64,
+    },
+}
+
+impl Surrogate {
+    fn check(self) -> Result<()> {
+        let refuse = |argument, value: f64, allowed| {
+            Err(Error::Argument { argument, value: value.to_string(), allowed })
+        };
+        match self {
+            Self::MinClip { dual_clip: Some(c) } if c.is_nan() || c <= 1.0 => {
+                refuse("dual_clip", c, "above 1")
+            }
+            Self::Mask { truncation: Some(c) } if c.is_nan() || c <= 1.0 => {
+                refuse("truncation", c, "above 1")
+            }
+            Self::GradientPreserving { beta_low, beta_high } => {
+                for (argument, beta) in [("beta_low", beta_low), ("beta_high", beta_high)] {
+                    if !(0.0..f64::INFINITY).contains(&beta) {
+                        return refuse(argument, beta, "finite and at least 0");
+                    }
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
 
 /// Advantages: one a token, or one for all tokens of a row.
 #[derive(Debug, Clone, Copy)]
@@ -107,17 +112,29 @@ pub enum Advantages<'a, T> {
 }
 
 impl<T: Float> Advantages<'_, T> {
-    fn at(&self, index: usize) -> T {
-        match self {
-            Self::PerToken(values) => values[index],
-            Self::PerRow { values, row_length } => values[index / row_length],
-        }
-    }
-
     fn tokens(&self) -> usize {
         match self {
             Self::PerToken(values) => values.len(),
             Self::PerRow { values, row_length } => values.len() * row_length,
+        }
+    }
+
+    /// Of the tokens from `index` on.
+    fn load<L: Lanes<Scalar = T>>(&self, lanes: L, index: usize) -> L::Float {
+        match self {
+            Self::PerToken(values) => load(lanes, values, index),
+            Self::PerRow { values, row_length } => {
+                let (first, last) = (index / row_length, (index + L::COUNT - 1) / row_length);
+                if first == last {
+                    return lanes.splat(values[first].to_f64());
+                }
+                let mut each = [T::ZERO; MOST_LANES];
+                for (offset, value) in each[..L::COUNT].iter_mut().enumerate() {
+                    // The last vector may reach beyond the last row.
+                    *value = values[((index + offset) / row_length).min(values.len() - 1)];
+                }
+                lanes.load(&each)
+            }
         }
     }
 }
@@ -129,6 +146,8 @@ pub struct Tokens<'a, T> {
     pub old_log_prob: &'a [T],
     /// The same under the policy being trained.
     pub log_prob: &'a [T],
+    /// Log-ratios to take in place of `log_prob - old_log_prob`, such as a sequence's mean.
+    pub log_ratio: Option<&'a [T]>,
     /// How much better than expected the tokens did.
     pub advantages: Advantages<'a, T>,
     /// 0 for tokens that do not count, which may hold anything.
@@ -163,20 +182,26 @@ pub struct Totals {
     pub valid: u64,
     /// Those of them whose loss is infinite or NaN.
     pub nonfinite: u64,
-    /// Those with `A < 0` and `r < lower`.
+    /// Those beyond the lower bound; see the table of surrogates.
     pub clipped_low: u64,
-    /// Those with `A > 0` and `r > upper`.
+    /// Those beyond the upper bound.
     pub clipped_high: u64,
-    /// Those that the dual clip acts on.
-    pub dual_clipped: u64,
-    /// Sum of `-ln r`.
+    /// Those that the dual clip acts on, or whose weight was truncated.
+    pub limited: u64,
+    /// Sum of `-x`.
     pub kl: f64,
-    /// Sum of `r - 1 - ln r`.
+    /// Sum of `r - 1 - x`.
     pub kl_k3: f64,
-    /// Smallest `r`, NaN if any is, infinite for no token.
-    pub ratio_min: f64,
-    /// Greatest `r`, NaN if any is, `-inf` for no token.
-    pub ratio_max: f64,
+    /// Sum of `-old_log_prob`.
+    pub entropy: f64,
+    /// Sum of `abs(A) r`, the gradient without any rule.
+    pub gradient_free: f64,
+    /// Sum of the absolute difference that the rule makes to it.
+    pub gradient_removed: f64,
+    /// Smallest `x`, NaN if any is, infinite for no token.
+    pub log_ratio_min: f64,
+    /// Greatest `x`, NaN if any is, `-inf` for no token.
+    pub log_ratio_max: f64,
     /// By old probability, ascending; all 0 unless they were asked for.
     pub by_probability: [ProbabilityBin; PROBABILITY_BINS],
 }
@@ -199,11 +224,14 @@ impl Default for Totals {
             nonfinite: 0,
             clipped_low: 0,
             clipped_high: 0,
-            dual_clipped: 0,
+            limited: 0,
             kl: 0.0,
             kl_k3: 0.0,
-            ratio_min: f64::INFINITY,
-            ratio_max: f64::NEG_INFINITY,
+            entropy: 0.0,
+            gradient_free: 0.0,
+            gradient_removed: 0.0,
+            log_ratio_min: f64::INFINITY,
+            log_ratio_max: f64::NEG_INFINITY,
             by_probability: [ProbabilityBin::default(); PROBABILITY_BINS],
         }
     }
@@ -215,11 +243,14 @@ impl Totals {
         self.nonfinite += other.nonfinite;
         self.clipped_low += other.clipped_low;
         self.clipped_high += other.clipped_high;
-        self.dual_clipped += other.dual_clipped;
+        self.limited += other.limited;
         self.kl += other.kl;
         self.kl_k3 += other.kl_k3;
-        self.ratio_min = smaller(self.ratio_min, other.ratio_min);
-        self.ratio_max = -smaller(-self.ratio_max, -other.ratio_max);
+        self.entropy += other.entropy;
+        self.gradient_free += other.gradient_free;
+        self.gradient_removed += other.gradient_removed;
+        self.log_ratio_min = smaller(self.log_ratio_min, other.log_ratio_min);
+        self.log_ratio_max = -smaller(-self.log_ratio_max, -other.log_ratio_max);
         for (bin, more) in self.by_probability.iter_mut().zip(&other.by_probability) {
             bin.valid += more.valid;
             bin.clipped_low += more.clipped_low;
@@ -240,11 +271,12 @@ fn smaller(a: f64, b: f64) -> f64 {
 /// token NaN. Results are the same bit for bit on any number of threads.
 ///
 /// # Errors
-/// [`Error::Length`] if two slices differ in length, [`Error::Argument`] if `dual_clip` is not above 1.
-pub fn min_clip<T: Float>(
+/// [`Error::Length`] if two slices differ in length, [`Error::Argument`] if a parameter of the surrogate
+/// is out of range.
+pub fn policy_loss<T: Float>(
     tokens: &Tokens<'_, T>,
     bounds: &BoundSource<'_, T>,
-    dual_clip: Option<f64>,
+    surrogate: Surrogate,
     by_probability: bool,
     per_token: &mut [T],
     gradient: &mut [T],
@@ -256,6 +288,7 @@ pub fn min_clip<T: Float>(
     };
     for (argument, actual) in [
         ("old_log_prob", tokens.old_log_prob.len()),
+        ("log_ratio", tokens.log_ratio.map_or(count, <[T]>::len)),
         ("advantages", tokens.advantages.tokens()),
         ("mask", tokens.mask.len()),
         ("log_lower", bound_lengths.0),
@@ -267,61 +300,54 @@ pub fn min_clip<T: Float>(
             return Err(Error::Length { argument, actual, expected: count });
         }
     }
-    let cap = match dual_clip {
-        Some(ratio) if ratio > 1.0 => {
-            Cap { log_ratio: T::from_f64(ratio.ln()), ratio: T::from_f64(ratio) }
-        }
-        Some(ratio) => {
-            return Err(Error::Argument {
-                argument: "dual_clip",
-                value: ratio.to_string(),
-                allowed: "above 1",
-            });
-        }
-        None => Cap { log_ratio: T::from_f64(f64::INFINITY), ratio: T::from_f64(f64::INFINITY) },
-    };
+    surrogate.check()?;
+    let rule = Rule { tokens, surrogate, by_probability };
     Ok(match *bounds {
         BoundSource::Constant { log_lower, log_upper } => {
-            let bounds = Constant { log_lower, log_upper };
-            batch(tokens, &bounds, cap, by_probability, per_token, gradient)
+            let [log_lower, log_upper] = [log_lower, log_upper].map(Number::to_f64);
+            batch(rule, &Constant { log_lower, log_upper }, per_token, gradient)
         }
-        BoundSource::Table(image) => {
-            batch(tokens, &image, cap, by_probability, per_token, gradient)
-        }
+        BoundSource::Table(image) => batch(rule, &image, per_token, gradient),
         BoundSource::PerToken { log_lower, log_upper } => {
-            let bounds = PerToken { log_lower, log_upper };
-            batch(tokens, &bounds, cap, by_probability, per_token, gradient)
+            batch(rule, &PerToken { log_lower, log_upper }, per_token, gradient)
         }
     })
 }
 
-/// The dual clip, at infinity if there is none.
-#[derive(Clone, Copy)]
-struct Cap<T> {
-    log_ratio: T,
-    ratio: T,
+/// The bounds of a vector of tokens, one side each.
+struct Edge<F> {
+    bound: F,
+    /// Whether lower bounds are ratios. All others are log-ratios.
+    lower_is_ratio: bool,
 }
 
-/// The bounds of a token: each side answers whether a ratio is beyond it, and where it lies if so.
+/// Where the bounds of tokens are, the lower one where the mask is true.
 trait Bounds<T>: Sync {
-    /// The upper bound, where `log_ratio` is above it.
-    fn upper_if_above(&self, index: usize, old_log_prob: T, log_ratio: T) -> Option<T>;
-    /// The lower bound, where `ratio = e^log_ratio` is below it.
-    fn lower_if_below(&self, index: usize, old_log_prob: T, log_ratio: T, ratio: T) -> Option<T>;
+    fn edge<L: Lanes<Scalar = T>>(
+        &self,
+        lanes: L,
+        index: usize,
+        old_log_prob: L::Float,
+        lower: L::Mask,
+    ) -> Edge<L::Float>;
 }
 
-struct Constant<T> {
-    log_lower: T,
-    log_upper: T,
+struct Constant {
+    log_lower: f64,
+    log_upper: f64,
 }
 
-impl<T: Float> Bounds<T> for Constant<T> {
-    fn upper_if_above(&self, _: usize, _: T, log_ratio: T) -> Option<T> {
-        (log_ratio > self.log_upper).then(|| self.log_upper.exp())
-    }
-
-    fn lower_if_below(&self, _: usize, _: T, log_ratio: T, _: T) -> Option<T> {
-        (log_ratio < self.log_lower).then(|| self.log_lower.exp())
+impl<T> Bounds<T> for Constant {
+    #[inline(always)]
+    fn edge<L: Lanes<Scalar = T>>(
+        &self,
+        lanes: L,
+        _: usize,
+        _: L::Float,
+        lower: L::Mask,
+    ) -> Edge<L::Float> {
+        let (low, high) = (lanes.splat(self.log_lower), lanes.splat(self.log_upper));
+        Edge { bound: lanes.select(lower, low, high), lower_is_ratio: false }
     }
 }
 
@@ -331,49 +357,61 @@ struct PerToken<'a, T> {
 }
 
 impl<T: Float> Bounds<T> for PerToken<'_, T> {
-    fn upper_if_above(&self, index: usize, _: T, log_ratio: T) -> Option<T> {
-        let bound = self.log_upper[index];
-        (log_ratio > bound).then(|| bound.exp())
-    }
-
-    fn lower_if_below(&self, index: usize, _: T, log_ratio: T, _: T) -> Option<T> {
-        let bound = self.log_lower[index];
-        (log_ratio < bound).then(|| bound.exp())
+    #[inline(always)]
+    fn edge<L: Lanes<Scalar = T>>(
+        &self,
+        lanes: L,
+        index: usize,
+        _: L::Float,
+        lower: L::Mask,
+    ) -> Edge<L::Float> {
+        let (low, high) = (load(lanes, self.log_lower, index), load(lanes, self.log_upper, index));
+        Edge { bound: lanes.select(lower, low, high), lower_is_ratio: false }
     }
 }
 
-impl<T: Float> Bounds<T> for Image<'_> {
-    fn upper_if_above(&self, _: usize, old_log_prob: T, log_ratio: T) -> Option<T> {
-        let y = Self::y(old_log_prob.to_f32());
-        let tabulated = self.log_upper(y);
-        // Where everything is allowed, y in f32 could fall short of a new probability of 1.
-        let bound = if tabulated >= y && old_log_prob <= T::ZERO {
-            -old_log_prob
-        } else {
-            T::from_f32(tabulated)
-        };
-        (log_ratio > bound).then(|| bound.exp())
+impl<T> Bounds<T> for Image<'_> {
+    #[inline(always)]
+    fn edge<L: Lanes<Scalar = T>>(
+        &self,
+        lanes: L,
+        _: usize,
+        old_log_prob: L::Float,
+        lower: L::Mask,
+    ) -> Edge<L::Float> {
+        Edge { bound: lanes.look_up(*self, old_log_prob, lower), lower_is_ratio: true }
     }
+}
 
-    fn lower_if_below(&self, _: usize, old_log_prob: T, _: T, ratio: T) -> Option<T> {
-        // The table holds this side as a ratio.
-        let bound = T::from_f32(self.lower(Self::y(old_log_prob.to_f32())));
-        (ratio < bound).then_some(bound)
+/// The vector that begins at `index`; what lies beyond the end of the slice is 0.
+#[inline(always)]
+fn load<L: Lanes<Scalar: Float>>(lanes: L, from: &[L::Scalar], index: usize) -> L::Float {
+    if let Some(whole) = from.get(index..index + L::COUNT) {
+        return lanes.load(whole);
     }
+    let (rest, mut padded) = (&from[index..], [L::Scalar::ZERO; MOST_LANES]);
+    padded[..rest.len()].copy_from_slice(rest);
+    lanes.load(&padded)
+}
+
+/// What is done to a batch, apart from where its bounds come from.
+#[derive(Clone, Copy)]
+struct Rule<'a, T> {
+    tokens: &'a Tokens<'a, T>,
+    surrogate: Surrogate,
+    by_probability: bool,
 }
 
 /// All chunks, on several threads if there are many; totals are merged in the order of the tokens.
 fn batch<T: Float>(
-    tokens: &Tokens<'_, T>,
+    rule: Rule<'_, T>,
     bounds: &impl Bounds<T>,
-    cap: Cap<T>,
-    by_probability: bool,
     per_token: &mut [T],
     gradient: &mut [T],
 ) -> Totals {
     let parallel = per_token.len() >= PARALLEL_FROM;
     let one = |(index, (per_token, gradient)): (usize, (&mut [T], &mut [T]))| {
-        chunk(tokens, bounds, cap, by_probability, index * CHUNK, per_token, gradient)
+        T::run(Chunk { rule, bounds, start: index * CHUNK, per_token, gradient })
     };
     let totals: Vec<Totals> = if parallel {
         let outputs = per_token.par_chunks_mut(CHUNK).zip(gradient.par_chunks_mut(CHUNK));
@@ -386,68 +424,288 @@ fn batch<T: Float>(
 }
 
 /// The tokens from `start` on, as many as the outputs hold.
-fn chunk<T: Float>(
-    tokens: &Tokens<'_, T>,
-    bounds: &impl Bounds<T>,
-    cap: Cap<T>,
-    by_probability: bool,
+struct Chunk<'a, T, B> {
+    rule: Rule<'a, T>,
+    bounds: &'a B,
     start: usize,
-    per_token: &mut [T],
-    gradient: &mut [T],
-) -> Totals {
-    let limit = T::from_f64(LOG_RATIO_LIMIT);
-    let edges = PROBABILITY_EDGES.map(|edge| T::from_f64(edge.ln()));
-    let mut totals = Totals::default();
-    for (offset, (loss, slope)) in per_token.iter_mut().zip(gradient).enumerate() {
-        let index = start + offset;
-        if tokens.mask[index] == 0 {
-            (*loss, *slope) = (T::ZERO, T::ZERO);
-            continue;
-        }
-        let old_log_prob = tokens.old_log_prob[index];
-        let advantage = tokens.advantages.at(index);
-        let unclamped = tokens.log_prob[index] - old_log_prob;
-        let log_ratio = unclamped.clamp(limit);
-        let clamped = unclamped < -limit || unclamped > limit;
-        let ratio = log_ratio.exp();
+    per_token: &'a mut [T],
+    gradient: &'a mut [T],
+}
 
-        let (mut clipped_low, mut clipped_high, mut dual_clipped) = (false, false, false);
-        let mut surrogate = ratio;
-        if advantage > T::ZERO {
-            if let Some(upper) = bounds.upper_if_above(index, old_log_prob, log_ratio) {
-                (surrogate, clipped_high) = (upper, true);
+impl<T: Float, B: Bounds<T>> Work<T> for Chunk<'_, T, B> {
+    type Output = Totals;
+
+    #[inline(always)]
+    fn run<L: Lanes<Scalar = T>>(self, lanes: L) -> Totals {
+        let mut totals = Totals::default();
+        let mut sums = Sums::new(lanes);
+        let count = self.per_token.len();
+        for (vector, offset) in (0..count).step_by(L::COUNT).enumerate() {
+            let here = count.min(offset + L::COUNT) - offset;
+            let token = self.rule.vector(lanes, self.bounds, self.start + offset);
+            let (losses, slopes) = (&mut self.per_token[offset..], &mut self.gradient[offset..]);
+            if here == L::COUNT {
+                lanes.store(token.loss, losses);
+                lanes.store(token.slope, slopes);
+            } else {
+                let mut padded = [T::ZERO; MOST_LANES];
+                lanes.store(token.loss, &mut padded);
+                losses.copy_from_slice(&padded[..here]);
+                lanes.store(token.slope, &mut padded);
+                slopes.copy_from_slice(&padded[..here]);
             }
-        } else if advantage < T::ZERO {
-            if log_ratio >= cap.log_ratio {
-                (surrogate, dual_clipped) = (cap.ratio, true);
-            } else if let Some(lower) = bounds.lower_if_below(index, old_log_prob, log_ratio, ratio)
-            {
-                (surrogate, clipped_low) = (lower, true);
+            totals.count(lanes, &token);
+            sums.add(lanes, &token);
+            if vector % BLOCK == BLOCK - 1 {
+                sums.move_to(lanes, &mut totals);
+            }
+            if self.rule.by_probability {
+                totals.count_by_probability(lanes, &token);
             }
         }
-        let stopped = clipped_low || clipped_high || dual_clipped || clamped;
-        *loss = -advantage * surrogate;
-        *slope = if stopped { T::ZERO } else { *loss };
+        sums.move_to(lanes, &mut totals);
+        sums.extremes_to(lanes, &mut totals);
+        totals
+    }
+}
 
-        totals.valid += 1;
-        totals.nonfinite += u64::from(!loss.is_finite());
-        totals.clipped_low += u64::from(clipped_low);
-        totals.clipped_high += u64::from(clipped_high);
-        totals.dual_clipped += u64::from(dual_clipped);
-        totals.kl -= log_ratio.to_f64();
-        // Not ratio - 1: near 1, where it matters, that has lost the digits.
-        totals.kl_k3 += (log_ratio.exp_m1() - log_ratio).to_f64();
-        totals.ratio_min = smaller(totals.ratio_min, ratio.to_f64());
-        totals.ratio_max = -smaller(-totals.ratio_max, -ratio.to_f64());
-        if by_probability {
-            let bin = edges.iter().filter(|edge| old_log_prob >= **edge).count();
-            let bin = &mut totals.by_probability[bin];
-            bin.valid += 1;
-            bin.clipped_low += u64::from(clipped_low);
-            bin.clipped_high += u64::from(clipped_high);
+/// A vector of tokens with what was done to them. Masks are false where a token does not count.
+struct Token<L: Lanes> {
+    loss: L::Float,
+    slope: L::Float,
+    valid: L::Mask,
+    clipped_low: L::Mask,
+    clipped_high: L::Mask,
+    limited: L::Mask,
+    old_log_prob: L::Float,
+    log_ratio: L::Float,
+    kl_k3: L::Float,
+    gradient_free: L::Float,
+    gradient_removed: L::Float,
+}
+
+impl<T: Float> Rule<'_, T> {
+    /// The tokens from `index` on, as many as a vector holds; those beyond the last do not count.
+    #[inline(always)]
+    fn vector<L: Lanes<Scalar = T>>(
+        &self,
+        lanes: L,
+        bounds: &impl Bounds<T>,
+        index: usize,
+    ) -> Token<L> {
+        let tokens = self.tokens;
+        let valid = if let Some(whole) = tokens.mask.get(index..index + L::COUNT) {
+            lanes.load_mask(whole)
+        } else {
+            let (rest, mut padded) = (&tokens.mask[index..], [0; MOST_LANES]);
+            padded[..rest.len()].copy_from_slice(rest);
+            lanes.load_mask(&padded)
+        };
+        let zero = lanes.splat(0.0);
+        let of_valid = |values: L::Float| lanes.select(valid, values, zero);
+        let old_log_prob = of_valid(load(lanes, tokens.old_log_prob, index));
+        let log_prob = of_valid(load(lanes, tokens.log_prob, index));
+        let cost = lanes.neg(of_valid(tokens.advantages.load(lanes, index)));
+        let unclamped = match tokens.log_ratio {
+            Some(log_ratio) => of_valid(load(lanes, log_ratio, index)),
+            None => lanes.sub(log_prob, old_log_prob),
+        };
+
+        // Comparisons, unlike minima, keep a NaN.
+        let (most, least) = (lanes.splat(LOG_RATIO_LIMIT), lanes.splat(-LOG_RATIO_LIMIT));
+        let (above, below) = (lanes.less(most, unclamped), lanes.less(unclamped, least));
+        let clamped = lanes.or(above, below);
+        let log_ratio = lanes.select(above, most, lanes.select(below, least, unclamped));
+        let exponentials = lanes.exponentials(log_ratio);
+        let ratio = exponentials.exp;
+
+        let (up, down) = match self.surrogate {
+            Surrogate::Weight => (lanes.less(zero, log_ratio), lanes.less(log_ratio, zero)),
+            _ => (lanes.less(cost, zero), lanes.less(zero, cost)),
+        };
+        let edge = bounds.edge(lanes, index, old_log_prob, down);
+        let measure = if edge.lower_is_ratio { ratio } else { log_ratio };
+        let clipped_low = lanes.and(down, lanes.less(measure, edge.bound));
+        let clipped_high = lanes.and(up, lanes.less(edge.bound, log_ratio));
+        let beyond = lanes.or(clipped_low, clipped_high);
+        // The bound as a ratio, where a token is beyond it: few are, and exponentials cost.
+        let bound = if lanes.bits(beyond) == 0 {
+            zero
+        } else {
+            let exp = lanes.exponentials(edge.bound).exp;
+            if edge.lower_is_ratio { lanes.select(down, edge.bound, exp) } else { exp }
+        };
+
+        let nowhere = lanes.and(up, down);
+        let (loss, slope, limited) = match self.surrogate {
+            Surrogate::MinClip { dual_clip } => {
+                let stop = lanes.select(beyond, bound, ratio);
+                let (limited, stop) = match dual_clip {
+                    None => (nowhere, stop),
+                    Some(c) => {
+                        let reached = lanes.less_or_equal(lanes.splat(c.ln()), log_ratio);
+                        let limited = lanes.and(down, reached);
+                        (limited, lanes.select(limited, lanes.splat(c), stop))
+                    }
+                };
+                let loss = lanes.mul(cost, stop);
+                let stopped = lanes.or(clamped, lanes.or(beyond, limited));
+                (loss, lanes.select(stopped, zero, loss), limited)
+            }
+            Surrogate::Mask { truncation } => {
+                let (limited, weight) = match truncation {
+                    None => (nowhere, ratio),
+                    Some(c) => {
+                        let c = lanes.splat(c);
+                        let limited = lanes.and(lanes.less(c, ratio), lanes.not(beyond));
+                        (limited, lanes.select(limited, c, ratio))
+                    }
+                };
+                let slope = lanes.mul(cost, weight);
+                let loss = lanes.mul(slope, log_prob);
+                (lanes.select(beyond, zero, loss), lanes.select(beyond, zero, slope), limited)
+            }
+            Surrogate::Weight => {
+                let slope = lanes.mul(cost, lanes.select(beyond, bound, ratio));
+                (lanes.mul(slope, log_prob), slope, nowhere)
+            }
+            Surrogate::GradientPreserving { beta_low, beta_high } => {
+                let beta = lanes.select(down, lanes.splat(beta_low), lanes.splat(beta_high));
+                let loss = lanes.mul(cost, lanes.select(beyond, lanes.mul(beta, bound), ratio));
+                let stopped = lanes.and(clamped, lanes.not(beyond));
+                (loss, lanes.select(stopped, zero, loss), nowhere)
+            }
+        };
+        let free = lanes.mul(cost, ratio);
+        let of_valid = |mask: L::Mask| lanes.and(valid, mask);
+        Token {
+            loss: lanes.select(valid, loss, zero),
+            slope: lanes.select(valid, slope, zero),
+            valid,
+            clipped_low: of_valid(clipped_low),
+            clipped_high: of_valid(clipped_high),
+            limited: of_valid(limited),
+            old_log_prob,
+            log_ratio,
+            kl_k3: exponentials.excess,
+            gradient_free: lanes.abs(free),
+            gradient_removed: lanes.abs(lanes.sub(free, slope)),
         }
     }
-    totals
+}
+
+/// Sums over vectors, a number for each lane. Tokens that do not count add 0 to all of them.
+struct Sums<L: Lanes> {
+    log_ratio: L::Float,
+    kl_k3: L::Float,
+    old_log_prob: L::Float,
+    gradient_free: L::Float,
+    gradient_removed: L::Float,
+    least: L::Float,
+    most: L::Float,
+    nan: L::Float,
+}
+
+impl<L: Lanes<Scalar: Float>> Sums<L> {
+    #[inline(always)]
+    fn new(lanes: L) -> Self {
+        let zero = lanes.splat(0.0);
+        Self {
+            log_ratio: zero,
+            kl_k3: zero,
+            old_log_prob: zero,
+            gradient_free: zero,
+            gradient_removed: zero,
+            least: lanes.splat(f64::INFINITY),
+            most: lanes.splat(f64::NEG_INFINITY),
+            nan: zero,
+        }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, lanes: L, token: &Token<L>) {
+        self.log_ratio = lanes.add(self.log_ratio, token.log_ratio);
+        self.kl_k3 = lanes.add(self.kl_k3, token.kl_k3);
+        self.old_log_prob = lanes.add(self.old_log_prob, token.old_log_prob);
+        self.gradient_free = lanes.add(self.gradient_free, token.gradient_free);
+        self.gradient_removed = lanes.add(self.gradient_removed, token.gradient_removed);
+        let x = token.log_ratio;
+        let lowest = lanes.and(token.valid, lanes.less(x, self.least));
+        let highest = lanes.and(token.valid, lanes.less(self.most, x));
+        self.least = lanes.select(lowest, x, self.least);
+        self.most = lanes.select(highest, x, self.most);
+        self.nan = lanes.select(lanes.is_nan(x), x, self.nan);
+    }
+
+    /// Adds what has gathered to the totals, and begins anew.
+    #[inline(always)]
+    fn move_to(&mut self, lanes: L, totals: &mut Totals) {
+        for (sum, total, sign) in [
+            (&mut self.log_ratio, &mut totals.kl, -1.0),
+            (&mut self.kl_k3, &mut totals.kl_k3, 1.0),
+            (&mut self.old_log_prob, &mut totals.entropy, -1.0),
+            (&mut self.gradient_free, &mut totals.gradient_free, 1.0),
+            (&mut self.gradient_removed, &mut totals.gradient_removed, 1.0),
+        ] {
+            let numbers = numbers(lanes, *sum);
+            *total += sign * numbers[..L::COUNT].iter().map(|number| number.to_f64()).sum::<f64>();
+            *sum = lanes.splat(0.0);
+        }
+    }
+
+    #[inline(always)]
+    fn extremes_to(&self, lanes: L, totals: &mut Totals) {
+        let [least, most, nan] =
+            [self.least, self.most, self.nan].map(|vector| numbers(lanes, vector));
+        for lane in 0..L::COUNT {
+            // A NaN makes the sum one.
+            let nan = nan[lane].to_f64();
+            totals.log_ratio_min = smaller(totals.log_ratio_min, least[lane].to_f64() + nan);
+            totals.log_ratio_max = -smaller(-totals.log_ratio_max, -(most[lane].to_f64() + nan));
+        }
+    }
+}
+
+#[inline(always)]
+fn numbers<L: Lanes<Scalar: Float>>(lanes: L, vector: L::Float) -> [L::Scalar; MOST_LANES] {
+    let mut numbers = [L::Scalar::ZERO; MOST_LANES];
+    lanes.store(vector, &mut numbers);
+    numbers
+}
+
+impl Totals {
+    #[inline(always)]
+    fn count<L: Lanes>(&mut self, lanes: L, token: &Token<L>) {
+        let finite = lanes.less(lanes.abs(token.loss), lanes.splat(f64::INFINITY));
+        for (total, mask) in [
+            (&mut self.valid, token.valid),
+            (&mut self.nonfinite, lanes.and(token.valid, lanes.not(finite))),
+            (&mut self.clipped_low, token.clipped_low),
+            (&mut self.clipped_high, token.clipped_high),
+            (&mut self.limited, token.limited),
+        ] {
+            *total += u64::from(lanes.bits(mask).count_ones());
+        }
+    }
+
+    #[inline(always)]
+    fn count_by_probability<L: Lanes>(&mut self, lanes: L, token: &Token<L>) {
+        let above = PROBABILITY_EDGES
+            .map(|edge| lanes.less_or_equal(lanes.splat(edge.ln()), token.old_log_prob));
+        for (index, bin) in self.by_probability.iter_mut().enumerate() {
+            let mut here = token.valid;
+            if index > 0 {
+                here = lanes.and(here, above[index - 1]);
+            }
+            if index < above.len() {
+                here = lanes.and(here, lanes.not(above[index]));
+            }
+            let count = |mask: L::Mask| u64::from(lanes.bits(lanes.and(here, mask)).count_ones());
+            bin.valid += count(here);
+            bin.clipped_low += count(token.clipped_low);
+            bin.clipped_high += count(token.clipped_high);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -466,7 +724,7 @@ mod tests {
     fn run<T: Float>(
         tokens: &[(T, T, T)],
         bounds: &BoundSource<'_, T>,
-        dual_clip: Option<f64>,
+        surrogate: Surrogate,
     ) -> (Vec<T>, Vec<T>, Totals) {
         let column = |pick: fn(&(T, T, T)) -> T| tokens.iter().map(pick).collect::<Vec<T>>();
         let (old, new, advantage) =
@@ -476,12 +734,19 @@ mod tests {
         let tokens = Tokens {
             old_log_prob: &old,
             log_prob: &new,
+            log_ratio: None,
             advantages: Advantages::PerToken(&advantage),
             mask: &vec![1; old.len()],
         };
         let totals =
-            min_clip(&tokens, bounds, dual_clip, true, &mut per_token, &mut gradient).unwrap();
+            policy_loss(&tokens, bounds, surrogate, true, &mut per_token, &mut gradient).unwrap();
         (per_token, gradient, totals)
+    }
+
+    const PLAIN: Surrogate = Surrogate::MinClip { dual_clip: None };
+
+    const fn dual(c: f64) -> Surrogate {
+        Surrogate::MinClip { dual_clip: Some(c) }
     }
 
     #[test]
@@ -489,7 +754,7 @@ mod tests {
         let table = table("tv", 0.3);
         let tokens: Vec<(f64, f64, f64)> =
             (0..1000).map(|i| (-f64::from(i) / 3000.0, 0.0, 1.0)).collect();
-        let (loss, slope, totals) = run(&tokens, &BoundSource::Table(table.image()), None);
+        let (loss, slope, totals) = run(&tokens, &BoundSource::Table(table.image()), PLAIN);
         assert_eq!((loss, totals.clipped_high), (slope, 0));
     }
 
@@ -499,7 +764,7 @@ mod tests {
         let bounds = BoundSource::Constant { log_lower: lower.ln(), log_upper: upper.ln() };
         let case = |log_ratio: f64, advantage: f64| {
             let (loss, slope, totals) =
-                run(&[(-1.0, -1.0 + log_ratio, advantage)], &bounds, Some(c));
+                run(&[(-1.0, -1.0 + log_ratio, advantage)], &bounds, dual(c));
             (loss[0], slope[0], totals)
         };
         let near = |a: f64, b: f64| assert!((a - b).abs() <= 1e-14 * b.abs(), "{a} {b}");
@@ -518,7 +783,7 @@ mod tests {
 
         let (loss, slope, totals) = case(2.0, -2.0);
         near(loss, 2.0 * c);
-        assert_eq!((slope, totals.dual_clipped, totals.clipped_low), (0.0, 1, 0));
+        assert_eq!((slope, totals.limited, totals.clipped_low), (0.0, 1, 0));
 
         let (loss, slope, _) = case(1.0, -2.0);
         near(loss, 2.0 * 1.0_f64.exp());
@@ -531,11 +796,11 @@ mod tests {
         let (loss, slope, totals) = run(
             &[(0.0, 0.25, 1.0), (0.0, -0.25, -1.0), (0.0, 3.0_f64.ln(), -1.0)],
             &bounds,
-            Some(3.0),
+            dual(3.0),
         );
         assert_eq!(loss[..2], slope[..2]);
         assert_eq!((slope[2], loss[2]), (0.0, 3.0));
-        assert_eq!((totals.clipped_high, totals.clipped_low, totals.dual_clipped), (0, 0, 1));
+        assert_eq!((totals.clipped_high, totals.clipped_low, totals.limited), (0, 0, 1));
     }
 
     #[test]
@@ -544,12 +809,12 @@ mod tests {
         let (loss, slope, totals) = run(
             &[(0.0, -20.0, 1.0), (-20.0, 0.0, 1.0), (-21.0, 0.0, 1.0), (0.0, -800.0, 1.0)],
             &free,
-            None,
+            PLAIN,
         );
         assert_eq!(loss[..2], slope[..2]);
         assert_eq!((loss[2], slope[2]), (-(20.0_f64.exp()), 0.0));
         assert_eq!((loss[3], slope[3]), (-((-20.0_f64).exp()), 0.0));
-        assert_eq!((totals.ratio_min, totals.ratio_max), ((-20.0_f64).exp(), 20.0_f64.exp()));
+        assert_eq!((totals.log_ratio_min, totals.log_ratio_max), (-20.0, 20.0));
     }
 
     #[test]
@@ -560,22 +825,25 @@ mod tests {
         let (loss, slope, totals) = run(
             &[(nan, -1.0, 1.0), (-1.0, nan, -1.0), (-1.0, -1.0, nan), (-1.0, -1.0, 1.0)],
             &bounds,
-            None,
+            PLAIN,
         );
         assert!(loss[..3].iter().chain(&slope[..3]).all(|value| value.is_nan()));
         assert_eq!((loss[3], slope[3], totals.nonfinite, totals.valid), (-1.0, -1.0, 3, 4));
-        assert!(totals.ratio_min.is_nan() && totals.ratio_max.is_nan() && totals.kl.is_nan());
+        assert!(
+            totals.log_ratio_min.is_nan() && totals.log_ratio_max.is_nan() && totals.kl.is_nan()
+        );
 
         let tokens = Tokens {
             old_log_prob: &[nan, -1.0],
             log_prob: &[f32::INFINITY, -1.5],
+            log_ratio: None,
             advantages: Advantages::PerToken(&[nan, 1.0]),
             mask: &[0, 1],
         };
         let (mut loss, mut slope) = ([nan; 2], [nan; 2]);
-        let totals = min_clip(&tokens, &bounds, None, true, &mut loss, &mut slope).unwrap();
+        let totals = policy_loss(&tokens, &bounds, PLAIN, true, &mut loss, &mut slope).unwrap();
         assert_eq!((loss[0], slope[0], totals.valid, totals.nonfinite), (0.0, 0.0, 1, 0));
-        assert_eq!((totals.kl, totals.ratio_min), (0.5, f64::from((-0.5_f32).exp())));
+        assert_eq!((totals.kl, totals.log_ratio_min), (0.5, -0.5));
     }
 
     #[test]
@@ -590,23 +858,22 @@ mod tests {
                 (old, old + wave(i, 0.11), wave(i, 0.73))
             })
             .collect();
-        let (loss, slope, totals) = run(&tokens, &bounds, Some(2.0));
+        let (loss, slope, totals) = run(&tokens, &bounds, dual(2.0));
         let single = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        let again = single.install(|| run(&tokens, &bounds, Some(2.0)));
+        let again = single.install(|| run(&tokens, &bounds, dual(2.0)));
         assert_eq!((&loss, &slope, totals), (&again.0, &again.1, again.2));
 
         let cut = CHUNK + 5;
         let (first, second) = tokens.split_at(cut);
-        let (first, second) = (run(first, &bounds, Some(2.0)), run(second, &bounds, Some(2.0)));
+        let (first, second) = (run(first, &bounds, dual(2.0)), run(second, &bounds, dual(2.0)));
         assert_eq!((&loss[..cut], &loss[cut..]), (&first.0[..], &second.0[..]));
         let parts = first.2.merge(&second.2);
         let counts = |totals: &Totals| {
-            let Totals { valid, clipped_low, clipped_high, dual_clipped, by_probability, .. } =
-                *totals;
-            (valid, clipped_low, clipped_high, dual_clipped, by_probability)
+            let Totals { valid, clipped_low, clipped_high, limited, by_probability, .. } = *totals;
+            (valid, clipped_low, clipped_high, limited, by_probability)
         };
         assert_eq!(counts(&totals), counts(&parts));
-        assert!(totals.clipped_low > 0 && totals.clipped_high > 0 && totals.dual_clipped > 0);
+        assert!(totals.clipped_low > 0 && totals.clipped_high > 0 && totals.limited > 0);
         assert_eq!(totals.by_probability.iter().map(|bin| bin.valid).sum::<u64>(), totals.valid);
         assert!((totals.kl_k3 - parts.kl_k3).abs() < 1e-12 * totals.kl_k3);
     }
@@ -617,8 +884,14 @@ mod tests {
         let bounds = BoundSource::Constant { log_lower: -0.05, log_upper: 0.05 };
         let with = |advantages| {
             let (mut loss, mut slope) = ([0.0; 6], [0.0; 6]);
-            let tokens = Tokens { old_log_prob: &old, log_prob: &new, advantages, mask: &[1; 6] };
-            min_clip(&tokens, &bounds, None, false, &mut loss, &mut slope).unwrap();
+            let tokens = Tokens {
+                old_log_prob: &old,
+                log_prob: &new,
+                log_ratio: None,
+                advantages,
+                mask: &[1; 6],
+            };
+            policy_loss(&tokens, &bounds, PLAIN, false, &mut loss, &mut slope).unwrap();
             (loss, slope)
         };
         let each = with(Advantages::PerToken(&[2.0, 2.0, 2.0, -3.0, -3.0, -3.0]));
@@ -630,27 +903,107 @@ mod tests {
         let tokens = Tokens {
             old_log_prob: &[-1.0, -1.0],
             log_prob: &[-1.0_f64],
+            log_ratio: None,
             advantages: Advantages::PerToken(&[1.0]),
             mask: &[1],
         };
         let bounds = BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 };
         let (mut loss, mut slope) = ([7.0], [7.0]);
-        let mut refused = |tokens: &Tokens<'_, f64>, dual_clip| {
-            min_clip(tokens, &bounds, dual_clip, false, &mut loss, &mut slope)
+        let mut refused = |tokens: &Tokens<'_, f64>, surrogate| {
+            policy_loss(tokens, &bounds, surrogate, false, &mut loss, &mut slope)
                 .unwrap_err()
                 .to_string()
         };
-        assert_eq!(refused(&tokens, None), "old_log_prob has 2 elements, expected 1");
+        assert_eq!(refused(&tokens, PLAIN), "old_log_prob has 2 elements, expected 1");
         let tokens = Tokens { old_log_prob: &[-1.0], ..tokens };
-        assert_eq!(refused(&tokens, Some(1.0)), "dual_clip must be above 1, got 1");
-        assert_eq!(refused(&tokens, Some(f64::NAN)), "dual_clip must be above 1, got NaN");
+        assert_eq!(refused(&tokens, dual(1.0)), "dual_clip must be above 1, got 1");
+        assert_eq!(refused(&tokens, dual(f64::NAN)), "dual_clip must be above 1, got NaN");
         assert_eq!((loss, slope), ([7.0], [7.0]));
+    }
+
+    #[test]
+    fn each_surrogate_is_its_formula() {
+        // (x, A): inside, at a bound, beyond on the side of A and on the other, beyond the clamp.
+        let cases = [
+            (0.1, 2.0),
+            (-0.2, -1.0),
+            (0.3, 1.0),
+            (0.3, -1.5),
+            (-0.4, 1.0),
+            (-0.4, -2.0),
+            (4.0, 0.5),
+            (4.0, -0.5),
+            (-30.0, -1.0),
+            (-30.0, 1.0),
+            (0.5, 0.0),
+        ];
+        let (low, high, old) = (-0.2_f64, 0.25_f64, -5.0_f64);
+        let bounds = BoundSource::Constant { log_lower: low, log_upper: high };
+        for (x, advantage) in cases {
+            let new = old + x;
+            let x = (new - old).clamp(-20.0, 20.0);
+            let (r, clamp_acts) = (x.exp(), (new - old).abs() > 20.0);
+            let (below, above) = (advantage < 0.0 && x < low, advantage > 0.0 && x > high);
+            let beyond = below || above;
+            let edge = if below { low.exp() } else { high.exp() };
+            let weight = r.min(3.0);
+            let clipped = x.clamp(low, high).exp();
+            let (beta_low, beta_high) = (0.75, 0.5);
+            let beta = if below { beta_low } else { beta_high };
+            let preserved = if beyond { beta * edge } else { r };
+            let formulas = [
+                (
+                    Surrogate::Mask { truncation: Some(3.0) },
+                    if beyond { 0.0 } else { -advantage * weight * new },
+                    if beyond { 0.0 } else { -advantage * weight },
+                ),
+                (Surrogate::Weight, -advantage * clipped * new, -advantage * clipped),
+                (
+                    Surrogate::GradientPreserving { beta_low, beta_high },
+                    -advantage * preserved,
+                    if clamp_acts && !beyond { 0.0 } else { -advantage * preserved },
+                ),
+            ];
+            for (surrogate, loss, slope) in formulas {
+                let (actual, gradient, totals) = run(&[(old, new, advantage)], &bounds, surrogate);
+                let near = |a: f64, b: f64| (a - b).abs() <= 4e-16 * b.abs();
+                assert!(near(actual[0], loss), "{surrogate:?} {x} {advantage} {actual:?} {loss}");
+                assert!(near(gradient[0], slope), "{surrogate:?} {x} {gradient:?} {slope}");
+                let removed = (-advantage * r - slope).abs();
+                assert!((totals.gradient_removed - removed).abs() <= 4e-16 * (r * advantage).abs());
+                let (low_count, high_count) = match surrogate {
+                    Surrogate::Weight => (x < low, x > high),
+                    _ => (below, above),
+                };
+                assert_eq!(
+                    (totals.clipped_low, totals.clipped_high),
+                    (u64::from(low_count), u64::from(high_count)),
+                    "{surrogate:?} {x} {advantage}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_given_log_ratio_takes_the_place_of_the_tokens_own() {
+        let bounds = BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 };
+        let tokens = Tokens {
+            old_log_prob: &[-1.0, -1.0],
+            log_prob: &[-1.5, -0.5],
+            log_ratio: Some(&[0.05, 0.2]),
+            advantages: Advantages::PerToken(&[1.0, 1.0]),
+            mask: &[1, 1],
+        };
+        let (mut loss, mut slope) = ([0.0; 2], [0.0; 2]);
+        policy_loss(&tokens, &bounds, PLAIN, false, &mut loss, &mut slope).unwrap();
+        assert_eq!(loss, [-0.05_f64.exp(), -0.1_f64.exp()]);
+        assert_eq!(slope, [-0.05_f64.exp(), 0.0]);
     }
 
     #[test]
     fn no_token_at_all_adds_up_to_nothing() {
         let (_, _, totals) =
-            run::<f32>(&[], &BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 }, None);
+            run::<f32>(&[], &BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 }, PLAIN);
         assert_eq!(totals, Totals::default());
     }
 }

@@ -13,7 +13,7 @@ use pyo3::types::PyBytes;
 use crate::band::{self, Band, Delta, Side};
 use crate::divergence::Divergence;
 use crate::error::Error;
-use crate::loss::{self, Advantages, BoundSource, Float, Tokens};
+use crate::loss::{self, Advantages, BoundSource, Float, Surrogate, Tokens};
 use crate::table::{BandTable, Curve, Image, MaxError, Stretches, Verification, exact_bounds};
 
 impl From<Error> for PyErr {
@@ -344,48 +344,72 @@ fn contains<'py>(
 
 /// Loss and gradient of every token, written to `per_token` and `gradient`.
 ///
-/// `advantages` has one element a token or one a row; `bounds` is the image of a table, or all lower
-/// and then all upper log bounds, one each or one a token. Returns the counts (valid, nonfinite,
-/// clipped low, clipped high, dual clipped; if asked for also valid, clipped low and clipped high of
-/// each bin), then the sums (`kl`, `kl_k3`) and the extremes of the ratio.
+/// `log_ratio` replaces `log_prob - old_log_prob` where it is given. `advantages` has one element a token
+/// or one a row; `bounds` is the image of a table, or all lower and then all upper log bounds, one each or
+/// one a token. `parameters` are those of the surrogate: the dual clip or the truncation, if any, or both
+/// betas. Returns the counts (valid, nonfinite, clipped low, clipped high, limited; if asked for also
+/// valid, clipped low and clipped high of each bin), then the sums (`kl`, `kl_k3`, entropy, gradient
+/// without a rule, gradient removed) and the extremes of the log-ratio.
 #[pyfunction]
 #[pyo3(signature = (
-    old_log_prob, log_prob, advantages, mask, bounds, row_length, dual_clip, by_probability,
-    per_token, gradient, /
+    old_log_prob, log_prob, log_ratio, advantages, mask, bounds, row_length, surrogate, parameters,
+    by_probability, per_token, gradient, /
 ))]
 #[allow(clippy::too_many_arguments)]
-fn min_clip<'py>(
+fn policy_loss<'py>(
     py: Python<'py>,
     old_log_prob: Bound<'py, PyAny>,
     log_prob: Bound<'py, PyAny>,
+    log_ratio: Option<Bound<'py, PyAny>>,
     advantages: Bound<'py, PyAny>,
     mask: PyReadonlyArray1<'py, u8>,
     bounds: Bound<'py, PyAny>,
     row_length: usize,
-    dual_clip: Option<f64>,
+    surrogate: &str,
+    parameters: Vec<f64>,
     by_probability: bool,
     per_token: Bound<'py, PyAny>,
     gradient: Bound<'py, PyAny>,
-) -> PyResult<(Vec<u64>, [f64; 4])> {
+) -> PyResult<(Vec<u64>, [f64; 7])> {
+    let first = parameters.first().copied();
+    let surrogate = match (surrogate, parameters.as_slice()) {
+        ("min-clip", [] | [_]) => Surrogate::MinClip { dual_clip: first },
+        ("mask", [] | [_]) => Surrogate::Mask { truncation: first },
+        ("weight", []) => Surrogate::Weight,
+        ("gradient-preserving", &[beta_low, beta_high]) => {
+            Surrogate::GradientPreserving { beta_low, beta_high }
+        }
+        _ => {
+            return Err(Error::Argument {
+                argument: "surrogate",
+                value: format!("{surrogate} with {} parameters", parameters.len()),
+                allowed: "min-clip, mask, weight or gradient-preserving with its parameters",
+            }
+            .into());
+        }
+    };
     let arrays = [old_log_prob, log_prob, advantages, bounds, per_token, gradient];
     let run = if arrays[1].cast::<PyArray1<f32>>().is_ok() {
-        min_clip_of::<f32>
+        policy_loss_of::<f32>
     } else {
-        min_clip_of::<f64>
+        policy_loss_of::<f64>
     };
-    run(py, &arrays, &mask, row_length, dual_clip, by_probability)
+    run(py, &arrays, log_ratio.as_ref(), &mask, row_length, surrogate, by_probability)
 }
 
-fn min_clip_of<T: Float + Element>(
+fn policy_loss_of<T: Float + Element>(
     py: Python<'_>,
     [old_log_prob, log_prob, advantages, bounds, per_token, gradient]: &[Bound<'_, PyAny>; 6],
+    log_ratio: Option<&Bound<'_, PyAny>>,
     mask: &PyReadonlyArray1<'_, u8>,
     row_length: usize,
-    dual_clip: Option<f64>,
+    surrogate: Surrogate,
     by_probability: bool,
-) -> PyResult<(Vec<u64>, [f64; 4])> {
+) -> PyResult<(Vec<u64>, [f64; 7])> {
     let old_log_prob: PyReadonlyArray1<'_, T> = old_log_prob.extract()?;
     let log_prob: PyReadonlyArray1<'_, T> = log_prob.extract()?;
+    let log_ratio: Option<PyReadonlyArray1<'_, T>> =
+        log_ratio.map(PyAnyMethods::extract).transpose()?;
     let advantages: PyReadonlyArray1<'_, T> = advantages.extract()?;
     let mut per_token: PyReadwriteArray1<'_, T> = per_token.extract()?;
     let mut gradient: PyReadwriteArray1<'_, T> = gradient.extract()?;
@@ -395,6 +419,7 @@ fn min_clip_of<T: Float + Element>(
     let tokens = Tokens {
         old_log_prob: old_log_prob.as_slice()?,
         log_prob,
+        log_ratio: log_ratio.as_ref().map(|log_ratio| log_ratio.as_slice()).transpose()?,
         advantages: if values.len() == log_prob.len() {
             Advantages::PerToken(values)
         } else {
@@ -405,7 +430,7 @@ fn min_clip_of<T: Float + Element>(
     let (per_token, gradient) = (per_token.as_slice_mut()?, gradient.as_slice_mut()?);
     let mut run = |source: BoundSource<'_, T>| {
         py.detach(|| {
-            loss::min_clip(&tokens, &source, dual_clip, by_probability, per_token, gradient)
+            loss::policy_loss(&tokens, &source, surrogate, by_probability, per_token, gradient)
         })
     };
     let totals = if let Ok(words) = bounds.extract::<PyReadonlyArray1<'_, u32>>() {
@@ -426,7 +451,7 @@ fn min_clip_of<T: Float + Element>(
         totals.nonfinite,
         totals.clipped_low,
         totals.clipped_high,
-        totals.dual_clipped,
+        totals.limited,
     ];
     if by_probability {
         let bins = &totals.by_probability;
@@ -434,7 +459,16 @@ fn min_clip_of<T: Float + Element>(
         counts.extend(bins.iter().map(|bin| bin.clipped_low));
         counts.extend(bins.iter().map(|bin| bin.clipped_high));
     }
-    Ok((counts, [totals.kl, totals.kl_k3, totals.ratio_min, totals.ratio_max]))
+    let sums = [
+        totals.kl,
+        totals.kl_k3,
+        totals.entropy,
+        totals.gradient_free,
+        totals.gradient_removed,
+        totals.log_ratio_min,
+        totals.log_ratio_max,
+    ];
+    Ok((counts, sums))
 }
 
 /// The bound of one side with how it was found: `(log_ratio, outside, status, evaluations)`.
@@ -488,7 +522,7 @@ fn thread_count() -> usize {
 mod _core {
     #[pymodule_export]
     use super::{
-        PyBandTable, PyDivergence, contains, diagnose, divergences, log_bounds, min_clip,
+        PyBandTable, PyDivergence, contains, diagnose, divergences, log_bounds, policy_loss,
         thread_count,
     };
 

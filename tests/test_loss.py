@@ -331,7 +331,7 @@ class TestBackendsAgree:
         batch = random_batch((4, 8))
         with torch.profiler.profile() as profile:
             batch.loss(region=KL)
-        assert any(event.key == "bandpo::min_clip" for event in profile.key_averages())
+        assert any(event.key == "bandpo::token_loss" for event in profile.key_averages())
 
     def test_mixed_dtypes_are_computed_in_the_wider(self, backend: str) -> None:
         batch = random_batch((8, 8), dtype=torch.float64)
@@ -577,8 +577,9 @@ class TestMask:
                 assert result.loss == 0.0
                 assert result.per_token.shape == shape
                 assert not result.per_token.any()
+                of_nothing = {"ratio_min": 1, "ratio_max": 1, "all_ratios_one": True}
                 for name, metric in result.metrics.items():
-                    assert (metric == (1 if name in ("ratio_min", "ratio_max") else 0)).all(), name
+                    assert (metric == of_nothing.get(name, 0)).all(), name
                 gradient = batch.gradient(**options)
                 assert gradient.shape == shape
                 assert not gradient.any()
@@ -594,10 +595,15 @@ class TestMetrics:
         valid = batch.response_mask.numpy()
         count = valid.sum()
         ratio = np.exp(wanted.log_ratio)
+        free = np.abs(batch.advantages.numpy()) * ratio
+        removed = free - np.abs(wanted.gradient)
         definitions = {
             "clip_fraction_low": (wanted.clipped_low & valid).sum() / count,
             "clip_fraction_high": (wanted.clipped_high & valid).sum() / count,
             "dual_clip_fraction": (wanted.dual_clipped & valid).sum() / count,
+            "gradient_removed": removed[valid].sum() / free[valid].sum(),
+            "all_ratios_one": False,
+            "entropy": -batch.old_log_prob.numpy()[valid].mean(),
             "approx_kl": -wanted.log_ratio[valid].mean(),
             "approx_kl_k3": (ratio - 1.0 - wanted.log_ratio)[valid].mean(),
             "ratio_min": ratio[valid].min(),
@@ -612,7 +618,7 @@ class TestMetrics:
         assert metrics.keys() == definitions.keys()
         for name, value in definitions.items():
             assert metrics[name].shape == ()
-            assert value > 0 or name == "nonfinite_tokens" or name == "approx_kl"
+            assert value > 0 or name in ("nonfinite_tokens", "approx_kl", "all_ratios_one")
             assert_close(metrics[name], value, 1e-12)
 
         metrics = batch.loss(**options, metrics_by_probability=True).metrics
@@ -633,7 +639,7 @@ class TestMetrics:
         batch = Batch(old, new, torch.ones(1, 1000), torch.ones(1, 1000))
         log_ratio = (new - old).double().numpy()
         k3 = batch.loss(region=KL, backend=backend).metrics["approx_kl_k3"]
-        assert_close(k3, (np.expm1(log_ratio) - log_ratio).mean(), 1e-3)
+        assert_close(k3, (np.expm1(log_ratio) - log_ratio).mean(), 1e-6)
 
     def test_a_bin_includes_its_lower_edge(self, backend: str) -> None:
         old = torch.tensor([0.0, *(math.log(edge) for edge in PROBABILITY_EDGES[1:]), -math.inf])
@@ -762,11 +768,13 @@ class TestCompile:
         bounds = bandpo.torch.bounds_of(region, old, exact=kind == "per token")
         for by_probability in (False, True):
             torch.library.opcheck(
-                torch.ops.bandpo.min_clip.default,
-                (old, batch.log_prob.requires_grad_(), batch.advantages[:, :1],
-                 batch.response_mask, bounds, 2.0, by_probability),
+                torch.ops.bandpo.token_loss.default,
+                (old, batch.log_prob.requires_grad_(), None, batch.advantages[:, :1],
+                 batch.response_mask, bounds, "min-clip", [2.0], by_probability),
             )  # fmt: skip
         torch.library.opcheck(torch.ops.bandpo.exact_log_bounds.default, (old, register(KL)))
+        ratio = batch.log_prob.detach() - old
+        torch.library.opcheck(torch.ops.bandpo.exact_contains.default, (old, ratio, register(KL)))
 
 
 def register(region: bandpo.Region) -> int:

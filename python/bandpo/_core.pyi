@@ -14,7 +14,7 @@ __all__ = [
     "diagnose",
     "divergences",
     "log_bounds",
-    "min_clip",
+    "policy_loss",
     "thread_count",
 ]
 
@@ -85,14 +85,16 @@ def contains(
     log_ratio: NDArray[np.float64],
     /,
 ) -> NDArray[np.bool_]: ...
-def min_clip(
+def policy_loss(
     old_log_prob: _FloatArray,
     log_prob: _FloatArray,
+    log_ratio: _FloatArray | None,
     advantages: _FloatArray,
     mask: NDArray[np.uint8],
     bounds: NDArray[np.uint32] | _FloatArray,
     row_length: int,
-    dual_clip: float | None,
+    surrogate: str,
+    parameters: Sequence[float],
     by_probability: bool,
     per_token: _FloatArray,
     gradient: _FloatArray,

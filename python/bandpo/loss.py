@@ -6,27 +6,30 @@ Every backend turns tokens into a loss of each token, first; one reducer turns t
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.region import Region
+from bandpo.region import Clip, Region
+from bandpo.surrogate import NAMES, GradientPreserving, Mask, Surrogate, check_number
 from bandpo.torch import (
     COUNTS,
     LOG_RATIO_LIMIT,
     PROBABILITY_BINS,
     PROBABILITY_EDGES,
-    MinClip,
+    TokenLoss,
     bounds_of,
     check_float,
     check_region,
     check_tensor,
     compute_dtype,
     default_backend,
-    min_clip_native,
-    min_clip_torch,
+    membership_of,
+    probability_bin,
+    sides_of,
+    token_loss_native,
+    token_loss_torch,
     torch,
 )
 
@@ -45,10 +48,12 @@ AggregationMode: TypeAlias = Literal[
     "seq-mean-token-mean",
     "seq-mean-token-sum-norm",
 ]
+RatioLevel: TypeAlias = Literal["token", "sequence", "geometric-mean"]
 Backend: TypeAlias = Literal["auto", "native", "torch"]
 Count: TypeAlias = "float | torch.Tensor"
 
 _MODES: tuple[str, ...] = get_args(AggregationMode)
+_LEVELS: tuple[str, ...] = get_args(RatioLevel)
 _BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
@@ -74,8 +79,11 @@ def policy_loss(
     response_mask: torch.Tensor,
     *,
     region: Region,
+    surrogate: Surrogate = "min-clip",
     dual_clip: float | None = None,
+    ratio_level: RatioLevel = "token",
     loss_agg_mode: AggregationMode = "token-mean",
+    rollout_is_weights: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     backend: Backend = "auto",
     exact: bool = False,
@@ -85,17 +93,34 @@ def policy_loss(
     loss_scale_factor: float | None = None,
     metrics_by_probability: bool = False,
 ) -> PolicyLossResult:
-    """Returns the min-clip loss of a batch, with its gradient to ``log_prob`` and its metrics.
+    """Returns the clipped loss of a batch, with its gradient to ``log_prob`` and its metrics.
 
-    With ``r = exp(log_prob - old_log_prob)``, its logarithm clamped to plus and minus 20, and the
-    region's bounds at the old probability, the loss of a token is ``-A min(r, upper)`` for
-    ``A > 0`` and ``min(-A max(r, lower), -A c)`` for ``A < 0`` (PPO; with a band: BandPO, arXiv
-    2603.04918; dual clip ``c``: Ye et al. 2020, arXiv 1912.09729). Its gradient is ``-A r``, except
-    0 where r is beyond the bound on the side that the sign of A selects, where ``A < 0`` and
-    ``r >= c``, and where the clamp acts. Where r is at a bound the gradient passes.
+    Let r be ``exp(log_prob - old_log_prob)``, its logarithm clamped to plus and minus 20, and lower
+    and upper the region's bounds at the old probability. A token is *beyond* its bound where
+    ``A > 0`` and ``r > upper``, or ``A < 0`` and ``r < lower``; at a bound it is not. sg() stops
+    the gradient. The loss of a token, by surrogate:
 
-    The gradient flows to ``log_prob`` alone: ``old_log_prob`` and ``advantages`` get none, whether
-    or not they require it. All is computed in float32, in float64 where one of the log-probs is.
+    - min-clip: ``-A min(r, upper)`` for ``A > 0`` and ``min(-A max(r, lower), -A c)`` for
+      ``A < 0`` (PPO; with a band: BandPO, arXiv 2603.04918; dual clip ``c``: Ye et al. 2020, arXiv
+      1912.09729). Its gradient is ``-A r``, but 0 beyond, where ``A < 0`` and ``r >= c``, and where
+      the clamp acts.
+    - mask: ``-A sg(min(r, truncation)) log_prob``, and 0 beyond (DPPO, arXiv 2602.04879); see
+      `bandpo.Mask`.
+    - weight: ``-A sg(clip(r, lower, upper)) log_prob`` (CISPO, arXiv 2506.13585). Every token keeps
+      a gradient, and both bounds hold for either sign of A.
+    - gradient-preserving: ``-A r``, and beyond ``-A beta bound r/sg(r)`` (CE-GPPO, arXiv
+      2509.20712); see `bandpo.GradientPreserving`.
+
+    With ``ratio_level`` "sequence", r is ``exp`` of the mean log-ratio of a sequence's tokens, and
+    the gradient passes to each of them as if it were its own (GSPO's token variant, arXiv
+    2507.18071; with loss_agg_mode seq-mean-token-mean it is GSPO). Only a `Clip` bounds it: a band
+    needs the probability of a token. With "geometric-mean" each token's log-ratio is clipped by the
+    region on the side of its advantage, the loss of all tokens of a sequence is ``-A`` times
+    ``exp`` of the mean, and tokens that were clipped have no gradient (GMPO, arXiv 2507.20673).
+
+    The gradient flows to ``log_prob`` alone: ``old_log_prob``, ``advantages`` and
+    ``rollout_is_weights`` get none, whether or not they require it. All is computed in float32, in
+    float64 where one of the log-probs is.
 
     Masked tokens count nowhere, whatever they hold: NaN or inf in padding touches neither loss nor
     gradient nor metrics. A NaN in a token that counts makes the loss NaN. If no token counts, or
@@ -115,9 +140,16 @@ def policy_loss(
 
     Metrics, over the tokens that count (0, and 1 for ratios, where none does):
 
-    - clip_fraction_low: fraction with ``A < 0`` and ``r < lower``
-    - clip_fraction_high: fraction with ``A > 0`` and ``r > upper``
-    - dual_clip_fraction: fraction with ``A < 0`` and ``r >= c``
+    - clip_fraction_low: fraction with ``A < 0`` and ``r < lower``; for weight of either sign
+    - clip_fraction_high: fraction with ``A > 0`` and ``r > upper``; for weight of either sign
+    - dual_clip_fraction (min-clip): fraction with ``A < 0`` and ``r >= c``
+    - truncation_fraction (mask): fraction with ``r > truncation`` that is not beyond
+    - masked_sequence_fraction (mask of whole sequences): fraction of the sequences that were masked
+    - gradient_removed: what the rule takes from the gradient, as a share of what it would be
+      without: sum of ``abs(A r - A' r')`` / sum of ``abs(A) r``, ``-A' r'`` being the gradient
+    - all_ratios_one (bool): no ratio differs from 1, so that no rule can act: the first step on a
+      batch, or a trainer that takes but one
+    - entropy: mean of ``-old_log_prob``, an estimate of the entropy of the policy that drew them
     - approx_kl: mean of ``-ln r``, approx_kl_k3: mean of ``r - 1 - ln r``, both with the clamped r
     - ratio_min, ratio_max: extremes of the clamped r
     - valid_tokens, and nonfinite_tokens: those of them whose loss is inf or NaN (int64)
@@ -135,9 +167,18 @@ def policy_loss(
         response_mask: Which tokens count (0: not), bool, int or float.
         region: Where the bounds come from: `Band`, `Clip`, `BandTable` or another `Region`. A band
             with one radius is tabulated at its first use; one with an array of radii takes the
-            exact solver, and the array must broadcast to the shape of ``old_log_prob``.
-        dual_clip: Greatest ratio c for ``A < 0``, above 1; None for none.
+            exact solver, or for mask one evaluation of the divergence, and the array must broadcast
+            to the shape of ``old_log_prob``.
+        surrogate: What the loss of a token is: a name, `bandpo.Mask` or
+            `bandpo.GradientPreserving`.
+        dual_clip: Greatest ratio c for ``A < 0`` of min-clip, above 1; None for none.
+        ratio_level: Whose ratio is bounded: "token", "sequence" or "geometric-mean".
         loss_agg_mode: How the tokens' losses become one number.
+        rollout_is_weights: Weights at least 0 that correct for a rollout engine whose probabilities
+            differ from ``old_log_prob``, shaped and typed like advantages: truncated importance
+            sampling gives ``min(exp(old_log_prob - rollout_log_prob), C)``, masked importance
+            sampling 0 where that ratio is out of range. They multiply the loss; a token of weight 0
+            is not counted as clipped.
         cu_seqlens: Offsets of the sequences in packed tensors, int32 or int64 [S + 1], from 0 to N.
             Their values are checked on a CPU only, outside `torch.compile`.
         backend: ``"native"`` is compiled and runs on the CPU; ``"torch"`` is plain torch and runs
@@ -153,34 +194,43 @@ def policy_loss(
     Raises:
         InvalidTypeError: If an argument has the wrong type or dtype; the message says what it may.
         InvalidValueError: If shapes or devices do not match, a value is out of range or a name not
-            known, ``cu_seqlens`` or a global count (for ``dp_size > 1``) is missing where the mode
-            needs it, or the backend cannot run on the tensors' device.
+            known, region, surrogate and ratio level do not go together, ``cu_seqlens`` or a global
+            count (for ``dp_size > 1``) is missing where it is needed, or the backend cannot run on
+            the tensors' device.
     """
-    _check_rule(region, dual_clip, backend)
+    rule = _Rule(region, surrogate, dual_clip, ratio_level, backend)
+    _check_rule(rule)
     reduction = _Reduction(
         loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
     _check_reduction(reduction)
-    shape, advantages_shape = _check_tokens(old_log_prob, log_prob, advantages, response_mask)
-    _check_sequences(reduction, cu_seqlens, log_prob)
-    min_clip = _backend(backend, log_prob.device)
+    shape, advantages_shape = _check_tokens(
+        old_log_prob, log_prob, advantages, response_mask, rollout_is_weights
+    )
+    _check_sequences(rule, reduction, cu_seqlens, log_prob)
+    backend_loss = _backend(backend, log_prob.device)
 
     dtype = compute_dtype(old_log_prob, log_prob)
     valid = response_mask.reshape(shape)
     valid = valid if valid.dtype == torch.bool else valid != 0
-    old_log_prob = old_log_prob.detach().to(dtype)
-    bounds = bounds_of(region, old_log_prob, valid=valid.reshape(old_log_prob.shape), exact=exact)
-    per_token, counts, sums = min_clip(
-        old_log_prob.reshape(shape),
+    cost = advantages.detach().to(dtype).reshape(advantages_shape)
+    if rollout_is_weights is not None:
+        # Every surrogate is homogeneous in the advantage, so a weight may go there.
+        weights = rollout_is_weights.detach().to(dtype)
+        cost = cost * weights.reshape(_advantages_shape(rollout_is_weights, shape))
+    tokens = _Tokens(
+        old_log_prob.detach().to(dtype),
         log_prob.to(dtype).reshape(shape),
-        advantages.detach().to(dtype).reshape(advantages_shape),
+        cost,
         valid,
-        bounds if bounds.ndim == 1 else bounds.reshape(2, *shape),
-        dual_clip,
-        metrics_by_probability,
+        _Sequences.of(valid, cu_seqlens),
     )
-    loss = _aggregate(per_token, valid, counts[0], cu_seqlens, reduction)
-    return PolicyLossResult(loss, per_token.reshape(log_prob.shape), _metrics(counts, sums, dtype))
+    per_token, counts, sums, more = _token_losses(
+        rule, tokens, backend_loss, exact, metrics_by_probability
+    )
+    loss = _aggregate(per_token, counts[0], tokens.sequences, reduction)
+    metrics = _metrics(rule, counts, sums, dtype)
+    return PolicyLossResult(loss, per_token.reshape(log_prob.shape), {**metrics, **more})
 
 
 class PolicyLoss(torch.nn.Module):
@@ -188,7 +238,9 @@ class PolicyLoss(torch.nn.Module):
 
     Args:
         region: See `policy_loss`, as for every other argument.
+        surrogate: What the loss of a token is.
         dual_clip: Greatest ratio for negative advantages.
+        ratio_level: Whose ratio is bounded.
         loss_agg_mode: How the tokens' losses become one number.
         backend: What computes them.
         exact: Take the bounds from the exact solver.
@@ -205,7 +257,9 @@ class PolicyLoss(torch.nn.Module):
         self,
         region: Region,
         *,
+        surrogate: Surrogate = "min-clip",
         dual_clip: float | None = None,
+        ratio_level: RatioLevel = "token",
         loss_agg_mode: AggregationMode = "token-mean",
         backend: Backend = "auto",
         exact: bool = False,
@@ -214,10 +268,12 @@ class PolicyLoss(torch.nn.Module):
         metrics_by_probability: bool = False,
     ) -> None:
         super().__init__()
-        _check_rule(region, dual_clip, backend)
+        _check_rule(_Rule(region, surrogate, dual_clip, ratio_level, backend))
         _check_reduction(_Reduction(loss_agg_mode, dp_size, None, None, loss_scale_factor))
         self.region = region
+        self.surrogate: Surrogate = surrogate
         self.dual_clip = dual_clip
+        self.ratio_level: RatioLevel = ratio_level
         self.loss_agg_mode: AggregationMode = loss_agg_mode
         self.backend: Backend = backend
         self.exact = exact
@@ -232,6 +288,7 @@ class PolicyLoss(torch.nn.Module):
         advantages: torch.Tensor,
         response_mask: torch.Tensor,
         *,
+        rollout_is_weights: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         batch_num_tokens: Count | None = None,
         global_batch_size: Count | None = None,
@@ -243,8 +300,11 @@ class PolicyLoss(torch.nn.Module):
             advantages,
             response_mask,
             region=self.region,
+            surrogate=self.surrogate,
             dual_clip=self.dual_clip,
+            ratio_level=self.ratio_level,
             loss_agg_mode=self.loss_agg_mode,
+            rollout_is_weights=rollout_is_weights,
             cu_seqlens=cu_seqlens,
             backend=self.backend,
             exact=self.exact,
@@ -258,41 +318,217 @@ class PolicyLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """Returns the rule, for the module's repr."""
         return (
-            f"{self.region!r}, dual_clip={self.dual_clip}, loss_agg_mode={self.loss_agg_mode!r}, "
+            f"{self.region!r}, surrogate={self.surrogate!r}, dual_clip={self.dual_clip}, "
+            f"ratio_level={self.ratio_level!r}, loss_agg_mode={self.loss_agg_mode!r}, "
             f"backend={self.backend!r}"
         )
 
 
-_MIN_CLIP = {"native": min_clip_native, "torch": min_clip_torch}
+class _Rule(NamedTuple):
+    region: Region
+    surrogate: Surrogate
+    dual_clip: float | None
+    ratio_level: RatioLevel
+    backend: Backend
+
+    @property
+    def name(self) -> str:
+        """The surrogate's."""
+        return self.surrogate if isinstance(self.surrogate, str) else self.surrogate.name
+
+    @property
+    def mask(self) -> Mask | None:
+        """The parameters of mask, if that is the surrogate."""
+        if self.name != "mask":
+            return None
+        return self.surrogate if isinstance(self.surrogate, Mask) else Mask()
+
+    @property
+    def parameters(self) -> list[float]:
+        """Those of the surrogate, as a `TokenLoss` takes them."""
+        if self.name == "gradient-preserving":
+            kept = self.surrogate
+            kept = kept if isinstance(kept, GradientPreserving) else GradientPreserving()
+            return [float(kept.beta_low), float(kept.beta_high)]
+        limit = self.dual_clip if self.mask is None else self.mask.truncation
+        return [] if limit is None else [float(limit)]
 
 
-def _backend(backend: Backend, device: torch.device) -> MinClip:
+class _Sequences(NamedTuple):
+    """The sequences of a batch of shape [B, T], or [1, N] where they are packed."""
+
+    lengths: torch.Tensor  # tokens that count, int64 [S]
+    of_token: torch.Tensor | None  # the sequence of each packed token, int64 [N]
+
+    @classmethod
+    def of(cls, valid: torch.Tensor, cu_seqlens: torch.Tensor | None) -> _Sequences:
+        if cu_seqlens is None:
+            return cls(valid.sum(-1), None)
+        offsets = cu_seqlens.to(torch.int64)
+        lengths = torch.nn.functional.pad(valid[0].cumsum(0), (1, 0))[offsets].diff()
+        position = torch.arange(valid.shape[1], device=valid.device)
+        return cls(lengths, torch.searchsorted(offsets[1:], position, right=True))
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the tokens of each sequence, [S]."""
+        if self.of_token is None:
+            return values.sum(-1)
+        return values.new_zeros(self.lengths.shape).index_add(0, self.of_token, values[0])
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """A value of each sequence at its tokens: [B, 1] or [1, N]."""
+        return values[:, None] if self.of_token is None else values[self.of_token][None]
+
+
+class _Tokens(NamedTuple):
+    old_log_prob: torch.Tensor  # as it was given, but for its dtype
+    log_prob: torch.Tensor  # [B, T], with its gradient
+    advantages: torch.Tensor  # [B, T] or [B, 1]
+    valid: torch.Tensor  # bool [B, T]
+    sequences: _Sequences
+
+    def log_ratio(self) -> torch.Tensor:
+        """That of each token, clamped, 0 where masked; NaN stays. Without gradient."""
+        log_prob = self.log_prob.detach()
+        log_ratio = log_prob - self.old_log_prob.reshape(log_prob.shape)
+        return torch.where(self.valid, log_ratio, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def _token_losses(
+    rule: _Rule, tokens: _Tokens, backend_loss: TokenLoss, exact: bool, by_probability: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """What a `TokenLoss` returns, and the metrics that only some rules have."""
+    old_log_prob, log_prob, advantages, valid, sequences = tokens
+    shape = log_prob.shape
+
+    def loss_of(
+        log_prob: torch.Tensor,
+        log_ratio: torch.Tensor | None,
+        advantages: torch.Tensor,
+        bounds: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return backend_loss(
+            old_log_prob.reshape(shape),
+            log_prob,
+            log_ratio,
+            advantages,
+            valid,
+            bounds if bounds.ndim == 1 else bounds.reshape(2, *shape),
+            rule.name,
+            rule.parameters,
+            by_probability,
+        )
+
+    if rule.ratio_level == "geometric-mean":
+        own = tokens.log_ratio()
+        lower, upper = sides_of(rule.region, old_log_prob, exact=exact)
+        low = valid & (advantages < 0.0) & (own < lower.reshape(shape))
+        high = valid & (advantages > 0.0) & (own > upper.reshape(shape))
+        clipped = low | high
+        bound = torch.where(low, lower.reshape(shape), upper.reshape(shape))
+        mean = _sequence_mean(torch.where(clipped, bound, own), tokens)
+        bounds = bounds_of(Clip(1.0, math.inf), old_log_prob)  # clipped already
+        per_token, counts, sums = loss_of(
+            torch.where(clipped, log_prob.detach(), log_prob), mean, advantages, bounds
+        )
+        removed = torch.where(clipped, per_token.detach(), 0.0).abs().sum()
+        return per_token, *_with_clipped(counts, sums, low, high, removed, old_log_prob, valid), {}
+
+    valid_tokens = valid.reshape(old_log_prob.shape)
+    of_sequence = rule.ratio_level == "sequence"
+    log_ratio = _sequence_mean(tokens.log_ratio(), tokens) if of_sequence else None
+    if rule.mask is None:
+        bounds = bounds_of(rule.region, old_log_prob, valid=valid_tokens, exact=exact)
+        return *loss_of(log_prob, log_ratio, advantages, bounds), {}
+
+    ratio = tokens.log_ratio() if log_ratio is None else log_ratio
+    bounds = membership_of(
+        rule.region, old_log_prob, ratio.reshape(old_log_prob.shape), valid_tokens, exact=exact
+    )
+    if not rule.mask.whole_sequence:
+        return *loss_of(log_prob, log_ratio, advantages, bounds), {}
+
+    lower, upper = sides_of(rule.region, old_log_prob, bounds=bounds)
+    outside = valid & ((ratio < lower.reshape(shape)) | (ratio > upper.reshape(shape)))
+    dropped = sequences.sum(outside.to(torch.int64)) > 0
+    # A NaN is not outside, and is not to be hidden by a neighbour that is.
+    masked = sequences.spread(dropped) & valid & ~ratio.isnan()
+    advantages = advantages.expand(shape)
+    per_token, counts, sums = loss_of(
+        log_prob, log_ratio, torch.where(masked, 0.0, advantages), bounds
+    )
+    removed = torch.where(masked, advantages.abs() * ratio.exp(), 0.0).sum()
+    sums = sums + torch.nn.functional.pad(removed.expand(2), (3, 2))
+    nonempty = (sequences.lengths > 0).sum().clamp(min=1)
+    share = dropped.sum().to(log_prob.dtype) / nonempty
+    return per_token, counts, sums, {"masked_sequence_fraction": share}
+
+
+def _sequence_mean(values: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
+    """The mean over each sequence's tokens that count, at each of its tokens, [B, T]."""
+    sequences = tokens.sequences
+    mean = sequences.sum(values) / sequences.lengths.clamp(min=1)
+    return sequences.spread(mean).expand(values.shape)
+
+
+def _with_clipped(
+    counts: torch.Tensor,
+    sums: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    removed: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    valid: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The counts and sums of a loss whose tokens were clipped before it."""
+    found = [low.sum(), high.sum()]
+    rest = [counts[4:]]
+    if counts.shape[0] > COUNTS:
+        index = probability_bin(old_log_prob.reshape(valid.shape))
+        bins = [index == k for k in range(PROBABILITY_BINS)]
+        by_bin = [(flag & one).sum() for flag in (low, high) for one in bins]
+        rest = [counts[4 : COUNTS + PROBABILITY_BINS], torch.stack(by_bin)]
+    counts = torch.cat([counts[:2], torch.stack(found), *rest])
+    return counts, sums + torch.nn.functional.pad(removed[None], (4, 2))
+
+
+_TOKEN_LOSS = {"native": token_loss_native, "torch": token_loss_torch}
+
+
+def _backend(backend: Backend, device: torch.device) -> TokenLoss:
     if backend == "native" and device.type != "cpu":
         raise InvalidValueError(
             f"backend 'native' runs on CPU tensors, log_prob is on {device}; use 'torch' or 'auto'"
         )
-    return _MIN_CLIP[default_backend(device.type) if backend == "auto" else backend]
+    return _TOKEN_LOSS[default_backend(device.type) if backend == "auto" else backend]
 
 
 def _metrics(
-    counts: torch.Tensor, sums: torch.Tensor, dtype: torch.dtype
+    rule: _Rule, counts: torch.Tensor, sums: torch.Tensor, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     valid, nonfinite = counts[:2].unbind()
     some = valid.clamp(min=1)
-    low, high, dual = (counts[2:COUNTS].to(dtype) / some).unbind()
-    kl, kl_k3 = (sums[:2].to(dtype) / some).unbind()
-    ratio_min, ratio_max = torch.where(valid > 0, sums[2:].to(dtype), 1.0).unbind()
+    low, high, limited = (counts[2:COUNTS].to(dtype) / some).unbind()
+    kl, kl_k3, entropy = (sums[:3].to(dtype) / some).unbind()
+    free, removed = sums[3:5].unbind()
+    log_ratio_min, log_ratio_max = torch.where(valid > 0, sums[5:], 0.0).unbind()
     metrics = {
         "clip_fraction_low": low,
         "clip_fraction_high": high,
-        "dual_clip_fraction": dual,
+        "gradient_removed": torch.where(free == 0.0, free, removed / free).to(dtype),
+        "all_ratios_one": (log_ratio_min == 0.0) & (log_ratio_max == 0.0),
+        "entropy": entropy,
         "approx_kl": kl,
         "approx_kl_k3": kl_k3,
-        "ratio_min": ratio_min,
-        "ratio_max": ratio_max,
+        "ratio_min": log_ratio_min.exp().to(dtype),
+        "ratio_max": log_ratio_max.exp().to(dtype),
         "nonfinite_tokens": nonfinite,
         "valid_tokens": valid,
     }
+    if rule.name == "min-clip":
+        metrics["dual_clip_fraction"] = limited
+    if rule.name == "mask":
+        metrics["truncation_fraction"] = limited
     if counts.shape[0] > COUNTS:
         tokens, low, high = counts[COUNTS:].reshape(3, PROBABILITY_BINS).unbind()
         metrics["tokens_by_probability"] = tokens
@@ -311,9 +547,8 @@ class _Reduction(NamedTuple):
 
 def _aggregate(
     per_token: torch.Tensor,
-    valid: torch.Tensor,
     valid_tokens: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
+    of_batch: _Sequences,
     reduction: _Reduction,
 ) -> torch.Tensor:
     """Every mode is a sum over tokens, 0 where masked, with one weight for each sequence."""
@@ -323,21 +558,13 @@ def _aggregate(
     if mode == "token-mean":
         tokens = valid_tokens if tokens is None else tokens
         return per_token.sum() * dp_size / _at_least_one(tokens)
-
-    if cu_seqlens is None:
-        lengths = valid.sum(-1)
-        length_of_token = lengths[:, None]
-    else:
-        offsets = cu_seqlens.to(torch.int64)
-        lengths = torch.nn.functional.pad(valid[0].cumsum(0), (1, 0))[offsets].diff()
-        position = torch.arange(per_token.shape[1], device=per_token.device)
-        length_of_token = lengths[torch.searchsorted(offsets[1:], position, right=True)]
+    width = per_token.shape[1]
     if mode == "seq-mean-token-mean":
-        per_token = per_token / length_of_token.clamp(min=1)
-    sequences = (lengths > 0).sum() if sequences is None else sequences
+        per_token = per_token / of_batch.spread(of_batch.lengths).clamp(min=1)
+    sequences = (of_batch.lengths > 0).sum() if sequences is None else sequences
     loss = per_token.sum() * dp_size / _at_least_one(sequences)
     if mode == "seq-mean-token-sum-norm":
-        loss = loss / (max(per_token.shape[1], 1) if scale is None else scale)
+        loss = loss / (max(width, 1) if scale is None else scale)
     return loss
 
 
@@ -346,23 +573,46 @@ def _at_least_one(count: Count) -> Count:
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
-def _check_rule(region: Region, dual_clip: float | None, backend: Backend) -> None:
+def _check_rule(rule: _Rule) -> None:
+    region, surrogate, dual_clip, ratio_level, backend = rule
     check_region(region)
+    if not isinstance(surrogate, (Mask, GradientPreserving)):
+        _check_name("surrogate", surrogate, NAMES)
+    _check_name("ratio_level", ratio_level, _LEVELS)
     _check_name("backend", backend, _BACKENDS)
     if dual_clip is not None:
-        _check_number("dual_clip", dual_clip)
+        check_number("dual_clip", dual_clip)
         if not dual_clip > 1.0:
             raise InvalidValueError(f"dual_clip must be above 1, got {dual_clip}")
+        if rule.name != "min-clip":
+            raise InvalidValueError(
+                f"dual_clip must be left out with surrogate {rule.name!r}, got {dual_clip}; "
+                f"it limits 'min-clip'"
+            )
+    if ratio_level == "sequence" and not isinstance(region, Clip):
+        raise InvalidValueError(
+            f"region must be a Clip with ratio_level 'sequence', got {region!r}, which depends on "
+            f"each token's probability; use ratio_level 'token'"
+        )
+    if ratio_level == "geometric-mean":
+        if rule.name != "min-clip":
+            raise InvalidValueError(
+                f"surrogate must be 'min-clip' with ratio_level 'geometric-mean', got {rule.name!r}"
+            )
+        if dual_clip is not None:
+            raise InvalidValueError(
+                f"dual_clip must be left out with ratio_level 'geometric-mean', got {dual_clip}"
+            )
 
 
 def _check_reduction(reduction: _Reduction) -> None:
     mode, dp_size, tokens, sequences, scale = reduction
     _check_name("loss_agg_mode", mode, _MODES)
-    _check_number("dp_size", dp_size)
+    check_number("dp_size", dp_size)
     if not 1 <= dp_size < math.inf or dp_size != int(dp_size):
         raise InvalidValueError(f"dp_size must be a whole number above 0, got {dp_size}")
     if scale is not None:
-        _check_number("loss_scale_factor", scale)
+        check_number("loss_scale_factor", scale)
         if not 0.0 < scale < math.inf:
             raise InvalidValueError(f"loss_scale_factor must be finite and above 0, got {scale}")
     for argument, count in (("batch_num_tokens", tokens), ("global_batch_size", sequences)):
@@ -372,7 +622,7 @@ def _check_reduction(reduction: _Reduction) -> None:
                     f"{argument} must be a number or a 0-dim tensor, got shape {tuple(count.shape)}"
                 )
         elif count is not None:
-            _check_number(argument, count)
+            check_number(argument, count)
             if not 0 <= count < math.inf:
                 raise InvalidValueError(f"{argument} must be finite and at least 0, got {count}")
 
@@ -382,22 +632,22 @@ def _check_name(argument: str, name: str, names: tuple[str, ...]) -> None:
         raise InvalidValueError(f"{argument} must be one of {', '.join(names)}, got {name!r}")
 
 
-def _check_number(argument: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InvalidTypeError(f"{argument} must be a real number, got {type(value).__name__}")
-
-
 def _check_tokens(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
+    rollout_is_weights: torch.Tensor | None,
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The shapes of tokens and advantages as backends take them: [B, T], packed being one row."""
     check_float("old_log_prob", old_log_prob)
     check_float("log_prob", log_prob)
     check_float("advantages", advantages)
     check_tensor("response_mask", response_mask)
+    weights = []
+    if rollout_is_weights is not None:
+        check_float("rollout_is_weights", rollout_is_weights)
+        weights = [("rollout_is_weights", rollout_is_weights)]
     if response_mask.is_complex():
         raise InvalidTypeError(
             f"response_mask must be bool, int or float, got {response_mask.dtype}"
@@ -411,8 +661,11 @@ def _check_tokens(
     per_row = ((shape[0], 1), shape[:1]) if len(shape) == 2 else ()
     for argument, tensor, shapes in (
         ("old_log_prob", old_log_prob, (shape,)),
-        ("advantages", advantages, (shape, *per_row)),
         ("response_mask", response_mask, (shape,)),
+        *(
+            (argument, of, (shape, *per_row))
+            for argument, of in [("advantages", advantages), *weights]
+        ),
     ):
         if _without_last_1(tensor) not in shapes:
             raise InvalidValueError(
@@ -424,7 +677,12 @@ def _check_tokens(
                 f"{argument} must be on log_prob's device {log_prob.device}, got {tensor.device}"
             )
     rows, width = shape if len(shape) == 2 else (1, shape[0])
-    return (rows, width), (rows, width if _without_last_1(advantages) == shape else 1)
+    return (rows, width), _advantages_shape(advantages, (rows, width))
+
+
+def _advantages_shape(advantages: torch.Tensor, shape: tuple[int, int]) -> tuple[int, int]:
+    """[B, T], or [B, 1] where there is one a sequence."""
+    return shape if advantages.numel() == math.prod(shape) else (shape[0], 1)
 
 
 def _without_last_1(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -433,13 +691,26 @@ def _without_last_1(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _check_sequences(
-    reduction: _Reduction, cu_seqlens: torch.Tensor | None, log_prob: torch.Tensor
+    rule: _Rule,
+    reduction: _Reduction,
+    cu_seqlens: torch.Tensor | None,
+    log_prob: torch.Tensor,
 ) -> None:
     """What the mode needs to know of sequences and of the global batch must be there."""
     mode, dp_size, tokens, sequences, scale = reduction
     packed = log_prob.ndim == 1
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, log_prob)
+    if packed and cu_seqlens is None:
+        for needs, what in (
+            (rule.ratio_level != "token", f"ratio_level {rule.ratio_level!r}"),
+            (rule.mask is not None and rule.mask.whole_sequence, "a mask of whole sequences"),
+        ):
+            if needs:
+                raise InvalidValueError(
+                    f"cu_seqlens must be given for {what} with packed tensors: "
+                    f"offsets of the sequences, int32 or int64 [S + 1]"
+                )
     if mode == "token-sum":
         return
     argument, count = (

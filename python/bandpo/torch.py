@@ -41,6 +41,7 @@ PROBABILITY_EDGES = (0.0, 1e-3, 1e-2, 1e-1, 0.5, 1.0)
 
 PROBABILITY_BINS = len(PROBABILITY_EDGES) - 1
 COUNTS = 5  # that a backend of the loss returns before those of the bins
+SUMS = 7  # and the sums and extremes
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -115,17 +116,71 @@ def _with_bounds(
 def _log_bounds(
     region: Region, old_log_prob: torch.Tensor, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    bounds = bounds_of(region, old_log_prob, exact=exact)
+    log_lower, log_upper = sides_of(region, old_log_prob, exact=exact)
+    # A constant does not know which tokens are NaN.
+    unknown = torch.where(old_log_prob.isnan(), old_log_prob, 0.0)
+    return unknown + log_lower, unknown + log_upper
+
+
+def sides_of(
+    region: Region,
+    old_log_prob: torch.Tensor,
+    *,
+    bounds: torch.Tensor | None = None,
+    exact: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns both log bounds of every token, like ``old_log_prob``.
+
+    Args:
+        region: Where the bounds come from.
+        old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
+        bounds: What `bounds_of` or `membership_of` made for them, if that is known.
+        exact: Use the solver even where there is a table.
+    """
+    if bounds is None:
+        bounds = bounds_of(region, old_log_prob, exact=exact)
     if bounds.dtype == torch.int32:
         lower, log_upper = (
             read_table(bounds, old_log_prob, bounds.new_full((), side, dtype=torch.bool))
             for side in (True, False)
         )
         return lower.log(), log_upper
-    if bounds.ndim > 1:
-        return bounds[0], bounds[1]
-    unknown = torch.where(old_log_prob.isnan(), old_log_prob, 0.0)
-    return unknown + bounds[0], unknown + bounds[1]
+    log_lower, log_upper = bounds.unbind()
+    return log_lower.expand(old_log_prob.shape), log_upper.expand(old_log_prob.shape)
+
+
+def membership_of(
+    region: Region,
+    old_log_prob: torch.Tensor,
+    log_ratio: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    exact: bool = False,
+) -> torch.Tensor:
+    """Returns bounds that say of these log-ratios alone whether they are beyond the region's.
+
+    They are those of `bounds_of` where that needs no solver. Where it would, one evaluation of the
+    divergence decides, and they are infinite for a ratio that is inside and 0 for one that is not.
+
+    Args:
+        region: Where the bounds come from.
+        old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
+        log_ratio: Log-ratios, the same.
+        valid: Which tokens count, bool, the same shape.
+        exact: Use the divergence even where there is a table.
+
+    Raises:
+        InvalidValueError: If an array of radii does not broadcast to the shape.
+    """
+    source: _Source = _source(region, old_log_prob.dtype, old_log_prob.device, exact)
+    if source.bounds is not None:
+        return source.bounds
+    inside: torch.Tensor = _contains(
+        torch.where(valid, old_log_prob, 0.0), torch.where(valid, log_ratio, 0.0), source.region
+    )
+    # A NaN is in no region, but to be kept, not clipped.
+    limit = torch.where(inside | log_ratio.isnan(), math.inf, 0.0).to(old_log_prob.dtype)
+    return torch.stack([-limit, limit])
 
 
 def check_region(region: Region) -> None:
@@ -150,6 +205,11 @@ def check_tensor(argument: str, tensor: torch.Tensor) -> None:
     """Raises InvalidTypeError unless the argument is a dense tensor."""
     if not isinstance(tensor, torch.Tensor):
         raise InvalidTypeError(f"{argument} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout == torch.jagged:
+        raise InvalidTypeError(
+            f"{argument} must be a dense tensor, got a jagged one: pass its .values() as packed "
+            f"[N], and its .offsets() as cu_seqlens"
+        )
     if tensor.layout != torch.strided:
         raise InvalidTypeError(f"{argument} must be a dense tensor, got layout {tensor.layout}")
 
@@ -252,22 +312,47 @@ def _table_words(table: BandTable, device: torch.device) -> torch.Tensor:
     schema="(Tensor old_log_prob, int region) -> Tensor",
 )
 def _solve(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
-    solver = _REGIONS[region]
-    if isinstance(solver, BandTable):
-        solver = solver.region
     tokens = old_log_prob.detach().to("cpu", torch.float64).numpy()
-    bounds = np.stack(solver.log_bounds(tokens))
-    if bounds.shape[1:] != tokens.shape:
-        raise InvalidValueError(
-            f"the region's delta must broadcast to the shape {tokens.shape} of old_log_prob, "
-            f"together they have shape {bounds.shape[1:]}"
-        )
+    bounds = np.stack(_exact_region(region).log_bounds(tokens))
+    _check_broadcast(bounds.shape[1:], tokens.shape)
     return torch.from_numpy(bounds).to(old_log_prob)
 
 
 @_solve.register_fake
 def _(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     return old_log_prob.new_empty((2, *old_log_prob.shape))
+
+
+@torch.library.custom_op(
+    "bandpo::exact_contains",
+    mutates_args=(),
+    schema="(Tensor old_log_prob, Tensor log_ratio, int region) -> Tensor",
+)
+def _contains(old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int) -> torch.Tensor:
+    tokens, ratios = (
+        tensor.detach().to("cpu", torch.float64).numpy() for tensor in (old_log_prob, log_ratio)
+    )
+    inside = _exact_region(region).contains(tokens, ratios)
+    _check_broadcast(inside.shape, tokens.shape)
+    return torch.from_numpy(inside).to(old_log_prob.device)
+
+
+@_contains.register_fake
+def _(old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int) -> torch.Tensor:
+    return torch.empty_like(old_log_prob, dtype=torch.bool)
+
+
+def _exact_region(key: int) -> Region:
+    region = _REGIONS[key]
+    return region.region if isinstance(region, BandTable) else region
+
+
+def _check_broadcast(together: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if together != shape:
+        raise InvalidValueError(
+            f"the region's delta must broadcast to the shape {shape} of old_log_prob, "
+            f"together they have shape {together}"
+        )
 
 
 def read_table(
@@ -318,32 +403,40 @@ def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
-class MinClip(Protocol):
-    """A backend: the min-clip loss of every token, as `bandpo.loss.policy_loss` defines it.
+class TokenLoss(Protocol):
+    """A backend: the loss of every token, as `bandpo.loss.policy_loss` defines it.
 
     Args:
         old_log_prob: [B, T], float32 or float64.
         log_prob: [B, T], same dtype; the loss carries its gradient.
+        log_ratio: Taken in place of ``log_prob - old_log_prob``, [B, T], same dtype, without
+            gradient; a token's own ratio where it is None.
         advantages: [B, T] or [B, 1], same dtype.
         valid: Which tokens count, bool [B, T].
         bounds: As `bounds_of` makes them; per token, [2, B, T].
-        dual_clip: Greatest ratio for negative advantages, above 1.
+        surrogate: Its name.
+        parameters: The dual clip of min-clip or the truncation of mask, if any; both betas of
+            gradient-preserving.
         by_probability: Whether to count by bin of the old probability.
 
     Returns:
         The loss per token, [B, T]; the counts, int64: valid, nonfinite, clipped low, clipped high,
-        dual clipped, then by bin all valid, all clipped low and all clipped high; and [4]: the sums
-        of ``-ln r`` and of ``r - 1 - ln r`` and the extremes of r (arbitrary where none is valid).
+        limited (by the dual clip or the truncation), then by bin all valid, all clipped low and all
+        clipped high; and [7]: the sums of ``-x``, of ``r - 1 - x``, of ``-old_log_prob``, of
+        ``abs(A) r`` and of what the rule takes from it, and the extremes of the log-ratio x
+        (arbitrary where no token counts).
     """
 
     def __call__(
         self,
         old_log_prob: torch.Tensor,
         log_prob: torch.Tensor,
+        log_ratio: torch.Tensor | None,
         advantages: torch.Tensor,
         valid: torch.Tensor,
         bounds: torch.Tensor,
-        dual_clip: float | None,
+        surrogate: str,
+        parameters: list[float],
         by_probability: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns losses, counts and sums."""
@@ -368,73 +461,127 @@ def gpu_report() -> str:
     return f"usable: {name}"
 
 
-def min_clip_torch(
+def token_loss_torch(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
+    log_ratio: torch.Tensor | None,
     advantages: torch.Tensor,
     valid: torch.Tensor,
     bounds: torch.Tensor,
-    dual_clip: float | None,
+    surrogate: str,
+    parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`MinClip` in plain torch, for any device; a compiler can fuse it."""
+    """`TokenLoss` in plain torch, for any device; a compiler can fuse it."""
     old_log_prob = torch.where(valid, old_log_prob, 0.0)
+    log_prob = torch.where(valid, log_prob, 0.0)
     cost = torch.where(valid, -advantages, 0.0)
-    log_ratio = torch.where(valid, log_prob, 0.0) - old_log_prob
+    if log_ratio is None:
+        unclamped = log_prob - old_log_prob
+    else:
+        unclamped = torch.where(valid, log_ratio, 0.0) + _gradient_of(log_prob)
     # Not clamp, which gives a NaN no gradient and so hides it.
-    log_ratio = torch.where(log_ratio > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, log_ratio)
-    log_ratio = torch.where(log_ratio < -LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT, log_ratio)
-    ratio = log_ratio.exp()
-    x, r = log_ratio.detach(), ratio.detach()
+    x = torch.where(unclamped > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, unclamped)
+    x = torch.where(x < -LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT, x)
+    ratio = x.exp()
+    clamped = unclamped.detach().abs() > LOG_RATIO_LIMIT
+    x, r = x.detach(), ratio.detach()
 
-    up, down = cost < 0.0, cost > 0.0
+    weighs = surrogate == "weight"
+    up, down = (x > 0.0, x < 0.0) if weighs else (cost < 0.0, cost > 0.0)
     if bounds.dtype == torch.int32:
         bound = read_table(bounds, old_log_prob, down)
         clipped_low = down & (r < bound)
-        stop = torch.where(down, bound, bound.exp())
+        edge = torch.where(down, bound, bound.exp())
     else:
         bound = torch.where(down, bounds[0], bounds[1])
         clipped_low = down & (x < bound)
-        stop = bound.exp()
+        edge = bound.exp()
     clipped_high = up & (x > bound)
-    if dual_clip is None:
-        dual_clipped = torch.zeros_like(down)
-    else:
-        dual_clipped = down & (x >= math.log(dual_clip))
-        stop = torch.where(dual_clipped, dual_clip, stop)
-    # Not minimum and maximum, which halve the gradient where r is at the bound.
-    per_token = cost * torch.where(clipped_low | clipped_high | dual_clipped, stop, ratio)
+    beyond = clipped_low | clipped_high
+    limited = torch.zeros_like(beyond)
 
-    counted = [valid, ~per_token.isfinite(), clipped_low, clipped_high, dual_clipped]
+    if surrogate == "min-clip":
+        stopped, stop = beyond, edge
+        if parameters:
+            [dual_clip] = parameters
+            limited = down & (x >= math.log(dual_clip))
+            stopped, stop = stopped | limited, torch.where(limited, dual_clip, stop)
+        # Not minimum and maximum, which halve the gradient where r is at the bound.
+        per_token = cost * torch.where(stopped, stop, ratio)
+        slope = torch.where(stopped | clamped, 0.0, cost * r)
+    elif surrogate == "mask":
+        weight = r
+        if parameters:
+            [truncation] = parameters
+            limited = ~beyond & (r > truncation)
+            weight = torch.where(limited, truncation, r)
+        slope = torch.where(beyond, 0.0, cost * weight)
+        per_token = torch.where(beyond, 0.0, cost * weight * log_prob)
+    elif weighs:
+        slope = cost * torch.where(beyond, edge, r)
+        per_token = slope * log_prob
+    else:
+        beta_low, beta_high = parameters
+        kept = torch.where(down, beta_low, beta_high) * edge
+        per_token = cost * torch.where(beyond, kept * _gradient_of(log_prob).exp(), ratio)
+        slope = torch.where(clamped & ~beyond, 0.0, per_token.detach())
+
+    counted = [valid, ~per_token.isfinite(), clipped_low, clipped_high, limited]
     if by_probability:
-        edges = PROBABILITY_EDGES[1:-1]
-        index = torch.stack([old_log_prob >= math.log(edge) for edge in edges]).sum(0)
+        index = probability_bin(old_log_prob)
         bins = [index == k for k in range(PROBABILITY_BINS)]
         counted += [flag & one for flag in (valid, clipped_low, clipped_high) for one in bins]
     counts = torch.stack([flag.sum() for flag in counted])
     if x.numel() == 0:
-        return per_token, counts, x.new_zeros(4)
-    # A masked token has x = 0 and adds nothing. Not r - 1 - x: near r = 1 that has lost its digits.
-    lowest = torch.where(valid, r, math.inf).amin()
-    highest = torch.where(valid, r, -math.inf).amax()
-    sums = torch.stack([-x.sum(), (x.expm1() - x).sum(), lowest, highest])
+        return per_token, counts, x.new_zeros(SUMS)
+    # A masked token has x = 0 and cost = 0 and adds nothing.
+    free = cost * r
+    of_tokens = (-x, _excess(x), -old_log_prob, free.abs(), (free - slope).abs())
+    lowest = torch.where(valid, x, math.inf).amin()
+    highest = torch.where(valid, x, -math.inf).amax()
+    sums = torch.stack([*(values.sum() for values in of_tokens), lowest, highest])
     return per_token, counts, sums
 
 
+def probability_bin(old_log_prob: torch.Tensor) -> torch.Tensor:
+    """Returns the bin of `PROBABILITY_EDGES` that each token is in, int64."""
+    edges = PROBABILITY_EDGES[1:-1]
+    return torch.stack([old_log_prob >= math.log(edge) for edge in edges]).sum(0)
+
+
+def _gradient_of(log_prob: torch.Tensor) -> torch.Tensor:
+    """Zero, with the gradient of the log-prob."""
+    return torch.where(log_prob.isfinite(), log_prob - log_prob.detach(), 0.0)
+
+
+def _excess(x: torch.Tensor) -> torch.Tensor:
+    """``e^x - 1 - x``, by its series near 0, where the difference has lost its digits."""
+    near = x.abs() < 0.1
+    z = torch.where(near, x, 0.0)
+    series = z / 5040 + 1 / 720
+    for factorial in (120, 24, 6, 2):
+        series = series * z + 1 / factorial
+    return torch.where(near, z * z * series, x.expm1() - x)
+
+
 @torch.library.custom_op(
-    "bandpo::min_clip",
+    "bandpo::token_loss",
     mutates_args=(),
     device_types="cpu",
-    schema="(Tensor old_log_prob, Tensor log_prob, Tensor advantages, Tensor valid, Tensor bounds, "
-    "float? dual_clip, bool by_probability) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor old_log_prob, Tensor log_prob, Tensor? log_ratio, Tensor advantages, "
+    "Tensor valid, Tensor bounds, str surrogate, float[] parameters, bool by_probability) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _min_clip_op(
+def _token_loss_op(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
+    log_ratio: torch.Tensor | None,
     advantages: torch.Tensor,
     valid: torch.Tensor,
     bounds: torch.Tensor,
-    dual_clip: float | None,
+    surrogate: str,
+    parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     per_token, gradient = (
@@ -445,14 +592,16 @@ def _min_clip_op(
         return tensor.detach().contiguous().view(-1).numpy()
 
     is_table = bounds.dtype == torch.int32
-    counts, sums = _core.min_clip(
+    counts, sums = _core.policy_loss(
         flat(old_log_prob),
         flat(log_prob),
+        None if log_ratio is None else flat(log_ratio),
         flat(advantages),
         flat(valid).view(np.uint8),
         flat(bounds).view(np.uint32) if is_table else flat(bounds),
         log_prob.shape[1],
-        dual_clip,
+        surrogate,
+        parameters,
         by_probability,
         flat(per_token),
         flat(gradient),
@@ -466,26 +615,30 @@ def _min_clip_op(
     )
 
 
-@_min_clip_op.register_fake
+@_token_loss_op.register_fake
 def _(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
+    log_ratio: torch.Tensor | None,
     advantages: torch.Tensor,
     valid: torch.Tensor,
     bounds: torch.Tensor,
-    dual_clip: float | None,
+    surrogate: str,
+    parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     per_token, gradient = (
         torch.empty_like(log_prob, memory_format=torch.contiguous_format) for _ in range(2)
     )
     counts = log_prob.new_empty(COUNTS + 3 * PROBABILITY_BINS * by_probability, dtype=torch.int64)
-    return per_token, gradient, counts, log_prob.new_empty(4, dtype=torch.float64)
+    return per_token, gradient, counts, log_prob.new_empty(SUMS, dtype=torch.float64)
 
 
 def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(output[1])
     ctx.set_materialize_grads(False)
+    # The gradient of the other two does not depend on log_prob: its ratio is a constant.
+    ctx.carries_ratio = inputs[6] in ("min-clip", "gradient-preserving")
 
 
 def _backward(
@@ -495,25 +648,37 @@ def _backward(
     *_: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    # Where the gradient is not 0 it is -A r, so its own derivative is itself: good for any order.
+    # Where a gradient carries the ratio, its own derivative is itself: good for any order.
+    if not ctx.carries_ratio:
+        gradient, grad_gradient = gradient.detach(), None
     grads = [grad for grad in (grad_per_token, grad_gradient) if grad is not None]
-    return None, gradient * sum(grads) if grads else None, None, None, None, None, None
+    return None, gradient * sum(grads) if grads else None, *[None] * 7
 
 
-_min_clip_op.register_autograd(_backward, setup_context=_save_gradient)
+_token_loss_op.register_autograd(_backward, setup_context=_save_gradient)
 
 
-def min_clip_native(
+def token_loss_native(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
+    log_ratio: torch.Tensor | None,
     advantages: torch.Tensor,
     valid: torch.Tensor,
     bounds: torch.Tensor,
-    dual_clip: float | None,
+    surrogate: str,
+    parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`MinClip` in Rust, for CPU tensors: the loss and its gradient in one pass."""
-    per_token, _, counts, sums = _min_clip_op(
-        old_log_prob, log_prob, advantages, valid, bounds, dual_clip, by_probability
+    """`TokenLoss` in Rust, for CPU tensors: the loss and its gradient in one pass."""
+    per_token, _, counts, sums = _token_loss_op(
+        old_log_prob,
+        log_prob,
+        log_ratio,
+        advantages,
+        valid,
+        bounds,
+        surrogate,
+        parameters,
+        by_probability,
     )
     return per_token, counts, sums.detach()

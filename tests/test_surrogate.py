@@ -1,0 +1,504 @@
+"""Surrogates and ratio levels against their formulas, written out in numpy, on every backend."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import bandpo
+from bandpo.loss import PolicyLoss, policy_loss
+from bandpo.region import Float64Array
+from bandpo.surrogate import GradientPreserving, Mask, Surrogate
+from bandpo.torch import torch
+from test_loss import BACKENDS, Batch, assert_close, random_batch
+
+KL = bandpo.Band("kl", 0.05)
+TV = bandpo.Band("tv", 0.15)
+CLIP = bandpo.Clip(0.2, 0.28)
+PER_TOKEN = bandpo.Band("kl", np.full((12, 20), 0.05))
+REGIONS: tuple[bandpo.Region, ...] = (KL, TV, CLIP, PER_TOKEN, (KL | CLIP).cap(10))
+
+EXACT = 1e-12
+"""Relative: both sides are in float64 with bounds of the solver, each off by some 1e-15."""
+
+TABULATED = 4e-6
+"""Relative: a table is off by 1e-6 in the log of a bound or in a ratio above 0.3; float32 adds its
+rounding."""
+
+# torch's own, raised on the first import of its compiler.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+class Tokens(NamedTuple):
+    """A batch in float64, with the bounds of each token."""
+
+    log_prob: Float64Array
+    advantage: Float64Array
+    valid: Any
+    log_ratio: Float64Array
+    ratio: Float64Array
+    lower: Float64Array
+    upper: Float64Array
+
+    @classmethod
+    def of(cls, batch: Batch, region: bandpo.Region, log_ratio: Any = None) -> Tokens:
+        old, new, advantage = (tensor.double().numpy() for tensor in batch[:3])
+        log_ratio = np.clip(new - old if log_ratio is None else log_ratio, -20.0, 20.0)
+        lower, upper = region.bounds(old)
+        valid = batch.response_mask.numpy() != 0
+        return cls(new, advantage, valid, log_ratio, np.exp(log_ratio), lower, upper)
+
+    @property
+    def beyond(self) -> Any:
+        low = (self.advantage < 0) & (self.ratio < self.lower)
+        return low | (self.advantage > 0) & (self.ratio > self.upper)
+
+    @property
+    def edge(self) -> Float64Array:
+        return np.where(self.advantage < 0, self.lower, self.upper)
+
+
+def mask_formula(tokens: Tokens, truncation: float) -> tuple[Float64Array, Float64Array]:
+    """DPPO, arXiv 2602.04879: -A sg(min(r, c)) log pi, and nothing for tokens that left."""
+    gradient = np.where(
+        tokens.beyond, 0.0, -tokens.advantage * np.minimum(tokens.ratio, truncation)
+    )
+    return gradient * tokens.log_prob, gradient
+
+
+def weight_formula(tokens: Tokens) -> tuple[Float64Array, Float64Array]:
+    """CISPO, arXiv 2506.13585: -A sg(clip(r, lower, upper)) log pi."""
+    gradient = -tokens.advantage * np.clip(tokens.ratio, tokens.lower, tokens.upper)
+    return gradient * tokens.log_prob, gradient
+
+
+def preserving_formula(
+    tokens: Tokens, beta_low: float, beta_high: float
+) -> tuple[Float64Array, Float64Array]:
+    """CE-GPPO, arXiv 2509.20712: a bounded gradient beyond a bound."""
+    beta = np.where(tokens.advantage < 0, beta_low, beta_high)
+    loss = -tokens.advantage * np.where(tokens.beyond, beta * tokens.edge, tokens.ratio)
+    stopped = (np.abs(tokens.log_ratio) == 20.0) & ~tokens.beyond
+    return loss, np.where(stopped, 0.0, loss)
+
+
+FORMULAS: dict[str, tuple[Surrogate, Any]] = {
+    "mask": ("mask", lambda tokens: mask_formula(tokens, 20.0)),
+    "mask, c = 1.5": (Mask(truncation=1.5), lambda tokens: mask_formula(tokens, 1.5)),
+    "mask, no c": (Mask(truncation=None), lambda tokens: mask_formula(tokens, math.inf)),
+    "weight": ("weight", weight_formula),
+    "preserving": ("gradient-preserving", lambda tokens: preserving_formula(tokens, 1.0, 1.0)),
+    "preserving .75": (
+        GradientPreserving(0.75, 0.5),
+        lambda tokens: preserving_formula(tokens, 0.75, 0.5),
+    ),
+}
+
+
+def check(
+    batch: Batch,
+    formula: tuple[Float64Array, Float64Array],
+    tolerance: float,
+    **options: Any,
+) -> None:
+    """Loss and gradient of each token, whose sum is the loss, equal the formula's."""
+    valid = batch.response_mask.numpy() != 0
+    loss, gradient = (np.where(valid, values, 0.0) for values in formula)
+    result = batch.loss(**options, loss_agg_mode="token-sum")
+    assert_close(result.per_token, loss, tolerance)
+    assert_close(batch.gradient(**options, loss_agg_mode="token-sum"), gradient, tolerance)
+    assert np.count_nonzero(loss) > 0
+
+
+@pytest.mark.parametrize("region", REGIONS, ids=str)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_surrogate_is_its_formula(name: str, region: bandpo.Region, backend: str) -> None:
+    surrogate, formula = FORMULAS[name]
+    batch = random_batch((12, 20), dtype=torch.float64)
+    batch.log_prob[2, 3] = batch.old_log_prob[2, 3] - 30.0
+    tokens = Tokens.of(batch, region)
+    assert (tokens.beyond & tokens.valid).sum() > 5
+    options: dict[str, Any] = {"region": region, "surrogate": surrogate, "backend": backend}
+    check(batch, formula(tokens), EXACT, **options, exact=True)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_table_serves_all_surrogates(name: str, backend: str) -> None:
+    surrogate, formula = FORMULAS[name]
+    batch = random_batch((40, 50), seed=3)
+    tokens = Tokens.of(batch, KL)
+    # A token whose ratio is nearer to a bound than the table is to the solver decides either way.
+    near = [np.abs(tokens.ratio - edge) < 1e-5 * edge for edge in (tokens.lower, tokens.upper)]
+    batch.response_mask[torch.from_numpy(near[0] | near[1])] = False
+    check(batch, formula(tokens), TABULATED, region=KL, surrogate=surrogate, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["min-clip", *FORMULAS])
+@pytest.mark.parametrize("region", [KL, CLIP], ids=str)
+def test_backends_agree_to_the_last_digits(name: str, region: bandpo.Region) -> None:
+    surrogate = FORMULAS[name][0] if name in FORMULAS else "min-clip"
+    batch = random_batch((40, 50), seed=1)
+    options: dict[str, Any] = {"region": region, "surrogate": surrogate}
+    native, plain = (
+        batch.loss(**options, metrics_by_probability=True, backend=name) for name in BACKENDS
+    )
+    # Exponentials differ by units in the last place.
+    torch.testing.assert_close(native.per_token, plain.per_token, rtol=1e-6, atol=0.0)
+    assert native.metrics.keys() == plain.metrics.keys()
+    for metric, value in native.metrics.items():
+        np.testing.assert_allclose(value, plain.metrics[metric], rtol=1e-5, err_msg=metric)
+    gradients = [batch.gradient(**options, backend=name) for name in BACKENDS]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("level", "surrogate"),
+    [
+        ("token", "min-clip"),
+        ("token", GradientPreserving(0.0, 0.0)),
+        ("sequence", "min-clip"),
+        ("geometric-mean", "min-clip"),
+    ],
+)
+def test_gradcheck(level: Any, surrogate: Surrogate, backend: str) -> None:
+    """Where nothing is stopped by sg(), the gradient is the derivative of the loss.
+
+    At the levels of a sequence that is so for the mean over its tokens, which share an advantage.
+    """
+    batch = random_batch((4, 5), dtype=torch.float64, seed=4)
+    batch.response_mask[1] = False
+    advantages = batch.advantages[:, :1]
+    region = CLIP if level == "token" else bandpo.Clip(0.03, 0.03)
+
+    def loss(log_prob: torch.Tensor) -> torch.Tensor:
+        return (
+            batch._replace(log_prob=log_prob, advantages=advantages)
+            .loss(
+                region=region,
+                surrogate=surrogate,
+                ratio_level=level,
+                backend=backend,
+                loss_agg_mode="seq-mean-token-mean",
+            )
+            .loss
+        )
+
+    log_prob = batch.log_prob.requires_grad_()
+    assert torch.autograd.gradcheck(loss, log_prob)
+    (gradient,) = torch.autograd.grad(loss(log_prob), log_prob)
+    valid = batch.response_mask
+    assert gradient[valid].any(), "all are clipped"
+    assert not gradient[valid].all(), "none is clipped"
+
+
+@pytest.mark.parametrize("surrogate", ["mask", "weight"])
+def test_a_stopped_ratio_has_no_second_derivative(surrogate: Any, backend: str) -> None:
+    batch = random_batch((3, 5), dtype=torch.float64)
+    log_prob = batch.log_prob.requires_grad_()
+    loss = batch.loss(region=CLIP, surrogate=surrogate, backend=backend).loss
+    (gradient,) = torch.autograd.grad(loss, log_prob, create_graph=True)
+    assert not gradient.requires_grad or not any(
+        torch.autograd.grad(gradient.sum(), log_prob, allow_unused=True)
+    )
+
+
+def sequence_means(values: Float64Array, valid: Any) -> Float64Array:
+    """The mean over each row's tokens that count, at all of its tokens."""
+    total = np.where(valid, values, 0.0).sum(-1, keepdims=True)
+    mean = total / np.maximum(valid.sum(-1, keepdims=True), 1)
+    return np.broadcast_to(mean, values.shape)
+
+
+def packed(batch: Batch) -> tuple[Batch, torch.Tensor]:
+    """The same sequences, packed, without the padding at their ends."""
+    rows, width = batch.log_prob.shape
+    lengths = [width - 3 * (row % 3) for row in range(rows)]
+    for row, length in enumerate(lengths):
+        batch.response_mask[row, length:] = False
+    kept = torch.cat([torch.arange(n) + row * width for row, n in enumerate(lengths)])
+    offsets = torch.tensor([0, *np.cumsum(lengths)])
+    return Batch(*(tensor.reshape(-1)[kept] for tensor in batch)), offsets
+
+
+class TestLevels:
+    # Bounds so near that the means of random sequences reach them.
+    near = bandpo.Clip(0.05, 0.04)
+
+    def test_sequence_is_gspo(self, backend: str) -> None:
+        """arXiv 2507.18071: min(s A, clip(s) A), the gradient s A shared by the tokens."""
+        batch = random_batch((60, 20), dtype=torch.float64)
+        old, new, advantage = (tensor.numpy() for tensor in batch[:3])
+        valid = batch.response_mask.numpy()
+        s = np.exp(sequence_means(new - old, valid))
+        low, high = (advantage < 0) & (s < 0.95), (advantage > 0) & (s > 1.04)
+        loss = -np.minimum(advantage * s, advantage * np.clip(s, 0.95, 1.04))
+        gradient = np.where(low | high, 0.0, -advantage * s)
+        assert (low & valid).any()
+        assert (high & valid).any()
+        options: dict[str, Any] = {"ratio_level": "sequence", "region": self.near}
+        check(batch, (loss, gradient), EXACT, **options, backend=backend)
+
+    @pytest.mark.parametrize("name", FORMULAS)
+    def test_other_surrogates_of_a_sequence(self, name: str, backend: str) -> None:
+        surrogate, formula = FORMULAS[name]
+        batch = random_batch((60, 20), dtype=torch.float64)
+        valid = batch.response_mask.numpy()
+        own = batch.log_prob.numpy() - batch.old_log_prob.numpy()
+        tokens = Tokens.of(batch, self.near, sequence_means(own, valid))
+        options: dict[str, Any] = {"ratio_level": "sequence", "region": self.near}
+        check(batch, formula(tokens), EXACT, **options, surrogate=surrogate, backend=backend)
+
+    @pytest.mark.parametrize("region", [KL, CLIP, PER_TOKEN, TV], ids=str)
+    def test_geometric_mean_is_gmpo(self, region: bandpo.Region, backend: str) -> None:
+        """arXiv 2507.20673: token ratios clipped on the side of A, then their geometric mean."""
+        batch = random_batch((12, 20), dtype=torch.float64)
+        tokens = Tokens.of(batch, region)
+        clipped = np.log(np.where(tokens.beyond, tokens.edge, tokens.ratio))
+        loss = -tokens.advantage * np.exp(sequence_means(clipped, tokens.valid))
+        gradient = np.where(tokens.beyond, 0.0, loss)
+        assert (tokens.beyond & tokens.valid).sum() > 5
+        options: dict[str, Any] = {"ratio_level": "geometric-mean", "region": region}
+        options |= {"backend": backend, "exact": True}
+        check(batch, (loss, gradient), EXACT, **options)
+
+        metrics = batch.loss(**options, metrics_by_probability=True).metrics
+        low = tokens.beyond & (tokens.advantage < 0) & tokens.valid
+        high = tokens.beyond & (tokens.advantage > 0) & tokens.valid
+        count = tokens.valid.sum()
+        assert_close(metrics["clip_fraction_low"], low.sum() / count, EXACT)
+        assert_close(metrics["clip_fraction_high"], high.sum() / count, EXACT)
+        removed = np.abs(loss - gradient)[tokens.valid].sum() / np.abs(loss)[tokens.valid].sum()
+        assert_close(metrics["gradient_removed"], removed, EXACT)
+        by_bin = metrics["clip_fraction_low_by_probability"] * metrics["tokens_by_probability"]
+        assert_close(by_bin.sum(), low.sum(), EXACT)
+
+    @pytest.mark.parametrize("level", ["sequence", "geometric-mean"])
+    @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+    def test_packed_is_padded(self, level: Any, mode: Any, backend: str) -> None:
+        batch = random_batch((7, 20), dtype=torch.float64)
+        flat, offsets = packed(batch)
+        options: dict[str, Any] = {"region": self.near, "ratio_level": level, "backend": backend}
+        options["loss_agg_mode"] = mode
+        whole, parts = batch.loss(**options), flat.loss(**options, cu_seqlens=offsets)
+        torch.testing.assert_close(parts.loss, whole.loss, rtol=EXACT, atol=0.0)
+        for name, metric in whole.metrics.items():
+            torch.testing.assert_close(parts.metrics[name], metric, rtol=1e-9, atol=0.0)
+        gradient = batch.gradient(**options)
+        mine = flat.gradient(**options, cu_seqlens=offsets)
+        kept = gradient[gradient != 0.0]
+        torch.testing.assert_close(mine[mine != 0.0], kept, rtol=EXACT, atol=0.0)
+
+
+class TestWholeSequences:
+    """Trust region masking, arXiv 2512.23075: one token outside drops its whole sequence."""
+
+    @pytest.mark.parametrize("region", [KL, CLIP, PER_TOKEN], ids=str)
+    def test_any_token_outside_drops_all(self, region: bandpo.Region, backend: str) -> None:
+        batch = random_batch((12, 20), dtype=torch.float64)
+        batch.log_prob[::2] = batch.old_log_prob[::2] + 0.03 * batch.advantages[::2]
+        tokens = Tokens.of(batch, region)
+        outside = (tokens.ratio < tokens.lower) | (tokens.ratio > tokens.upper)
+        dropped = (outside & tokens.valid).any(-1, keepdims=True)
+        assert 0 < dropped.sum() < 12
+        gradient = np.where(dropped, 0.0, -tokens.advantage * np.minimum(tokens.ratio, 20.0))
+        surrogate = Mask(whole_sequence=True)
+        options: dict[str, Any] = {"region": region, "surrogate": surrogate, "backend": backend}
+        options["exact"] = True
+        check(batch, (gradient * tokens.log_prob, gradient), EXACT, **options)
+
+        metrics = batch.loss(**options).metrics
+        assert_close(metrics["masked_sequence_fraction"], dropped.sum() / 12, EXACT)
+        free = np.abs(tokens.advantage) * tokens.ratio
+        kept = np.abs(gradient)
+        removed = (free - kept)[tokens.valid].sum() / free[tokens.valid].sum()
+        assert_close(metrics["gradient_removed"], removed, EXACT)
+
+    def test_a_masked_token_drops_nothing_and_a_nan_is_not_hidden(self, backend: str) -> None:
+        batch = random_batch((3, 8))
+        batch.log_prob[:] = batch.old_log_prob
+        batch.response_mask[:] = True
+        batch.log_prob[0, 2] += 3.0
+        batch.response_mask[0, 2] = False
+        batch.log_prob[1, 4] = math.nan
+        batch.log_prob[1, 5] += 3.0
+        options: dict[str, Any] = {"region": CLIP, "surrogate": Mask(whole_sequence=True)}
+        result = batch.loss(**options, backend=backend)
+        assert result.metrics["nonfinite_tokens"] == 1
+        assert bool(result.per_token[1, 4].isnan())
+        assert not result.per_token[1, torch.tensor([0, 1, 2, 3, 5, 6, 7])].any()
+        assert (result.per_token[0] != 0).sum() == 7
+        assert_close(result.metrics["masked_sequence_fraction"], 1 / 3, 1e-7)
+
+
+class TestWeights:
+    def test_truncated_and_masked_importance_sampling(self, backend: str) -> None:
+        batch = random_batch((12, 20), dtype=torch.float64)
+        rollout = batch.old_log_prob + 0.5 * torch.sin(torch.arange(240.0)).reshape(12, 20)
+        ratio = (batch.old_log_prob - rollout).exp()
+        truncated = ratio.clamp(max=1.2)
+        masked = torch.where((ratio > 0.8) & (ratio < 1.25), ratio, 0.0)
+        tokens = Tokens.of(batch, KL)
+        for name, (surrogate, formula) in FORMULAS.items():
+            for weights in (truncated, masked):
+                padded = weights.clone()
+                padded[~batch.response_mask] = math.nan
+                of_token = weights.numpy()
+                loss, gradient = (of_token * values for values in formula(tokens))
+                check(
+                    batch, (loss, gradient), EXACT, region=KL, surrogate=surrogate, exact=True,
+                    rollout_is_weights=padded, backend=backend,
+                )  # fmt: skip
+            assert name
+
+    def test_one_weight_a_sequence(self, backend: str) -> None:
+        batch = random_batch((6, 8))
+        weights = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 1.0])
+        each = weights[:, None].expand(6, 8)
+        want = batch.loss(region=KL, rollout_is_weights=each, backend=backend)
+        for shaped in (weights, weights[:, None]):
+            for advantages in (batch.advantages, batch.advantages[:, :1]):
+                per_row = batch._replace(advantages=advantages)
+                want = per_row.loss(region=KL, rollout_is_weights=each, backend=backend)
+                got = per_row.loss(region=KL, rollout_is_weights=shaped, backend=backend)
+                torch.testing.assert_close(got, want, rtol=0.0, atol=0.0)
+        assert not want.per_token[0].any()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric-mean"])
+@pytest.mark.parametrize("name", ["min-clip", *FORMULAS, "whole"])
+def test_compiles_without_a_break(name: str, level: Any, backend: str) -> None:
+    surrogate: Surrogate = FORMULAS[name][0] if name in FORMULAS else "min-clip"
+    surrogate = Mask(whole_sequence=True) if name == "whole" else surrogate
+    if level == "geometric-mean" and name != "min-clip":
+        pytest.skip("geometric-mean is of min-clip alone")
+    region = CLIP if level == "sequence" else KL
+    batch = random_batch((4, 8))
+
+    def loss(log_prob: torch.Tensor) -> torch.Tensor:
+        return policy_loss(
+            batch.old_log_prob, log_prob, *batch[2:], region=region, surrogate=surrogate,
+            ratio_level=level, backend=backend,  # type: ignore[arg-type]
+        ).loss  # fmt: skip
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    log_prob = batch.log_prob.requires_grad_()
+    for run in (loss, compiled):
+        assert torch.isfinite(run(log_prob))
+    torch.testing.assert_close(compiled(log_prob), loss(log_prob))
+    torch.testing.assert_close(
+        *(torch.autograd.grad(f(log_prob), log_prob) for f in (loss, compiled))
+    )
+
+
+def test_all_ratios_one_says_that_nothing_can_clip(backend: str) -> None:
+    batch = random_batch((4, 8))
+    same = batch._replace(log_prob=batch.old_log_prob.clone())
+    metrics = same.loss(region=KL, backend=backend).metrics
+    assert metrics["all_ratios_one"]
+    assert metrics["gradient_removed"] == 0.0
+    one = same.log_prob.clone()
+    one[torch.where(same.response_mask)[0][0], torch.where(same.response_mask)[1][0]] -= 1e-3
+    assert (
+        not same._replace(log_prob=one).loss(region=KL, backend=backend).metrics["all_ratios_one"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"surrogate": "clip"}, ValueError, "surrogate must be one of min-clip, mask, weight"),
+        ({"surrogate": Mask}, ValueError, "surrogate must be one of"),
+        ({"ratio_level": "tokens"}, ValueError, "ratio_level must be one of token, sequence"),
+        ({"surrogate": "mask", "dual_clip": 3.0}, ValueError, "dual_clip must be left out"),
+        ({"surrogate": Mask(), "dual_clip": 3.0}, ValueError, "it limits 'min-clip'"),
+        ({"ratio_level": "sequence"}, ValueError, "region must be a Clip with ratio_level"),
+        (
+            {"ratio_level": "sequence", "surrogate": "weight", "region": PER_TOKEN},
+            ValueError,
+            "which depends on each token's probability; use ratio_level 'token'",
+        ),
+        (
+            {"ratio_level": "geometric-mean", "surrogate": "weight"},
+            ValueError,
+            "surrogate must be 'min-clip' with ratio_level 'geometric-mean', got 'weight'",
+        ),
+        (
+            {"ratio_level": "geometric-mean", "dual_clip": 3.0},
+            ValueError,
+            "dual_clip must be left out with ratio_level 'geometric-mean', got 3.0",
+        ),
+        ({"rollout_is_weights": 1.0}, TypeError, "rollout_is_weights must be a torch.Tensor"),
+        ({"rollout_is_weights": torch.ones(3)}, ValueError, "rollout_is_weights must have shape"),
+        (
+            {"rollout_is_weights": torch.ones(4, 8, dtype=torch.int64)},
+            TypeError,
+            "rollout_is_weights must be float32, float64, bfloat16 or float16",
+        ),
+    ],
+)
+def test_incompatible_choices_say_what_to_change(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    batch = random_batch((4, 8))
+    with pytest.raises(error, match=message) as raised:
+        batch.loss(**{"region": KL, **options})
+    assert isinstance(raised.value, bandpo.BandpoError)
+    rule = {name: value for name, value in options.items() if name != "rollout_is_weights"}
+    if rule:
+        with pytest.raises(error, match=message):
+            PolicyLoss(**{"region": KL, **rule})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"region": CLIP, "ratio_level": "sequence"},
+        {"region": KL, "ratio_level": "geometric-mean"},
+        {"region": KL, "surrogate": Mask(whole_sequence=True)},
+    ],
+)
+def test_packed_tokens_need_their_sequences(options: dict[str, Any]) -> None:
+    with pytest.raises(bandpo.error.InvalidValueError, match="cu_seqlens must be given for"):
+        random_batch((8,)).loss(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Mask(truncation=1.0), ValueError, "truncation must be above 1, got 1.0"),
+        (lambda: Mask(truncation=math.nan), ValueError, "truncation must be above 1, got nan"),
+        (
+            lambda: Mask(truncation="2"),  # type: ignore[arg-type]
+            TypeError,
+            "truncation must be a real number, got str",
+        ),
+        (
+            lambda: Mask(whole_sequence=1),  # type: ignore[arg-type]
+            TypeError,
+            "whole_sequence must be a bool, got int",
+        ),
+        (lambda: GradientPreserving(-0.1), ValueError, "beta_low must be finite and at least 0"),
+        (lambda: GradientPreserving(1.0, math.inf), ValueError, "beta_high must be finite"),
+        (lambda: GradientPreserving(True), TypeError, "beta_low must be a real number, got bool"),
+    ],
+)
+def test_parameters_out_of_range(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_jagged_tensor_is_told_how_to_be_packed() -> None:
+    batch = random_batch((4, 8))
+    rows = [torch.ones(3), torch.ones(5)]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    with pytest.raises(bandpo.error.InvalidTypeError, match=r"\.values\(\) as packed \[N\]"):
+        batch._replace(log_prob=jagged).loss(region=KL)
