@@ -56,6 +56,8 @@ _MODES: tuple[str, ...] = get_args(AggregationMode)
 _LEVELS: tuple[str, ...] = get_args(RatioLevel)
 _BACKENDS: tuple[str, ...] = get_args(Backend)
 
+_NO_CLIP = Clip(1.0, math.inf)
+
 
 class PolicyLossResult(NamedTuple):
     """What `policy_loss` returns.
@@ -427,7 +429,7 @@ def _token_losses(
         clipped = low | high
         bound = torch.where(low, lower.reshape(shape), upper.reshape(shape))
         mean = _sequence_mean(torch.where(clipped, bound, own), tokens)
-        bounds = bounds_of(Clip(1.0, math.inf), old_log_prob)  # clipped already
+        bounds = bounds_of(_NO_CLIP, old_log_prob)  # clipped already
         per_token, counts, sums = loss_of(
             torch.where(clipped, log_prob.detach(), log_prob), mean, advantages, bounds
         )
