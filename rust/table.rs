@@ -86,6 +86,10 @@ const CLAMP: f64 = 20.0;
 /// A smooth curve's error falls by 16 with every halving of its cells, next to a jump of the second
 /// derivative by 4, of the first by 2.
 const SLOWEST_DECAY: f64 = 6.0;
+/// How narrow a stretch a kink is narrowed down to, relative to its distance from the origin: wider
+/// than the differences that a Python function's slopes are made of, and so narrow that to extrapolate
+/// over three of them is exact for float32.
+const KINK_WIDTH: f64 = 1.0 / 4096.0;
 /// Misfits below this, relative to a bound above 1, are not told from rounding when a kink is narrowed.
 const KINK_FLOOR: f64 = 1e-12;
 /// The exponent that the far end of a piece is scaled to: the smallest float still has a normal `z`.
@@ -787,8 +791,8 @@ impl<'a> Grid<'a> {
     }
 
     /// Samples its curve, halving cells until the cubic meets the target. If it comes upon a kink and
-    /// was told to mind them, it stops and returns an interval of `y` that holds the kink.
-    fn fill(&mut self, side: Side, mind_kinks: bool) -> Result<Option<[f64; 2]>> {
+    /// was told to mind them, it stops and returns it.
+    fn fill(&mut self, side: Side, mind_kinks: bool) -> Result<Option<Kink>> {
         let (Some(first), Some(last)) = (self.octaves.first(), self.octaves.last()) else {
             return Ok(None);
         };
@@ -838,13 +842,12 @@ impl<'a> Grid<'a> {
         Ok(None)
     }
 
-    /// Narrows a cell down to a kink inside it; returns `y`, ascending. None if it is smooth after all.
-    fn kink_in(&self, side: Side, cell: [f64; 2]) -> Result<Option<[f64; 2]>> {
+    /// Narrows a cell down to a kink inside it. None if it is smooth after all.
+    fn kink_in(&self, side: Side, cell: [f64; 2]) -> Result<Option<Kink>> {
         /// Points a round, one call of the curve: each round narrows by half as much.
         const POINTS: usize = 33;
         let [mut low, mut high] = cell;
-        let resolution = self.within.1 * 1e-12;
-        while high - low > resolution {
+        while high - low > KINK_WIDTH * high {
             let step = (high - low) / (POINTS - 1) as f64;
             let places: Vec<f64> = (0..POINTS).map(|i| low + step * i as f64).collect();
             let samples = self.sample_at(side, &places)?;
@@ -856,16 +859,36 @@ impl<'a> Grid<'a> {
                 }
             }
             if at == 0 || greatest <= KINK_FLOOR * samples[at].value.abs().max(1.0) {
-                break;
+                return Ok(None);
             }
             (low, high) = (places[at - 1], places[at + 1]);
         }
-        let narrow = high - low <= (cell[1] - cell[0]) * 2f64.powi(-10);
+        let width = high - low;
+        (low, high) = (low - width, high + width);
         // Singular ends of a piece are not kinks inside it: another piece would have the same one.
-        let inside = low > self.within.0 && high < self.within.1;
-        let (a, b) = (self.y(low), self.y(high));
-        Ok((narrow && inside).then_some([a.min(b), a.max(b)]))
+        if low - width <= self.within.0 || high + width >= self.within.1 {
+            return Ok(None);
+        }
+        // The kink is where the cubics of its two sides meet: slopes next to it may be of either.
+        let around = self.sample_at(side, &[low - width, low, high, high + width])?;
+        let gap =
+            |z: f64| around[0].cubic(around[1], z).value - around[2].cubic(around[3], z).value;
+        let at = if gap(low) * gap(high) < 0.0 {
+            let above = gap(low) > 0.0;
+            crate::root::last_inside(low, high, |z| (gap(z) > 0.0) == above).at
+        } else {
+            0.5 * (low + high) // of the second derivative only: the sides differ by less than counts
+        };
+        let ends = [self.y(low), self.y(high)];
+        Ok(Some(Kink { before: ends[0].min(ends[1]), at: self.y(at), after: ends[0].max(ends[1]) }))
     }
+}
+
+/// A kink at `at`, and the nearest `y` on both sides where slopes are surely of that side.
+struct Kink {
+    before: f64,
+    at: f64,
+    after: f64,
 }
 
 /// Below this distance from its origin a bound differs from its value there by less than counts.
@@ -981,19 +1004,15 @@ impl<'a> SidePlan<'a> {
         while let Some(mut piece) = waiting.pop() {
             let room = pieces.len() + waiting.len() + 1 < PIECES;
             if let Content::Graded(grid) = &mut piece.content
-                && let Some([before, after]) = grid.fill(side, room)?
+                && let Some(kink) = grid.fill(side, room)?
             {
                 let (a, b) = (grid.y(grid.within.0), grid.y(grid.within.1));
                 let (curve, origin) = (grid.curve, grid.origin);
-                let mut right = Piece::graded(curve, origin, after, a.max(b));
-                // No float lies in between, or its bound is off by less than counts.
-                right.start = round_up(0.5 * (before + after)) as f32;
-                let mut left = Piece::graded(curve, origin, a.min(b), before);
+                let mut right = Piece::graded(curve, origin, kink.after, a.max(b));
+                right.start = round_up(kink.at) as f32;
+                let mut left = Piece::graded(curve, origin, a.min(b), kink.before);
                 left.start = piece.start;
-                waiting.push(right);
-                if left.start < waiting[waiting.len() - 1].start {
-                    waiting.push(left);
-                }
+                waiting.extend([right, left]);
                 continue;
             }
             pieces.push(piece);
