@@ -1474,7 +1474,7 @@ mod tests {
     /// In every cell and evenly over all floats.
     fn found_everywhere(table: &BandTable, band: &Band, count: u64) -> MaxError {
         let exact = |logp: &[f64]| Ok(exact_bounds(band, logp));
-        let in_cells = table.errors_in_cells(BandTable::SAMPLES_A_CELL, &exact).unwrap();
+        let in_cells = table.errors_in_cells(4, &exact).unwrap();
         found(table, band, count).merge(in_cells)
     }
 
@@ -1488,7 +1488,7 @@ mod tests {
                 let band = band(spec, delta, delta);
                 let table = BandTable::of_band(&band).unwrap();
                 assert!(table.nbytes() <= MOST_BYTES, "{spec} {delta}: {}", table.nbytes());
-                let error = found_everywhere(&table, &band, 10_000).merge(table.max_error());
+                let error = found_everywhere(&table, &band, 5_000).merge(table.max_error());
                 let worst = error.log_upper.max(error.lower);
                 assert!(worst <= TARGET, "{spec} {delta}: {error:?}");
             }
@@ -1542,7 +1542,7 @@ mod tests {
                 let band = Band::new(divergence, delta, delta).unwrap();
                 let table = BandTable::of_band(&band).unwrap();
                 assert!(table.nbytes() <= MOST_BYTES, "{text} {delta}: {}", table.nbytes());
-                let error = found_everywhere(&table, &band, 10_000).merge(table.max_error());
+                let error = found_everywhere(&table, &band, 5_000).merge(table.max_error());
                 let worst = error.log_upper.max(error.lower);
                 assert!(worst <= TARGET, "{text} ({what}), {delta}: {error:?}");
             }
