@@ -41,11 +41,11 @@ prerequisites:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "bandpo needs Python's venv module (on Debian: apt install python3-venv)"; exit 1; }
 	@command -v cargo >/dev/null || \
-	  { echo "bandpo needs Rust 1.88 or newer with cargo: see https://rustup.rs"; exit 1; }
+	  { echo "bandpo needs Rust 1.89 or newer with cargo: see https://rustup.rs"; exit 1; }
 	@command -v cc >/dev/null || \
 	  { echo "bandpo needs a C linker, cc, as Rust does (on Debian: apt install gcc)"; exit 1; }
-	@cargo --version | awk '{ split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 88) }' || \
-	  { echo "bandpo needs Rust 1.88 or newer, found $$(cargo --version): run rustup update"; exit 1; }
+	@cargo --version | awk '{ split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 89) }' || \
+	  { echo "bandpo needs Rust 1.89 or newer, found $$(cargo --version): run rustup update"; exit 1; }
 
 # --clear, and a stamp at the end: an interrupted one is made anew.
 $(VENV)/made.stamp: | prerequisites

@@ -1,20 +1,22 @@
 //! Numbers side by side: what the loss needs of a vector register, whatever its width.
 //!
 //! The rules of `loss.rs` are written once, over [`Lanes`], and know neither the width nor the
-//! instructions. Comparisons with NaN are false, and a selection keeps the NaN that it selects.
+//! instructions. Comparisons with NaN are false, and a selection keeps the NaN that it selects. No
+//! operation is fused with another, so that a token's result is the same bit for bit on every
+//! processor and at every place of a batch.
 
-use std::marker::PhantomData;
+// A function of vectors has to become part of one that is compiled for their instructions.
+#![allow(clippy::inline_always)]
 
 use crate::table::Image;
 
 /// Numbers in the widest vector.
 pub const MOST_LANES: usize = 16;
 
-/// `e^x`, `e^x - 1` and `e^x - 1 - x`: each from the same reduction, none by cancellation.
+/// `e^x`, and `e^x - 1 - x` without cancellation.
 #[derive(Clone, Copy)]
 pub struct Exponentials<F> {
     pub exp: F,
-    pub exp_m1: F,
     pub excess: F,
 }
 
@@ -32,7 +34,7 @@ pub trait Lanes: Copy {
     fn splat(self, value: f64) -> Self::Float;
     /// The first [`Self::COUNT`] elements.
     fn load(self, from: &[Self::Scalar]) -> Self::Float;
-    /// The first [`Self::COUNT`] elements.
+    /// To the first [`Self::COUNT`] elements.
     fn store(self, values: Self::Float, to: &mut [Self::Scalar]);
     /// Which of the first [`Self::COUNT`] bytes are not 0.
     fn load_mask(self, from: &[u8]) -> Self::Mask;
@@ -40,7 +42,6 @@ pub trait Lanes: Copy {
     fn add(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn sub(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float;
-    fn neg(self, a: Self::Float) -> Self::Float;
     fn abs(self, a: Self::Float) -> Self::Float;
 
     fn less(self, a: Self::Float, b: Self::Float) -> Self::Mask;
@@ -48,7 +49,8 @@ pub trait Lanes: Copy {
     fn is_nan(self, a: Self::Float) -> Self::Mask;
     fn and(self, a: Self::Mask, b: Self::Mask) -> Self::Mask;
     fn or(self, a: Self::Mask, b: Self::Mask) -> Self::Mask;
-    fn not(self, a: Self::Mask) -> Self::Mask;
+    /// `a` and not `b`.
+    fn and_not(self, a: Self::Mask, b: Self::Mask) -> Self::Mask;
     /// `a` where `mask` is true, `b` elsewhere.
     fn select(self, mask: Self::Mask, a: Self::Float, b: Self::Float) -> Self::Float;
     /// One bit a lane, the first lane's lowest.
@@ -63,32 +65,10 @@ pub trait Lanes: Copy {
 
 /// A number that vectors are made of.
 pub trait Number: Copy {
-    /// 0
     const ZERO: Self;
     /// Does the work with the widest vectors that this processor has.
     fn run<W: Work<Self>>(work: W) -> W::Output;
-    /// The same number.
     fn to_f64(self) -> f64;
-}
-
-impl Number for f32 {
-    const ZERO: Self = 0.0;
-    fn run<W: Work<Self>>(work: W) -> W::Output {
-        work.run(One::<Self>(PhantomData))
-    }
-    fn to_f64(self) -> f64 {
-        f64::from(self)
-    }
-}
-
-impl Number for f64 {
-    const ZERO: Self = 0.0;
-    fn run<W: Work<Self>>(work: W) -> W::Output {
-        work.run(One::<Self>(PhantomData))
-    }
-    fn to_f64(self) -> f64 {
-        self
-    }
 }
 
 /// Work to be done with whatever vectors the processor has.
@@ -97,109 +77,444 @@ pub trait Work<T> {
     fn run<L: Lanes<Scalar = T>>(self, lanes: L) -> Self::Output;
 }
 
-/// One number at a time.
-#[derive(Clone, Copy)]
-pub struct One<T>(PhantomData<T>);
+impl Number for f32 {
+    const ZERO: Self = 0.0;
 
-macro_rules! one_at_a_time {
-    ($float:ty, $exponentials:expr, $look_up:expr) => {
-        impl Lanes for One<$float> {
-            type Scalar = $float;
-            type Float = $float;
-            type Mask = bool;
-            const COUNT: usize = 1;
-
-            fn splat(self, value: f64) -> $float {
-                value as $float
+    fn run<W: Work<Self>>(work: W) -> W::Output {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(lanes) = crate::avx512::Avx512::new() {
+                return lanes.run(work);
             }
-            fn load(self, from: &[$float]) -> $float {
-                from[0]
-            }
-            fn store(self, value: $float, to: &mut [$float]) {
-                to[0] = value;
-            }
-            fn load_mask(self, from: &[u8]) -> bool {
-                from[0] != 0
-            }
-            fn add(self, a: $float, b: $float) -> $float {
-                a + b
-            }
-            fn sub(self, a: $float, b: $float) -> $float {
-                a - b
-            }
-            fn mul(self, a: $float, b: $float) -> $float {
-                a * b
-            }
-            fn neg(self, a: $float) -> $float {
-                -a
-            }
-            fn abs(self, a: $float) -> $float {
-                a.abs()
-            }
-            fn less(self, a: $float, b: $float) -> bool {
-                a < b
-            }
-            fn less_or_equal(self, a: $float, b: $float) -> bool {
-                a <= b
-            }
-            fn is_nan(self, a: $float) -> bool {
-                a.is_nan()
-            }
-            fn and(self, a: bool, b: bool) -> bool {
-                a && b
-            }
-            fn or(self, a: bool, b: bool) -> bool {
-                a || b
-            }
-            fn not(self, a: bool) -> bool {
-                !a
-            }
-            fn select(self, mask: bool, a: $float, b: $float) -> $float {
-                if mask { a } else { b }
-            }
-            fn bits(self, mask: bool) -> u32 {
-                u32::from(mask)
-            }
-            fn exponentials(self, x: $float) -> Exponentials<$float> {
-                $exponentials(x)
-            }
-            fn look_up(self, image: Image<'_>, old_log_prob: $float, lower: bool) -> $float {
-                $look_up(image, old_log_prob, lower)
+            if let Some(lanes) = crate::avx2::Avx2::new() {
+                return lanes.run(work);
             }
         }
-    };
-}
-one_at_a_time!(f32, exponentials_f32, look_up_f32);
-one_at_a_time!(f64, exponentials_f64, look_up_f64);
-
-/// In f64, where `e^x - 1 - x` keeps six digits for `x` as small as 1e-5, and is 0 to them below.
-fn exponentials_f64(x: f64) -> Exponentials<f64> {
-    let exp_m1 = x.exp_m1();
-    let excess = if x.abs() < 1e-3 {
-        let square = x * x;
-        square * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0))))
-    } else {
-        exp_m1 - x
-    };
-    Exponentials { exp: x.exp(), exp_m1, excess }
-}
-
-fn exponentials_f32(x: f32) -> Exponentials<f32> {
-    let Exponentials { exp, exp_m1, excess } = exponentials_f64(f64::from(x));
-    Exponentials { exp: exp as f32, exp_m1: exp_m1 as f32, excess: excess as f32 }
-}
-
-fn look_up_f32(image: Image<'_>, old_log_prob: f32, lower: bool) -> f32 {
-    let y = Image::y(old_log_prob);
-    if lower { image.lower(y) } else { image.log_upper(y) }
-}
-
-fn look_up_f64(image: Image<'_>, old_log_prob: f64, lower: bool) -> f64 {
-    let y = Image::y(old_log_prob as f32);
-    if lower {
-        return f64::from(image.lower(y));
+        work.run(Portable)
     }
-    let tabulated = image.log_upper(y);
-    // Where everything is allowed, y in f32 could fall short of a new probability of 1.
-    if tabulated >= y && old_log_prob <= 0.0 { -old_log_prob } else { f64::from(tabulated) }
+
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+impl Number for f64 {
+    const ZERO: Self = 0.0;
+
+    fn run<W: Work<Self>>(work: W) -> W::Output {
+        work.run(Double)
+    }
+
+    fn to_f64(self) -> f64 {
+        self
+    }
+}
+
+/// Vectors of f32 that can be taken for their bits.
+pub trait FloatBits: Lanes<Scalar = f32> {
+    /// A vector of 32-bit words.
+    type Words: Copy;
+
+    fn words(self, value: u32) -> Self::Words;
+    fn as_words(self, a: Self::Float) -> Self::Words;
+    fn as_floats(self, a: Self::Words) -> Self::Float;
+    /// Wraps around.
+    fn add_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    /// Wraps around.
+    fn sub_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    fn and_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    fn or_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    /// Shifts by less than 32 each.
+    fn shift_left(self, a: Self::Words, by: Self::Words) -> Self::Words;
+    /// Shifts zeros in, by less than 32 each.
+    fn shift_right(self, a: Self::Words, by: Self::Words) -> Self::Words;
+    fn least(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    fn greatest(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    fn select_words(self, mask: Self::Mask, a: Self::Words, b: Self::Words) -> Self::Words;
+    /// The word of a row that each lane names, `lower` being whether its number is above 7.
+    fn of_row(self, row: &[u32; 16], index: Self::Words, lower: Self::Mask) -> Self::Words;
+    /// The words at these places.
+    ///
+    /// # Safety
+    /// Every index lies inside `words`.
+    unsafe fn gather(self, words: &[u32], index: Self::Words) -> Self::Words;
+    /// Four neighbouring words at each of these places, the first of all, the second of all, and so on.
+    ///
+    /// # Safety
+    /// Every index, and the three after it, lie inside `words`.
+    unsafe fn gather_four(self, words: &[u32], index: Self::Words) -> [Self::Float; 4];
+}
+
+/// The bits of infinity.
+const INFINITY: u32 = 0x7f80_0000;
+
+/// `1.5 * 2^23`: added to a float and taken away again, it rounds it to a whole number, which the low
+/// bits hold in between.
+const ROUNDING: f64 = 12_582_912.0;
+
+/// `ln 2` in two parts, the first so short that its product with a small whole number is exact.
+const LN_2: [f64; 2] = [0.693_359_375, -2.121_944_400_546_905_8e-4];
+
+/// `(e^t - 1 - t)/t^2` for `t` up to `ln(2)/2` on either side, within 1.4e-9 (a Chebyshev fit).
+const EXCESS: [f64; 6] = [
+    0.000_198_910_740_436_987_4,
+    0.001_393_372_542_224_824_4,
+    0.008_333_310_484_886_17,
+    0.041_666_463_017_463_684,
+    0.166_666_671_633_720_4,
+    0.5,
+];
+
+/// [`Lanes::exponentials`] in float32: `e^x` within 1.2 ulp, the excess within 1e-6 of itself.
+#[inline(always)]
+pub fn exponentials<L: FloatBits>(lanes: L, x: L::Float) -> Exponentials<L::Float> {
+    let rounding = lanes.splat(ROUNDING);
+    // x = k ln 2 + t
+    let shifted = lanes.add(lanes.mul(x, lanes.splat(std::f64::consts::LOG2_E)), rounding);
+    let k = lanes.sub(shifted, rounding);
+    let [high, low] = LN_2.map(|part| lanes.mul(k, lanes.splat(part)));
+    let t = lanes.sub(lanes.sub(x, high), low);
+    let mut series = lanes.splat(EXCESS[0]);
+    for coefficient in &EXCESS[1..] {
+        series = lanes.add(lanes.mul(series, t), lanes.splat(*coefficient));
+    }
+    let excess = lanes.mul(lanes.mul(t, t), series);
+    let minus_one = lanes.add(excess, t);
+    // 2^k, from the bits of k: those above the exponent's are shifted out.
+    let exponent = lanes.add_words(lanes.as_words(shifted), lanes.words(127));
+    let scale = lanes.as_floats(lanes.shift_left(exponent, lanes.words(23)));
+    let scaled = lanes.mul(scale, minus_one);
+    let far = lanes.sub(lanes.add(scaled, lanes.sub(scale, lanes.splat(1.0))), x);
+    let near = lanes.less(lanes.abs(k), lanes.splat(0.5));
+    Exponentials { exp: lanes.add(scaled, scale), excess: lanes.select(near, excess, far) }
+}
+
+/// [`Lanes::look_up`] in float32: the steps of [`Image`], in the same order, on a vector.
+#[inline(always)]
+pub fn look_up<L: FloatBits>(
+    lanes: L,
+    image: Image<'_>,
+    old_log_prob: L::Float,
+    lower: L::Mask,
+) -> L::Float {
+    let zero = lanes.splat(0.0);
+    let words = image.words();
+    // Also turns -0 into 0; a NaN stays.
+    let y = lanes.select(lanes.less(zero, old_log_prob), zero, lanes.sub(zero, old_log_prob));
+    let starts = image.row(0);
+    let mut index = lanes.select_words(lower, lanes.words(8), lanes.words(0));
+    for k in 1..8 {
+        if starts[k].min(starts[8 + k]) == INFINITY {
+            break; // neither side has more pieces
+        }
+        let start = lanes.select_words(lower, lanes.words(starts[8 + k]), lanes.words(starts[k]));
+        let reached = lanes.less_or_equal(lanes.as_floats(start), y);
+        index = lanes.add_words(index, lanes.select_words(reached, lanes.words(1), lanes.words(0)));
+    }
+    let [origin, scale, base, lowest, highest] =
+        [1, 2, 3, 4, 5].map(|row| lanes.of_row(image.row(row), index, lower));
+    let distance = lanes.abs(lanes.sub(y, lanes.as_floats(origin)));
+    let z = lanes.as_words(lanes.mul(distance, lanes.as_floats(scale)));
+    // A NaN is above all other bits, and is brought into the grid like them.
+    let bits = lanes.least(lanes.greatest(z, lowest), highest);
+    let exponent = lanes.shift_right(bits, lanes.words(23));
+    // SAFETY: an image has been checked: it has shown that bits within the grid of any piece lead to an entry
+    // inside the image, and any entry with any mantissa to a cell inside it.
+    let (entry, halvings, cell);
+    unsafe {
+        entry = lanes.gather(words, lanes.add_words(base, exponent));
+        halvings = lanes.and_words(entry, lanes.words(15));
+        let mantissa = lanes.and_words(bits, lanes.words(0x7f_ffff));
+        let fraction_bits = lanes.sub_words(lanes.words(23), halvings);
+        let node = lanes.add_words(
+            lanes.shift_right(entry, lanes.words(4)),
+            lanes.shift_right(mantissa, fraction_bits),
+        );
+        cell = lanes.gather_four(words, lanes.add_words(node, node));
+    }
+    let [v0, s0, v1, s1] = cell;
+    let mantissa = lanes.and_words(lanes.shift_left(bits, halvings), lanes.words(0x7f_ffff));
+    let one_to_two = lanes.or_words(mantissa, lanes.words(0x3f80_0000));
+    let t = lanes.sub(lanes.as_floats(one_to_two), lanes.splat(1.0));
+    let width = lanes.sub_words(exponent, halvings);
+    let width = lanes.as_floats(lanes.shift_left(width, lanes.words(23)));
+    let (m0, m1) = (lanes.mul(s0, width), lanes.mul(s1, width));
+    let rise = lanes.sub(v1, v0);
+    let (two, three) = (lanes.splat(2.0), lanes.splat(3.0));
+    let bend = lanes.sub(lanes.sub(lanes.mul(three, rise), lanes.mul(two, m0)), m1);
+    let twist = lanes.sub(lanes.add(m0, m1), lanes.mul(two, rise));
+    let mut value = lanes.add(bend, lanes.mul(t, twist));
+    value = lanes.add(m0, lanes.mul(t, value));
+    value = lanes.add(v0, lanes.mul(t, value));
+
+    let ends = image.ends().map(|bits| lanes.as_floats(lanes.words(bits)));
+    let [upper_at_zero, lower_at_zero, upper_far, lower_far] = ends;
+    let at_zero = lanes.select(lower, lower_at_zero, upper_at_zero);
+    let far = lanes.select(lower, lower_far, upper_far);
+    value = lanes.select(lanes.less(zero, y), value, at_zero);
+    value = lanes.select(lanes.less_or_equal(lanes.splat(128.0), y), far, value);
+    value = lanes.select(lanes.and_not(lanes.less(y, value), lower), y, value);
+    value = lanes.select(lanes.and(lanes.less(value, zero), lower), zero, value);
+    lanes.select(lanes.is_nan(y), y, value)
+}
+
+/// Eight numbers at a time in whatever instructions the compiler finds for arrays.
+#[derive(Clone, Copy)]
+pub struct Portable;
+
+/// Lanes of [`Portable`].
+const EIGHT: usize = 8;
+
+#[inline(always)]
+fn each<A: Copy, T>(a: [A; EIGHT], operation: impl Fn(A) -> T) -> [T; EIGHT] {
+    a.map(operation)
+}
+
+#[inline(always)]
+fn pairwise<A: Copy, B: Copy, T>(
+    a: [A; EIGHT],
+    b: [B; EIGHT],
+    operation: impl Fn(A, B) -> T,
+) -> [T; EIGHT] {
+    std::array::from_fn(|lane| operation(a[lane], b[lane]))
+}
+
+/// All bits of a lane, or none.
+#[inline(always)]
+fn all_bits(truth: bool) -> u32 {
+    if truth { u32::MAX } else { 0 }
+}
+
+impl Lanes for Portable {
+    type Scalar = f32;
+    type Float = [f32; EIGHT];
+    type Mask = [u32; EIGHT];
+    const COUNT: usize = EIGHT;
+
+    #[inline(always)]
+    fn splat(self, value: f64) -> Self::Float {
+        [value as f32; EIGHT]
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32]) -> Self::Float {
+        std::array::from_fn(|lane| from[lane])
+    }
+    #[inline(always)]
+    fn store(self, values: Self::Float, to: &mut [f32]) {
+        to[..EIGHT].copy_from_slice(&values);
+    }
+    #[inline(always)]
+    fn load_mask(self, from: &[u8]) -> Self::Mask {
+        std::array::from_fn(|lane| all_bits(from[lane] != 0))
+    }
+    #[inline(always)]
+    fn add(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        pairwise(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        pairwise(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        pairwise(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::Float) -> Self::Float {
+        each(a, f32::abs)
+    }
+    #[inline(always)]
+    fn less(self, a: Self::Float, b: Self::Float) -> Self::Mask {
+        pairwise(a, b, |a, b| all_bits(a < b))
+    }
+    #[inline(always)]
+    fn less_or_equal(self, a: Self::Float, b: Self::Float) -> Self::Mask {
+        pairwise(a, b, |a, b| all_bits(a <= b))
+    }
+    #[inline(always)]
+    fn is_nan(self, a: Self::Float) -> Self::Mask {
+        each(a, |a| all_bits(a.is_nan()))
+    }
+    #[inline(always)]
+    fn and(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
+        pairwise(a, b, |a, b| a & b)
+    }
+    #[inline(always)]
+    fn or(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
+        pairwise(a, b, |a, b| a | b)
+    }
+    #[inline(always)]
+    fn and_not(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
+        pairwise(a, b, |a, b| a & !b)
+    }
+    #[inline(always)]
+    fn select(self, mask: Self::Mask, a: Self::Float, b: Self::Float) -> Self::Float {
+        self.as_floats(self.select_words(mask, self.as_words(a), self.as_words(b)))
+    }
+    #[inline(always)]
+    fn bits(self, mask: Self::Mask) -> u32 {
+        (0..EIGHT).fold(0, |bits, lane| bits | (mask[lane] & 1) << lane)
+    }
+    #[inline(always)]
+    fn exponentials(self, x: Self::Float) -> Exponentials<Self::Float> {
+        exponentials(self, x)
+    }
+    #[inline(always)]
+    fn look_up(
+        self,
+        image: Image<'_>,
+        old_log_prob: Self::Float,
+        lower: Self::Mask,
+    ) -> Self::Float {
+        look_up(self, image, old_log_prob, lower)
+    }
+}
+
+impl FloatBits for Portable {
+    type Words = [u32; EIGHT];
+
+    #[inline(always)]
+    fn words(self, value: u32) -> Self::Words {
+        [value; EIGHT]
+    }
+    #[inline(always)]
+    fn as_words(self, a: Self::Float) -> Self::Words {
+        each(a, f32::to_bits)
+    }
+    #[inline(always)]
+    fn as_floats(self, a: Self::Words) -> Self::Float {
+        each(a, f32::from_bits)
+    }
+    #[inline(always)]
+    fn add_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, u32::wrapping_add)
+    }
+    #[inline(always)]
+    fn sub_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, u32::wrapping_sub)
+    }
+    #[inline(always)]
+    fn and_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, |a, b| a & b)
+    }
+    #[inline(always)]
+    fn or_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, |a, b| a | b)
+    }
+    #[inline(always)]
+    fn shift_left(self, a: Self::Words, by: Self::Words) -> Self::Words {
+        pairwise(a, by, |a, by| a << (by & 31))
+    }
+    #[inline(always)]
+    fn shift_right(self, a: Self::Words, by: Self::Words) -> Self::Words {
+        pairwise(a, by, |a, by| a >> (by & 31))
+    }
+    #[inline(always)]
+    fn least(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, u32::min)
+    }
+    #[inline(always)]
+    fn greatest(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, u32::max)
+    }
+    #[inline(always)]
+    fn select_words(self, mask: Self::Mask, a: Self::Words, b: Self::Words) -> Self::Words {
+        std::array::from_fn(|lane| mask[lane] & a[lane] | !mask[lane] & b[lane])
+    }
+    #[inline(always)]
+    fn of_row(self, row: &[u32; 16], index: Self::Words, _: Self::Mask) -> Self::Words {
+        each(index, |index| row[index as usize & 15])
+    }
+    #[inline(always)]
+    unsafe fn gather(self, words: &[u32], index: Self::Words) -> Self::Words {
+        // SAFETY: the caller says that they lie inside.
+        each(index, |index| unsafe { *words.get_unchecked(index as usize) })
+    }
+    #[inline(always)]
+    unsafe fn gather_four(self, words: &[u32], index: Self::Words) -> [Self::Float; 4] {
+        // SAFETY: the caller says that they lie inside.
+        [0, 1, 2, 3].map(|offset| {
+            each(index, |index| unsafe {
+                f32::from_bits(*words.get_unchecked(index as usize + offset))
+            })
+        })
+    }
+}
+
+/// One f64 at a time.
+#[derive(Clone, Copy)]
+pub struct Double;
+
+impl Lanes for Double {
+    type Scalar = f64;
+    type Float = f64;
+    type Mask = bool;
+    const COUNT: usize = 1;
+
+    fn splat(self, value: f64) -> f64 {
+        value
+    }
+    fn load(self, from: &[f64]) -> f64 {
+        from[0]
+    }
+    fn store(self, value: f64, to: &mut [f64]) {
+        to[0] = value;
+    }
+    fn load_mask(self, from: &[u8]) -> bool {
+        from[0] != 0
+    }
+    fn add(self, a: f64, b: f64) -> f64 {
+        a + b
+    }
+    fn sub(self, a: f64, b: f64) -> f64 {
+        a - b
+    }
+    fn mul(self, a: f64, b: f64) -> f64 {
+        a * b
+    }
+    fn abs(self, a: f64) -> f64 {
+        a.abs()
+    }
+    fn less(self, a: f64, b: f64) -> bool {
+        a < b
+    }
+    fn less_or_equal(self, a: f64, b: f64) -> bool {
+        a <= b
+    }
+    fn is_nan(self, a: f64) -> bool {
+        a.is_nan()
+    }
+    fn and(self, a: bool, b: bool) -> bool {
+        a && b
+    }
+    fn or(self, a: bool, b: bool) -> bool {
+        a || b
+    }
+    fn and_not(self, a: bool, b: bool) -> bool {
+        a && !b
+    }
+    fn select(self, mask: bool, a: f64, b: f64) -> f64 {
+        if mask { a } else { b }
+    }
+    fn bits(self, mask: bool) -> u32 {
+        u32::from(mask)
+    }
+    fn exponentials(self, x: f64) -> Exponentials<f64> {
+        // By its series where the difference has lost digits; the next term is 3e-15 of it.
+        let excess = if x.abs() < 1e-3 {
+            x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0))))
+        } else {
+            x.exp_m1() - x
+        };
+        Exponentials { exp: x.exp(), excess }
+    }
+    fn look_up(self, image: Image<'_>, old_log_prob: f64, lower: bool) -> f64 {
+        let y = Image::y(old_log_prob as f32);
+        if lower {
+            return f64::from(image.lower(y));
+        }
+        let tabulated = image.log_upper(y);
+        // Where everything is allowed, y in f32 could fall short of a new probability of 1.
+        if tabulated >= y && old_log_prob <= 0.0 { -old_log_prob } else { f64::from(tabulated) }
+    }
 }

@@ -13,6 +13,10 @@
 //! gradient in one pass). [`real`] holds the number types that formulas are evaluated in. Nothing
 //! here knows Python, except the one file that is compiled with the feature `python`.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub mod band;
 pub mod divergence;
 pub mod error;

@@ -505,7 +505,7 @@ impl<T: Float> Rule<'_, T> {
         let of_valid = |values: L::Float| lanes.select(valid, values, zero);
         let old_log_prob = of_valid(load(lanes, tokens.old_log_prob, index));
         let log_prob = of_valid(load(lanes, tokens.log_prob, index));
-        let cost = lanes.neg(of_valid(tokens.advantages.load(lanes, index)));
+        let cost = lanes.sub(zero, of_valid(tokens.advantages.load(lanes, index)));
         let unclamped = match tokens.log_ratio {
             Some(log_ratio) => of_valid(load(lanes, log_ratio, index)),
             None => lanes.sub(log_prob, old_log_prob),
@@ -557,7 +557,7 @@ impl<T: Float> Rule<'_, T> {
                     None => (nowhere, ratio),
                     Some(c) => {
                         let c = lanes.splat(c);
-                        let limited = lanes.and(lanes.less(c, ratio), lanes.not(beyond));
+                        let limited = lanes.and_not(lanes.less(c, ratio), beyond);
                         (limited, lanes.select(limited, c, ratio))
                     }
                 };
@@ -572,7 +572,7 @@ impl<T: Float> Rule<'_, T> {
             Surrogate::GradientPreserving { beta_low, beta_high } => {
                 let beta = lanes.select(down, lanes.splat(beta_low), lanes.splat(beta_high));
                 let loss = lanes.mul(cost, lanes.select(beyond, lanes.mul(beta, bound), ratio));
-                let stopped = lanes.and(clamped, lanes.not(beyond));
+                let stopped = lanes.and_not(clamped, beyond);
                 (loss, lanes.select(stopped, zero, loss), nowhere)
             }
         };
@@ -679,7 +679,7 @@ impl Totals {
         let finite = lanes.less(lanes.abs(token.loss), lanes.splat(f64::INFINITY));
         for (total, mask) in [
             (&mut self.valid, token.valid),
-            (&mut self.nonfinite, lanes.and(token.valid, lanes.not(finite))),
+            (&mut self.nonfinite, lanes.and_not(token.valid, finite)),
             (&mut self.clipped_low, token.clipped_low),
             (&mut self.clipped_high, token.clipped_high),
             (&mut self.limited, token.limited),
@@ -698,7 +698,7 @@ impl Totals {
                 here = lanes.and(here, above[index - 1]);
             }
             if index < above.len() {
-                here = lanes.and(here, lanes.not(above[index]));
+                here = lanes.and_not(here, above[index]);
             }
             let count = |mask: L::Mask| u64::from(lanes.bits(lanes.and(here, mask)).count_ones());
             bin.valid += count(here);

@@ -271,6 +271,16 @@ impl PyBandTable {
             .map_err(|error| raised.or(error))
     }
 
+    /// The largest errors at some values in every cell; see [`BandTable::errors_in_cells`].
+    fn errors_in_cells(&self, py: Python<'_>, exact: ExactArgument) -> PyResult<(f64, f64)> {
+        py.check_signals()?;
+        let raised = Raised::default();
+        let samples = BandTable::SAMPLES_A_CELL;
+        py.detach(|| self.0.errors_in_cells(samples, &|logp| exact.bounds(logp, &raised)))
+            .map(|error| (error.log_upper, error.lower))
+            .map_err(|error| raised.or(error))
+    }
+
     /// How many values an exhaustive verification looks at.
     #[staticmethod]
     fn checkable() -> u64 {
@@ -434,7 +444,7 @@ fn policy_loss_of<T: Float + Element>(
         })
     };
     let totals = if let Ok(words) = bounds.extract::<PyReadonlyArray1<'_, u32>>() {
-        run(BoundSource::Table(Image(words.as_slice()?)))
+        run(BoundSource::Table(Image::new(words.as_slice()?)?))
     } else {
         let bounds: PyReadonlyArray1<'_, T> = bounds.extract()?;
         run(match bounds.as_slice()? {

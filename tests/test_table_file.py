@@ -93,18 +93,17 @@ def look_up(image: bytes, side: int, y: float) -> float:
     def limited(value: float) -> float:
         return min(value, y) if side == 0 else max(value, 0.0)
 
-    h = 48 * side
     if math.isnan(y):
         return y
     if y == 0.0:
-        return limited(number(h + 36))
+        return limited(number(96 + side))
     if y >= 128.0:
-        return limited(number(h + 37))
-    k = sum(number(h + i) <= y for i in range(1, 6))
-    z = float32(float32(abs(y - number(h + 6 + k))) * number(h + 12 + k))
-    q = min(max(bits_of(z), uint(h + 24 + k)), uint(h + 30 + k))
+        return limited(number(98 + side))
+    lane = 8 * side + sum(number(8 * side + i) <= y for i in range(1, 8))
+    z = float32(float32(abs(y - number(16 + lane))) * number(32 + lane))
+    q = min(max(bits_of(z), uint(64 + lane)), uint(80 + lane))
     e = q >> 23
-    (entries,) = struct.unpack_from("<i", image, 4 * (h + 18 + k))
+    (entries,) = struct.unpack_from("<i", image, 4 * (48 + lane))
     entry = uint(entries + e)
     b = entry & 15
     cell = (q & 0x7FFFFF) >> (23 - b)
@@ -139,9 +138,14 @@ def test_a_file_is_what_the_document_says(file: bytes) -> None:
     errors = float(metadata["max_error_log_upper"]), float(metadata["max_error_lower"])
     assert errors == table.max_error
     assert image == table.words.tobytes()
-    # The parts of the header that hold nothing, and the gap between entries and nodes.
+    # The part of the header that holds nothing, and the pieces that are not used.
     words = struct.unpack(f"<{count}I", image)
-    assert not any(words[38:48] + words[86:96])
+    assert not any(words[100:112])
+    for first in 0, 8:
+        used = sum(word != bits_of(math.inf) for word in words[first : first + 8])
+        for row in range(16 + first, 96, 16):
+            last = words[row + used - 1]
+            assert all(word == last for word in words[row + used : row + 8])
 
 
 @pytest.mark.parametrize(("text", "made"), REGIONS)

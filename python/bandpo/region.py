@@ -101,7 +101,7 @@ class Region(ABC):
         The table keeps to the simplex, ``log_upper <= -logp``, where the region may not (a `Clip`).
 
         Raises:
-            InvalidValueError: If a delta is an array, or a side has more than six smooth pieces.
+            InvalidValueError: If a delta is an array, or a side has more than eight smooth pieces.
         """
         return _table(self)
 

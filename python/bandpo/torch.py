@@ -374,33 +374,30 @@ def read_table(
     floats = words.view(torch.float32)
     y = (-old_log_prob).to(torch.float32).clamp(min=0.0)
 
-    def header(index: int) -> torch.Tensor:
-        return torch.where(lower, floats[48 + index], floats[index])
+    def of_side(index: int, stride: int) -> torch.Tensor:
+        return torch.where(lower, floats[index + stride], floats[index])
 
-    piece = torch.where(lower, 48, 0) + sum((y >= header(k)).to(torch.int64) for k in range(1, 6))
-    distance = (y - floats[piece + 6]).abs() * floats[piece + 12]
-    bits = distance.view(torch.int32).clamp(words[piece + 24], words[piece + 30])
+    # Rows of 16 words, a lane for each of the eight pieces of both sides; then the special values.
+    lane = torch.where(lower, 8, 0) + sum((y >= of_side(k, 8)).to(torch.int64) for k in range(1, 8))
+    distance = (y - floats[16 + lane]).abs() * floats[32 + lane]
+    bits = distance.view(torch.int32).clamp(words[64 + lane], words[80 + lane])
     exponent = bits >> 23
-    entry = words[words[piece + 18] + exponent]
+    entry = words[words[48 + lane] + exponent]
     halvings = entry & 15
-    fraction_bits = 23 - halvings
-    node = 2 * ((entry >> 4) + ((bits & 0x7FFFFF) >> fraction_bits))
-    fraction = (bits & (0x7FFFFF >> halvings)).to(torch.float32) * _power_of_two(-fraction_bits)
-    width = _power_of_two(exponent - 127 - halvings)
+    node = 2 * ((entry >> 4) + ((bits & 0x7FFFFF) >> (23 - halvings)))
+    # What is left of the mantissa becomes that of a float in [1, 2).
+    fraction = (((bits << halvings) & 0x7FFFFF) | 0x3F800000).view(torch.float32) - 1.0
+    width = ((exponent - halvings) << 23).view(torch.float32)
     value, slope = floats[node], floats[node + 1] * width
     rise, next_slope = floats[node + 2] - value, floats[node + 3] * width
     bend = 3.0 * rise - 2.0 * slope - next_slope
     twist = slope + next_slope - 2.0 * rise
     bound = value + fraction * (slope + fraction * (bend + fraction * twist))
-    bound = torch.where(y == 0.0, header(36), torch.where(y >= 128.0, header(37), bound))
+    bound = torch.where(y == 0.0, of_side(96, 1), torch.where(y >= 128.0, of_side(98, 1), bound))
     everything = ~lower & (bound >= y)
     bound = torch.where(y.isnan(), y, bound.clamp(min=0.0)).to(old_log_prob.dtype)
     # Where everything is allowed, y in float32 could fall short of a new probability of 1.
     return torch.where(everything, (-old_log_prob).clamp(min=0.0), bound)
-
-
-def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    return ((exponent + 127) << 23).view(torch.float32)
 
 
 class TokenLoss(Protocol):

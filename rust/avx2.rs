@@ -1,0 +1,221 @@
+//! [`Lanes`] in AVX2: eight float32 at a time.
+
+// A function of vectors has to become part of one that is compiled for their instructions.
+#![allow(clippy::inline_always, clippy::wildcard_imports)]
+
+use std::arch::x86_64::*;
+
+use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up};
+use crate::table::Image;
+
+/// Exists only where the processor has the instructions.
+#[derive(Clone, Copy)]
+pub struct Avx2(());
+
+impl Avx2 {
+    /// `None` where the processor lacks the instructions.
+    pub fn new() -> Option<Self> {
+        is_x86_feature_detected!("avx2").then_some(Self(()))
+    }
+
+    /// Does the work in a function that is compiled for these instructions.
+    pub fn run<W: Work<f32>>(self, work: W) -> W::Output {
+        #[target_feature(enable = "avx2,popcnt")]
+        fn compiled<W: Work<f32>>(lanes: Avx2, work: W) -> W::Output {
+            work.run(lanes)
+        }
+        // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX2
+        // count bits.
+        unsafe { compiled(self, work) }
+    }
+}
+
+impl Lanes for Avx2 {
+    type Scalar = f32;
+    type Float = __m256;
+    /// All bits of a lane, or none.
+    type Mask = __m256;
+    const COUNT: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, value: f64) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_set1_ps(value as f32) }
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32]) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_loadu_ps(from[..8].as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, values: __m256, to: &mut [f32]) {
+        // SAFETY: the instructions are there.
+        unsafe {
+            _mm256_storeu_ps(to[..8].as_mut_ptr(), values);
+        }
+    }
+    #[inline(always)]
+    fn load_mask(self, from: &[u8]) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from[..8].as_ptr().cast()));
+            _mm256_castsi256_ps(_mm256_cmpgt_epi32(bytes, _mm256_setzero_si256()))
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn abs(self, a: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
+    }
+    #[inline(always)]
+    fn less(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_cmp_ps::<_CMP_LT_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn less_or_equal(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_cmp_ps::<_CMP_LE_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn is_nan(self, a: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a) }
+    }
+    #[inline(always)]
+    fn and(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_and_ps(a, b) }
+    }
+    #[inline(always)]
+    fn or(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_or_ps(a, b) }
+    }
+    #[inline(always)]
+    fn and_not(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_andnot_ps(b, a) }
+    }
+    #[inline(always)]
+    fn select(self, mask: __m256, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_blendv_ps(b, a, mask) }
+    }
+    #[inline(always)]
+    fn bits(self, mask: __m256) -> u32 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_movemask_ps(mask) as u32 }
+    }
+    #[inline(always)]
+    fn exponentials(self, x: __m256) -> Exponentials<__m256> {
+        exponentials(self, x)
+    }
+    #[inline(always)]
+    fn look_up(self, image: Image<'_>, old_log_prob: __m256, lower: __m256) -> __m256 {
+        look_up(self, image, old_log_prob, lower)
+    }
+}
+
+impl FloatBits for Avx2 {
+    type Words = __m256i;
+
+    #[inline(always)]
+    fn words(self, value: u32) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_set1_epi32(value as i32) }
+    }
+    #[inline(always)]
+    fn as_words(self, a: __m256) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_castps_si256(a) }
+    }
+    #[inline(always)]
+    fn as_floats(self, a: __m256i) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_castsi256_ps(a) }
+    }
+    #[inline(always)]
+    fn add_words(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn sub_words(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_sub_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn and_words(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_and_si256(a, b) }
+    }
+    #[inline(always)]
+    fn or_words(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_or_si256(a, b) }
+    }
+    #[inline(always)]
+    fn shift_left(self, a: __m256i, by: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_sllv_epi32(a, by) }
+    }
+    #[inline(always)]
+    fn shift_right(self, a: __m256i, by: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_srlv_epi32(a, by) }
+    }
+    #[inline(always)]
+    fn least(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_min_epu32(a, b) }
+    }
+    #[inline(always)]
+    fn greatest(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_max_epu32(a, b) }
+    }
+    #[inline(always)]
+    fn select_words(self, mask: __m256, a: __m256i, b: __m256i) -> __m256i {
+        self.as_words(self.select(mask, self.as_floats(a), self.as_floats(b)))
+    }
+    #[inline(always)]
+    fn of_row(self, row: &[u32; 16], index: __m256i, lower: __m256) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe {
+            // The permutation takes the index modulo 8.
+            let [upper_half, lower_half] = [0, 8].map(|half| {
+                _mm256_permutevar8x32_epi32(_mm256_loadu_si256(row[half..].as_ptr().cast()), index)
+            });
+            self.select_words(lower, lower_half, upper_half)
+        }
+    }
+    #[inline(always)]
+    unsafe fn gather(self, words: &[u32], index: __m256i) -> __m256i {
+        // SAFETY: the instructions are there, and the caller says that the places lie inside.
+        unsafe { _mm256_i32gather_epi32::<4>(words.as_ptr().cast(), index) }
+    }
+    #[inline(always)]
+    unsafe fn gather_four(self, words: &[u32], index: __m256i) -> [__m256; 4] {
+        // SAFETY: the instructions are there, and the caller says that the places lie inside.
+        unsafe {
+            let base = words.as_ptr().cast::<f32>();
+            [0, 1, 2, 3].map(|offset| _mm256_i32gather_ps::<4>(base.add(offset), index))
+        }
+    }
+}

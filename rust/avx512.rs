@@ -1,0 +1,214 @@
+//! [`Lanes`] in AVX-512: sixteen float32 at a time.
+
+// A function of vectors has to become part of one that is compiled for their instructions.
+#![allow(clippy::inline_always, clippy::wildcard_imports)]
+
+use std::arch::x86_64::*;
+
+use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up};
+use crate::table::Image;
+
+/// Exists only where the processor has the instructions.
+#[derive(Clone, Copy)]
+pub struct Avx512(());
+
+impl Avx512 {
+    /// `None` where the processor lacks an instruction.
+    pub fn new() -> Option<Self> {
+        (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl"))
+        .then_some(Self(()))
+    }
+
+    /// Does the work in a function that is compiled for these instructions.
+    pub fn run<W: Work<f32>>(self, work: W) -> W::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+        fn compiled<W: Work<f32>>(lanes: Avx512, work: W) -> W::Output {
+            work.run(lanes)
+        }
+        // SAFETY: a value of this type exists, so the processor has the instructions.
+        unsafe { compiled(self, work) }
+    }
+}
+
+impl Lanes for Avx512 {
+    type Scalar = f32;
+    type Float = __m512;
+    type Mask = __mmask16;
+    const COUNT: usize = 16;
+
+    #[inline(always)]
+    fn splat(self, value: f64) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_set1_ps(value as f32) }
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32]) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_loadu_ps(from[..16].as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, values: __m512, to: &mut [f32]) {
+        // SAFETY: the instructions are there.
+        unsafe {
+            _mm512_storeu_ps(to[..16].as_mut_ptr(), values);
+        }
+    }
+    #[inline(always)]
+    fn load_mask(self, from: &[u8]) -> __mmask16 {
+        // SAFETY: the instructions are there.
+        unsafe {
+            let bytes = _mm_loadu_si128(from[..16].as_ptr().cast());
+            _mm_test_epi8_mask(bytes, bytes)
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn abs(self, a: __m512) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_abs_ps(a) }
+    }
+    #[inline(always)]
+    fn less(self, a: __m512, b: __m512) -> __mmask16 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn less_or_equal(self, a: __m512, b: __m512) -> __mmask16 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn is_nan(self, a: __m512) -> __mmask16 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a) }
+    }
+    #[inline(always)]
+    fn and(self, a: __mmask16, b: __mmask16) -> __mmask16 {
+        a & b
+    }
+    #[inline(always)]
+    fn or(self, a: __mmask16, b: __mmask16) -> __mmask16 {
+        a | b
+    }
+    #[inline(always)]
+    fn and_not(self, a: __mmask16, b: __mmask16) -> __mmask16 {
+        a & !b
+    }
+    #[inline(always)]
+    fn select(self, mask: __mmask16, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_mask_blend_ps(mask, b, a) }
+    }
+    #[inline(always)]
+    fn bits(self, mask: __mmask16) -> u32 {
+        u32::from(mask)
+    }
+    #[inline(always)]
+    fn exponentials(self, x: __m512) -> Exponentials<__m512> {
+        exponentials(self, x)
+    }
+    #[inline(always)]
+    fn look_up(self, image: Image<'_>, old_log_prob: __m512, lower: __mmask16) -> __m512 {
+        look_up(self, image, old_log_prob, lower)
+    }
+}
+
+impl FloatBits for Avx512 {
+    type Words = __m512i;
+
+    #[inline(always)]
+    fn words(self, value: u32) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_set1_epi32(value as i32) }
+    }
+    #[inline(always)]
+    fn as_words(self, a: __m512) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_castps_si512(a) }
+    }
+    #[inline(always)]
+    fn as_floats(self, a: __m512i) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_castsi512_ps(a) }
+    }
+    #[inline(always)]
+    fn add_words(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn sub_words(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_sub_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn and_words(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_and_si512(a, b) }
+    }
+    #[inline(always)]
+    fn or_words(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    fn shift_left(self, a: __m512i, by: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_sllv_epi32(a, by) }
+    }
+    #[inline(always)]
+    fn shift_right(self, a: __m512i, by: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_srlv_epi32(a, by) }
+    }
+    #[inline(always)]
+    fn least(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_min_epu32(a, b) }
+    }
+    #[inline(always)]
+    fn greatest(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_max_epu32(a, b) }
+    }
+    #[inline(always)]
+    fn select_words(self, mask: __mmask16, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_mask_blend_epi32(mask, b, a) }
+    }
+    #[inline(always)]
+    fn of_row(self, row: &[u32; 16], index: __m512i, _: __mmask16) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_permutexvar_epi32(index, _mm512_loadu_si512(row.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    unsafe fn gather(self, words: &[u32], index: __m512i) -> __m512i {
+        // SAFETY: the instructions are there, and the caller says that the places lie inside.
+        unsafe { _mm512_i32gather_epi32::<4>(index, words.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    unsafe fn gather_four(self, words: &[u32], index: __m512i) -> [__m512; 4] {
+        // SAFETY: the instructions are there, and the caller says that the places lie inside.
+        unsafe {
+            let base = words.as_ptr().cast::<f32>();
+            [0, 1, 2, 3].map(|offset| _mm512_i32gather_ps::<4>(index, base.add(offset).cast()))
+        }
+    }
+}
