@@ -518,3 +518,125 @@ impl Lanes for Double {
         if tabulated >= y && old_log_prob <= 0.0 { -old_log_prob } else { f64::from(tabulated) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::band::Band;
+    use crate::divergence::Divergence;
+    use crate::table::BandTable;
+
+    /// Runs vectors of every kind over the same numbers and returns what each kind made of them.
+    struct Each<'a> {
+        x: &'a [f32],
+        image: Image<'a>,
+    }
+
+    impl Work<f32> for Each<'_> {
+        type Output = Vec<[u32; 4]>;
+
+        fn run<L: Lanes<Scalar = f32>>(self, lanes: L) -> Self::Output {
+            let mut out = Vec::new();
+            for chunk in self.x.chunks_exact(MOST_LANES) {
+                for part in chunk.chunks_exact(L::COUNT) {
+                    let x = lanes.load(part);
+                    let within = lanes.select(lanes.less(lanes.abs(x), lanes.splat(20.0)), x, {
+                        lanes.splat(20.0)
+                    });
+                    let Exponentials { exp, excess } = lanes.exponentials(within);
+                    let upper = lanes.look_up(self.image, x, lanes.less(x, x));
+                    let lower = lanes.look_up(self.image, x, lanes.less_or_equal(x, x));
+                    let mut columns = [[0.0; MOST_LANES]; 4];
+                    for (column, values) in columns.iter_mut().zip([exp, excess, upper, lower]) {
+                        lanes.store(values, column);
+                    }
+                    out.extend(
+                        (0..L::COUNT).map(|lane| columns.map(|column| column[lane].to_bits())),
+                    );
+                }
+            }
+            out
+        }
+    }
+
+    fn kinds(x: &[f32], image: Image<'_>) -> Vec<(&'static str, Vec<[u32; 4]>)> {
+        let mut kinds = vec![("portable", Each { x, image }.run(Portable))];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(lanes) = crate::avx2::Avx2::new() {
+                kinds.push(("AVX2", lanes.run(Each { x, image })));
+            }
+            if let Some(lanes) = crate::avx512::Avx512::new() {
+                kinds.push(("AVX-512", lanes.run(Each { x, image })));
+            }
+        }
+        kinds
+    }
+
+    /// Log-probs of every size and sign, and what is none.
+    fn numbers() -> Vec<f32> {
+        let mut numbers: Vec<f32> = (0..1 << 16)
+            .map(|i: u32| f32::from_bits(i << 16 | i.wrapping_mul(40503) & 0xffff))
+            .collect();
+        numbers.extend((0..1 << 16).map(|i| -(i as f32) * 1e-3));
+        numbers
+    }
+
+    #[test]
+    fn every_kind_of_vector_gives_the_bits_of_the_scalar_table_and_of_each_other() {
+        let numbers = numbers();
+        for (spec, delta) in [("kl", 0.05), ("reverse-kl", 0.3), ("tv", 0.1), ("jeffreys", 1e-4)] {
+            let band = Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap();
+            let table = BandTable::of_band(&band).unwrap();
+            let kinds = kinds(&numbers, table.image());
+            for (name, found) in &kinds {
+                assert_eq!(found.len(), numbers.len());
+                for ((&x, found), portable) in numbers.iter().zip(found).zip(&kinds[0].1) {
+                    let y = Image::y(x);
+                    let scalar = [table.image().log_upper(y), table.image().lower(y)];
+                    for (vector, scalar) in found[2..].iter().zip(scalar) {
+                        let vector = f32::from_bits(*vector);
+                        assert!(
+                            vector == scalar || vector.is_nan() && scalar.is_nan(),
+                            "{spec} {name} {x:e}: {vector:e} {scalar:e}"
+                        );
+                    }
+                    if !x.is_nan() {
+                        assert_eq!(found[..2], portable[..2], "{name} {x:e}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// What docs/numerics.md states.
+    #[test]
+    fn exponentials_are_as_good_as_they_say() {
+        let x: Vec<f32> =
+            (0..1 << 20).map(|i| (i - (1 << 19)) as f32 * (20.0 / (1 << 19) as f32)).collect();
+        let small: Vec<f32> = (0..1 << 16)
+            .flat_map(|i| [1.0, -1.0].map(|s| s * f32::from_bits((70 << 23) + (i << 12))))
+            .collect();
+        let band = Band::new(Divergence::parse("kl").unwrap(), 0.05, 0.05).unwrap();
+        let table = BandTable::of_band(&band).unwrap();
+        let (mut worst_exp, mut worst_excess) = (0.0_f64, 0.0_f64);
+        for x in [x, small] {
+            for (&x, found) in x.iter().zip(Each { x: &x, image: table.image() }.run(Portable)) {
+                if x.abs() >= 20.0 {
+                    continue;
+                }
+                let [exp, excess] =
+                    [found[0], found[1]].map(|bits| f64::from(f32::from_bits(bits)));
+                let exact = Double.exponentials(f64::from(x));
+                let ulp = f64::from((exact.exp as f32).next_up()) - f64::from(exact.exp as f32);
+                worst_exp = worst_exp.max((exp - exact.exp).abs() / ulp);
+                // Below 2^-126 float32 has no digits left.
+                if exact.excess > f64::from(f32::MIN_POSITIVE) {
+                    worst_excess = worst_excess.max((excess - exact.excess).abs() / exact.excess);
+                }
+            }
+        }
+        assert!(worst_exp <= 1.2, "{worst_exp}");
+        assert!(worst_excess <= 1e-6, "{worst_excess}");
+    }
+}
