@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bandpo.curve import Curve, curve_of
 from bandpo.error import MissingExtraError, OutputPathError
-from bandpo.region import Region
+from bandpo.region import Float64Array, Region
 
 try:
     from matplotlib.axes import Axes
@@ -70,28 +70,99 @@ def draw_regions(
         probability_range: Least and greatest old probability, in (0, 1].
         ratio_range: Least and greatest ratio of the vertical axis, above 0.
     """
-    least, greatest = probability_range
-    logp = np.linspace(math.log(least), math.log(greatest), 1001)
-    p = np.exp(logp)
-    axes.fill_between(p, 1.0 / p, ratio_range[1], color="0.93", linewidth=0)
-    for (name, region), style in zip(regions.items(), _styles(), strict=False):
+    curves = {name: curve_of(region, probability_range) for name, region in regions.items()}
+    _draw_ratios(axes, curves, probability_range, ratio_range)
+    axes.legend()
+
+
+def comparison_figure(
+    regions: Mapping[str, Region], *, probability_range: tuple[float, float] = (1e-4, 1.0)
+) -> Figure:
+    """Returns what each region allows, by name: its bounds, and the change of probability.
+
+    Regions that are equal share one line, and one entry of the legend. The grey area is where the
+    new probability would exceed 1.
+
+    Args:
+        regions: The regions by name.
+        probability_range: Least and greatest old probability, in (0, 1].
+    """
+    names: dict[Region, list[str]] = {}
+    for name, region in regions.items():
+        names.setdefault(region, []).append(name)
+    curves = {
+        ", ".join(same): curve_of(region, probability_range) for region, same in names.items()
+    }
+    figure = Figure(figsize=(12.0, 6.4), dpi=_DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplot_mosaic([["ratio", "rise"], ["ratio", "fall"]], width_ratios=[1.15, 1.0])
+    _draw_ratios(axes["ratio"], curves, probability_range, (1e-2, 1e2))
+    axes["ratio"].set_title("Bounds of the ratio")
+    p = next(iter(curves.values())).p
+    changes = (1e-1 * probability_range[0], 1.0)
+    axes["rise"].fill_between(p, 1.0 - p, changes[1], color="0.93", linewidth=0)
+    axes["rise"].plot(p, 1.0 - p, color="0.6", linewidth=0.8)
+    axes["fall"].fill_between(p, p, changes[1], color="0.93", linewidth=0)
+    axes["fall"].plot(p, p, color="0.6", linewidth=0.8)
+    for side, title in (
+        ("rise", "How far p may rise: p (upper - 1)"),
+        ("fall", "How far p may fall: p (1 - lower)"),
+    ):
+        for curve, style in zip(curves.values(), _styles(), strict=False):
+            _draw(axes[side], p, getattr(curve, side), changes, style)
+        axes[side].set_title(title)
+        _log_log(axes[side], probability_range, changes, "change of probability")
+    axes["rise"].set_xlabel("")
+    figure.legend(
+        *axes["ratio"].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+    )
+    return figure
+
+
+def _draw_ratios(
+    axes: Axes,
+    curves: Mapping[str, Curve],
+    probability_range: tuple[float, float],
+    ratio_range: tuple[float, float],
+) -> None:
+    for (name, curve), style in zip(curves.items(), _styles(), strict=False):
         label = name
-        for bound in reversed(region.bounds(logp)):
-            seen = np.where((bound > 0.0) & np.isfinite(bound), bound, np.nan)
-            if np.any((seen >= ratio_range[0]) & (seen <= ratio_range[1])):
-                axes.plot(p, seen, label=label, **style)
+        for bound in (curve.upper, curve.lower):
+            if _draw(axes, curve.p, bound, ratio_range, style | {"label": label}):
                 label = "_"  # one entry a region in the legend
+        p = curve.p
+    axes.fill_between(p, 1.0 / p, ratio_range[1], color="0.93", linewidth=0, zorder=0)
     axes.plot(p, 1.0 / p, color="0.6", linewidth=0.8, label="1/p, new probability 1")
+    _log_log(axes, probability_range, ratio_range, "allowed ratio new/old")
+
+
+def _draw(
+    axes: Axes,
+    p: Float64Array,
+    values: Float64Array,
+    value_range: tuple[float, float],
+    style: Mapping[str, Any],
+) -> bool:
+    """Draws a curve if some of it lies in the range, and returns whether it did."""
+    drawn = np.where((values > 0.0) & np.isfinite(values), values, np.nan)
+    if not np.any((drawn >= value_range[0]) & (drawn <= value_range[1])):
+        return False
+    axes.plot(p, drawn, **style)
+    return True
+
+
+def _log_log(axes: Axes, across: tuple[float, float], up: tuple[float, float], ylabel: str) -> None:
     axes.set(
         xscale="log",
         yscale="log",
-        xlim=probability_range,
-        ylim=ratio_range,
+        xlim=across,
+        ylim=up,
         xlabel="old probability p of the token",
-        ylabel="allowed ratio new/old",
+        ylabel=ylabel,
     )
     axes.grid(**_GRID)
-    axes.legend()
 
 
 def demo_figure(result: Result, regions: Mapping[str, Region]) -> Figure:
