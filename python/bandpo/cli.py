@@ -102,7 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(verify)
     verify.set_defaults(command=_table_verify)
 
-    plot = commands.add_parser("plot", help="draw what methods and bands allow, together")
+    plot = commands.add_parser(
+        "plot",
+        help="draw what methods and bands allow, together",
+        description="Draws the bounds of methods and bands, and the change of probability that they"
+        " allow. Those of gspo are for the ratio of a sequence; bapo's are those it begins with.",
+    )
     plot.add_argument(
         "names",
         nargs="*",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,51 +71,46 @@ def draw_regions(
         ratio_range: Least and greatest ratio of the vertical axis, above 0.
     """
     curves = {name: curve_of(region, probability_range) for name, region in regions.items()}
-    _draw_ratios(axes, curves, probability_range, ratio_range)
+    _draw_ratios(axes, curves, list(islice(_styles(), len(curves))), ratio_range)
     axes.legend()
 
 
-def comparison_figure(
-    regions: Mapping[str, Region], *, probability_range: tuple[float, float] = (1e-4, 1.0)
-) -> Figure:
+def comparison_figure(regions: Mapping[str, Region]) -> Figure:
     """Returns what each region allows, by name: its bounds, and the change of probability.
 
     Regions that are equal share one line, and one entry of the legend. The grey area is where the
-    new probability would exceed 1.
-
-    Args:
-        regions: The regions by name.
-        probability_range: Least and greatest old probability, in (0, 1].
+    new probability would not lie in [0, 1].
     """
     names: dict[Region, list[str]] = {}
     for name, region in regions.items():
         names.setdefault(region, []).append(name)
-    curves = {
-        ", ".join(same): curve_of(region, probability_range) for region, same in names.items()
-    }
+    curves = {", ".join(same): curve_of(region) for region, same in names.items()}
+    # Each line is wider than those above it, and so shows on both sides of them.
+    styles = [
+        {**style, "linewidth": width, "zorder": 4.0 - width}
+        for style, width in zip(_styles(), np.linspace(1.4, 3.2, len(curves)), strict=False)
+    ]
     figure = Figure(figsize=(12.0, 6.4), dpi=_DOTS_PER_INCH, layout="constrained")
     axes = figure.subplot_mosaic([["ratio", "rise"], ["ratio", "fall"]], width_ratios=[1.15, 1.0])
-    _draw_ratios(axes["ratio"], curves, probability_range, (1e-2, 1e2))
+    _draw_ratios(axes["ratio"], curves, styles, (1e-2, 1e2))
     axes["ratio"].set_title("Bounds of the ratio")
     p = next(iter(curves.values())).p
-    changes = (1e-1 * probability_range[0], 1.0)
-    axes["rise"].fill_between(p, 1.0 - p, changes[1], color="0.93", linewidth=0)
-    axes["rise"].plot(p, 1.0 - p, color="0.6", linewidth=0.8)
-    axes["fall"].fill_between(p, p, changes[1], color="0.93", linewidth=0)
-    axes["fall"].plot(p, p, color="0.6", linewidth=0.8)
-    for side, title in (
-        ("rise", "How far p may rise: p (upper - 1)"),
-        ("fall", "How far p may fall: p (1 - lower)"),
+    changes = (0.1 * p[0], 1.0)
+    for side, all_there_is, title in (
+        ("rise", 1.0 - p, "How far p may rise: p (upper - 1)"),
+        ("fall", p, "How far p may fall: p (1 - lower)"),
     ):
-        for curve, style in zip(curves.values(), _styles(), strict=False):
+        for curve, style in zip(curves.values(), styles, strict=True):
             _draw(axes[side], p, getattr(curve, side), changes, style)
+        _draw_edge(axes[side], p, all_there_is, changes[1])
         axes[side].set_title(title)
-        _log_log(axes[side], probability_range, changes, "change of probability")
+        _log_log(axes[side], p, changes, "change of probability")
     axes["rise"].set_xlabel("")
     figure.legend(
         *axes["ratio"].get_legend_handles_labels(),
         loc="outside lower center",
         ncols=5,
+        handlelength=3.2,
         frameon=False,
     )
     return figure
@@ -124,18 +119,17 @@ def comparison_figure(
 def _draw_ratios(
     axes: Axes,
     curves: Mapping[str, Curve],
-    probability_range: tuple[float, float],
+    styles: Sequence[Mapping[str, Any]],
     ratio_range: tuple[float, float],
 ) -> None:
-    for (name, curve), style in zip(curves.items(), _styles(), strict=False):
+    for (name, curve), style in zip(curves.items(), styles, strict=True):
         label = name
         for bound in (curve.upper, curve.lower):
-            if _draw(axes, curve.p, bound, ratio_range, style | {"label": label}):
+            if _draw(axes, curve.p, bound, ratio_range, {**style, "label": label}):
                 label = "_"  # one entry a region in the legend
-        p = curve.p
-    axes.fill_between(p, 1.0 / p, ratio_range[1], color="0.93", linewidth=0, zorder=0)
-    axes.plot(p, 1.0 / p, color="0.6", linewidth=0.8, label="1/p, new probability 1")
-    _log_log(axes, probability_range, ratio_range, "allowed ratio new/old")
+    p = next(iter(curves.values())).p
+    _draw_edge(axes, p, 1.0 / p, ratio_range[1], label="1/p, new probability 1")
+    _log_log(axes, p, ratio_range, "allowed ratio new/old")
 
 
 def _draw(
@@ -146,22 +140,31 @@ def _draw(
     style: Mapping[str, Any],
 ) -> bool:
     """Draws a curve if some of it lies in the range, and returns whether it did."""
-    drawn = np.where((values > 0.0) & np.isfinite(values), values, np.nan)
-    if not np.any((drawn >= value_range[0]) & (drawn <= value_range[1])):
+    if not np.any((values >= value_range[0]) & (values <= value_range[1])):
         return False
-    axes.plot(p, drawn, **style)
+    # A line to 0 or to infinity leaves the picture instead of ending in it.
+    axes.plot(p, np.clip(values, 0.1 * value_range[0], 10.0 * value_range[1]), **style)
     return True
 
 
-def _log_log(axes: Axes, across: tuple[float, float], up: tuple[float, float], ylabel: str) -> None:
+def _draw_edge(
+    axes: Axes, p: Float64Array, edge: Float64Array, top: float, label: str | None = None
+) -> None:
+    """Draws where the new probability leaves [0, 1]."""
+    axes.fill_between(p, edge, top, color="0.93", linewidth=0, zorder=0)
+    axes.plot(p, edge, color="0.6", linewidth=0.8, label=label)
+
+
+def _log_log(axes: Axes, p: Float64Array, up: tuple[float, float], ylabel: str) -> None:
     axes.set(
         xscale="log",
         yscale="log",
-        xlim=across,
+        xlim=(p[0], p[-1]),
         ylim=up,
         xlabel="old probability p of the token",
         ylabel=ylabel,
     )
+    axes.set_axisbelow(True)
     axes.grid(**_GRID)
 
 
