@@ -200,15 +200,15 @@ def test_a_table_stands_for_its_region_in_sides() -> None:
         (lambda: Clip.from_log_ratio(0.4, math.nan), InvalidValueError, "log_high .* got nan"),
         (lambda: Clip.kl3(0.0), InvalidValueError, "delta must be finite and above 0, got 0.0"),
         (lambda: Clip.kl3(math.inf), InvalidValueError, "delta must be finite .* got inf"),
-        (lambda: Clip.kl3("0.1"), InvalidTypeError, "delta must hold real numbers"),
+        (lambda: Clip.kl3("0.1"), InvalidTypeError, "delta must hold real numbers"),  # type: ignore[arg-type]
         (lambda: Dcpo(0.0), InvalidValueError, "eps_low must be finite and above 0, got 0.0"),
         (lambda: Dcpo(0.1, math.inf), InvalidValueError, "eps_high must be finite .* got inf"),
-        (lambda: Dcpo([0.1]), InvalidTypeError, "eps_low must be one number"),
+        (lambda: Dcpo([0.1]), InvalidTypeError, "eps_low must be one number"),  # type: ignore[arg-type]
         (lambda: Dcpo().cap(0.9), InvalidValueError, "upper must be at least 1, got 0.9"),
         (lambda: Dcpo().cap(math.nan), InvalidValueError, "upper must be at least 1, got nan"),
         (lambda: Dcpo().at_least(-1), InvalidValueError, "eps_low must be in"),
-        (lambda: sides(lower=0.2, upper=Clip(0.2)), InvalidTypeError, "lower must be a Region"),
-        (lambda: sides(lower=Clip(0.2), upper=1.2), InvalidTypeError, "upper .* got float"),
+        (lambda: sides(lower=0.2, upper=Clip(0.2)), InvalidTypeError, "lower must be a Region"),  # type: ignore[arg-type]
+        (lambda: sides(lower=Clip(0.2), upper=1.2), InvalidTypeError, "upper .* got float"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_input(make: Any, error: type[Exception], message: str) -> None:
