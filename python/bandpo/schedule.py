@@ -89,6 +89,9 @@ class Constant(Schedule):
         """Takes an empty state; see `Schedule.load_state_dict`."""
         _entries(state)
 
+    def __repr__(self) -> str:
+        return f"Constant({self._value})"
+
 
 class _Ramp(Schedule):
     """From ``start`` to ``end`` in a number of steps."""
@@ -227,6 +230,9 @@ class EntropyTargeted(Schedule):
         """Takes the number; see `Schedule.load_state_dict`."""
         self._value = self._in_range("value", _entries(state, "value")["value"])
 
+    def __repr__(self) -> str:
+        return f"EntropyTargeted({self._value}, target={self.target}, rate={self.rate})"
+
     def _in_range(self, argument: str, value: float) -> float:
         check_number(argument, value)
         if not self.least <= value <= self.greatest:
@@ -347,7 +353,7 @@ class ScheduledBand(RegionSource):
         self._change(self._now())
 
     def __repr__(self) -> str:
-        return f"ScheduledBand({self.divergence.spec!r}, {self.schedule!r})"
+        return f"ScheduledBand({self.divergence!r}, {self.schedule!r})"
 
 
 class Bapo(RegionSource):
