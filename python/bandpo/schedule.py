@@ -295,7 +295,8 @@ class RegionSource(ABC):
 class ScheduledBand(RegionSource):
     """The band of a divergence with a delta that follows a schedule.
 
-    The table of each delta is built when it is first needed, in about a millisecond, and kept.
+    The table of each delta is built when it is first needed, in a millisecond or two for a band and
+    some milliseconds for a set of regions, and the last 64 are kept.
 
     >>> source = ScheduledBand("kl", Linear(0.1, 0.05, 100), within=lambda band: band.cap(10))
     >>> source.step()
