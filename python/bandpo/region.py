@@ -177,13 +177,11 @@ class Clip(Region):
         self.eps_high = _as_number("eps_high", eps_high)
         if not 0.0 <= self.eps_low <= 1.0:
             raise InvalidValueError(
-                f"eps_low must be in [0, 1], for a lower bound 1 - eps_low of at most 1, "
-                f"got {eps_low}"
+                f"eps_low must be in [0, 1], got {eps_low}: the lower bound is 1 - eps_low"
             )
         if not self.eps_high >= 0.0:
             raise InvalidValueError(
-                f"eps_high must be at least 0, for an upper bound 1 + eps_high of at least 1, "
-                f"got {eps_high}"
+                f"eps_high must be at least 0, got {eps_high}: the upper bound is 1 + eps_high"
             )
         self.log_lower = math.log1p(-self.eps_low) if self.eps_low < 1.0 else -math.inf
         self.log_upper = math.log1p(self.eps_high)
@@ -275,12 +273,11 @@ def _kl3_root(delta: float, sign: float) -> float:
     """The log-ratio t of the sign with ``e^t - 1 - t = delta``."""
     # Newton's method comes from outside, and steadily, as the left side is convex. It starts from
     # r <= 1 + sqrt(2 delta) + delta (Chatzigeorgiou, 2013), and on the lower side likewise.
-    t = sign * math.log1p(math.sqrt(2.0 * delta) + delta)
-    if sign < 0.0:
-        t = -min(1.0 + delta, math.sqrt(2.0 * delta) + delta)
+    start = math.sqrt(2.0) * math.sqrt(delta) + delta
+    t = math.log1p(start) if sign > 0.0 else -min(1.0 + delta, start)
     while True:
         nearer = t - (_kl3(t) - delta) / math.expm1(t)
-        if abs(nearer) >= abs(t):
+        if not abs(nearer) < abs(t):
             return t
         t = nearer
 
@@ -756,7 +753,8 @@ def from_description(description: dict[str, Any]) -> Region:
     """Makes the region that `Region.describe` described.
 
     Raises:
-        InvalidValueError: If it holds a Python function, which a description cannot.
+        InvalidValueError: If it holds a Python function, which a description cannot, or a kind of
+            region that this version does not know.
     """
     kind: Any
     [(kind, content)] = description.items()
@@ -765,6 +763,8 @@ def from_description(description: dict[str, Any]) -> Region:
     if kind == "band":
         low, high = content["delta"]
         return Band(Divergence.from_description(content), (low, high))
+    if kind not in ("union", "intersection", "sides"):
+        raise InvalidValueError(f"regions of the kind {kind!r} are not known to this version")
     left, right = (from_description(part) for part in content)
     return Combined(kind, left, right)
 
