@@ -519,7 +519,7 @@ def test_union_with_a_clip_is_the_relaxed_variant(
 
 
 def test_dcpo_is_the_set_of_its_inequality() -> None:
-    """arXiv 2509.02333, Eq. 21: |(r - 1) r| p <= eps around r = 1."""
+    """arXiv 2509.02333, Eq. 3: |(r - 1) r| p <= eps around r = 1."""
     rng = np.random.default_rng(8)
     logp, log_ratio = -rng.exponential(2, 100_000), rng.normal(0, 1, 100_000)
     p, r = np.exp(logp), np.exp(log_ratio)

@@ -295,7 +295,7 @@ def _kl3(t: float) -> float:
 
 
 class Dcpo(Region):
-    """The bounds of DCPO's dynamic clipping: ``|(r - 1) r| p <= eps`` (arXiv 2509.02333, Eq. 4).
+    """The bounds of DCPO's dynamic clipping: ``|(r - 1) r| p <= eps`` (arXiv 2509.02333, Eq. 3-4).
 
     ``upper = (1 + sqrt(1 + 4 eps_high / p)) / 2`` and
     ``lower = (1 + sqrt(max(1 - 4 eps_low / p, 0))) / 2``, which is never below 1/2. The upper bound

@@ -411,7 +411,9 @@ class Bapo(RegionSource):
     ) -> None:
         """Finds the bounds of a batch, before its loss.
 
-        An advantage of 0 counts for nothing; if all are, the bounds are the low ends.
+        An advantage of 0 counts for nothing; if all are, the bounds are the low ends. This runs on
+        the CPU, on what numpy makes arrays of: tokens on a GPU have to be copied, for which the
+        host waits once a step.
 
         Args:
             advantages: Advantages of the tokens that count: real and finite, any shape.
