@@ -12,7 +12,7 @@ use pest::iterators::{Pair, Pairs};
 use pest::pratt_parser::{Assoc, Op, PrattParser};
 
 use crate::divergence::Point;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, excerpt};
 use crate::real::{Dd, Real};
 use crate::wide::{ROUNDING, Wide};
 
@@ -23,7 +23,7 @@ const MOST_NESTED: usize = 64;
 
 #[derive(pest_derive::Parser)]
 #[grammar_inline = r#"
-WHITESPACE = _{ " " | "\t" }
+WHITESPACE = _{ " " | "\t" | "\r" | "\n" | "\u{0B}" | "\u{0C}" }
 whole = _{ SOI ~ expression ~ EOI }
 expression = { sign* ~ primary ~ (infix ~ sign* ~ primary)* }
 primary = _{ number | call | variable | "(" ~ expression ~ ")" }
@@ -659,35 +659,82 @@ fn whole_power<T: Real>(base: T, exponent: i32) -> T {
     if exponent < 0 { T::of(1.0) / result } else { result }
 }
 
+/// The functions; `min` and `max` take two arguments.
+const FUNCTIONS: [&str; 9] = ["ln", "log", "exp", "sqrt", "abs", "sin", "cos", "min", "max"];
+
 fn read(text: &str) -> Result<Node> {
-    let refuse =
-        |column: usize, reason: String| Error::Expression { text: text.to_owned(), column, reason };
-    if text.chars().count() > MOST_CHARACTERS {
-        let reason = format!("longer than {MOST_CHARACTERS} characters");
-        return Err(refuse(MOST_CHARACTERS + 1, reason));
+    // Places are bytes; columns count characters.
+    let refuse = |place: usize, reason: String| Error::Expression {
+        text: text.to_owned(),
+        column: text[..place].chars().count() + 1,
+        reason,
+    };
+    if let Some((place, _)) = text.char_indices().nth(MOST_CHARACTERS) {
+        return Err(refuse(place, format!("longer than {MOST_CHARACTERS} characters")));
     }
-    let mut nested = 0_usize;
-    for (place, character) in text.chars().enumerate() {
+    let mut open = Vec::new();
+    for (place, character) in text.char_indices() {
         match character {
-            '(' => nested += 1,
-            ')' => nested = nested.saturating_sub(1),
+            '(' => open.push(place),
+            ')' => drop(open.pop()),
             _ => {}
         }
-        if nested > MOST_NESTED {
+        if open.len() > MOST_NESTED {
             let reason = format!("more than {MOST_NESTED} parentheses inside each other");
-            return Err(refuse(place + 1, reason));
+            return Err(refuse(place, reason));
         }
     }
-    let mut pairs = Grammar::parse(Rule::whole, text).map_err(|error| {
-        let column = match error.line_col {
-            pest::error::LineColLocation::Pos((_, column))
-            | pest::error::LineColLocation::Span((_, column), _) => column,
-        };
-        refuse(column, error.variant.message().into_owned())
-    })?;
+    let mut pairs =
+        Grammar::parse(Rule::whole, text).map_err(|error| {
+            let (pest::error::InputLocation::Pos(place)
+            | pest::error::InputLocation::Span((place, _))) = error.location;
+            let rest = text[place..].trim_start();
+            let place = text.len() - rest.len();
+            let unclosed = open.last().map(|&place| text[..place].chars().count() + 1);
+            refuse(place, unreadable(&text[..place], rest, unclosed))
+        })?;
     match pairs.next() {
         Some(expression) => build(expression.into_inner(), &refuse),
-        None => Err(refuse(1, "empty".to_owned())),
+        None => Err(refuse(0, "empty".to_owned())),
+    }
+}
+
+/// What is wrong between `before` and `rest`, where reading stopped; `unclosed` is the column of the last
+/// parenthesis that is never closed.
+fn unreadable(before: &str, rest: &str, unclosed: Option<usize>) -> String {
+    let before = before.trim_end();
+    let in_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let after_operand = before.ends_with(|c: char| in_name(c) || c == '.' || c == ')');
+    let Some(found) = rest.chars().next() else {
+        return match unclosed {
+            _ if before.is_empty() => "empty; write a function of u, as in u*ln(u)".to_owned(),
+            Some(column) if after_operand => format!("the ( at column {column} is not closed"),
+            _ => "u, a number, a function or ( is missing at the end".to_owned(),
+        };
+    };
+    let instead = match found {
+        '|' => "write abs(...)",
+        '\u{b2}' => "write ^2",
+        '\u{b3}' => "write ^3",
+        '\u{d7}' | '\u{b7}' => "write *",
+        '\u{f7}' => "write /",
+        '\u{2212}' | '\u{2013}' => "write -",
+        _ if in_name(found) || "+-*/^().,".contains(found) => "",
+        _ => "there are u, numbers, + - * / ^, parentheses and functions",
+    };
+    let name = before.rsplit(|c| !in_name(c)).next().unwrap_or_default();
+    if !instead.is_empty() {
+        format!("{found:?} is not known; {instead}")
+    } else if !after_operand {
+        format!("u, a number, a function or ( is missing before {found:?}")
+    } else if found == ')' {
+        "there is no ( for this )".to_owned()
+    } else if found == ',' {
+        "a comma may only stand between the two arguments of min or max".to_owned()
+    } else if FUNCTIONS.contains(&name) {
+        format!("{name} needs parentheses, as in {name}(u)")
+    } else {
+        format!("an operator is missing before {found:?}; a product needs its *, as in 2*u")
     }
 }
 
@@ -716,45 +763,47 @@ fn build(pairs: Pairs<'_, Rule>, refuse: &impl Fn(usize, String) -> Error) -> Re
 }
 
 fn primary(pair: Pair<'_, Rule>, refuse: &impl Fn(usize, String) -> Error) -> Result<Node> {
-    let (_, column) = pair.line_col();
+    let (place, text) = (pair.as_span().start(), pair.as_str());
+    let shown = excerpt(text, 1);
     match pair.as_rule() {
-        Rule::number => match pair.as_str().parse::<f64>() {
+        Rule::number => match text.parse::<f64>() {
             Ok(number) if number.is_finite() => Ok(Node::Number(number)),
-            _ => Err(refuse(column, format!("{} is not a finite number", pair.as_str()))),
+            _ => Err(refuse(place, format!("{shown} is not a finite number"))),
         },
-        Rule::variable if pair.as_str() == "u" => Ok(Node::Variable),
-        Rule::variable => {
-            Err(refuse(column, format!("{:?} is not known; the variable is u", pair.as_str())))
+        Rule::variable if text == "u" => Ok(Node::Variable),
+        Rule::variable if FUNCTIONS.contains(&text) => {
+            Err(refuse(place, format!("{text} is a function, as in {text}(u)")))
         }
-        Rule::call => call(pair, column, refuse),
+        Rule::variable => Err(refuse(place, format!("{shown:?} is not known; the variable is u"))),
+        Rule::call => call(pair, place, refuse),
         _ => build(pair.into_inner(), refuse),
     }
 }
 
 fn call(
     pair: Pair<'_, Rule>,
-    column: usize,
+    place: usize,
     refuse: &impl Fn(usize, String) -> Error,
 ) -> Result<Node> {
     let mut parts = pair.into_inner();
     let name = parts.next().map_or("", |name| name.as_str());
+    if name == "u" {
+        let reason = "u is no function; a product needs its *, as in u*(u-1)".to_owned();
+        return Err(refuse(place, reason));
+    }
+    if !FUNCTIONS.contains(&name) {
+        let known = FUNCTIONS.join(", ");
+        let name = excerpt(name, 1);
+        return Err(refuse(place, format!("function {name:?} is not known; known are {known}")));
+    }
     let mut arguments = parts
         .map(|argument| build(argument.into_inner(), refuse).map(Box::new))
         .collect::<Result<Vec<_>>>()?;
-    let expected = match name {
-        "ln" | "log" | "exp" | "sqrt" | "abs" | "sin" | "cos" => 1,
-        "min" | "max" => 2,
-        _ => {
-            let known = "ln, log, exp, sqrt, abs, min, max, sin, cos";
-            return Err(refuse(
-                column,
-                format!("function {name:?} is not known; known are {known}"),
-            ));
-        }
-    };
+    let expected = if matches!(name, "min" | "max") { 2 } else { 1 };
     if arguments.len() != expected {
-        let reason = format!("{name} takes {expected} arguments, got {}", arguments.len());
-        return Err(refuse(column, reason));
+        let plural = if expected == 1 { "" } else { "s" };
+        let reason = format!("{name} takes {expected} argument{plural}, got {}", arguments.len());
+        return Err(refuse(place, reason));
     }
     let last = arguments.remove(expected - 1);
     Ok(match name {
