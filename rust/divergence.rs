@@ -361,7 +361,8 @@ impl Generator {
         if log > 0.0 {
             // Leading term of f(e^t) e^-t for t -> inf.
             match *self {
-                Self::ReverseKl | Self::Jeffreys => log.ln(),
+                Self::ReverseKl => (log - 1.0).ln(),
+                Self::Jeffreys => log.ln(),
                 Self::Alpha(order) if order > 1.0 => {
                     (order - 1.0) * log - (order * (order - 1.0)).ln()
                 }

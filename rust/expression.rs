@@ -138,6 +138,9 @@ impl Expression {
         // As a power of u beyond the farthest point where the text can be evaluated.
         let far = log.clamp(-FARTHEST, FARTHEST);
         let Jet { value, slope, .. } = self.wide(Point::from_log(Wide::of(far)));
+        if value.is_finite() && !value.is_above_error(1.0) {
+            return f64::NEG_INFINITY; // all that is left is rounding error
+        }
         let beyond = if log == far { 0.0 } else { (slope / value).to_f64() * (log - far) };
         value.ln().to_f64() + beyond
     }
@@ -487,29 +490,49 @@ fn widened<T: Real>(at: Point<T>) -> Point<Wide> {
     }
 }
 
-#[allow(clippy::too_many_lines)] // one arm a kind of node
+/// The number and the slope of a formula; what a node does with its parts is in [`combined`], so that text
+/// of a thousand operations inside each other fits on the stack of a thread.
 fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Jet<T> {
-    let zero = T::of(0.0);
-    let plain = |value: T, slope: T| Jet { value, slope, log: None };
-    let logarithm = |of: Jet<T>| of.log.unwrap_or_else(|| (of.value.ln(), of.slope / of.value));
     match node {
         Node::Variable => Jet { value: at.u, slope: at.u, log: Some((at.log, T::of(1.0))) },
         Node::Number(number) => Jet {
             value: T::of(*number),
-            slope: zero,
-            log: (*number > 0.0).then(|| (T::of(*number).ln(), zero)),
+            slope: T::of(0.0),
+            log: (*number > 0.0).then(|| (T::of(*number).ln(), T::of(0.0))),
         },
-        Node::Negative(inner) => {
+        Node::Negative(inner)
+        | Node::Ln(inner)
+        | Node::Exp(inner)
+        | Node::Sqrt(inner)
+        | Node::Abs(inner)
+        | Node::Sin(inner)
+        | Node::Cos(inner) => {
             let inner = evaluate(inner, at);
-            plain(-inner.value, -inner.slope)
+            combined(node, inner, inner)
         }
-        Node::Add(left, right) => {
-            let (left, right) = (evaluate(left, at), evaluate(right, at));
+        Node::Add(left, right)
+        | Node::Multiply(left, right)
+        | Node::Divide(left, right)
+        | Node::Power(left, right)
+        | Node::Extreme(_, left, right) => combined(node, evaluate(left, at), evaluate(right, at)),
+    }
+}
+
+/// What a node makes of its parts; of one part, it is the left one.
+#[inline(never)]
+#[allow(clippy::too_many_lines)] // one arm a kind of node
+fn combined<T: Real>(node: &Node, left: Jet<T>, right: Jet<T>) -> Jet<T> {
+    let zero = T::of(0.0);
+    let plain = |value: T, slope: T| Jet { value, slope, log: None };
+    let logarithm = |of: Jet<T>| of.log.unwrap_or_else(|| (of.value.ln(), of.slope / of.value));
+    match node {
+        Node::Variable | Node::Number(_) => left,
+        Node::Negative(_) => plain(-left.value, -left.slope),
+        Node::Add(..) => {
             let log = dominant(left, right).or_else(|| dominant(right, left));
             Jet { value: left.value + right.value, slope: left.slope + right.slope, log }
         }
-        Node::Multiply(left, right) => {
-            let (left, right) = (evaluate(left, at), evaluate(right, at));
+        Node::Multiply(..) => {
             let log = left.log.zip(right.log).map(|(a, b)| (a.0 + b.0, a.1 + b.1));
             let (l, r) = (left.value.to_f64().abs(), right.value.to_f64().abs());
             if has_overflowed(l)
@@ -525,8 +548,7 @@ fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Jet<T> {
                 log,
             }
         }
-        Node::Divide(left, right) => {
-            let (left, right) = (evaluate(left, at), evaluate(right, at));
+        Node::Divide(..) => {
             let log = left.log.zip(right.log).map(|(a, b)| (a.0 - b.0, a.1 - b.1));
             let (l, r) = (left.value.to_f64().abs(), right.value.to_f64().abs());
             if has_overflowed(l)
@@ -539,8 +561,8 @@ fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Jet<T> {
             let value = left.value / right.value;
             Jet { value, slope: (left.slope - value * right.slope) / right.value, log }
         }
-        Node::Power(base, exponent) => {
-            let (base, exponent) = (evaluate(base, at), evaluate(exponent, at));
+        Node::Power(..) => {
+            let (base, exponent) = (left, right);
             let order = exponent.value.to_f64();
             let constant = exponent.slope.to_f64() == 0.0;
             if constant && order.fract() == 0.0 && order.abs() <= 1e6 {
@@ -563,41 +585,29 @@ fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Jet<T> {
                 exponent.slope * log.0 + exponent.value * log.1,
             )))
         }
-        Node::Ln(inner) => {
-            let (value, slope) = logarithm(evaluate(inner, at));
+        Node::Ln(_) => {
+            let (value, slope) = logarithm(left);
             plain(value, slope)
         }
-        Node::Exp(inner) => {
-            let inner = evaluate(inner, at);
-            from_log(Some((inner.value, inner.slope)))
-        }
-        Node::Sqrt(inner) => {
-            let inner = evaluate(inner, at);
+        Node::Exp(_) => from_log(Some((left.value, left.slope))),
+        Node::Sqrt(_) => {
             let half = T::of(0.5);
-            if let Some(log) = inner.log {
+            if let Some(log) = left.log {
                 return from_log(Some((log.0 * half, log.1 * half)));
             }
-            let value = inner.value.sqrt();
-            plain(value, half * inner.slope / value)
+            let value = left.value.sqrt();
+            plain(value, half * left.slope / value)
         }
-        Node::Abs(inner) => {
-            let inner = evaluate(inner, at);
-            match inner.value.to_f64() {
-                value if value > 0.0 => inner,
-                value if value < 0.0 => plain(-inner.value, -inner.slope),
-                _ => plain(inner.value.abs(), zero), // at a kink, the middle of its slopes
+        Node::Abs(_) => {
+            match left.value.to_f64() {
+                value if value > 0.0 => left,
+                value if value < 0.0 => plain(-left.value, -left.slope),
+                _ => plain(left.value.abs(), zero), // at a kink, the middle of its slopes
             }
         }
-        Node::Sin(inner) => {
-            let inner = evaluate(inner, at);
-            plain(inner.value.sin(), inner.slope * inner.value.cos())
-        }
-        Node::Cos(inner) => {
-            let inner = evaluate(inner, at);
-            plain(inner.value.cos(), -(inner.slope * inner.value.sin()))
-        }
-        Node::Extreme(greater, left, right) => {
-            let (left, right) = (evaluate(left, at), evaluate(right, at));
+        Node::Sin(_) => plain(left.value.sin(), left.slope * left.value.cos()),
+        Node::Cos(_) => plain(left.value.cos(), -(left.slope * left.value.sin())),
+        Node::Extreme(greater, ..) => {
             let difference = (left.value - right.value).to_f64();
             if difference == 0.0 {
                 plain(left.value, (left.slope + right.slope) * T::of(0.5))

@@ -68,7 +68,18 @@ _GRID_HALF = 2000
 # The rounding errors, in units of eps and of the terms of f, that are no violation.
 _ROUNDING = 32.0
 
-# A value next to an overflow is at least this many times f around 1; else f has an edge there.
+# Where f'' is less than this part of what it is two points away on both sides, finer grids are laid,
+# each of so many points over 4 intervals, at so many of the deepest dips.
+_DIP = 0.99
+_FINER = 24
+_MOST_SUSPECTS = 64
+_MOST_REFINEMENTS = 9
+
+# f has exploded where it is this many times what it is within 0.001 of u = 1.
+_EXPLODED = 1e13
+
+# A value next to an overflow is at least this many times f around 1, or 1e285; else f has an edge
+# there.
 _HUGE = 1e150
 
 # A slope or a value that grew this far, in units of f around 1, has no finite limit.
@@ -152,6 +163,7 @@ class _Series:
     def __init__(self, reach: float, coefficients: Float64Array) -> None:
         self.reach = reach
         self._coefficients = coefficients  # of (y/reach)^2 and up
+        self.curvature = 2.0 * float(coefficients[0]) / reach**2
 
     def value(self, excess: Float64Array) -> Float64Array:
         x = excess / self.reach
@@ -176,7 +188,7 @@ class _Function:
         slope_at_infinity: f'(inf), maybe inf.
         tangent: The c for which ``f(u) - c (u-1)``, the normalised f, is least at 1.
         scale: The size of f around 1.
-        curvature: About f''(1); a guess where f has a kink.
+        rough_curvature: About f''(1), where an iteration starts; a guess where f has a kink.
     """
 
     def __init__(
@@ -202,7 +214,16 @@ class _Function:
             self.slope_at_infinity = self._find_slope_at_infinity(u, f, slope_at_infinity)
             self._series = self._find_series()
             below, above = self._call(np.array([1.0 - _LONG_STEP, 1.0 + _LONG_STEP]))
-            self.curvature = max(float(above + below) / _LONG_STEP**2, 1e-6 * self.scale)
+            guess = float(above + below) / _LONG_STEP**2
+            self.rough_curvature = min(max(guess, 1e-6 * self.scale), 1e300)
+
+    @property
+    def curvature(self) -> float | None:
+        """f''(1), of the polynomial around 1; None where f is not smooth there, or flat."""
+        if self._series is None:
+            return None
+        curvature = self._series.curvature
+        return curvature if curvature > 1e-6 * self.scale else None
 
     @property
     def normal_at_zero(self) -> float:
@@ -331,7 +352,7 @@ class _Function:
         """An inf at an end is an overflow, unless f jumps there."""
         finite = np.flatnonzero(f < np.inf)
         for last, beyond in ((finite[0], finite[0] - 1), (finite[-1], finite[-1] + 1)):
-            if 0 <= beyond < f.size and f[last] < _HUGE * self.scale:
+            if 0 <= beyond < f.size and f[last] < min(_HUGE * self.scale, 1e285):
                 raise InvalidValueError(
                     f"f must be finite on (0, inf), got f({u[beyond]:.6g}) = inf next to "
                     f"f({u[last]:.6g}) = {f[last]:.6g}"
@@ -372,6 +393,41 @@ class _Function:
             reach *= 2
         if message:
             raise InvalidValueError(message)
+        self._check_convex_between(log_u, u, f)
+
+    def _check_convex_between(self, log_u: Float64Array, u: Float64Array, f: Float64Array) -> None:
+        """Looks closer where f'' dips, as beside a concave kink that the curvature around it hides.
+
+        Over a finer grid f' gains less, and the fall of a kink stays, until a chord shows it.
+        """
+        log_u, u, f = log_u[None], u[None], f[None]
+        for _ in range(_MOST_REFINEMENTS):
+            slack = self._slack(log_u, u, f)
+            step = np.diff(u)
+            slope = np.diff(f) / step
+            width = 0.5 * (step[:, 1:] + step[:, :-1])
+            noise = (slack[:, 1:] + slack[:, :-1]) / step
+            fall = slope[:, :-1] - slope[:, 1:] - noise[:, :-1] - noise[:, 1:]
+            bent = np.isfinite(fall)
+            if np.any(fall[bent] > 0.0):
+                row, at = np.unravel_index(np.argmax(np.where(bent, fall, -np.inf)), fall.shape)
+                raise InvalidValueError(
+                    f"f is not convex: at u = {u[row, at + 1]:.6g} its slope falls by "
+                    f"{(slope[row, at] - slope[row, at + 1]):.3g}"
+                )
+            # f'' and how far rounding errors may have moved it, against its neighbours.
+            curvature = np.where(bent, np.diff(slope) / width, np.nan)
+            doubt = (noise[:, :-1] + noise[:, 1:]) / width
+            least = np.minimum(curvature[:, :-4], curvature[:, 4:]) - doubt[:, :-4] - doubt[:, 4:]
+            dip = curvature[:, 2:-2] + doubt[:, 2:-2] < _DIP * least
+            rows, columns = np.nonzero(dip)
+            if rows.size == 0:
+                return
+            deepest = np.argsort((curvature[:, 2:-2] / least)[dip])[:_MOST_SUSPECTS]
+            rows, columns = rows[deepest], columns[deepest]
+            left, right = u[rows, columns + 1], u[rows, columns + 5]
+            u = left[:, None] + np.linspace(0.0, 1.0, _FINER + 1) * (right - left)[:, None]
+            log_u, f = np.log(u), self._call(u.reshape(-1)).reshape(u.shape)
 
     def _check_not_linear(self, u: Float64Array, f: Float64Array) -> None:
         """Refuses an f whose slope from 1 is the same at 0 and at infinity."""
@@ -516,6 +572,11 @@ class CallableGenerator:
         """The limit of ``f(u)/u`` at infinity, given or found; maybe inf."""
         return self._f.slope_at_infinity
 
+    @property
+    def curvature(self) -> float | None:
+        """f''(1); None where ``fn`` is not smooth at 1, or flat."""
+        return self._f.curvature
+
     def log_bounds(
         self,
         delta_low: float | Float64Array,
@@ -579,6 +640,25 @@ class CallableGenerator:
                 problems = self._problems(tokens[asked], log_ratio[asked] > 0.0)
                 inside[asked] = self._is_inside(problems, delta[asked], log_ratio[asked])
         return inside
+
+    def divergences(self, logp: Float64Array, log_ratio: Float64Array) -> Float64Array:
+        """Returns ``D_f`` at each log-ratio, in double precision.
+
+        Args:
+            logp: Old log-probabilities, float64 [n], finite and below 0.
+            log_ratio: Log-ratios new/old, float64 [n].
+
+        Returns:
+            A float64 array [n]; inf outside the simplex.
+        """
+        divergences = np.where(log_ratio <= -logp, 0.0, np.inf)
+        asked = (log_ratio <= -logp) & (log_ratio != 0.0)
+        if asked.any():
+            with np.errstate(all="ignore"):
+                problems = self._problems(logp[asked], log_ratio[asked] > 0.0)
+                move = _move_by_log_ratio(problems, log_ratio[asked])
+                divergences[asked] = self._divergence(problems, move)
+        return divergences
 
     def bounds_with_slopes(
         self,
@@ -700,7 +780,7 @@ class CallableGenerator:
         low, at_low = np.full_like(delta, -np.inf), np.full_like(delta, -_STEEPEST)
         high, at_high = farthest.copy(), at_farthest.copy()
         # Around 1, D is about w/(2g) f''(1) m^2.
-        x = 0.5 * (np.log(2.0 * delta / self._f.curvature) - problems.log_odds)
+        x = 0.5 * (np.log(2.0 * delta / self._f.rough_curvature) - problems.log_odds)
         x = np.where(problems.by_growth, LOG_REACH, np.maximum(x, -40.0))
         x = np.minimum(x, farthest - 1.0)
         step = np.zeros_like(x)
@@ -884,11 +964,17 @@ def _grid() -> Float64Array:
 def _scale(log_u: Float64Array, f: Float64Array, tangent: float) -> float:
     """The size of f, in units of ``1+u``, around 1 and no farther out than where it is not 0."""
     size = np.where(f < np.inf, np.abs(f) / (1.0 + np.exp(log_u)), 0.0)
-    for reach in (math.log(2.0), 5.0, 50.0, _GRID_REACH):
-        largest = float(size[np.abs(log_u) <= reach].max()) + abs(tangent)
-        if largest > 0.0:
-            return largest
-    return 0.0
+
+    def largest(reach: float) -> float:
+        return float(size[np.abs(log_u) <= reach].max()) + abs(tangent)
+
+    # Less far where f explodes on the way, as e^(1000 (u-1)) does.
+    nearest = largest(0.001)
+    for reach in (math.log(2.0), 0.1, 0.01):
+        if 0.0 < largest(reach) <= _EXPLODED * nearest:
+            return largest(reach)
+    reaches = (math.log(2.0), 5.0, 50.0, _GRID_REACH)
+    return next((largest(reach) for reach in reaches if largest(reach) > 0.0), 0.0)
 
 
 def _settle(
