@@ -65,6 +65,11 @@ impl Wide {
         self.digits.hi > times * self.error
     }
 
+    /// So many times the rounding error.
+    pub(crate) fn error_times(self, times: f64) -> Self {
+        Self::new(Dd::of(self.error * times), 0.0, self.exponent)
+    }
+
     /// Whether it is neither infinite nor unknown.
     pub(crate) fn is_finite(self) -> bool {
         self.digits.hi.is_finite()

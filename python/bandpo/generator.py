@@ -68,8 +68,8 @@ _GRID_HALF = 2000
 # The rounding errors, in units of eps and of the terms of f, that are no violation.
 _ROUNDING = 32.0
 
-# Where f'' is less than this part of what it is two points away on both sides, finer grids are laid,
-# each of so many points over 4 intervals, at so many of the deepest dips.
+# Where f'' is less than this part of what it is two points away on both sides, finer grids are
+# laid: each of so many points over 4 intervals, at so many of the deepest dips.
 _DIP = 0.99
 _FINER = 24
 _MOST_SUSPECTS = 64
@@ -107,6 +107,20 @@ _SERIES_NODES = np.sort(
 )
 
 
+class _Tally:
+    """Evaluations of D of each problem, also of those that are taken out of a batch."""
+
+    def __init__(self, counts: NDArray[np.uint32], problems: NDArray[np.intp]) -> None:
+        self.counts = counts
+        self._problems = problems
+
+    def __getitem__(self, chosen: BoolArray | NDArray[np.intp]) -> _Tally:
+        return _Tally(self.counts, self._problems[chosen])
+
+    def add(self) -> None:
+        self.counts[self._problems] += 1
+
+
 class _Problems(NamedTuple):
     """Two-outcome problems, one an element; arrays of one length."""
 
@@ -123,6 +137,7 @@ class _Problems(NamedTuple):
     # Whether the unknown is not ln m but the ln of the growth, which alone is a float here: the
     # shrinking outcome hardly changes at any growth that the callable can be asked about.
     by_growth: BoolArray
+    tally: _Tally
 
     @classmethod
     def of(cls, logp: Float64Array, upper: BoolArray, steep: bool) -> _Problems:
@@ -143,6 +158,7 @@ class _Problems(NamedTuple):
             shrinking / growing,
             log_odds,
             upper & (log_odds > LOG_REACH + 40.0) & steep,
+            _Tally(np.zeros(logp.size, dtype=np.uint32), np.arange(logp.size)),
         )
 
     def take(self, chosen: BoolArray | NDArray[np.intp]) -> _Problems:
@@ -509,8 +525,11 @@ class CallableGenerator:
 
     On construction ``fn`` is looked at on 4001 points ``u = e^t``, ``|t| <= 300``, and at a few
     farther out, and refused if it is not the f of a divergence: it must be finite, convex and 0 at
-    ``u = 1``. Kinks and flat parts are welcome. A violation between the points, which are 6e-5
-    apart around 1, is not seen, nor one so small that rounding errors would hide it.
+    ``u = 1``. Kinks and flat parts are welcome. Where f'' dips among neighbours, finer points are
+    asked for, so that a concave kink does not hide between two points behind the curvature around
+    it. What is not seen: a kink that makes f' fall by less than 1 % of what it gains between two
+    points (6e-5 apart around 1), a smooth dent that lies between two points, and what rounding
+    errors of ``fn`` would hide.
 
     ``f(u) + c (u-1)`` has the same divergence for every c. The c for which f is least at 1 is found
     and used within. Where f is smooth around 1, a polynomial fitted to ``fn`` takes its place
@@ -641,6 +660,43 @@ class CallableGenerator:
                 inside[asked] = self._is_inside(problems, delta[asked], log_ratio[asked])
         return inside
 
+    def diagnose(
+        self, delta: float | Float64Array, logp: Float64Array, upper: bool
+    ) -> tuple[Float64Array, Float64Array, NDArray[np.uint8], NDArray[np.uint32]]:
+        """Returns the bounds of one side with how each was found.
+
+        Args:
+            delta: Radius of that side, finite and above 0; float or float64 [n].
+            logp: Old log-probabilities, float64 [n].
+            upper: Whether that side is the upper one.
+
+        Returns:
+            The log bounds, a log-ratio outside next to each (the bound itself where there is none),
+            the `bandpo.region.Status` of each, and how often D was evaluated; arrays [n].
+        """
+        bound, solved = self._limits(logp, upper)
+        outside, evaluations = bound.copy(), np.zeros(logp.size, dtype=np.uint32)
+        status = np.select([np.isnan(logp), logp > 0.0, ~solved | (logp == 0.0)], [4, 3, 2], 0)
+        places, radii = np.flatnonzero(solved), np.broadcast_to(np.asarray(delta), logp.shape)
+        with np.errstate(all="ignore"):
+            for start in range(0, places.size, BLOCK):
+                block = places[start : start + BLOCK]
+                tokens = np.minimum(logp[block], 0.0)
+                problems = self._problems(tokens, np.full(block.size, upper))
+                found = self._solve(problems, radii[block])
+                free = found == (-tokens if upper else -np.inf)
+                # The farthest ratio that fn could be asked about.
+                unasked = np.abs(found) >= LOG_REACH * (1.0 - 4.0 * _EPS)
+                unasked &= ~free & (self.slope_at_infinity == math.inf if upper else True)
+                status[block] = np.select([status[block] > 0, free, unasked], [status[block], 1, 2])
+                bound[block] = outside[block] = found
+                edged = np.flatnonzero(status[block] == 0)
+                outside[block[edged]] = self._move(
+                    problems.take(edged), radii[block[edged]], found[edged], inwards=False
+                )
+                evaluations[block] = problems.tally.counts
+        return bound, outside, status.astype(np.uint8), evaluations
+
     def divergences(self, logp: Float64Array, log_ratio: Float64Array) -> Float64Array:
         """Returns ``D_f`` at each log-ratio, in double precision.
 
@@ -692,19 +748,24 @@ class CallableGenerator:
     def _block_bounds(
         self, delta_low: Float64Array, delta_high: Float64Array, logp: Float64Array
     ) -> tuple[Float64Array, Float64Array]:
-        ordinary = (logp < 0.0) & (logp > -np.inf)
-        certain = logp >= 0.0
-        log_lower = np.where(certain, 0.0, np.where(np.isnan(logp), np.nan, -np.inf))
-        log_upper = np.where(certain, 0.0, np.where(np.isnan(logp), np.nan, np.inf))
-        # The limit p -> 1 of the lower side is 0 where f'(inf) is infinite.
-        solved = ordinary | certain if self.slope_at_infinity < math.inf else ordinary
-        tokens = np.concatenate((np.minimum(logp[solved], 0.0), logp[ordinary]))
-        delta = np.concatenate((delta_low[solved], delta_high[ordinary]))
+        log_lower, of_lower = self._limits(logp, upper=False)
+        log_upper, of_upper = self._limits(logp, upper=True)
+        tokens = np.concatenate((np.minimum(logp[of_lower], 0.0), logp[of_upper]))
+        delta = np.concatenate((delta_low[of_lower], delta_high[of_upper]))
         if tokens.size:
-            count = int(np.count_nonzero(solved))
+            count = int(np.count_nonzero(of_lower))
             bounds = self._solve(self._problems(tokens, np.arange(tokens.size) >= count), delta)
-            log_lower[solved], log_upper[ordinary] = bounds[:count], bounds[count:]
+            log_lower[of_lower], log_upper[of_upper] = bounds[:count], bounds[count:]
         return log_lower, log_upper
+
+    def _limits(self, logp: Float64Array, upper: bool) -> tuple[Float64Array, BoolArray]:
+        """The bounds that are limits in p, and which ones are to be solved for instead."""
+        solved = (logp < 0.0) & (logp > -np.inf)
+        certain = logp >= 0.0
+        unlikely = np.where(np.isnan(logp), np.nan, np.inf if upper else -np.inf)
+        if not upper and self.slope_at_infinity < math.inf:
+            solved |= certain  # elsewhere the limit p -> 1 of the lower side is 0
+        return np.where(certain, 0.0, unlikely), solved
 
     def _problems(self, logp: Float64Array, upper: BoolArray) -> _Problems:
         return _Problems.of(logp, upper, self.slope_at_infinity == math.inf)
@@ -718,7 +779,7 @@ class CallableGenerator:
             problems, delta = problems.take(todo), delta[todo]
         if todo.size:
             rough = self._log_ratio(problems, self._root(problems, delta))
-            bound[todo] = self._move_inside(problems, delta, rough)
+            bound[todo] = self._move(problems, delta, rough, inwards=True)
         return bound
 
     def _root(self, problems: _Problems, delta: Float64Array) -> Float64Array:
@@ -839,22 +900,28 @@ class CallableGenerator:
         lower = np.maximum(-np.exp(unknown), -LOG_REACH)
         return np.where(problems.upper, upper, lower)
 
-    def _move_inside(
-        self, problems: _Problems, delta: Float64Array, log_ratio: Float64Array
+    def _move(
+        self, problems: _Problems, delta: Float64Array, log_ratio: Float64Array, inwards: bool
     ) -> Float64Array:
-        """The log-ratios, each moved towards 0 until D evaluated at it is at most delta."""
+        """The log-ratios, each moved until D evaluated at it is at most delta, or above it."""
         bound: Float64Array = log_ratio.copy()
-        # `contains` is to say the same, though a function may round otherwise in another array.
-        delta = delta * (1.0 - 2.0 * _EPS)
+        end = np.where(problems.upper, np.nextafter(-problems.logp, np.inf), -np.inf)
+        end = 0.0 * bound if inwards else end
+        if inwards:
+            # `contains` is to say the same, though a function may round otherwise in another array.
+            delta = delta * (1.0 - 2.0 * _EPS)
         todo = np.arange(bound.size)
         for move in range(_MOST_MOVES):
-            inside = self._is_inside(problems, delta, bound[todo])
-            if inside.all():
+            done = self._is_inside(problems, delta, bound[todo]) == inwards
+            if done.all():
                 return bound
-            problems, delta, todo = problems.take(~inside), delta[~inside], todo[~inside]
-            moved = bound[todo] * (1.0 - 4.0**move * _EPS)
-            bound[todo] = np.where(moved == bound[todo], np.nextafter(bound[todo], 0.0), moved)
-        bound[todo] = 0.0
+            problems, delta, todo = problems.take(~done), delta[~done], todo[~done]
+            share = 4.0**move * _EPS
+            moved = bound[todo] * (1.0 - share if inwards else 1.0 + share)
+            moved = np.where(moved == bound[todo], np.nextafter(bound[todo], end[todo]), moved)
+            within = np.minimum(np.abs(moved), np.abs(end[todo]))
+            bound[todo] = moved if inwards else np.copysign(within, moved)
+        bound[todo] = end[todo]
         return bound
 
     def _is_inside(
@@ -866,6 +933,7 @@ class CallableGenerator:
 
     def _divergence(self, problems: _Problems, move: _Move) -> Float64Array:
         """``w f(1 - lost) + g f(1 + gained)``; one call of the callable."""
+        problems.tally.add()
         grown = 1.0 + move.gained
         value = self._f.value(
             np.concatenate((move.shrunk, grown)), np.concatenate((-move.lost, move.gained))
