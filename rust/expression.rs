@@ -330,11 +330,12 @@ impl Expression {
         let width = (Wide::of_dd(right - left) * Wide::of_dd(left).exp()).rounded();
         let rise = (slope_left.abs() + slope_right.abs()) * width;
         let jump = (f_right - f_left).abs() - rise - rise;
-        let is_pole = |f: Wide| {
+        let is_pole = |log: Dd, f: Wide| {
+            let between = ends[0].log < log.hi && log.hi < ends[1].log;
             let above = |end: &&Sample| (f - end.value - end.value).is_above_error(2.0);
-            !f.is_finite() || ends.iter().all(above)
+            !f.is_finite() || between && ends.iter().all(above)
         };
-        if is_pole(f_left) || is_pole(f_right) || jump.is_above_error(2.0) {
+        if is_pole(left, f_left) || is_pole(right, f_right) || jump.is_above_error(2.0) {
             return Err(format!(
                 "f must be convex and finite on (0, inf), it goes from {} to {} at u = {}",
                 shown(f_left),

@@ -89,6 +89,8 @@ def bisected(f: Callable[[mpf], mpf], logp: float, delta: float, upper: bool) ->
         ("(u^4 + 1)/u^2 - 2", lambda u: u**2 + u**-2 - 2),
         ("(u-1)^2\n + abs(u-77.7)\n - 76.7", lambda u: (u - 1) ** 2 + abs(u - 77.7) - 76.7),
         ("sqrt((u-1)^2)", lambda u: abs(u - 1)),
+        ("max(0, u-1)^2", lambda u: max(0, u - 1) ** 2),
+        ("max(abs(u-1) - 0.1, 0)^3", lambda u: max(abs(u - 1) - 0.1, 0) ** 3),
         ("max((u-1)^2, abs(u-1)/3)", lambda u: max((u - 1) ** 2, abs(u - 1) / 3)),
     ],
 )
