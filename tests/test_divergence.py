@@ -115,10 +115,8 @@ def test_the_scale_of_an_expression_does_not_matter() -> None:
             Band(scaled, 0.05 * scale).log_bounds(logp), plain, rtol=CUSTOM, atol=0
         )
     # D is at most 1e-308 p + 1e-308 p^2/(1-p) on the lower side, so everything is allowed.
-    assert Band(Divergence.from_expression("(u-1)^2*1e-308"), 0.05).log_bounds(-1.0) == (
-        -np.inf,
-        1.0,
-    )
+    tiny = Divergence.from_expression("(u-1)^2*1e-308")
+    np.testing.assert_array_equal(Band(tiny, 0.05).log_bounds(-1.0), [-np.inf, 1.0])
 
 
 def test_any_multiple_of_u_minus_1_may_be_added() -> None:
@@ -192,7 +190,9 @@ def test_limits_may_be_given() -> None:
     assert log_lower < 0.0 < log_upper
     divergence = Divergence.from_expression("1 - u^0.001", at_zero=1.0, slope_at_infinity=0.0)
     found = Divergence.from_expression("1 - u^0.001")
-    assert Band(divergence, 0.001).log_bounds(-3.0) == Band(found, 0.001).log_bounds(-3.0)
+    np.testing.assert_array_equal(
+        Band(divergence, 0.001).log_bounds(-3.0), Band(found, 0.001).log_bounds(-3.0)
+    )
     for limits, message in [
         ({"at_zero": 1.1}, r"at_zero is 1\.1, and f contradicts it: f\(0\) reaches 1"),
         ({"at_zero": np.nan}, "at_zero is NaN, and f contradicts it"),
@@ -267,7 +267,7 @@ def test_calibration_refuses_what_has_no_answer() -> None:
 
 
 def minus_ln(u: np.ndarray) -> np.ndarray:
-    return -np.log(u)
+    return np.asarray(-np.log(u))
 
 
 def test_calibration_takes_python_functions() -> None:
@@ -277,7 +277,8 @@ def test_calibration_takes_python_functions() -> None:
     assert Band("pearson-chi2", 0.1).calibrated(function).delta_high == pytest.approx(
         0.05, rel=1e-9
     )
-    for mine, theirs in [(function, "tv"), ("tv", function)]:
+    pairs: list[tuple[Divergence | str, Divergence | str]] = [(function, "tv"), ("tv", function)]
+    for mine, theirs in pairs:
         calibrated = Band(mine, 0.05).calibrated(theirs, p=0.2)
         for actual, expected in zip(
             calibrated.log_bounds(np.log(0.2)),
