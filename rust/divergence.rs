@@ -355,16 +355,14 @@ impl Generator {
         if plain.is_finite() && plain > 0.0 {
             return plain.ln() - per_u;
         }
-        if let Self::Expression(_) = self {
-            // As a power of u beyond the farthest point where the text can be evaluated.
-            let far = Point::from_log(600.0_f64.copysign(log));
-            let value = self.value(far);
-            return value.ln() + self.log_slope(far) / value * (log - far.log) - per_u;
+        if let Self::Expression(expression) = self {
+            return expression.log_value(log) - per_u;
         }
         if log > 0.0 {
             // Leading term of f(e^t) e^-t for t -> inf.
             match *self {
-                Self::ReverseKl | Self::Jeffreys => log.ln(),
+                Self::ReverseKl => (log - 1.0).ln(),
+                Self::Jeffreys => log.ln(),
                 Self::Alpha(order) if order > 1.0 => {
                     (order - 1.0) * log - (order * (order - 1.0)).ln()
                 }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mpmath import mp, mpf
 from scipy.optimize import elementwise
 
 import bandpo
@@ -16,6 +17,7 @@ from bandpo import Band, Clip, Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Float64Array
 from conftest import Reference
+from reference import log_bounds as reference_log_bounds
 
 RELATIVE = 1e-14
 """What a log bound may be off, relatively: the contract of `bandpo.Band`."""
@@ -297,3 +299,29 @@ def test_every_error_is_a_bandpo_error() -> None:
         Band("kl", 0.0)
     with pytest.raises(bandpo.BandpoError):
         Divergence("nope")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "vajda:1.000000001",
+        "vajda:1.0001",
+        "alpha:1.0000000001",
+        "alpha:-1e-11",
+        "bwcs:0.9995",
+        "bwcs:1e-8",
+        "hockey-stick:1.0000000001",
+        "renyi:0.9999999999",
+    ],
+)
+def test_parameters_next_to_special_ones_hold_the_contract(spec: str) -> None:
+    rng = np.random.default_rng(8)
+    rare, sure = rng.uniform(-690.0, 0.0, 8), -np.exp(rng.uniform(np.log(1e-16), 0.0, 8))
+    delta = np.exp(rng.uniform(np.log(1e-8), np.log(10.0), 16))
+    for logp, radius in zip(np.concatenate([rare, sure]), delta, strict=True):
+        exact = reference_log_bounds(spec, float(logp), float(radius))
+        for actual, bound in zip(Band(spec, radius).log_bounds(logp), exact, strict=True):
+            if mp.isinf(bound):
+                assert actual == float(bound)
+            else:
+                assert 0 <= (bound - mpf(float(actual))) / bound <= 1e-14, (logp, radius)

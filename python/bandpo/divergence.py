@@ -77,6 +77,9 @@ class Divergence:
         Args:
             text: ``u``, numbers, ``+ - * / ^`` (or ``**``), parentheses, and the functions ln
                 (log), exp, sqrt, abs, min, max, sin, cos. Any multiple of ``u - 1`` may be added.
+                Convexity is judged by the slope, on 1100 pairs of neighbours on each side of 1, for
+                ``abs(ln u) <= 700``, and beside each kink and pole of the text. A smooth dent that
+                lies between two pairs is not seen.
             at_zero: The limit f(0), where it cannot be found out (the error says so).
             slope_at_infinity: The limit f'(inf), likewise.
 
@@ -132,8 +135,8 @@ class Divergence:
 
     @property
     def curvature(self) -> float | None:
-        """``f''(1)``; None where f has a kink or is flat at 1, and for a Python function."""
-        return self._solver.curvature if isinstance(self._solver, _core.Divergence) else None
+        """``f''(1)``; None where f has a kink or is flat at 1."""
+        return self._solver.curvature
 
     def between(
         self, logp: NDArray[np.float64], log_ratio: NDArray[np.float64]
@@ -143,11 +146,11 @@ class Divergence:
         Both arguments are one-dimensional float64 of the same length; inf outside the simplex.
 
         Raises:
-            InvalidValueError: If the divergence was made from a Python function, or lengths differ.
+            InvalidValueError: If lengths differ.
         """
-        if not isinstance(self._solver, _core.Divergence):
-            raise InvalidValueError("needs a divergence by name or from an expression")
-        return _core.divergences(self._solver, logp, log_ratio)
+        if isinstance(self._solver, _core.Divergence):
+            return _core.divergences(self._solver, logp, log_ratio)
+        return self._solver.divergences(logp, log_ratio)
 
     def describe(self) -> dict[str, object]:
         """What `from_description` makes the same divergence of, as JSON takes it."""

@@ -396,7 +396,7 @@ class Status(IntEnum):
     SATURATED = 1
     """The whole side is allowed: exactly -inf or -logp."""
     LIMIT = 2
-    """logp is 0 or -inf: the limit."""
+    """The limit: logp is 0 or -inf, or a Python function cannot be asked farther out."""
     READ_AS_CERTAIN = 3
     """logp is above 0 and was read as 0."""
     NOT_A_NUMBER = 4
@@ -513,19 +513,19 @@ class Band(Region):
         """Returns the bounds with how each was found; no element ever fails the others.
 
         Raises:
-            InvalidValueError: If the divergence was made from a Python function.
+            InvalidValueError: If ``logp`` and an array of radii do not broadcast, or a Python
+                function of the divergence fails.
         """
         tokens, low, high = self._with_radii(logp=as_float64("logp", logp))
         solver = self.divergence._solver
-        if not isinstance(solver, _core.Divergence):
-            raise InvalidValueError("diagnose needs a divergence by name or from an expression")
 
         def side(radius: float | Float64Array, upper: bool) -> SideDiagnosis:
-            found = _core.diagnose(solver, radius, _flat(tokens), upper)
-            log_bound, outside, status, evaluations = (
-                values.reshape(tokens.shape) for values in found
+            found = (
+                _core.diagnose(solver, radius, _flat(tokens), upper)
+                if isinstance(solver, _core.Divergence)
+                else solver.diagnose(radius, _flat(tokens), upper)
             )
-            return SideDiagnosis(log_bound, outside, status, evaluations)
+            return SideDiagnosis(*(values.reshape(tokens.shape) for values in found))
 
         return Diagnosis(side(low, False), side(high, True))
 
@@ -541,9 +541,11 @@ class Band(Region):
                 by ``f''(1)``; in (0, 1).
 
         Raises:
+            InvalidTypeError: If ``p`` is not a real number.
             InvalidValueError: If a divergence has no ``f''(1)`` (tv, hockey-stick, vajda but for
-                k = 2) and no ``p`` is given; if ``p`` is not in (0, 1); or if a bound of this band
-                is saturated at ``p``, so that no finite delta is meant by it.
+                k = 2) and no ``p`` is given; if ``p`` is not in (0, 1); if a bound of this band is
+                saturated at ``p``, so that no finite delta is meant by it; or if the other
+                divergence is 0 or infinite at a bound (flat around 1, as hockey-stick is).
         """
         other = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
         if isinstance(self.delta_low, np.ndarray) or isinstance(self.delta_high, np.ndarray):
@@ -556,14 +558,22 @@ class Band(Region):
                     )
             scale = (other.curvature or 0.0) / (self.divergence.curvature or 1.0)
             return Band(other, (self.delta_low * scale, self.delta_high * scale))
+        p = _as_number("p", p)
         if not 0.0 < p < 1.0:
             raise InvalidValueError(f"p must be in (0, 1), got {p}")
         logp = np.array([math.log(p)])
         log_lower, log_upper = self.log_bounds(logp)
         if log_lower[0] == -np.inf or log_upper[0] >= -logp[0]:
             raise InvalidValueError(f"{self!r} allows everything at p = {p}; match at another p")
-        low, high = (other.between(logp, bound)[0] for bound in (log_lower, log_upper))
-        return Band(other, (float(low), float(high)))
+        low, high = (float(other.between(logp, bound)[0]) for bound in (log_lower, log_upper))
+        for side, delta, bound in (("lower", low, log_lower), ("upper", high, log_upper)):
+            if not 0.0 < delta < math.inf:
+                raise InvalidValueError(
+                    f"{other!r} is {delta:g} at the {side} bound of {self!r} at p = {p}, a ratio "
+                    f"of {math.exp(bound[0]):.6g}, and no delta matches that; match at another p, "
+                    "or another divergence"
+                )
+        return Band(other, (low, high))
 
     def _with_radii(self, **arrays: Float64Array) -> list[Any]:
         """The first array, the radii as the core takes them, then the rest; all broadcast."""
