@@ -302,6 +302,9 @@ impl Real for Dd {
     }
 
     fn exp_m1(self) -> Self {
+        if self.hi.abs() < 1e-40 {
+            return self; // to all digits, where the halving below would lose those of a denormal
+        }
         if self.hi.abs() < 0.34 {
             return self.reduced_exp_m1().1;
         }
@@ -315,10 +318,12 @@ impl Real for Dd {
         if self.hi <= 0.0 || !self.hi.is_finite() {
             return Self::of(self.hi.ln());
         }
-        if self.hi < 1e-270 {
-            // e^-y below would overflow, and the rest of a tiny number is denormal.
-            let [first, second, third] = LN_2_PARTS.map(|part| Self::product(-300.0, part));
-            return self.scaled_by_power_of_two(300).ln() + first + second + third;
+        if !(1e-270..1e270).contains(&self.hi) {
+            // e^-y below would overflow or be denormal, as the rest of a tiny number is.
+            let shift = if self.hi < 1.0 { 300 } else { -300 };
+            let [first, second, third] =
+                LN_2_PARTS.map(|part| Self::product(-f64::from(shift), part));
+            return self.scaled_by_power_of_two(shift).ln() + first + second + third;
         }
         // One Newton step on e^y = x doubles the digits of the double-precision logarithm.
         let y = Self::of(self.hi.ln());
