@@ -28,9 +28,10 @@ format:
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Reference bounds at 60 digits (all in build/reference, some in tests/data; half an hour on two cores),
+# Reference bounds at 60 digits (all in build/reference, a tenth in tests/data; twenty minutes on two cores),
 # and the digits that rust/real.rs is tested against.
 reference: $(VENV)/reference.stamp
+	$(BIN)/python tests/reference.py
 	$(BIN)/python tools/make_reference.py
 	$(BIN)/python tools/make_real_reference.py
 

@@ -655,7 +655,7 @@ impl Split {
             Generator::Tv => Some(-(-radius / w).ln_1p()),
             Generator::Hellinger => {
                 // Bhattacharyya's coefficient is the cosine of an angle: sqrt(r) = 1 - e.
-                let e = radius + (radius * (2.0 - radius) * (g / w)).sqrt();
+                let e = radius + (radius * (2.0 - radius)).sqrt() * (g / w).sqrt();
                 Some(-2.0 * (-e).ln_1p())
             }
             Generator::Bwcs(blend) => Some(blended_chi_square(w, g, blend, radius)),
@@ -696,13 +696,14 @@ fn root_of_order(x: f64, order: f64) -> f64 {
 /// `m` for `(u-1)^2/(1-l+l u)`: with `x` the fraction lost, a quadratic; see docs of [`Divergence`].
 fn blended_chi_square(w: f64, g: f64, blend: f64, radius: f64) -> f64 {
     let spread = radius * blend * blend;
-    let root = (radius * (spread + 4.0 * w * g)).sqrt();
+    // Factor by factor: a product of a small radius and a small g would be denormal.
+    let root = radius.sqrt() * (spread + 4.0 * w * g).sqrt();
     let tilt = radius * blend * (g - w);
     // The two roots are -x (this one) and the fraction that the same outcome may gain.
     let (lost, gained) = if tilt >= 0.0 {
-        (2.0 * radius * g / (root + tilt), (root + tilt) / (2.0 * w * (1.0 + spread)))
+        (2.0 * radius * (g / (root + tilt)), (root + tilt) / (2.0 * w * (1.0 + spread)))
     } else {
-        ((root - tilt) / (2.0 * w * (1.0 + spread)), 2.0 * radius * g / (root - tilt))
+        ((root - tilt) / (2.0 * w * (1.0 + spread)), 2.0 * radius * (g / (root - tilt)))
     };
     if lost < 0.5 {
         return -(-lost).ln_1p();
@@ -823,8 +824,8 @@ fn gone<T: Real>() -> Point<T> {
 /// `w f(u)`, in logarithms where a factor leaves the range of a double.
 fn scaled_value<T: Real>(generator: &Generator, log_weight: T, at: Point<T>) -> T {
     let value = value_or_limit(generator, at);
-    if value.to_f64() == 0.0 {
-        T::of(0.0)
+    if value.to_f64() <= 0.0 {
+        T::of(0.0) // below 0 by rounding, in a text
     } else if at.log.to_f64() == f64::NEG_INFINITY || log_weight.to_f64() > FAR_TAIL {
         weighted(generator, log_weight.exp(), at)
     } else {

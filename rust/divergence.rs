@@ -248,7 +248,12 @@ impl Generator {
             }
             Self::Tv => excess.abs() * T::of(0.5),
             Self::Hellinger => {
-                let m = (log * T::of(0.5)).exp_m1();
+                // Half of a large ln u would lose digits of e^(ln(u)/2).
+                let m = if log.to_f64().abs() < 1.0 {
+                    (log * T::of(0.5)).exp_m1()
+                } else {
+                    u.sqrt() - T::of(1.0)
+                };
                 m * m * T::of(0.5)
             }
             Self::JensenShannon => jensen_shannon(at),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mpmath import mp
 from scipy.optimize import elementwise
 
 import bandpo
@@ -18,7 +19,7 @@ from bandpo import Band, Clip, Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import BoolArray, Float64Array
 from conftest import REFERENCE_FILES, Reference, read_reference
-from reference import divergence
+from reference import bound, divergence, to_double
 
 ROOT = Path(__file__).parents[1]
 ACCURACY = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
@@ -230,6 +231,37 @@ def test_contains_its_bounds_and_nothing_beyond(spec: str, delta: float, logp: f
     assert not band.contains(logp, log_upper * (1 + 4 * RELATIVE))
     if log_lower > -np.inf:
         assert not band.contains(logp, log_lower * (1 + 4 * RELATIVE))
+
+
+every_log_prob = st.one_of(
+    st.floats(min_value=-323.3, max_value=3.0).map(lambda power: -(10.0**power)),
+    st.sampled_from([0.0, -5e-324, -np.finfo(float).smallest_normal, -745.2, -1e9, -np.inf]),
+)
+
+
+@given(specs, radii, every_log_prob)
+def test_contains_its_bounds_at_any_probability(spec: str, delta: float, logp: float) -> None:
+    band = Band(spec, delta)
+    log_lower, log_upper = band.log_bounds(logp)
+    assert log_lower <= 0.0 <= log_upper <= -logp
+    assert band.contains(logp, log_lower)
+    assert band.contains(logp, log_upper)
+    assert not band.contains(logp, np.nextafter(-logp, np.inf)) or logp == -np.inf
+
+
+def test_committed_references_are_what_the_reference_solves(reference: Reference) -> None:
+    # A few of each: all of them take half an hour.
+    for i in range(100, reference.logp.size, 250):
+        logp, delta = float(reference.logp[i]), float(reference.delta[i])
+        for upper, nearest, rest in [
+            (False, reference.log_lower[i], reference.log_lower_rest[i]),
+            (True, reference.log_upper[i], reference.log_upper_rest[i]),
+        ]:
+            if not np.isfinite(nearest) or abs(nearest) == np.finfo(float).max:
+                continue
+            exact, _ = bound(reference.spec, logp, delta, upper)
+            assert to_double(exact) == nearest
+            assert to_double(mp.fsub(exact, float(nearest), exact=True)) == rest
 
 
 def test_limits_at_both_ends_and_nan() -> None:

@@ -388,7 +388,7 @@ Most of it is the move inwards by 3.6e-15 that keeps a bound inside: it comes to
 
 ### log_lower by region
 
-Largest relative error, ULP in brackets. Each region ends where the one before it begins. Near
+Largest relative error, ULP in brackets. A point counts in the narrowest region it is in. Near
 saturation means delta within {NEAR:.0%} of the one from which on the bound is -inf (log_lower) or
 -logp (log_upper); the other columns are without such points.
 
