@@ -445,6 +445,19 @@ pub(crate) mod tests {
         assert_eq!(Dd::of(0.0).ln().hi, f64::NEG_INFINITY);
         assert_eq!(Dd::of(-1.0).ln_1p().hi, f64::NEG_INFINITY);
         assert_eq!(Dd::of(0.0).sqrt().hi, 0.0);
+        assert_eq!(Dd::of(-5e-324).exp_m1(), Dd::of(-5e-324));
+    }
+
+    /// ln 2^k = k ln 2, also where e^-ln leaves the range of normal doubles.
+    #[test]
+    fn logarithms_of_powers_of_two_hold_thirty_digits() {
+        let ln_2 = Dd::of(2.0).ln();
+        for power in [-1074, -1022, -900, -1, 1, 896, 1000, 1023] {
+            let (half, rest) = (power / 2, power - power / 2);
+            let exact = ln_2 * Dd::of(f64::from(power));
+            let error = (Dd::of(2f64.powi(half) * 2f64.powi(rest)).ln() - exact).to_f64();
+            assert!((error / exact.hi).abs() < 1e-30, "2^{power}: {error:e}");
+        }
     }
 
     #[test]

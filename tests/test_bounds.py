@@ -250,7 +250,7 @@ def test_contains_its_bounds_at_any_probability(spec: str, delta: float, logp: f
 
 
 def test_committed_references_are_what_the_reference_solves(reference: Reference) -> None:
-    # A few of each: all of them take half an hour.
+    # A few of each: all of them take minutes.
     for i in range(100, reference.logp.size, 250):
         logp, delta = float(reference.logp[i]), float(reference.delta[i])
         for upper, nearest, rest in [
