@@ -22,7 +22,8 @@
 //! [`BENIGN_CONDITION`], the result is moved inwards by [`MARGIN`], which covers that error, and is
 //! inside. Elsewhere (near saturation of the lower side, mostly) the residual is evaluated in
 //! double-double arithmetic, Newton's method corrects the bound, and it is moved inwards by single
-//! ulps until the residual says that it is inside.
+//! ulps until the residual says that it is inside. In the far tails, where p or 1 - p is below 1e-300,
+//! the bits of the bound are halved on such a residual, evaluated in logarithms.
 
 use rayon::prelude::*;
 
