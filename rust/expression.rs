@@ -134,15 +134,17 @@ impl Expression {
     }
 
     /// `ln f(u)` for any `ln u`, where `f(u)` itself leaves the range of a double.
-    pub(crate) fn log_value(&self, log: f64) -> f64 {
+    pub(crate) fn log_value<T: Real>(&self, log: T) -> T {
         // As a power of u beyond the farthest point where the text can be evaluated.
-        let far = log.clamp(-FARTHEST, FARTHEST);
-        let Jet { value, slope, .. } = self.wide(Point::from_log(Wide::of(far)));
+        let t = log.to_f64();
+        let far = t.clamp(-FARTHEST, FARTHEST);
+        let at = if t == far { Wide::of_dd(log.to_dd()) } else { Wide::of(far) };
+        let Jet { value, slope, .. } = self.wide(Point::from_log(at));
         if value.is_finite() && !value.is_above_error(1.0) {
-            return f64::NEG_INFINITY; // all that is left is rounding error
+            return T::of(f64::NEG_INFINITY); // all that is left is rounding error
         }
-        let beyond = if log == far { 0.0 } else { (slope / value).to_f64() * (log - far) };
-        value.ln().to_f64() + beyond
+        let beyond = if t == far { 0.0 } else { (slope / value).to_f64() * (t - far) };
+        T::of_dd(value.ln().to_dd()) + T::of(beyond)
     }
 
     /// `f(u) - f'(1) (u-1)` where nothing overflows, and with what is rounding error in it.

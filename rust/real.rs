@@ -319,6 +319,9 @@ impl Real for Dd {
     }
 
     fn exp_m1(self) -> Self {
+        if self.hi.abs() < 1e-40 {
+            return self; // to all digits, where the halving below would lose those of a denormal
+        }
         if self.hi.abs() < 0.34 {
             return self.reduced_exp_m1().1;
         }
@@ -332,10 +335,12 @@ impl Real for Dd {
         if self.hi <= 0.0 || !self.hi.is_finite() {
             return Self::of(self.hi.ln());
         }
-        if self.hi < 1e-270 {
-            // e^-y below would overflow, and the rest of a tiny number is denormal.
-            let [first, second, third] = LN_2_PARTS.map(|part| Self::product(-300.0, part));
-            return self.scaled_by_power_of_two(300).ln() + first + second + third;
+        if !(1e-270..1e270).contains(&self.hi) {
+            // e^-y below would overflow or be denormal, as the rest of a tiny number is.
+            let shift = if self.hi < 1.0 { 300 } else { -300 };
+            let [first, second, third] =
+                LN_2_PARTS.map(|part| Self::product(-f64::from(shift), part));
+            return self.scaled_by_power_of_two(shift).ln() + first + second + third;
         }
         // One Newton step on e^y = x doubles the digits of the double-precision logarithm.
         let y = Self::of(self.hi.ln());
@@ -449,6 +454,19 @@ pub(crate) mod tests {
         assert_eq!(Dd::of(0.0).ln().hi, f64::NEG_INFINITY);
         assert_eq!(Dd::of(-1.0).ln_1p().hi, f64::NEG_INFINITY);
         assert_eq!(Dd::of(0.0).sqrt().hi, 0.0);
+        assert_eq!(Dd::of(-5e-324).exp_m1(), Dd::of(-5e-324));
+    }
+
+    /// ln 2^k = k ln 2, also where e^-ln leaves the range of normal doubles.
+    #[test]
+    fn logarithms_of_powers_of_two_hold_thirty_digits() {
+        let ln_2 = Dd::of(2.0).ln();
+        for power in [-1074, -1022, -900, -1, 1, 896, 1000, 1023] {
+            let (half, rest) = (power / 2, power - power / 2);
+            let exact = ln_2 * Dd::of(f64::from(power));
+            let error = (Dd::of(2f64.powi(half) * 2f64.powi(rest)).ln() - exact).to_f64();
+            assert!((error / exact.hi).abs() < 1e-30, "2^{power}: {error:e}");
+        }
     }
 
     #[test]

@@ -341,9 +341,9 @@ def test_a_diagnosis_has_brackets_statuses_and_bounded_work() -> None:
     assert not band.contains(-1.0, found.lower.outside[0, 0])
 
     rng = np.random.default_rng(0)
-    logp = np.concatenate([-rng.exponential(5.0, 20_000), -np.exp(rng.uniform(-700, 700, 20_000))])
+    logp = np.concatenate([-rng.exponential(5.0, 20_000), -np.exp(rng.uniform(-700, 700, 5_000))])
     for spec in ["kl", "reverse-kl", "jensen-shannon", "jeffreys", "alpha:-3", "alpha:4", "tv"]:
-        found = Band(spec, np.exp(rng.uniform(-18, 2.3, 40_000))).diagnose(logp)
+        found = Band(spec, np.exp(rng.uniform(-18, 2.3, 25_000))).diagnose(logp)
         for side in found:
-            assert side.iterations.max() <= 200, spec
+            assert side.iterations.max() <= 196, spec  # MOST_BOUND_EVALUATIONS
             assert side.iterations[:20_000].mean() <= 8.0, spec
