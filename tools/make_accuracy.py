@@ -446,7 +446,7 @@ def tables_part(specs: Sequence[str], samples: int) -> str:
 The promise is for every built-in divergence and delta from 1e-4 to 1. The error is absolute, beyond
 one float32 ULP of the bound, where the log bound lies within +-20. Each table was compared with the
 solver at {samples} float32 log-probabilities, evenly spaced in their bit patterns over
-[-104, 0].
+[-104, 0], and at 16 in every cell.
 
 Largest error of log_upper / of lower, by delta:
 

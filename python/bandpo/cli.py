@@ -91,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = tables.add_parser("verify", help="compare a table file with the exact solver")
     verify.add_argument("path")
     verify.add_argument(
-        "--samples", type=int, default=SAMPLES, help="float32 log-probs to look at (%(default)s)"
+        "--samples",
+        type=int,
+        default=SAMPLES,
+        help="float32 log-probs to look at (%(default)s), besides some in every cell",
     )
     verify.add_argument(
         "--exhaustive",
