@@ -422,8 +422,8 @@ def test_parameters_next_to_special_ones_hold_the_contract(spec: str) -> None:
     delta = np.exp(rng.uniform(np.log(1e-8), np.log(10.0), 16))
     for logp, radius in zip(np.concatenate([rare, sure]), delta, strict=True):
         exact = reference_log_bounds(spec, float(logp), float(radius))
-        for actual, bound in zip(Band(spec, radius).log_bounds(logp), exact, strict=True):
-            if mp.isinf(bound):
-                assert actual == float(bound)
+        for actual, wanted in zip(Band(spec, radius).log_bounds(logp), exact, strict=True):
+            if mp.isinf(wanted):
+                assert actual == float(wanted)
             else:
-                assert 0 <= (bound - mpf(float(actual))) / bound <= 1e-14, (logp, radius)
+                assert 0 <= (wanted - mpf(float(actual))) / wanted <= 1e-14, (logp, radius)
