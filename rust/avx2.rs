@@ -83,6 +83,22 @@ impl Lanes for Avx2 {
         unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
     }
     #[inline(always)]
+    fn lesser(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn at_most(self, limit: f64, a: __m256) -> __m256 {
+        // Of a NaN and a number, the instruction takes the second.
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_min_ps(_mm256_set1_ps(limit as f32), a) }
+    }
+    #[inline(always)]
+    fn at_least(self, limit: f64, a: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_max_ps(_mm256_set1_ps(limit as f32), a) }
+    }
+    #[inline(always)]
     fn less(self, a: __m256, b: __m256) -> __m256 {
         // SAFETY: the instructions are there.
         unsafe { _mm256_cmp_ps::<_CMP_LT_OQ>(a, b) }

@@ -86,6 +86,22 @@ impl Lanes for Avx512 {
         unsafe { _mm512_abs_ps(a) }
     }
     #[inline(always)]
+    fn lesser(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn at_most(self, limit: f64, a: __m512) -> __m512 {
+        // Of a NaN and a number, the instruction takes the second.
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_min_ps(_mm512_set1_ps(limit as f32), a) }
+    }
+    #[inline(always)]
+    fn at_least(self, limit: f64, a: __m512) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_max_ps(_mm512_set1_ps(limit as f32), a) }
+    }
+    #[inline(always)]
     fn less(self, a: __m512, b: __m512) -> __mmask16 {
         // SAFETY: the instructions are there.
         unsafe { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b) }

@@ -44,6 +44,13 @@ pub trait Lanes: Copy {
     fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn abs(self, a: Self::Float) -> Self::Float;
 
+    /// The lesser of both, neither of them NaN.
+    fn lesser(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    /// The lesser of both; a NaN in `a` stays.
+    fn at_most(self, limit: f64, a: Self::Float) -> Self::Float;
+    /// The greater of both; a NaN in `a` stays.
+    fn at_least(self, limit: f64, a: Self::Float) -> Self::Float;
+
     fn less(self, a: Self::Float, b: Self::Float) -> Self::Mask;
     fn less_or_equal(self, a: Self::Float, b: Self::Float) -> Self::Mask;
     fn is_nan(self, a: Self::Float) -> Self::Mask;
@@ -58,7 +65,8 @@ pub trait Lanes: Copy {
 
     /// For `x` within plus and minus 20; NaN gives NaN.
     fn exponentials(self, x: Self::Float) -> Exponentials<Self::Float>;
-    /// The tabulated side of each token: `lower`, a ratio, where the mask is true, else `log_upper`.
+    /// The tabulated side of each token: `lower`, a ratio, where the mask is true, else `log_upper`. What a
+    /// NaN gives does not count: no ratio can be beyond its bound.
     fn look_up(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask)
     -> Self::Float;
 }
@@ -144,6 +152,9 @@ pub trait FloatBits: Lanes<Scalar = f32> {
     /// Every index, and the three after it, lie inside `words`.
     unsafe fn gather_four(self, words: &[u32], index: Self::Words) -> [Self::Float; 4];
 }
+
+/// `-log p` from which a table holds its limits.
+const FAR: f64 = 128.0;
 
 /// The bits of infinity.
 const INFINITY: u32 = 0x7f80_0000;
@@ -252,10 +263,10 @@ pub fn look_up<L: FloatBits>(
     let at_zero = lanes.select(lower, lower_at_zero, upper_at_zero);
     let far = lanes.select(lower, lower_far, upper_far);
     value = lanes.select(lanes.less(zero, y), value, at_zero);
-    value = lanes.select(lanes.less_or_equal(lanes.splat(128.0), y), far, value);
-    value = lanes.select(lanes.and_not(lanes.less(y, value), lower), y, value);
-    value = lanes.select(lanes.and(lanes.less(value, zero), lower), zero, value);
-    lanes.select(lanes.is_nan(y), y, value)
+    value = lanes.select(lanes.less_or_equal(lanes.splat(FAR), y), far, value);
+    // Above, never outside the simplex; below, never under 0.
+    let greatest = lanes.select(lower, value, y);
+    lanes.at_least(0.0, lanes.lesser(value, greatest))
 }
 
 /// Eight numbers at a time in whatever instructions the compiler finds for arrays.
@@ -322,6 +333,18 @@ impl Lanes for Portable {
     #[inline(always)]
     fn abs(self, a: Self::Float) -> Self::Float {
         each(a, f32::abs)
+    }
+    #[inline(always)]
+    fn lesser(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        pairwise(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn at_most(self, limit: f64, a: Self::Float) -> Self::Float {
+        each(a, |a| if a > limit as f32 { limit as f32 } else { a })
+    }
+    #[inline(always)]
+    fn at_least(self, limit: f64, a: Self::Float) -> Self::Float {
+        each(a, |a| if a < limit as f32 { limit as f32 } else { a })
     }
     #[inline(always)]
     fn less(self, a: Self::Float, b: Self::Float) -> Self::Mask {
@@ -475,6 +498,15 @@ impl Lanes for Double {
     fn abs(self, a: f64) -> f64 {
         a.abs()
     }
+    fn lesser(self, a: f64, b: f64) -> f64 {
+        a.min(b)
+    }
+    fn at_most(self, limit: f64, a: f64) -> f64 {
+        if a > limit { limit } else { a }
+    }
+    fn at_least(self, limit: f64, a: f64) -> f64 {
+        if a < limit { limit } else { a }
+    }
     fn less(self, a: f64, b: f64) -> bool {
         a < b
     }
@@ -597,7 +629,7 @@ mod tests {
                     for (vector, scalar) in found[2..].iter().zip(scalar) {
                         let vector = f32::from_bits(*vector);
                         assert!(
-                            vector == scalar || vector.is_nan() && scalar.is_nan(),
+                            vector == scalar || x.is_nan(),
                             "{spec} {name} {x:e}: {vector:e} {scalar:e}"
                         );
                     }

@@ -120,10 +120,18 @@ impl<T: Float> Advantages<'_, T> {
     }
 
     /// Of the tokens from `index` on.
+    ///
+    /// # Safety
+    /// As of [`load`].
     #[inline(always)]
-    fn load<L: Lanes<Scalar = T>>(&self, lanes: L, index: usize) -> L::Float {
+    unsafe fn load<const WHOLE: bool, L: Lanes<Scalar = T>>(
+        &self,
+        lanes: L,
+        index: usize,
+    ) -> L::Float {
         match self {
-            Self::PerToken(values) => load(lanes, values, index),
+            // SAFETY: as the caller says.
+            Self::PerToken(values) => unsafe { load::<WHOLE, L>(lanes, values, index) },
             Self::PerRow { values, row_length } => {
                 let (first, last) = (index / row_length, (index + L::COUNT - 1) / row_length);
                 if first == last {
@@ -319,7 +327,9 @@ struct Edge<F> {
 
 /// Where the bounds of tokens are, the lower one where the mask is true.
 trait Bounds<T>: Sync {
-    fn edge<L: Lanes<Scalar = T>>(
+    /// # Safety
+    /// As of [`load`].
+    unsafe fn edge<const WHOLE: bool, L: Lanes<Scalar = T>>(
         &self,
         lanes: L,
         index: usize,
@@ -335,7 +345,7 @@ struct Constant {
 
 impl<T> Bounds<T> for Constant {
     #[inline(always)]
-    fn edge<L: Lanes<Scalar = T>>(
+    unsafe fn edge<const WHOLE: bool, L: Lanes<Scalar = T>>(
         &self,
         lanes: L,
         _: usize,
@@ -354,21 +364,23 @@ struct PerToken<'a, T> {
 
 impl<T: Float> Bounds<T> for PerToken<'_, T> {
     #[inline(always)]
-    fn edge<L: Lanes<Scalar = T>>(
+    unsafe fn edge<const WHOLE: bool, L: Lanes<Scalar = T>>(
         &self,
         lanes: L,
         index: usize,
         _: L::Float,
         lower: L::Mask,
     ) -> Edge<L::Float> {
-        let (low, high) = (load(lanes, self.log_lower, index), load(lanes, self.log_upper, index));
+        // SAFETY: as the caller says.
+        let [low, high] = [self.log_lower, self.log_upper]
+            .map(|column| unsafe { load::<WHOLE, L>(lanes, column, index) });
         Edge { bound: lanes.select(lower, low, high), lower_is_ratio: false }
     }
 }
 
 impl<T> Bounds<T> for Image<'_> {
     #[inline(always)]
-    fn edge<L: Lanes<Scalar = T>>(
+    unsafe fn edge<const WHOLE: bool, L: Lanes<Scalar = T>>(
         &self,
         lanes: L,
         _: usize,
@@ -379,12 +391,21 @@ impl<T> Bounds<T> for Image<'_> {
     }
 }
 
-/// The vector that begins at `index`; what lies beyond the end of the slice is 0.
+/// The vector that begins at `index` of a column; if it is not `WHOLE`, the column's end and then zeros.
+///
+/// # Safety
+/// The column has a token at `index`, and all of the vector's if it is `WHOLE`.
 #[inline(always)]
-fn load<L: Lanes<Scalar: Float>>(lanes: L, from: &[L::Scalar], index: usize) -> L::Float {
-    match from.get(index..index + L::COUNT) {
-        Some(whole) => lanes.load(whole),
-        None => lanes.load(&padded(&from[index..], L::Scalar::ZERO)),
+unsafe fn load<const WHOLE: bool, L: Lanes<Scalar: Float>>(
+    lanes: L,
+    column: &[L::Scalar],
+    index: usize,
+) -> L::Float {
+    if WHOLE {
+        // SAFETY: as the caller says.
+        lanes.load(unsafe { column.get_unchecked(index..index + L::COUNT) })
+    } else {
+        lanes.load(&padded(&column[index..], L::Scalar::ZERO))
     }
 }
 
@@ -452,16 +473,22 @@ impl<T: Float, B: Bounds<T>> Work<T> for Chunk<'_, T, B> {
             let end = count.min(first + BLOCK * L::COUNT);
             let mut flags = [[0; BLOCK]; 5];
             for (vector, offset) in (first..end).step_by(L::COUNT).enumerate() {
-                let token = self.rule.vector(lanes, self.bounds, self.start + offset);
+                let index = self.start + offset;
                 let (losses, slopes) =
                     (&mut self.per_token[offset..end], &mut self.gradient[offset..end]);
-                if losses.len() >= L::COUNT {
+                // SAFETY: `policy_loss` has checked that all columns are as long as the outputs, and these
+                // have a token here, or all of a vector.
+                let token = if losses.len() >= L::COUNT {
+                    let token = unsafe { self.rule.vector::<true, L>(lanes, self.bounds, index) };
                     lanes.store(token.loss, losses);
                     lanes.store(token.slope, slopes);
+                    token
                 } else {
+                    let token = unsafe { self.rule.vector::<false, L>(lanes, self.bounds, index) };
                     losses.copy_from_slice(&numbers(lanes, token.loss)[..losses.len()]);
                     slopes.copy_from_slice(&numbers(lanes, token.slope)[..slopes.len()]);
-                }
+                    token
+                };
                 for (flags, bits) in flags.iter_mut().zip(token.flags(lanes)) {
                     flags[vector] = bits;
                 }
@@ -510,34 +537,40 @@ impl<L: Lanes> Token<L> {
 
 impl<T: Float> Rule<'_, T> {
     /// The tokens from `index` on, as many as a vector holds; those beyond the last do not count.
+    ///
+    /// # Safety
+    /// As of [`load`], for every column.
     #[inline(always)]
-    fn vector<L: Lanes<Scalar = T>>(
+    unsafe fn vector<const WHOLE: bool, L: Lanes<Scalar = T>>(
         &self,
         lanes: L,
         bounds: &impl Bounds<T>,
         index: usize,
     ) -> Token<L> {
         let tokens = self.tokens;
-        let valid = if let Some(whole) = tokens.mask.get(index..index + L::COUNT) {
-            lanes.load_mask(whole)
+        let zero = lanes.splat(0.0);
+        let valid = if WHOLE {
+            // SAFETY: as the caller says.
+            lanes.load_mask(unsafe { tokens.mask.get_unchecked(index..index + L::COUNT) })
         } else {
             lanes.load_mask(&padded(&tokens.mask[index..], 0))
         };
-        let zero = lanes.splat(0.0);
-        let of_valid = |values: L::Float| lanes.select(valid, values, zero);
-        let old_log_prob = of_valid(load(lanes, tokens.old_log_prob, index));
-        let log_prob = of_valid(load(lanes, tokens.log_prob, index));
-        let cost = lanes.sub(zero, of_valid(tokens.advantages.load(lanes, index)));
+        // SAFETY: as the caller says.
+        let column = |column: &[T]| unsafe {
+            lanes.select(valid, load::<WHOLE, L>(lanes, column, index), zero)
+        };
+        let (old_log_prob, log_prob) = (column(tokens.old_log_prob), column(tokens.log_prob));
+        // SAFETY: as the caller says.
+        let advantage = unsafe { tokens.advantages.load::<WHOLE, L>(lanes, index) };
+        let cost = lanes.sub(zero, lanes.select(valid, advantage, zero));
         let unclamped = match tokens.log_ratio {
-            Some(log_ratio) => of_valid(load(lanes, log_ratio, index)),
+            Some(log_ratio) => column(log_ratio),
             None => lanes.sub(log_prob, old_log_prob),
         };
 
-        // Comparisons, unlike minima, keep a NaN.
-        let (most, least) = (lanes.splat(LOG_RATIO_LIMIT), lanes.splat(-LOG_RATIO_LIMIT));
-        let (above, below) = (lanes.less(most, unclamped), lanes.less(unclamped, least));
-        let clamped = lanes.or(above, below);
-        let log_ratio = lanes.select(above, most, lanes.select(below, least, unclamped));
+        let clamped = lanes.less(lanes.splat(LOG_RATIO_LIMIT), lanes.abs(unclamped));
+        let log_ratio = lanes.at_most(LOG_RATIO_LIMIT, unclamped);
+        let log_ratio = lanes.at_least(-LOG_RATIO_LIMIT, log_ratio);
         let exponentials = lanes.exponentials(log_ratio);
         let ratio = exponentials.exp;
 
@@ -545,7 +578,8 @@ impl<T: Float> Rule<'_, T> {
             Surrogate::Weight => (lanes.less(zero, log_ratio), lanes.less(log_ratio, zero)),
             _ => (lanes.less(cost, zero), lanes.less(zero, cost)),
         };
-        let edge = bounds.edge(lanes, index, old_log_prob, down);
+        // SAFETY: as the caller says.
+        let edge = unsafe { bounds.edge::<WHOLE, L>(lanes, index, old_log_prob, down) };
         let measure = if edge.lower_is_ratio { ratio } else { log_ratio };
         let clipped_low = lanes.and(down, lanes.less(measure, edge.bound));
         let clipped_high = lanes.and(up, lanes.less(edge.bound, log_ratio));

@@ -169,8 +169,9 @@ impl<'a> Image<'a> {
     #[must_use]
     pub fn log_upper(self, y: f32) -> f32 {
         let value = self.value_at(0, y);
-        // Never outside the simplex; a NaN must not be lost in a minimum.
-        if value > y { y } else { value }
+        // Never outside the simplex, nor below 0 by rounding; a NaN must not be lost in a minimum.
+        let value = if value > y { y } else { value };
+        if value < 0.0 { 0.0 } else { value }
     }
 
     /// `lower`, the ratio, at `y = -logp >= 0`.
