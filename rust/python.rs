@@ -6,7 +6,10 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use numpy::{Element, IntoPyArray, PyArray1, PyReadonlyArray1, PyReadwriteArray1};
+use numpy::{
+    Element, IntoPyArray, PyArray1, PyArrayDyn, PyReadonlyArray1, PyReadonlyArrayDyn,
+    PyReadwriteArrayDyn,
+};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -352,7 +355,8 @@ fn contains<'py>(
     Ok(inside.into_pyarray(py))
 }
 
-/// Loss and gradient of every token, written to `per_token` and `gradient`.
+/// Loss and gradient of every token, written to `per_token` and `gradient`. Arrays are contiguous, of any
+/// number of dimensions.
 ///
 /// `log_ratio` replaces `log_prob - old_log_prob` where it is given. `advantages` has one element a token
 /// or one a row; `bounds` is the image of a table, or all lower and then all upper log bounds, one each or
@@ -372,7 +376,7 @@ fn policy_loss<'py>(
     log_prob: Bound<'py, PyAny>,
     log_ratio: Option<Bound<'py, PyAny>>,
     advantages: Bound<'py, PyAny>,
-    mask: PyReadonlyArray1<'py, u8>,
+    mask: PyReadonlyArrayDyn<'py, u8>,
     bounds: Bound<'py, PyAny>,
     row_length: usize,
     surrogate: &str,
@@ -380,7 +384,7 @@ fn policy_loss<'py>(
     by_probability: bool,
     per_token: Bound<'py, PyAny>,
     gradient: Bound<'py, PyAny>,
-) -> PyResult<(Vec<u64>, [f64; 7])> {
+) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
     let first = parameters.first().copied();
     let surrogate = match (surrogate, parameters.as_slice()) {
         ("min-clip", [] | [_]) => Surrogate::MinClip { dual_clip: first },
@@ -399,7 +403,7 @@ fn policy_loss<'py>(
         }
     };
     let arrays = [old_log_prob, log_prob, advantages, bounds, per_token, gradient];
-    let run = if arrays[1].cast::<PyArray1<f32>>().is_ok() {
+    let run = if arrays[1].cast::<PyArrayDyn<f32>>().is_ok() {
         policy_loss_of::<f32>
     } else {
         policy_loss_of::<f64>
@@ -407,22 +411,22 @@ fn policy_loss<'py>(
     run(py, &arrays, log_ratio.as_ref(), &mask, row_length, surrogate, by_probability)
 }
 
-fn policy_loss_of<T: Float + Element>(
-    py: Python<'_>,
+fn policy_loss_of<'py, T: Float + Element>(
+    py: Python<'py>,
     [old_log_prob, log_prob, advantages, bounds, per_token, gradient]: &[Bound<'_, PyAny>; 6],
     log_ratio: Option<&Bound<'_, PyAny>>,
-    mask: &PyReadonlyArray1<'_, u8>,
+    mask: &PyReadonlyArrayDyn<'_, u8>,
     row_length: usize,
     surrogate: Surrogate,
     by_probability: bool,
-) -> PyResult<(Vec<u64>, [f64; 7])> {
-    let old_log_prob: PyReadonlyArray1<'_, T> = old_log_prob.extract()?;
-    let log_prob: PyReadonlyArray1<'_, T> = log_prob.extract()?;
-    let log_ratio: Option<PyReadonlyArray1<'_, T>> =
+) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
+    let old_log_prob: PyReadonlyArrayDyn<'_, T> = old_log_prob.extract()?;
+    let log_prob: PyReadonlyArrayDyn<'_, T> = log_prob.extract()?;
+    let log_ratio: Option<PyReadonlyArrayDyn<'_, T>> =
         log_ratio.map(PyAnyMethods::extract).transpose()?;
-    let advantages: PyReadonlyArray1<'_, T> = advantages.extract()?;
-    let mut per_token: PyReadwriteArray1<'_, T> = per_token.extract()?;
-    let mut gradient: PyReadwriteArray1<'_, T> = gradient.extract()?;
+    let advantages: PyReadonlyArrayDyn<'_, T> = advantages.extract()?;
+    let mut per_token: PyReadwriteArrayDyn<'_, T> = per_token.extract()?;
+    let mut gradient: PyReadwriteArrayDyn<'_, T> = gradient.extract()?;
 
     let log_prob = log_prob.as_slice()?;
     let values = advantages.as_slice()?;
@@ -446,7 +450,7 @@ fn policy_loss_of<T: Float + Element>(
     let totals = if let Ok(words) = bounds.extract::<PyReadonlyArray1<'_, u32>>() {
         run(BoundSource::Table(Image::new(words.as_slice()?)?))
     } else {
-        let bounds: PyReadonlyArray1<'_, T> = bounds.extract()?;
+        let bounds: PyReadonlyArrayDyn<'_, T> = bounds.extract()?;
         run(match bounds.as_slice()? {
             &[log_lower, log_upper] => BoundSource::Constant { log_lower, log_upper },
             both => {
@@ -469,7 +473,8 @@ fn policy_loss_of<T: Float + Element>(
         counts.extend(bins.iter().map(|bin| bin.clipped_low));
         counts.extend(bins.iter().map(|bin| bin.clipped_high));
     }
-    let sums = [
+    let counts: Vec<i64> = counts.into_iter().map(|count| count as i64).collect();
+    let sums = vec![
         totals.kl,
         totals.kl_k3,
         totals.entropy,
@@ -478,7 +483,7 @@ fn policy_loss_of<T: Float + Element>(
         totals.log_ratio_min,
         totals.log_ratio_max,
     ];
-    Ok((counts, sums))
+    Ok((counts.into_pyarray(py), sums.into_pyarray(py)))
 }
 
 /// The bound of one side with how it was found: `(log_ratio, outside, status, evaluations)`.

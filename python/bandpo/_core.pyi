@@ -100,7 +100,7 @@ def policy_loss(
     per_token: _FloatArray,
     gradient: _FloatArray,
     /,
-) -> tuple[list[int], list[float]]: ...
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
 def diagnose(
     divergence: Divergence,
     delta: float | NDArray[np.float64],

@@ -6,6 +6,7 @@ Every backend turns tokens into a loss of each token, first; one reducer turns t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -38,6 +39,7 @@ from bandpo.torch import (
 __all__ = [
     "LOG_RATIO_LIMIT",
     "PROBABILITY_EDGES",
+    "Metrics",
     "PolicyLoss",
     "PolicyLossResult",
     "policy_loss",
@@ -61,6 +63,34 @@ _BACKENDS: tuple[str, ...] = get_args(Backend)
 _NO_CLIP = Clip(1.0, math.inf)
 
 
+class Metrics(Mapping[str, torch.Tensor]):
+    """Metrics by name, computed when the first of them is looked at."""
+
+    def __init__(self, compute: Callable[[], dict[str, torch.Tensor]]) -> None:
+        self._compute: Callable[[], dict[str, torch.Tensor]] | None = compute
+        self._computed: dict[str, torch.Tensor] = {}
+
+    def _all(self) -> dict[str, torch.Tensor]:
+        if self._compute is not None:
+            self._computed, self._compute = self._compute(), None
+        return self._computed
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __repr__(self) -> str:
+        return repr(self._all())
+
+    def __reduce__(self) -> tuple[object, tuple[dict[str, torch.Tensor]]]:
+        return dict, (self._all(),)
+
+
 class PolicyLossResult(NamedTuple):
     """What `policy_loss` returns.
 
@@ -73,7 +103,7 @@ class PolicyLossResult(NamedTuple):
 
     loss: torch.Tensor
     per_token: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    metrics: Mapping[str, torch.Tensor]
 
 
 def policy_loss(
@@ -161,7 +191,8 @@ def policy_loss(
       `PROBABILITY_EDGES`: tokens_by_probability (int64), and clip_fraction_low_by_probability and
       clip_fraction_high_by_probability, as fractions of the bin's tokens
 
-    They are detached tensors and nothing waits for the device.
+    They are detached tensors, computed when the first is looked at, and nothing waits for the
+    device.
 
     Args:
         old_log_prob: Natural log-probabilities of the tokens under the policy in the denominator
@@ -216,26 +247,36 @@ def policy_loss(
     backend_loss = _backend(backend, log_prob.device)
 
     dtype = compute_dtype(old_log_prob, log_prob)
-    valid = response_mask.reshape(shape)
+    valid = _shaped(response_mask, shape)
     valid = valid if valid.dtype == torch.bool else valid != 0
-    cost = advantages.detach().to(dtype).reshape(advantages_shape)
+    cost = _shaped(advantages.detach().to(dtype), advantages_shape)
     if rollout_is_weights is not None:
         # Every surrogate is homogeneous in the advantage, so a weight may go there.
         weights = rollout_is_weights.detach().to(dtype)
         cost = cost * weights.reshape(_advantages_shape(rollout_is_weights, shape))
     tokens = _Tokens(
         old_log_prob.detach().to(dtype),
-        log_prob.to(dtype).reshape(shape),
+        _shaped(log_prob.to(dtype), shape),
         cost,
         valid,
-        _Sequences.of(valid, cu_seqlens),
+        cu_seqlens,
     )
     per_token, counts, sums, more = _token_losses(
         rule, tokens, backend_loss, exact, metrics_by_probability
     )
-    loss = _aggregate(per_token, counts[0], tokens.sequences, reduction)
-    metrics = _metrics(rule, counts, sums, dtype)
-    return PolicyLossResult(loss, per_token.reshape(log_prob.shape), {**metrics, **more})
+    loss = _aggregate(per_token, counts[0], tokens, reduction)
+
+    def metrics() -> dict[str, torch.Tensor]:
+        return {**_metrics(rule, counts, sums, dtype), **more}
+
+    # A compiler computes them in one kernel; else few of those who train look at all of them.
+    found = metrics() if torch.compiler.is_compiling() else Metrics(metrics)
+    return PolicyLossResult(loss, _shaped(per_token, log_prob.shape), found)
+
+
+def _shaped(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor in a shape; itself, and not a view, where it has it."""
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 class PolicyLoss(torch.nn.Module):
@@ -390,7 +431,11 @@ class _Tokens(NamedTuple):
     log_prob: torch.Tensor  # [B, T], with its gradient
     advantages: torch.Tensor  # [B, T] or [B, 1]
     valid: torch.Tensor  # bool [B, T]
-    sequences: _Sequences
+    cu_seqlens: torch.Tensor | None
+
+    def sequences(self) -> _Sequences:
+        """Computed anew by each of the few who need them."""
+        return _Sequences.of(self.valid, self.cu_seqlens)
 
     def log_ratio(self) -> torch.Tensor:
         """That of each token, clamped, 0 where masked; NaN stays. Without gradient."""
@@ -403,8 +448,9 @@ def _token_losses(
     rule: _Rule, tokens: _Tokens, backend_loss: TokenLoss, exact: bool, by_probability: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """What a `TokenLoss` returns, and the metrics that only some rules have."""
-    old_log_prob, log_prob, advantages, valid, sequences = tokens
+    old_log_prob, log_prob, advantages, valid, _ = tokens
     shape = log_prob.shape
+    of_tokens = _shaped(old_log_prob, shape)
 
     def loss_of(
         log_prob: torch.Tensor,
@@ -413,7 +459,7 @@ def _token_losses(
         bounds: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return backend_loss(
-            old_log_prob.reshape(shape),
+            of_tokens,
             log_prob,
             log_ratio,
             advantages,
@@ -439,7 +485,7 @@ def _token_losses(
         removed = torch.where(clipped, per_token.detach(), 0.0).abs().sum()
         return per_token, *_with_clipped(counts, sums, low, high, removed, old_log_prob, valid), {}
 
-    valid_tokens = valid.reshape(old_log_prob.shape)
+    valid_tokens = _shaped(valid, old_log_prob.shape)
     of_sequence = rule.ratio_level == "sequence"
     log_ratio = _sequence_mean(tokens.log_ratio(), tokens) if of_sequence else None
     if rule.mask is None:
@@ -455,6 +501,7 @@ def _token_losses(
 
     lower, upper = sides_of(rule.region, old_log_prob, bounds=bounds)
     outside = valid & ((ratio < lower.reshape(shape)) | (ratio > upper.reshape(shape)))
+    sequences = tokens.sequences()
     dropped = sequences.sum(outside.to(torch.int64)) > 0
     # A NaN is not outside, and is not to be hidden by a neighbour that is.
     masked = sequences.spread(dropped) & valid & ~ratio.isnan()
@@ -471,7 +518,7 @@ def _token_losses(
 
 def _sequence_mean(values: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
     """The mean over each sequence's tokens that count, at each of its tokens, [B, T]."""
-    sequences = tokens.sequences
+    sequences = tokens.sequences()
     mean = sequences.sum(values) / sequences.lengths.clamp(min=1)
     return sequences.spread(mean).expand(values.shape)
 
@@ -553,23 +600,25 @@ class _Reduction(NamedTuple):
 def _aggregate(
     per_token: torch.Tensor,
     valid_tokens: torch.Tensor,
-    of_batch: _Sequences,
+    batch: _Tokens,
     reduction: _Reduction,
 ) -> torch.Tensor:
     """Every mode is a sum over tokens, 0 where masked, with one weight for each sequence."""
     mode, dp_size, tokens, sequences, scale = reduction
-    if mode == "token-sum":
-        return per_token.sum() * dp_size
-    if mode == "token-mean":
-        tokens = valid_tokens if tokens is None else tokens
-        return per_token.sum() * dp_size / _at_least_one(tokens)
-    width = per_token.shape[1]
     if mode == "seq-mean-token-mean":
+        of_batch = batch.sequences()
         per_token = per_token / of_batch.spread(of_batch.lengths).clamp(min=1)
-    sequences = (of_batch.lengths > 0).sum() if sequences is None else sequences
-    loss = per_token.sum() * dp_size / _at_least_one(sequences)
+    total = per_token.sum()
+    total = total if dp_size == 1 else total * dp_size
+    if mode == "token-sum":
+        return total
+    if mode == "token-mean":
+        return total / _at_least_one(valid_tokens if tokens is None else tokens)
+    if sequences is None:
+        sequences = (batch.sequences().lengths > 0).sum()
+    loss = total / _at_least_one(sequences)
     if mode == "seq-mean-token-sum-norm":
-        loss = loss / (max(width, 1) if scale is None else scale)
+        loss = loss / (max(per_token.shape[1], 1) if scale is None else scale)
     return loss
 
 

@@ -282,11 +282,29 @@ def _source(region: AnyRegion, dtype: torch.dtype, device: torch.device, exact: 
     if isinstance(now, Clip) or not (exact or now.per_token):
         if isinstance(region, RegionSource):
             return _Source(_live_bounds(region).on(dtype, device), 0)
-        if isinstance(region, Clip):
-            return _Source(_constants(region, dtype, device), 0)
-        return _Source(_table_words(region.table(), device), 0)
+        return _Source(_kept_bounds(region, dtype, device), 0)
     _REGIONS[id(region)] = region
     return _Source(None, id(region))
+
+
+_BOUNDS: dict[tuple[int, torch.dtype | None, torch.device], torch.Tensor] = {}
+
+
+def _kept_bounds(region: Region, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The constants or the table of a region, as long as it lives."""
+    # By identity: a look-up by value would hash the region at every call.
+    key = id(region), dtype if isinstance(region, Clip) else None, device
+    bounds = _BOUNDS.get(key)
+    if bounds is None:
+        with torch.inference_mode(False):  # or autograd could not save it outside of it
+            if isinstance(region, Clip):
+                bounds = _constants(region, dtype, device)
+            else:
+                bounds = torch.from_numpy(region.table().words).to(device)
+        if type(bounds) is torch.Tensor:  # a fake one would outlive its mode
+            _BOUNDS[key] = bounds
+            weakref.finalize(region, _BOUNDS.pop, key, None)
+    return bounds
 
 
 class _LiveBounds:
@@ -325,7 +343,7 @@ class _LiveBounds:
         if isinstance(self._region, Clip):
             tensor.copy_(_constants(self._region, tensor.dtype, tensor.device))
             return
-        words = _table_words(self._region.table(), tensor.device)
+        words = torch.from_numpy(self._region.table().words)
         tensor[: words.shape[0]].copy_(words)
 
 
@@ -344,23 +362,6 @@ def _constants(clip: Clip, dtype: torch.dtype, device: torch.device) -> torch.Te
     bounds = torch.full((2,), clip.log_upper, dtype=dtype, device=device)
     bounds[0].fill_(clip.log_lower)
     return bounds
-
-
-_WORDS: dict[tuple[int, torch.device], torch.Tensor] = {}
-
-
-def _table_words(table: BandTable, device: torch.device) -> torch.Tensor:
-    if device.type == "cpu":
-        return torch.from_numpy(table.words)
-    # By identity: to hash a table is to serialize it.
-    key = (id(table), device)
-    words = _WORDS.get(key)
-    if words is None:
-        words = torch.from_numpy(table.words).to(device)
-        if type(words) is torch.Tensor:  # a fake one would outlive its mode
-            _WORDS[key] = words
-            weakref.finalize(table, _WORDS.pop, key, None)
-    return words
 
 
 @torch.library.custom_op(
@@ -640,35 +641,54 @@ def _token_loss_op(
     parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _in_rust(
+        old_log_prob,
+        log_prob,
+        log_ratio,
+        advantages,
+        valid,
+        bounds,
+        surrogate,
+        parameters,
+        by_probability,
+    )
+
+
+def _in_rust(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    log_ratio: torch.Tensor | None,
+    advantages: torch.Tensor,
+    valid: torch.Tensor,
+    bounds: torch.Tensor,
+    surrogate: str,
+    parameters: list[float],
+    by_probability: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    log_prob = log_prob.detach()
     per_token, gradient = (
         torch.empty_like(log_prob, memory_format=torch.contiguous_format) for _ in range(2)
     )
 
-    def flat(tensor: torch.Tensor) -> NDArray[Any]:
-        return tensor.detach().contiguous().view(-1).numpy()
+    def array(tensor: torch.Tensor) -> NDArray[Any]:
+        return tensor.contiguous().numpy()
 
     is_table = bounds.dtype == torch.int32
     counts, sums = _core.policy_loss(
-        flat(old_log_prob),
-        flat(log_prob),
-        None if log_ratio is None else flat(log_ratio),
-        flat(advantages),
-        flat(valid).view(np.uint8),
-        flat(bounds).view(np.uint32) if is_table else flat(bounds),
+        array(old_log_prob),
+        array(log_prob),
+        None if log_ratio is None else array(log_ratio),
+        array(advantages),
+        array(valid).view(np.uint8),
+        array(bounds).view(np.uint32) if is_table else array(bounds),
         log_prob.shape[1],
         surrogate,
         parameters,
         by_probability,
-        flat(per_token),
-        flat(gradient),
+        per_token.numpy(),
+        gradient.numpy(),
     )
-    cpu = log_prob.device
-    return (
-        per_token,
-        gradient,
-        torch.tensor(counts, dtype=torch.int64, device=cpu),
-        torch.tensor(sums, dtype=torch.float64, device=cpu),
-    )
+    return per_token, gradient, torch.from_numpy(counts), torch.from_numpy(sums)
 
 
 @_token_loss_op.register_fake
@@ -726,7 +746,11 @@ def token_loss_native(
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`TokenLoss` in Rust, for CPU tensors: the loss and its gradient in one pass."""
-    per_token, _, counts, sums = _token_loss_op(
+    # Without a compiler or a tensor of another kind to serve, the dispatcher costs more than the
+    # loss of a thousand tokens.
+    plain = type(log_prob) is torch.Tensor and not torch.compiler.is_compiling()
+    run: Any = _TokenLossFunction.apply if plain else _token_loss_op
+    per_token, _, counts, sums = run(
         old_log_prob,
         log_prob,
         log_ratio,
@@ -738,3 +762,15 @@ def token_loss_native(
         by_probability,
     )
     return per_token, counts, sums.detach()
+
+
+class _TokenLossFunction(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    forward = staticmethod(_in_rust)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        _save_gradient(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[2:])
