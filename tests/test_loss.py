@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -331,7 +332,7 @@ class TestBackendsAgree:
         batch = random_batch((4, 8))
         with torch.profiler.profile() as profile:
             batch.loss(region=KL)
-        assert any(event.key == "_TokenLossFunction" for event in profile.key_averages())
+        assert any(event.key == "_PlainTokenLoss" for event in profile.key_averages())
 
     def test_mixed_dtypes_are_computed_in_the_wider(self, backend: str) -> None:
         batch = random_batch((8, 8), dtype=torch.float64)
@@ -689,6 +690,26 @@ def test_a_device_without_values_will_do(mode: str) -> None:
         torch.autograd.backward(result.loss)
         assert result.loss.device.type == "meta"
         assert all(metric.device.type == "meta" for metric in result.metrics.values())
+
+
+def test_torch_func_takes_the_gradient_too(backend: str) -> None:
+    batch = random_batch((6, 8))
+
+    def loss(log_prob: Tensor) -> Tensor:
+        return batch._replace(log_prob=log_prob).loss(region=KL, backend=backend).loss
+
+    gradient, value = torch.func.grad_and_value(loss)(batch.log_prob)
+    torch.testing.assert_close(value, loss(batch.log_prob))
+    torch.testing.assert_close(gradient, batch.gradient(region=KL, backend=backend))
+
+
+def test_metrics_are_a_mapping_and_pickle_as_a_dict() -> None:
+    metrics = random_batch((6, 8)).loss(region=KL).metrics
+    as_dict = pickle.loads(pickle.dumps(metrics))  # noqa: S301  # made one line above
+    assert type(as_dict) is dict
+    assert {**metrics} == as_dict == dict(metrics.items())
+    assert len(metrics) == len(as_dict)
+    assert repr(metrics) == repr(as_dict)
 
 
 class TestCompile:

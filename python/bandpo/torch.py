@@ -746,10 +746,14 @@ def token_loss_native(
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`TokenLoss` in Rust, for CPU tensors: the loss and its gradient in one pass."""
-    # Without a compiler or a tensor of another kind to serve, the dispatcher costs more than the
-    # loss of a thousand tokens.
-    plain = type(log_prob) is torch.Tensor and not torch.compiler.is_compiling()
-    run: Any = _TokenLossFunction.apply if plain else _token_loss_op
+    run: Any
+    if type(log_prob) is not torch.Tensor or torch.compiler.is_compiling():
+        run = _token_loss_op
+    elif torch._C._are_functorch_transforms_active():
+        run = _TransformedTokenLoss.apply
+    else:
+        # Where nobody needs the dispatcher, it costs more than the loss of a thousand tokens.
+        run = _PlainTokenLoss.apply
     per_token, _, counts, sums = run(
         old_log_prob,
         log_prob,
@@ -764,8 +768,22 @@ def token_loss_native(
     return per_token, counts, sums.detach()
 
 
-class _TokenLossFunction(torch.autograd.Function):
+class _PlainTokenLoss(torch.autograd.Function):
     """The operator without the dispatcher."""
+
+    backward = staticmethod(_backward)
+
+    # Not in the newer form with setup_context: for that torch inspects signatures at every call.
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        output = _in_rust(*inputs)
+        _save_gradient(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[2:])
+        return output
+
+
+class _TransformedTokenLoss(torch.autograd.Function):
+    """The same in the form that `torch.func` takes."""
 
     forward = staticmethod(_in_rust)
     backward = staticmethod(_backward)
