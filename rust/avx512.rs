@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up};
+use crate::lanes::{Exponentials, FloatBits, Lanes, Twice, Work, exponentials, look_up};
 use crate::table::Image;
 
 /// Exists only where the processor has the instructions.
@@ -26,7 +26,7 @@ impl Avx512 {
     pub fn run<W: Work<f32>>(self, work: W) -> W::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
         fn compiled<W: Work<f32>>(lanes: Avx512, work: W) -> W::Output {
-            work.run(lanes)
+            work.run(Twice(lanes))
         }
         // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX-512
         // count bits.
@@ -239,8 +239,8 @@ impl FloatBits for Avx512 {
             let (a, b, c, d) = (every_fourth(0), every_fourth(1), every_fourth(2), every_fourth(3));
             let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
             let (ab_high, cd_high) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
-            let [ab, cd, ab_high, cd_high] =
-                [ab, cd, ab_high, cd_high].map(|x| _mm512_castps_pd(x));
+            let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+            let (ab_high, cd_high) = (_mm512_castps_pd(ab_high), _mm512_castps_pd(cd_high));
             [
                 _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
                 _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)),

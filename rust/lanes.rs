@@ -11,7 +11,7 @@
 use crate::table::Image;
 
 /// Numbers in the widest vector.
-pub const MOST_LANES: usize = 16;
+pub const MOST_LANES: usize = 32;
 
 /// `e^x`, and `e^x - 1 - x` without cancellation.
 #[derive(Clone, Copy)]
@@ -183,7 +183,7 @@ pub fn exponentials<L: FloatBits>(lanes: L, x: L::Float) -> Exponentials<L::Floa
     // x = k ln 2 + t
     let shifted = lanes.add(lanes.mul(x, lanes.splat(std::f64::consts::LOG2_E)), rounding);
     let k = lanes.sub(shifted, rounding);
-    let [high, low] = LN_2.map(|part| lanes.mul(k, lanes.splat(part)));
+    let (high, low) = (lanes.mul(k, lanes.splat(LN_2[0])), lanes.mul(k, lanes.splat(LN_2[1])));
     let t = lanes.sub(lanes.sub(x, high), low);
     let mut series = lanes.splat(EXCESS[0]);
     for coefficient in &EXCESS[1..] {
@@ -222,8 +222,11 @@ pub fn look_up<L: FloatBits>(
         let reached = lanes.less_or_equal(lanes.as_floats(start), y);
         index = lanes.add_words(index, lanes.select_words(reached, lanes.words(1), lanes.words(0)));
     }
-    let [origin, scale, base, lowest, highest] =
-        [1, 2, 3, 4, 5].map(|row| lanes.of_row(image.row(row), index, lower));
+    let origin = lanes.of_row(image.row(1), index, lower);
+    let scale = lanes.of_row(image.row(2), index, lower);
+    let base = lanes.of_row(image.row(3), index, lower);
+    let lowest = lanes.of_row(image.row(4), index, lower);
+    let highest = lanes.of_row(image.row(5), index, lower);
     let distance = lanes.abs(lanes.sub(y, lanes.as_floats(origin)));
     let z = lanes.as_words(lanes.mul(distance, lanes.as_floats(scale)));
     // A NaN is above all other bits, and is brought into the grid like them.
@@ -258,15 +261,187 @@ pub fn look_up<L: FloatBits>(
     value = lanes.add(m0, lanes.mul(t, value));
     value = lanes.add(v0, lanes.mul(t, value));
 
-    let ends = image.ends().map(|bits| lanes.as_floats(lanes.words(bits)));
-    let [upper_at_zero, lower_at_zero, upper_far, lower_far] = ends;
-    let at_zero = lanes.select(lower, lower_at_zero, upper_at_zero);
-    let far = lanes.select(lower, lower_far, upper_far);
+    let [upper_at_zero, lower_at_zero, upper_far, lower_far] = image.ends();
+    let end = |lower_end, upper_end| {
+        lanes.as_floats(lanes.select_words(lower, lanes.words(lower_end), lanes.words(upper_end)))
+    };
+    let (at_zero, far) = (end(lower_at_zero, upper_at_zero), end(lower_far, upper_far));
     value = lanes.select(lanes.less(zero, y), value, at_zero);
     value = lanes.select(lanes.less_or_equal(lanes.splat(FAR), y), far, value);
     // Above, never outside the simplex; below, never under 0.
     let greatest = lanes.select(lower, value, y);
     lanes.at_least(0.0, lanes.lesser(value, greatest))
+}
+
+/// Two vectors as one, operation by operation: what waits in one leaves time for the other.
+#[derive(Clone, Copy)]
+pub struct Twice<L>(pub L);
+
+impl<L: FloatBits> Lanes for Twice<L> {
+    type Scalar = f32;
+    type Float = [L::Float; 2];
+    type Mask = [L::Mask; 2];
+    const COUNT: usize = 2 * L::COUNT;
+
+    #[inline(always)]
+    fn splat(self, value: f64) -> Self::Float {
+        [self.0.splat(value); 2]
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32]) -> Self::Float {
+        [self.0.load(from), self.0.load(&from[L::COUNT..])]
+    }
+    #[inline(always)]
+    fn store(self, values: Self::Float, to: &mut [f32]) {
+        self.0.store(values[0], to);
+        self.0.store(values[1], &mut to[L::COUNT..]);
+    }
+    #[inline(always)]
+    fn load_mask(self, from: &[u8]) -> Self::Mask {
+        [self.0.load_mask(from), self.0.load_mask(&from[L::COUNT..])]
+    }
+    #[inline(always)]
+    fn add(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        [self.0.add(a[0], b[0]), self.0.add(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        [self.0.sub(a[0], b[0]), self.0.sub(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        [self.0.mul(a[0], b[0]), self.0.mul(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn lesser(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        [self.0.lesser(a[0], b[0]), self.0.lesser(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn less(self, a: Self::Float, b: Self::Float) -> Self::Mask {
+        [self.0.less(a[0], b[0]), self.0.less(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn less_or_equal(self, a: Self::Float, b: Self::Float) -> Self::Mask {
+        [self.0.less_or_equal(a[0], b[0]), self.0.less_or_equal(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn and(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
+        [self.0.and(a[0], b[0]), self.0.and(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn or(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
+        [self.0.or(a[0], b[0]), self.0.or(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn and_not(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
+        [self.0.and_not(a[0], b[0]), self.0.and_not(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::Float) -> Self::Float {
+        [self.0.abs(a[0]), self.0.abs(a[1])]
+    }
+    #[inline(always)]
+    fn is_nan(self, a: Self::Float) -> Self::Mask {
+        [self.0.is_nan(a[0]), self.0.is_nan(a[1])]
+    }
+    #[inline(always)]
+    fn at_most(self, limit: f64, a: Self::Float) -> Self::Float {
+        [self.0.at_most(limit, a[0]), self.0.at_most(limit, a[1])]
+    }
+    #[inline(always)]
+    fn at_least(self, limit: f64, a: Self::Float) -> Self::Float {
+        [self.0.at_least(limit, a[0]), self.0.at_least(limit, a[1])]
+    }
+    #[inline(always)]
+    fn select(self, mask: Self::Mask, a: Self::Float, b: Self::Float) -> Self::Float {
+        [self.0.select(mask[0], a[0], b[0]), self.0.select(mask[1], a[1], b[1])]
+    }
+    #[inline(always)]
+    fn bits(self, mask: Self::Mask) -> u32 {
+        self.0.bits(mask[0]) | self.0.bits(mask[1]) << L::COUNT
+    }
+    #[inline(always)]
+    fn exponentials(self, x: Self::Float) -> Exponentials<Self::Float> {
+        exponentials(self, x)
+    }
+    #[inline(always)]
+    fn look_up(
+        self,
+        image: Image<'_>,
+        old_log_prob: Self::Float,
+        lower: Self::Mask,
+    ) -> Self::Float {
+        look_up(self, image, old_log_prob, lower)
+    }
+}
+
+impl<L: FloatBits> FloatBits for Twice<L> {
+    type Words = [L::Words; 2];
+
+    #[inline(always)]
+    fn words(self, value: u32) -> Self::Words {
+        [self.0.words(value); 2]
+    }
+    #[inline(always)]
+    fn as_words(self, a: Self::Float) -> Self::Words {
+        [self.0.as_words(a[0]), self.0.as_words(a[1])]
+    }
+    #[inline(always)]
+    fn as_floats(self, a: Self::Words) -> Self::Float {
+        [self.0.as_floats(a[0]), self.0.as_floats(a[1])]
+    }
+    #[inline(always)]
+    fn add_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        [self.0.add_words(a[0], b[0]), self.0.add_words(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn sub_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        [self.0.sub_words(a[0], b[0]), self.0.sub_words(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn and_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        [self.0.and_words(a[0], b[0]), self.0.and_words(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn or_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        [self.0.or_words(a[0], b[0]), self.0.or_words(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn shift_left(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        [self.0.shift_left(a[0], b[0]), self.0.shift_left(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn shift_right(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        [self.0.shift_right(a[0], b[0]), self.0.shift_right(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn least(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        [self.0.least(a[0], b[0]), self.0.least(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn greatest(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        [self.0.greatest(a[0], b[0]), self.0.greatest(a[1], b[1])]
+    }
+    #[inline(always)]
+    fn select_words(self, mask: Self::Mask, a: Self::Words, b: Self::Words) -> Self::Words {
+        [self.0.select_words(mask[0], a[0], b[0]), self.0.select_words(mask[1], a[1], b[1])]
+    }
+    #[inline(always)]
+    fn of_row(self, row: &[u32; 16], index: Self::Words, lower: Self::Mask) -> Self::Words {
+        [self.0.of_row(row, index[0], lower[0]), self.0.of_row(row, index[1], lower[1])]
+    }
+    #[inline(always)]
+    unsafe fn gather(self, words: &[u32], index: Self::Words) -> Self::Words {
+        // SAFETY: as the caller says.
+        unsafe { [self.0.gather(words, index[0]), self.0.gather(words, index[1])] }
+    }
+    #[inline(always)]
+    unsafe fn gather_four(self, words: &[u32], index: Self::Words) -> [Self::Float; 4] {
+        // SAFETY: as the caller says.
+        let ([a, b, c, d], [e, f, g, h]) =
+            unsafe { (self.0.gather_four(words, index[0]), self.0.gather_four(words, index[1])) };
+        [[a, e], [b, f], [c, g], [d, h]]
+    }
 }
 
 /// Eight numbers at a time in whatever instructions the compiler finds for arrays.

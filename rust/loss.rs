@@ -372,8 +372,12 @@ impl<T: Float> Bounds<T> for PerToken<'_, T> {
         lower: L::Mask,
     ) -> Edge<L::Float> {
         // SAFETY: as the caller says.
-        let [low, high] = [self.log_lower, self.log_upper]
-            .map(|column| unsafe { load::<WHOLE, L>(lanes, column, index) });
+        let (low, high) = unsafe {
+            (
+                load::<WHOLE, L>(lanes, self.log_lower, index),
+                load::<WHOLE, L>(lanes, self.log_upper, index),
+            )
+        };
         Edge { bound: lanes.select(lower, low, high), lower_is_ratio: false }
     }
 }
@@ -530,8 +534,13 @@ impl<L: Lanes> Token<L> {
     fn flags(&self, lanes: L) -> [u32; 5] {
         let finite = lanes.less(lanes.abs(self.loss), lanes.splat(f64::INFINITY));
         let nonfinite = lanes.and_not(self.valid, finite);
-        [self.valid, nonfinite, self.clipped_low, self.clipped_high, self.limited]
-            .map(|mask| lanes.bits(mask))
+        [
+            lanes.bits(self.valid),
+            lanes.bits(nonfinite),
+            lanes.bits(self.clipped_low),
+            lanes.bits(self.clipped_high),
+            lanes.bits(self.limited),
+        ]
     }
 }
 
