@@ -206,9 +206,10 @@ def test(
 ) -> str:
     """Installs the wheel in a fresh environment, runs the tests and returns their last line."""
     python = environment(interpreter, work / "environment")
-    pip = (python, "-m", "pip", "install", "--quiet", "--only-binary=:all:")
+    pip = (python, "-m", "pip", "install", "--quiet", "--prefer-binary")
     # From the folder alone: what a registry holds under this name is not what is being tested.
-    run(*pip, "--no-index", "--no-deps", "--find-links", dist, f"bandpo=={crate_version()}")
+    local = ("--no-index", "--no-deps", "--only-binary=:all:", "--find-links", dist)
+    run(*pip, *local, f"bandpo=={crate_version()}")
     run(*pip, *requirements)
     tests = work / "tests"
     shutil.copytree(source, tests, ignore=shutil.ignore_patterns("python"))
