@@ -100,7 +100,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
 
 def only(paths: list[Path], what: str) -> Path:
     """Returns the one path of the list."""
-    require(len(paths) == 1, f"expected one {what}, found {[p.name for p in paths]}")
+    require(len(paths) == 1, f"expected one {what}, found {[str(path) for path in paths]}")
     return paths[0]
 
 
