@@ -24,11 +24,12 @@ impl Avx512 {
 
     /// Does the work in a function that is compiled for these instructions.
     pub fn run<W: Work<f32>>(self, work: W) -> W::Output {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
         fn compiled<W: Work<f32>>(lanes: Avx512, work: W) -> W::Output {
             work.run(lanes)
         }
-        // SAFETY: a value of this type exists, so the processor has the instructions.
+        // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX-512
+        // count bits.
         unsafe { compiled(self, work) }
     }
 }
@@ -205,10 +206,31 @@ impl FloatBits for Avx512 {
     }
     #[inline(always)]
     unsafe fn gather_four(self, words: &[u32], index: __m512i) -> [__m512; 4] {
+        // Sixteen loads of four words and a transposition: several times as fast as four gathers where
+        // those are done in microcode, and no slower elsewhere.
         // SAFETY: the instructions are there, and the caller says that the places lie inside.
         unsafe {
-            let base = words.as_ptr().cast::<f32>();
-            [0, 1, 2, 3].map(|offset| _mm512_i32gather_ps::<4>(index, base.add(offset).cast()))
+            let mut places = [0_u32; 16];
+            _mm512_storeu_si512(places.as_mut_ptr().cast(), index);
+            let four =
+                |token: usize| _mm_loadu_ps(words.as_ptr().add(places[token] as usize).cast());
+            let every_fourth = |first: usize| {
+                let vector = _mm512_castps128_ps512(four(first));
+                let vector = _mm512_insertf32x4::<1>(vector, four(first + 4));
+                let vector = _mm512_insertf32x4::<2>(vector, four(first + 8));
+                _mm512_insertf32x4::<3>(vector, four(first + 12))
+            };
+            let (a, b, c, d) = (every_fourth(0), every_fourth(1), every_fourth(2), every_fourth(3));
+            let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
+            let (ab_high, cd_high) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
+            let [ab, cd, ab_high, cd_high] =
+                [ab, cd, ab_high, cd_high].map(|x| _mm512_castps_pd(x));
+            [
+                _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)),
+                _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high)),
+                _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high)),
+            ]
         }
     }
 }

@@ -76,23 +76,25 @@ enum Radius {
 
 /// A divergence between the old and the new policy.
 ///
-/// | name | generator f(u) | greatest value f(0) + f'(inf) |
-/// |---|---|---|
-/// | `kl`: KL(old, new), the paper's | `-ln u + u - 1` | inf |
-/// | `reverse-kl`: KL(new, old) | `u ln u - u + 1` | inf |
-/// | `tv` | `abs(u-1)/2` | 1 |
-/// | `pearson-chi2` | `(u-1)^2` | inf |
-/// | `neyman-chi2` | `(u-1)^2/u` | inf |
-/// | `hellinger` (squared) | `(sqrt u - 1)^2/2` | 1 |
-/// | `le-cam` | `(u-1)^2/(2(u+1))` | 1 |
-/// | `jensen-shannon` | `[u ln u - (u+1) ln((u+1)/2)]/2` | ln 2 |
-/// | `jeffreys` | `(u-1) ln u` | inf |
-/// | `alpha:a` (Cressie-Read) | `(u^a - 1 - a(u-1))/(a(a-1))`; a = 0 is kl, 1 reverse-kl | `1/(a(1-a))` for 0 < a < 1, else inf |
-/// | `renyi:a`, of (new, old), a > 0 | as `alpha:a`, the radius converted | inf |
-/// | `bhattacharyya` | as `hellinger`, the radius converted | inf |
-/// | `vajda:k`, k >= 1 | `abs(u-1)^k` | 2 for k = 1, else inf |
-/// | `bwcs:l`, 0 <= l <= 1 | `(u-1)^2/(1-l+l u)` | `1/(l(1-l))` |
-/// | `hockey-stick:g`, g >= 1 | `max(u-g, 0)` | 1 |
+/// | name | generator f(u) |
+/// |---|---|
+/// | `kl`: KL(old, new), the paper's | `-ln u + u - 1` |
+/// | `reverse-kl`: KL(new, old) | `u ln u - u + 1` |
+/// | `tv` | `abs(u-1)/2` |
+/// | `pearson-chi2` | `(u-1)^2` |
+/// | `neyman-chi2` | `(u-1)^2/u` |
+/// | `hellinger` (squared) | `(sqrt u - 1)^2/2` |
+/// | `le-cam` | `(u-1)^2/(2(u+1))` |
+/// | `jensen-shannon` | `[u ln u - (u+1) ln((u+1)/2)]/2` |
+/// | `jeffreys` | `(u-1) ln u` |
+/// | `alpha:a` (Cressie-Read) | `(u^a - 1 - a(u-1))/(a(a-1))`; a = 0 is kl, 1 reverse-kl |
+/// | `renyi:a`, of (new, old), a > 0 | as `alpha:a`, the radius converted |
+/// | `bhattacharyya` | as `hellinger`, the radius converted |
+/// | `vajda:k`, k >= 1 | `abs(u-1)^k` |
+/// | `bwcs:l`, 0 <= l <= 1 | `(u-1)^2/(1-l+l u)` |
+/// | `hockey-stick:g`, g >= 1 | `max(u-g, 0)` |
+///
+/// Their f(0), f'(inf), f''(1) and greatest values are listed once, in `python/bandpo/divergence.py`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Divergence {
     spec: String,
@@ -246,7 +248,12 @@ impl Generator {
             }
             Self::Tv => excess.abs() * T::of(0.5),
             Self::Hellinger => {
-                let m = (log * T::of(0.5)).exp_m1();
+                // Half of a large ln u would lose digits of e^(ln(u)/2).
+                let m = if log.to_f64().abs() < 1.0 {
+                    (log * T::of(0.5)).exp_m1()
+                } else {
+                    u.sqrt() - T::of(1.0)
+                };
                 m * m * T::of(0.5)
             }
             Self::JensenShannon => jensen_shannon(at),
@@ -349,32 +356,41 @@ impl Generator {
 
     /// `ln(f(u)/u)` for `log = ln u > 0`, and `ln f(u)` for `log < 0`, also where `f(u)` leaves the range of a
     /// double.
-    pub(crate) fn log_value(&self, log: f64) -> f64 {
-        let per_u = log.max(0.0);
+    pub(crate) fn log_value<T: Real>(&self, log: T) -> T {
+        let t = log.to_f64();
+        let per_u = if t > 0.0 { log } else { T::of(0.0) };
         let plain = self.value(Point::from_log(log));
-        if plain.is_finite() && plain > 0.0 {
+        if plain.to_f64().is_finite() && plain.to_f64() > 0.0 {
             return plain.ln() - per_u;
         }
-        if let Self::Expression(_) = self {
-            // As a power of u beyond the farthest point where the text can be evaluated.
-            let far = Point::from_log(600.0_f64.copysign(log));
-            let value = self.value(far);
-            return value.ln() + self.log_slope(far) / value * (log - far.log) - per_u;
+        if let Self::Expression(expression) = self {
+            return expression.log_value(log) - per_u;
         }
-        if log > 0.0 {
-            // Leading term of f(e^t) e^-t for t -> inf.
+        // What is left out is smaller by a factor e^-300 or more.
+        if t > 0.0 {
             match *self {
-                Self::ReverseKl | Self::Jeffreys => log.ln(),
-                Self::Alpha(order) if order > 1.0 => {
-                    (order - 1.0) * log - (order * (order - 1.0)).ln()
+                Self::ReverseKl => (log - T::of(1.0)).ln(),
+                Self::Jeffreys => log.ln(),
+                Self::Alpha(order) => {
+                    let order = T::of(order);
+                    let rate = order - T::of(1.0);
+                    let exponent = rate * log;
+                    if exponent.to_f64() < 700.0 {
+                        ((exponent.exp_m1() - rate) / (order * rate)).ln()
+                    } else {
+                        exponent - (order * rate).ln()
+                    }
                 }
-                Self::Vajda(order) if order > 1.0 => (order - 1.0) * log,
+                Self::Vajda(order) if order > 1.0 => (T::of(order) - T::of(1.0)) * log,
                 Self::Bwcs(0.0) => log,
-                _ => self.slope_at_infinity().ln(),
+                _ => self.slope_at_infinity::<T>().ln(),
             }
         } else {
             match *self {
-                Self::Alpha(order) => order * log - (order * (order - 1.0)).ln(),
+                Self::Alpha(order) => {
+                    let order = T::of(order);
+                    order * log - (order * (order - T::of(1.0))).ln()
+                }
                 Self::Bwcs(_) => -log,
                 _ => plain.ln(),
             }
@@ -413,28 +429,20 @@ impl Generator {
     }
 
     /// `f'(inf) = lim f(u)/u`, infinite for some.
-    pub(crate) fn slope_at_infinity(&self) -> f64 {
+    pub(crate) fn slope_at_infinity<T: Real>(&self) -> T {
+        let one = T::of(1.0);
         match *self {
-            Self::Kl | Self::HockeyStick(_) => 1.0,
-            Self::ReverseKl | Self::Jeffreys => f64::INFINITY,
-            Self::Tv | Self::Hellinger | Self::LeCam => 0.5,
-            Self::JensenShannon => 0.5 * std::f64::consts::LN_2,
-            Self::Alpha(order) => {
-                if order < 1.0 {
-                    1.0 / (1.0 - order)
-                } else {
-                    f64::INFINITY
-                }
-            }
-            Self::Vajda(order) => {
-                if order == 1.0 {
-                    1.0
-                } else {
-                    f64::INFINITY
-                }
-            }
-            Self::Bwcs(blend) => 1.0 / blend,
-            Self::Expression(ref expression) => expression.slope_at_infinity,
+            Self::Kl | Self::HockeyStick(_) | Self::Vajda(1.0) => one,
+            Self::Tv | Self::Hellinger | Self::LeCam => T::of(0.5),
+            Self::JensenShannon => T::of(0.5) * T::of(2.0).ln(),
+            Self::Alpha(order) if order < 1.0 => one / (one - T::of(order)),
+            Self::ReverseKl
+            | Self::Jeffreys
+            | Self::Alpha(_)
+            | Self::Vajda(_)
+            | Self::Bwcs(0.0) => T::of(f64::INFINITY),
+            Self::Bwcs(blend) => one / T::of(blend),
+            Self::Expression(ref expression) => T::of(expression.slope_at_infinity),
         }
     }
 

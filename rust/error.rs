@@ -32,7 +32,7 @@ pub enum Error {
     Expression {
         /// The text given.
         text: String,
-        /// The column, from 1, where reading failed.
+        /// Where reading failed: the number of the character in the text, from 1.
         column: usize,
         /// What is wrong there.
         reason: String,
@@ -93,15 +93,25 @@ impl fmt::Display for Error {
                 write!(out, "delta must be a finite number above 0, got {value} at index {index}")
             }
             Self::UnknownDivergence { spec } => {
+                let spec = excerpt(spec, 1);
                 write!(out, "divergence {spec:?} is not known; known are: {KNOWN_DIVERGENCES}")
             }
             Self::DivergenceParameter { spec, allowed } => {
-                write!(out, "divergence {spec:?}: {allowed}")
+                write!(out, "divergence {:?}: {allowed}", excerpt(spec, 1))
             }
             Self::Expression { text, column, reason } => {
-                write!(out, "expression {text:?}, column {column}: {reason}")
+                let before: Vec<char> = text.chars().take(column.saturating_sub(1)).collect();
+                let lines = before.iter().filter(|&&character| character == '\n').count();
+                let in_line = before.iter().rev().take_while(|&&c| c != '\n').count() + 1;
+                write!(out, "expression {:?}, ", excerpt(text, *column))?;
+                if text.trim_end().contains('\n') {
+                    write!(out, "line {}, ", lines + 1)?;
+                }
+                write!(out, "column {in_line}: {reason}")
             }
-            Self::Generator { text, reason } => write!(out, "expression {text:?}: {reason}"),
+            Self::Generator { text, reason } => {
+                write!(out, "expression {:?}: {reason}", excerpt(text, 1))
+            }
             Self::Length { argument, actual, expected } => {
                 write!(out, "{argument} has {actual} elements, expected {expected}")
             }
@@ -117,3 +127,19 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// Characters of a text that a message shows.
+const MOST_SHOWN: usize = 60;
+
+/// What a message shows of a text: the part around a character, from 1.
+pub(crate) fn excerpt(text: &str, column: usize) -> String {
+    let length = text.chars().count();
+    if length <= MOST_SHOWN {
+        return text.to_owned();
+    }
+    let start = column.saturating_sub(1 + MOST_SHOWN / 2).min(length - MOST_SHOWN);
+    let shown: String = text.chars().skip(start).take(MOST_SHOWN).collect();
+    let before = if start > 0 { "\u{2026}" } else { "" };
+    let after = if start + MOST_SHOWN < length { "\u{2026}" } else { "" };
+    format!("{before}{shown}{after}")
+}

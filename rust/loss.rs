@@ -120,6 +120,7 @@ impl<T: Float> Advantages<'_, T> {
     }
 
     /// Of the tokens from `index` on.
+    #[inline(always)]
     fn load<L: Lanes<Scalar = T>>(&self, lanes: L, index: usize) -> L::Float {
         match self {
             Self::PerToken(values) => load(lanes, values, index),
@@ -128,12 +129,7 @@ impl<T: Float> Advantages<'_, T> {
                 if first == last {
                     return lanes.splat(values[first].to_f64());
                 }
-                let mut each = [T::ZERO; MOST_LANES];
-                for (offset, value) in each[..L::COUNT].iter_mut().enumerate() {
-                    // The last vector may reach beyond the last row.
-                    *value = values[((index + offset) / row_length).min(values.len() - 1)];
-                }
-                lanes.load(&each)
+                lanes.load(&of_rows(values, *row_length, index))
             }
         }
     }
@@ -386,12 +382,24 @@ impl<T> Bounds<T> for Image<'_> {
 /// The vector that begins at `index`; what lies beyond the end of the slice is 0.
 #[inline(always)]
 fn load<L: Lanes<Scalar: Float>>(lanes: L, from: &[L::Scalar], index: usize) -> L::Float {
-    if let Some(whole) = from.get(index..index + L::COUNT) {
-        return lanes.load(whole);
+    match from.get(index..index + L::COUNT) {
+        Some(whole) => lanes.load(whole),
+        None => lanes.load(&padded(&from[index..], L::Scalar::ZERO)),
     }
-    let (rest, mut padded) = (&from[index..], [L::Scalar::ZERO; MOST_LANES]);
+}
+
+/// The end of a slice, with what is missing for a vector.
+#[cold]
+fn padded<T: Copy>(rest: &[T], padding: T) -> [T; MOST_LANES] {
+    let mut padded = [padding; MOST_LANES];
     padded[..rest.len()].copy_from_slice(rest);
-    lanes.load(&padded)
+    padded
+}
+
+/// The values of the rows of a vector that reaches into several, the last of them maybe beyond its end.
+#[cold]
+fn of_rows<T: Copy>(values: &[T], row_length: usize, index: usize) -> [T; MOST_LANES] {
+    std::array::from_fn(|lane| values[((index + lane) / row_length).min(values.len() - 1)])
 }
 
 /// What is done to a batch, apart from where its bounds come from.
@@ -440,31 +448,36 @@ impl<T: Float, B: Bounds<T>> Work<T> for Chunk<'_, T, B> {
         let mut totals = Totals::default();
         let mut sums = Sums::new(lanes);
         let count = self.per_token.len();
-        for (vector, offset) in (0..count).step_by(L::COUNT).enumerate() {
-            let here = count.min(offset + L::COUNT) - offset;
-            let token = self.rule.vector(lanes, self.bounds, self.start + offset);
-            let (losses, slopes) = (&mut self.per_token[offset..], &mut self.gradient[offset..]);
-            if here == L::COUNT {
-                lanes.store(token.loss, losses);
-                lanes.store(token.slope, slopes);
-            } else {
-                let mut padded = [T::ZERO; MOST_LANES];
-                lanes.store(token.loss, &mut padded);
-                losses.copy_from_slice(&padded[..here]);
-                lanes.store(token.slope, &mut padded);
-                slopes.copy_from_slice(&padded[..here]);
+        for first in (0..count).step_by(BLOCK * L::COUNT) {
+            let end = count.min(first + BLOCK * L::COUNT);
+            let mut flags = [[0; BLOCK]; 5];
+            for (vector, offset) in (first..end).step_by(L::COUNT).enumerate() {
+                let token = self.rule.vector(lanes, self.bounds, self.start + offset);
+                let (losses, slopes) =
+                    (&mut self.per_token[offset..end], &mut self.gradient[offset..end]);
+                if losses.len() >= L::COUNT {
+                    lanes.store(token.loss, losses);
+                    lanes.store(token.slope, slopes);
+                } else {
+                    losses.copy_from_slice(&numbers(lanes, token.loss)[..losses.len()]);
+                    slopes.copy_from_slice(&numbers(lanes, token.slope)[..slopes.len()]);
+                }
+                for (flags, bits) in flags.iter_mut().zip(token.flags(lanes)) {
+                    flags[vector] = bits;
+                }
+                sums.add(lanes, &token);
+                if self.rule.by_probability {
+                    totals.count_by_probability(lanes, &token);
+                }
             }
-            totals.count(lanes, &token);
-            sums.add(lanes, &token);
-            if vector % BLOCK == BLOCK - 1 {
-                sums.move_to(lanes, &mut totals);
-            }
-            if self.rule.by_probability {
-                totals.count_by_probability(lanes, &token);
-            }
+            totals.take(&sums.numbers(lanes), &flags);
+            sums.clear(lanes);
         }
-        sums.move_to(lanes, &mut totals);
-        sums.extremes_to(lanes, &mut totals);
+        let [least, most, nan] =
+            [sums.least, sums.most, sums.nan].map(|vector| numbers(lanes, vector));
+        for lane in 0..L::COUNT {
+            totals.take_extremes(least[lane].to_f64(), most[lane].to_f64(), nan[lane].to_f64());
+        }
         totals
     }
 }
@@ -484,6 +497,17 @@ struct Token<L: Lanes> {
     gradient_removed: L::Float,
 }
 
+impl<L: Lanes> Token<L> {
+    /// Which tokens of the vector count, and are not finite, clipped low, clipped high, limited; a bit each.
+    #[inline(always)]
+    fn flags(&self, lanes: L) -> [u32; 5] {
+        let finite = lanes.less(lanes.abs(self.loss), lanes.splat(f64::INFINITY));
+        let nonfinite = lanes.and_not(self.valid, finite);
+        [self.valid, nonfinite, self.clipped_low, self.clipped_high, self.limited]
+            .map(|mask| lanes.bits(mask))
+    }
+}
+
 impl<T: Float> Rule<'_, T> {
     /// The tokens from `index` on, as many as a vector holds; those beyond the last do not count.
     #[inline(always)]
@@ -497,9 +521,7 @@ impl<T: Float> Rule<'_, T> {
         let valid = if let Some(whole) = tokens.mask.get(index..index + L::COUNT) {
             lanes.load_mask(whole)
         } else {
-            let (rest, mut padded) = (&tokens.mask[index..], [0; MOST_LANES]);
-            padded[..rest.len()].copy_from_slice(rest);
-            lanes.load_mask(&padded)
+            lanes.load_mask(&padded(&tokens.mask[index..], 0))
         };
         let zero = lanes.splat(0.0);
         let of_valid = |values: L::Float| lanes.select(valid, values, zero);
@@ -637,35 +659,22 @@ impl<L: Lanes<Scalar: Float>> Sums<L> {
         self.nan = lanes.select(lanes.is_nan(x), x, self.nan);
     }
 
-    /// Adds what has gathered to the totals, and begins anew.
+    /// The sums of each lane, in the order in which `Totals::take` takes them.
     #[inline(always)]
-    fn move_to(&mut self, lanes: L, totals: &mut Totals) {
-        for (sum, total, sign) in [
-            (&mut self.log_ratio, &mut totals.kl, -1.0),
-            (&mut self.kl_k3, &mut totals.kl_k3, 1.0),
-            (&mut self.old_log_prob, &mut totals.entropy, -1.0),
-            (&mut self.gradient_free, &mut totals.gradient_free, 1.0),
-            (&mut self.gradient_removed, &mut totals.gradient_removed, 1.0),
-        ] {
-            let numbers = numbers(lanes, *sum);
-            *total += sign * numbers[..L::COUNT].iter().map(|number| number.to_f64()).sum::<f64>();
-            *sum = lanes.splat(0.0);
-        }
+    fn numbers(&self, lanes: L) -> [[L::Scalar; MOST_LANES]; 5] {
+        [self.log_ratio, self.kl_k3, self.old_log_prob, self.gradient_free, self.gradient_removed]
+            .map(|sum| numbers(lanes, sum))
     }
 
     #[inline(always)]
-    fn extremes_to(&self, lanes: L, totals: &mut Totals) {
-        let [least, most, nan] =
-            [self.least, self.most, self.nan].map(|vector| numbers(lanes, vector));
-        for lane in 0..L::COUNT {
-            // A NaN makes the sum one.
-            let nan = nan[lane].to_f64();
-            totals.log_ratio_min = smaller(totals.log_ratio_min, least[lane].to_f64() + nan);
-            totals.log_ratio_max = -smaller(-totals.log_ratio_max, -(most[lane].to_f64() + nan));
-        }
+    fn clear(&mut self, lanes: L) {
+        let zero = lanes.splat(0.0);
+        (self.log_ratio, self.kl_k3, self.old_log_prob) = (zero, zero, zero);
+        (self.gradient_free, self.gradient_removed) = (zero, zero);
     }
 }
 
+/// The numbers of a vector, then zeros.
 #[inline(always)]
 fn numbers<L: Lanes<Scalar: Float>>(lanes: L, vector: L::Float) -> [L::Scalar; MOST_LANES] {
     let mut numbers = [L::Scalar::ZERO; MOST_LANES];
@@ -674,18 +683,29 @@ fn numbers<L: Lanes<Scalar: Float>>(lanes: L, vector: L::Float) -> [L::Scalar; M
 }
 
 impl Totals {
-    #[inline(always)]
-    fn count<L: Lanes>(&mut self, lanes: L, token: &Token<L>) {
-        let finite = lanes.less(lanes.abs(token.loss), lanes.splat(f64::INFINITY));
-        for (total, mask) in [
-            (&mut self.valid, token.valid),
-            (&mut self.nonfinite, lanes.and_not(token.valid, finite)),
-            (&mut self.clipped_low, token.clipped_low),
-            (&mut self.clipped_high, token.clipped_high),
-            (&mut self.limited, token.limited),
-        ] {
-            *total += u64::from(lanes.bits(mask).count_ones());
-        }
+    /// Adds the sums of [`Sums::numbers`], and counts the bits of [`Token::flags`].
+    #[inline(never)] // once for many tokens: apart from their loop it does not get into its way
+    fn take<T: Float>(&mut self, sums: &[[T; MOST_LANES]; 5], flags: &[[u32; BLOCK]; 5]) {
+        let [log_ratio, kl_k3, old_log_prob, free, removed] =
+            sums.map(|lanes| lanes.iter().map(|number| number.to_f64()).sum::<f64>());
+        self.kl -= log_ratio;
+        self.kl_k3 += kl_k3;
+        self.entropy -= old_log_prob;
+        self.gradient_free += free;
+        self.gradient_removed += removed;
+        let [valid, nonfinite, clipped_low, clipped_high, limited] =
+            flags.map(|flags| flags.iter().map(|bits| u64::from(bits.count_ones())).sum::<u64>());
+        self.valid += valid;
+        self.nonfinite += nonfinite;
+        self.clipped_low += clipped_low;
+        self.clipped_high += clipped_high;
+        self.limited += limited;
+    }
+
+    /// Takes the least and the greatest log-ratio of a lane, and its NaN if it had one, else 0.
+    fn take_extremes(&mut self, least: f64, most: f64, nan: f64) {
+        self.log_ratio_min = smaller(self.log_ratio_min, least + nan);
+        self.log_ratio_max = -smaller(-self.log_ratio_max, -(most + nan));
     }
 
     #[inline(always)]

@@ -22,8 +22,10 @@ pub trait Real:
 {
     /// The number with the value of a double.
     fn of(value: f64) -> Self;
-    /// The nearest double.
+    /// The nearest double; what is neither 0 nor infinite stays so.
     fn to_f64(self) -> f64;
+    /// The nearest double-double.
+    fn to_dd(self) -> Dd;
     /// `e^x`.
     #[must_use]
     fn exp(self) -> Self;
@@ -55,12 +57,17 @@ pub trait Real:
     fn abs(self) -> Self {
         if self.to_f64() < 0.0 { -self } else { self }
     }
-    /// `x - ln(1 + x) >= 0`: relatively accurate near 0, where it is `x^2/2`.
+    /// `x - ln(1 + x) >= 0`: relatively accurate near 0, where it is `x^2/2`, in double precision; where
+    /// there are more digits, they may cancel.
     #[must_use]
-    fn excess_over_ln_1p(self) -> Self;
-    /// `e^x - 1 - x >= 0`: relatively accurate near 0, where it is `x^2/2`.
+    fn excess_over_ln_1p(self) -> Self {
+        self - self.ln_1p()
+    }
+    /// `e^x - 1 - x >= 0`, likewise.
     #[must_use]
-    fn exp_excess(self) -> Self;
+    fn exp_excess(self) -> Self {
+        self.exp_m1() - self
+    }
 }
 
 impl Real for f64 {
@@ -69,6 +76,9 @@ impl Real for f64 {
     }
     fn to_f64(self) -> f64 {
         self
+    }
+    fn to_dd(self) -> Dd {
+        Dd::of(self)
     }
     fn exp(self) -> Self {
         f64::exp(self)
@@ -136,7 +146,8 @@ pub struct Dd {
 }
 
 /// `ln 2` in three parts; the first has so few bits that its product with an exponent is exact.
-const LN_2_PARTS: [f64; 3] = [0.6931471804855391, 7.440617110012397e-11, -1.3124698417785255e-27];
+pub(crate) const LN_2_PARTS: [f64; 3] =
+    [0.6931471804855391, 7.440617110012397e-11, -1.3124698417785255e-27];
 
 /// `pi/2` in three parts, likewise.
 const HALF_PI_PARTS: [f64; 3] = [1.5707963267341256, 6.077100506506192e-11, 3.5215598651832e-27];
@@ -186,7 +197,7 @@ impl Dd {
         Self { hi: sum, lo: lo - (sum - hi) }
     }
 
-    fn scaled_by_power_of_two(self, exponent: i32) -> Self {
+    pub(crate) fn scaled_by_power_of_two(self, exponent: i32) -> Self {
         // Two steps: 2^exponent itself may be outside the range of a double.
         let half = exponent / 2;
         let (first, second) = (2f64.powi(half), 2f64.powi(exponent - half));
@@ -194,7 +205,7 @@ impl Dd {
     }
 
     /// `(k, e^r - 1)` with `x = k ln 2 + r` and `|r| <= ln(2)/2`.
-    fn reduced_exp_m1(self) -> (i32, Self) {
+    pub(crate) fn reduced_exp_m1(self) -> (f64, Self) {
         const HALVINGS: i32 = 9;
         let k = (self.hi / std::f64::consts::LN_2).round();
         let [first, second, third] = LN_2_PARTS.map(|part| Self::product(-k, part));
@@ -208,15 +219,18 @@ impl Dd {
         for _ in 0..HALVINGS {
             e = e * e + e + e; // e^(2r) - 1 from e^r - 1
         }
-        (k as i32, e)
+        (k, e)
     }
 }
 
 impl Dd {
     /// The quadrant `k mod 4` and `sin r`, `cos r` with `x = k pi/2 + r`, `|r| <= pi/4`.
     ///
-    /// Absolute accuracy is 1e-31 times the size of `k`: a generator has no use for huge angles.
+    /// Absolute accuracy is 1e-31 times the size of `k`, and that of a double where `k` is huge.
     fn reduced_sin_cos(self) -> (u8, Self, Self) {
+        if self.hi.abs() > 1e14 {
+            return (0, Self::of(self.hi.sin()), Self::of(self.hi.cos()));
+        }
         let k = (self.hi / std::f64::consts::FRAC_PI_2).round();
         let [first, second, third] = HALF_PI_PARTS.map(|part| Self::product(-k, part));
         let r = self + first + second + third;
@@ -289,6 +303,9 @@ impl Real for Dd {
     fn to_f64(self) -> f64 {
         self.hi + self.lo
     }
+    fn to_dd(self) -> Dd {
+        self
+    }
 
     fn exp(self) -> Self {
         if self.hi < -745.2 {
@@ -298,10 +315,13 @@ impl Real for Dd {
             return Self::of(f64::INFINITY);
         }
         let (k, e) = self.reduced_exp_m1();
-        (e + Self::of(1.0)).scaled_by_power_of_two(k)
+        (e + Self::of(1.0)).scaled_by_power_of_two(k as i32)
     }
 
     fn exp_m1(self) -> Self {
+        if self.hi.abs() < 1e-40 {
+            return self; // to all digits, where the halving below would lose those of a denormal
+        }
         if self.hi.abs() < 0.34 {
             return self.reduced_exp_m1().1;
         }
@@ -315,10 +335,12 @@ impl Real for Dd {
         if self.hi <= 0.0 || !self.hi.is_finite() {
             return Self::of(self.hi.ln());
         }
-        if self.hi < 1e-270 {
-            // e^-y below would overflow, and the rest of a tiny number is denormal.
-            let [first, second, third] = LN_2_PARTS.map(|part| Self::product(-300.0, part));
-            return self.scaled_by_power_of_two(300).ln() + first + second + third;
+        if !(1e-270..1e270).contains(&self.hi) {
+            // e^-y below would overflow or be denormal, as the rest of a tiny number is.
+            let shift = if self.hi < 1.0 { 300 } else { -300 };
+            let [first, second, third] =
+                LN_2_PARTS.map(|part| Self::product(-f64::from(shift), part));
+            return self.scaled_by_power_of_two(shift).ln() + first + second + third;
         }
         // One Newton step on e^y = x doubles the digits of the double-precision logarithm.
         let y = Self::of(self.hi.ln());
@@ -378,14 +400,6 @@ impl Real for Dd {
         }
         (self.ln() * exponent).exp()
     }
-
-    fn excess_over_ln_1p(self) -> Self {
-        self - self.ln_1p()
-    }
-
-    fn exp_excess(self) -> Self {
-        self.exp_m1() - self
-    }
 }
 
 #[cfg(test)]
@@ -440,6 +454,19 @@ pub(crate) mod tests {
         assert_eq!(Dd::of(0.0).ln().hi, f64::NEG_INFINITY);
         assert_eq!(Dd::of(-1.0).ln_1p().hi, f64::NEG_INFINITY);
         assert_eq!(Dd::of(0.0).sqrt().hi, 0.0);
+        assert_eq!(Dd::of(-5e-324).exp_m1(), Dd::of(-5e-324));
+    }
+
+    /// ln 2^k = k ln 2, also where e^-ln leaves the range of normal doubles.
+    #[test]
+    fn logarithms_of_powers_of_two_hold_thirty_digits() {
+        let ln_2 = Dd::of(2.0).ln();
+        for power in [-1074, -1022, -900, -1, 1, 896, 1000, 1023] {
+            let (half, rest) = (power / 2, power - power / 2);
+            let exact = ln_2 * Dd::of(f64::from(power));
+            let error = (Dd::of(2f64.powi(half) * 2f64.powi(rest)).ln() - exact).to_f64();
+            assert!((error / exact.hi).abs() < 1e-30, "2^{power}: {error:e}");
+        }
     }
 
     #[test]

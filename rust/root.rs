@@ -17,6 +17,9 @@ pub(crate) struct Root {
 /// Most evaluations that [`newton_log_log`] makes.
 pub(crate) const MOST_EVALUATIONS: u32 = 100;
 
+/// Most evaluations that [`last_inside`] makes, one for each bit.
+pub(crate) const MOST_HALVINGS: u32 = 64;
+
 /// After this many steps by more than a factor `e^0.5`, Newton's method only crawls and the bracket
 /// is halved instead (in `ln m`).
 const MOST_LONG_STEPS: u32 = 5;

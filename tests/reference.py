@@ -35,13 +35,14 @@ Function = Callable[[mpf, mpf, mpf], mpf]
 class Divergence(NamedTuple):
     """A generator f and the change of units between delta and the value of D_f.
 
-    `at_zero` is f(0). It is a function, as are the unit changes, so that it is evaluated at the
-    precision of the moment.
+    `at_zero` is f(0) and `slope_at_infinity` is f'(inf) = lim f(u)/u. They are functions, as are
+    the unit changes, so that they are evaluated at the precision of the moment.
     """
 
     text: str
     f: Function
     at_zero: Callable[[], mpf]
+    slope_at_infinity: Callable[[], mpf]
     radius: Callable[[mpf], mpf]  # delta in the divergence's own units -> value of D_f
     own: Callable[[mpf], mpf]  # the inverse of radius
 
@@ -50,8 +51,10 @@ def _same(value: mpf) -> mpf:
     return value
 
 
-def _f_divergence(text: str, f: Function, at_zero: Callable[[], mpf]) -> Divergence:
-    return Divergence(text, f, at_zero, _same, _same)
+def _f_divergence(
+    text: str, f: Function, at_zero: Callable[[], mpf], slope_at_infinity: Callable[[], mpf]
+) -> Divergence:
+    return Divergence(text, f, at_zero, slope_at_infinity, _same, _same)
 
 
 def _alpha(a: mpf) -> Divergence:
@@ -64,6 +67,7 @@ def _alpha(a: mpf) -> Divergence:
         f"(u^a - 1 - a (u - 1)) / (a (a - 1)), a = {float(a)!r}",
         lambda u, x, t: (mp.expm1(a * t) - a * x) / (a * (a - 1)),
         (lambda: 1 / a) if a > 0 else (lambda: inf),
+        (lambda: 1 / (1 - a)) if a < 1 else (lambda: inf),
     )
 
 
@@ -76,6 +80,7 @@ def _renyi(a: mpf) -> Divergence:
         base.text + "; delta' = (e^((a - 1) delta) - 1) / (a (a - 1))",
         base.f,
         base.at_zero,
+        base.slope_at_infinity,
         lambda delta: mp.expm1((a - 1) * delta) / (a * (a - 1)),
         lambda value: mp.log1p(a * (a - 1) * value) / (a - 1),
     )
@@ -88,6 +93,7 @@ def _bhattacharyya() -> Divergence:
         base.text + "; delta' = 1 - e^-delta",
         base.f,
         base.at_zero,
+        base.slope_at_infinity,
         lambda delta: -mp.expm1(-delta),
         lambda value: -mp.log1p(-value),
     )
@@ -95,7 +101,10 @@ def _bhattacharyya() -> Divergence:
 
 def _vajda(k: mpf) -> Divergence:
     return _f_divergence(
-        f"|u - 1|^k, k = {float(k)!r}", lambda u, x, t: abs(x) ** k, lambda: mpf(1)
+        f"|u - 1|^k, k = {float(k)!r}",
+        lambda u, x, t: abs(x) ** k,
+        lambda: mpf(1),
+        lambda: mpf(1) if k == 1 else inf,
     )
 
 
@@ -104,37 +113,44 @@ def _bwcs(weight: mpf) -> Divergence:
         f"(u - 1)^2 / (1 - l + l u), l = {float(weight)!r}",
         lambda u, x, t: x * x / (1 - weight + weight * u),
         (lambda: 1 / (1 - weight)) if weight < 1 else (lambda: inf),
+        (lambda: 1 / weight) if weight > 0 else (lambda: inf),
     )
 
 
 def _hockey_stick(g: mpf) -> Divergence:
     return _f_divergence(
-        f"max(u - g, 0), g = {float(g)!r}", lambda u, x, t: max(u - g, mpf(0)), lambda: mpf(0)
+        f"max(u - g, 0), g = {float(g)!r}",
+        lambda u, x, t: max(u - g, mpf(0)),
+        lambda: mpf(0),
+        lambda: mpf(1),
     )
 
 
-_PLAIN: dict[str, tuple[str, Function, Callable[[], mpf]]] = {
-    "kl": ("-ln u + u - 1", lambda u, x, t: x - t, lambda: inf),
-    "reverse-kl": ("u ln u - u + 1", lambda u, x, t: u * t - x, lambda: mpf(1)),
-    "tv": ("|u - 1| / 2", lambda u, x, t: abs(x) / 2, lambda: mpf(1) / 2),
-    "pearson-chi2": ("(u - 1)^2", lambda u, x, t: x * x, lambda: mpf(1)),
-    "neyman-chi2": ("(u - 1)^2 / u", lambda u, x, t: x * x / u, lambda: inf),
+_PLAIN: dict[str, tuple[str, Function, Callable[[], mpf], Callable[[], mpf]]] = {
+    "kl": ("-ln u + u - 1", lambda u, x, t: x - t, lambda: inf, lambda: mpf(1)),
+    "reverse-kl": ("u ln u - u + 1", lambda u, x, t: u * t - x, lambda: mpf(1), lambda: inf),
+    "tv": ("|u - 1| / 2", lambda u, x, t: abs(x) / 2, lambda: mpf(1) / 2, lambda: mpf(1) / 2),
+    "pearson-chi2": ("(u - 1)^2", lambda u, x, t: x * x, lambda: mpf(1), lambda: inf),
+    "neyman-chi2": ("(u - 1)^2 / u", lambda u, x, t: x * x / u, lambda: inf, lambda: mpf(1)),
     "hellinger": (
         "(sqrt(u) - 1)^2 / 2",
         lambda u, x, t: mp.expm1(t / 2) ** 2 / 2,
+        lambda: mpf(1) / 2,
         lambda: mpf(1) / 2,
     ),
     "le-cam": (
         "(u - 1)^2 / (2 (u + 1))",
         lambda u, x, t: x * x / (2 * (u + 1)),
         lambda: mpf(1) / 2,
+        lambda: mpf(1) / 2,
     ),
     "jensen-shannon": (
         "(u ln u - (u + 1) ln((u + 1) / 2)) / 2",
         lambda u, x, t: (u * t - (u + 1) * mp.log1p(x / 2)) / 2,
         lambda: mp.log(2) / 2,
+        lambda: mp.log(2) / 2,
     ),
-    "jeffreys": ("(u - 1) ln u", lambda u, x, t: x * t, lambda: inf),
+    "jeffreys": ("(u - 1) ln u", lambda u, x, t: x * t, lambda: inf, lambda: inf),
 }
 
 # name: (constructor, lowest parameter, highest parameter)
@@ -172,8 +188,8 @@ def _split(log_prob: mpf) -> tuple[mpf, mpf]:
 
 
 def _check(log_prob: mpf, delta: mpf) -> None:
-    if not -inf < log_prob < 0:
-        raise ValueError(f"log_prob must be finite and negative, got {log_prob}")
+    if not -inf < log_prob <= 0:
+        raise ValueError(f"log_prob must be finite and at most 0, got {log_prob}")
     if not 0 < delta < inf:
         raise ValueError(f"delta must be finite and positive, got {delta}")
 
@@ -184,6 +200,8 @@ def _check(log_prob: mpf, delta: mpf) -> None:
 def _definition(div: Divergence, log_prob: mpf, log_ratio: mpf) -> mpf:
     """D_f(p, r) at the working precision, or infinity outside the simplex."""
     p, rest = _split(log_prob)
+    if rest == 0:
+        return inf if log_ratio > 0 else _value(div, p, rest, log_ratio)
     if log_ratio == -inf:
         return p * div.at_zero() + rest * div.f(1 / rest, p / rest, -mp.log(rest))
     log_new = mp.fadd(log_prob, log_ratio, exact=True)
@@ -203,6 +221,8 @@ def divergence(
 ) -> mpf:
     """Return D_f(p, r) = p f(r) + (1 - p) f((1 - r p) / (1 - p)) to `digits` digits.
 
+    At p = 1 that is its limit, f(r) + (1 - r) f'(inf).
+
     Renyi and Bhattacharyya come in their own units, so that `divergence <= delta` is the band for
     every spec. Outside the simplex the result is infinity.
     """
@@ -211,7 +231,7 @@ def divergence(
     _check(lp, mpf(1))
     # D is of the order (r - 1)^2 but made of terms of the order r - 1, and near p = 1 of terms
     # that are larger by 1/(1 - p).
-    small = min(mp.mag(lr) if lr and lr > -inf else 0, 0) + min(mp.mag(lp), 0)
+    small = min(mp.mag(lr) if lr and lr > -inf else 0, 0) + min(mp.mag(lp) if lp else 0, 0)
     precision = digits + 20 - 2 * int(0.30103 * small)
     previous: mpf | None = None
     while precision <= _MAX_PRECISION:
@@ -234,12 +254,18 @@ def divergence(
 # At either bound one outcome loses probability: the token at the lower one, everything else at the
 # upper one. Let it shrink by the factor e^w, w < 0; the other grows to 1 + (1 - e^w) shrink/grow.
 # D rises from 0 as w falls from 0 to -inf, and v = ln(-w) is of moderate size for every float
-# input: it resolves log r = -1e290 as well as 1 - r p = e^(-1e15).
+# input: it resolves log r = -1e290 as well as 1 - r p = e^(-1e15). In the limit of an outcome of no
+# probability, grow = 0, what it gains has the divergence (1 - e^w) f'(inf).
 
 
 def _value(div: Divergence, shrink: mpf, grow: mpf, w: mpf) -> mpf:
     """D_f when the outcome of probability `shrink` is scaled by e^w."""
+    if w == -inf:
+        return _saturation(div, shrink, grow)
     x = mp.expm1(w)
+    if grow == 0:
+        lost = -x * div.slope_at_infinity() if x else mpf(0)
+        return div.f(mp.exp(w), x, w) + lost
     x_grow = -x * shrink / grow
     return shrink * div.f(mp.exp(w), x, w) + grow * div.f(1 + x_grow, x_grow, mp.log1p(x_grow))
 
@@ -262,6 +288,8 @@ def saturation(spec: str, log_prob: float | mpf, upper: bool, digits: int = DIGI
 
 
 def _saturation(div: Divergence, shrink: mpf, grow: mpf) -> mpf:
+    if grow == 0:
+        return div.at_zero() + div.slope_at_infinity()
     odds = shrink / grow  # the other outcome grows to 1 / grow = 1 + odds
     return shrink * div.at_zero() + grow * div.f(1 + odds, odds, mp.log1p(odds))
 
@@ -375,10 +403,16 @@ def log_bounds(
 def bound(
     spec: str, log_prob: float | mpf, delta: float | mpf, upper: bool, digits: int = DIGITS
 ) -> tuple[mpf, mpf]:
-    """Return one log bound and w, the log of the factor of the outcome that shrinks there."""
+    """Return one log bound and w, the log of the factor of the outcome that shrinks there.
+
+    At log_prob = 0 that is the limit: 0 for the upper one, and for the lower one 0 where f'(inf) is
+    infinite.
+    """
     div = parse(spec)
     lp, d = mpf(log_prob), mpf(delta)
     _check(lp, d)
+    if lp == 0 and (upper or isinf(div.slope_at_infinity())):
+        return mpf(0), mpf(0)
     w = _log_shrink(div, lp, d, upper, digits)
     with mp.workdps(digits + 10):
         return (-lp if upper else -inf) if isinf(w) else _log_ratio(lp, w, upper), w
@@ -389,12 +423,14 @@ def condition(spec: str, log_prob: float | mpf, delta: float | mpf, upper: bool,
 
     That is |d ln|L| / d ln|log_prob|| + |d ln|L| / d ln delta| by implicit differentiation of
     D(log_prob, w) = delta, with central differences. A saturated upper bound has 1, a saturated
-    lower one infinity.
+    lower one infinity, one that is 0 whatever delta (p = 1) has 0.
     """
     div = parse(spec)
     lp, d = mpf(log_prob), mpf(delta)
     if isinf(w):
         return mpf(1) if upper else inf
+    if w == 0:
+        return mpf(0)
     with mp.workdps(100):
         h = mpf(10) ** -25
 
@@ -558,8 +594,24 @@ def self_test(report: Callable[[str], object]) -> None:
         div, u = parse(spec), mpf(10) ** -100
         near, at = div.f(u, u - 1, mp.log(u)), div.at_zero()
         assert near > 100 if isinf(at) else abs(near - at) < mpf(10) ** -45, spec
+        far, slope = div.f(1 / u, 1 / u - 1, -mp.log(u)) * u, div.slope_at_infinity()
+        assert far > 100 if isinf(slope) else abs(far - slope) < mpf(10) ** -45, spec
         assert abs(div.own(div.radius(mpf("0.05"))) - mpf("0.05")) < mpf(10) ** -100, spec
-    report(f"f(0) and units: {len(SPECS)} specs")
+    report(f"f(0), f'(inf) and units: {len(SPECS)} specs")
+
+    worst, count = mpf(1000), 0
+    nearly = -(mpf(10) ** -401)  # log p so near 0 that the limit is reached to 60 digits
+    for spec in SPECS:
+        for delta in (1e-8, 1e-3, 0.05, 0.4, 10.0):
+            limit, close = bound(spec, 0.0, delta, False)[0], bound(spec, nearly, delta, False)[0]
+            if limit == 0:  # reached like sqrt(1 - p), or like 1/ln(1/(1 - p)): at least falling
+                farther = bound(spec, -(mpf(10) ** -80), delta, False)[0]
+                assert farther < close < 0, (spec, delta)
+                continue
+            assert isinf(limit) == isinf(close), (spec, delta)
+            worst, count = min(worst, _agreement(limit, close)), count + 1
+    assert worst > 58, worst
+    report(f"the limit p = 1: {count} bounds, worst agreement {float(worst):.1f} digits")
 
     worst, count = mpf(1000), 0
     for spec in SPECS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,29 @@ def test_a_table_is_built_inspected_and_verified(
     assert bandpo.BandTable.load(path).region == bandpo.Band("tv", 0.1)
 
 
+def test_plot_draws_presets_and_bands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "picture.svg"
+    assert main(["plot", "ppo", "dcpo", "kl@0.01", "-o", str(path)]) == 0
+    assert capsys.readouterr().out == f"ppo, dcpo, kl@0.01: {path}\n"
+    assert "<svg" in path.read_text()
+
+
+def test_plot_prints_the_numbers_it_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plot", "cispo", "kl@0.05", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert list(content) == ["cispo", "kl@0.05"]
+    p = content["kl@0.05"]["p"]
+    lower, upper = bandpo.Band("kl", 0.05).bounds([math.log(each) for each in p])
+    assert content["kl@0.05"]["upper"] == pytest.approx(upper.tolist(), rel=1e-13, abs=0)
+    assert content["kl@0.05"]["fall"] == pytest.approx((p * (1 - lower)).tolist(), rel=1e-13, abs=0)
+    assert content["cispo"]["lower"] == [0.0] * len(p)
+    assert list(tmp_path.iterdir()) == [], "no picture was asked for"
+
+
 def test_doctor_reports_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     import numpy as np
 
@@ -85,6 +109,11 @@ def test_doctor_reports_what_is_there(capsys: pytest.CaptureFixture[str]) -> Non
         (["bounds", "0.5", "--divergence", "kll"], 'divergence "kll" is not known; known are: kl'),
         (["bounds", "0.5", "--expression", "u*ln(v)"], 'column 6: "v" is not known'),
         (["bounds", "0.5", "--expression", "u-1", "--divergence", "kl"], "not both"),
+        (["plot", "ppo", "nobody"], "'nobody' is neither a preset (ppo, dapo, "),
+        (["plot", "kll@0.05"], 'divergence "kll" is not known'),
+        (["plot", "kl@-1"], "delta must be finite and above 0, got -1.0"),
+        (["plot", "ppo", "-o", "no-such-folder/p.png"], "cannot write no-such-folder/p.png"),
+        (["plot", "ppo", "-o", "p.txt"], "cannot write p.txt: use one of .png, .svg, .pdf"),
         (["table", "inspect", "no-such-file"], "cannot read no-such-file"),
         (["table", "build", "-o", "no-such-folder/t"], "cannot write no-such-folder/t"),
     ],

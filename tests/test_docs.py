@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,8 +36,9 @@ def test_the_sessions_of_the_readme_print_what_they_show() -> None:
     assert (failed, tried > 0) == (0, True)
 
 
-def test_the_docstring_of_the_package_runs() -> None:
-    failed, tried = doctest.testmod(bandpo)
+@pytest.mark.parametrize("module", [bandpo, bandpo.presets, bandpo.schedule])
+def test_the_docstrings_of_modules_run(module: ModuleType) -> None:
+    failed, tried = doctest.testmod(module)
     assert (failed, tried > 0) == (0, True)
 
 

@@ -17,7 +17,7 @@ from reference import condition, divergence
 ROOT = Path(__file__).parents[1]
 NUMERICS = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
 
-EVERY = 12
+EVERY = 25
 """Of the reference points, so many are passed over for each one that is looked at."""
 
 BEYOND = mpf("1.5e-14")
@@ -68,7 +68,9 @@ def check(spec: str, logp: float, delta: float) -> None:
 
 def test_bounds_are_inside_and_next_to_the_edge(reference: Reference) -> None:
     assert f"times 1 + {mp.nstr(BEYOND, 2)} is greater" in NUMERICS
-    for logp, delta in zip(reference.logp[::EVERY], reference.delta[::EVERY], strict=True):
+    promised = (reference.logp >= np.log(1e-300)) & (reference.logp <= -1e-16)
+    logps, deltas = reference.logp[promised], reference.delta[promised]
+    for logp, delta in zip(logps[::EVERY], deltas[::EVERY], strict=True):
         check(reference.spec, float(logp), float(delta))
 
 
@@ -82,7 +84,7 @@ def test_ill_conditioned_bounds_are_inside_and_next_to_delta(
 
 def test_constants_of_the_document_are_those_of_the_source() -> None:
     rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| `(.+?)` \|", NUMERICS, re.MULTILINE)
-    assert len(rows) == 8
+    assert len(rows) == 13
     for name, value, file in rows:
         source = (ROOT / file).read_text(encoding="utf-8")
         assert re.search(rf"const {name}: \w+ = {re.escape(value)};", source), name
@@ -91,5 +93,4 @@ def test_constants_of_the_document_are_those_of_the_source() -> None:
     band = (ROOT / "rust" / "band.rs").read_text(encoding="utf-8")
     assert "(100.0 * f64::EPSILON / target).max(1e-5) } else { 3e-9 }" in band
     assert "step.abs() <= 1e-9 * log_ratio.abs()" in band
-    assert "inwards < 64" in band
     assert "64.0 * f64::EPSILON * scale" in band

@@ -62,6 +62,22 @@ def test_neyman_chi_square_is_the_wilson_score_interval(k: int, n: int, z: float
     assert actual == pytest.approx((expected.low, expected.high), rel=CLOSED_FORM, abs=0)
 
 
+def test_the_lower_end_of_wilson_needs_the_product_of_both() -> None:
+    """Wilson (1927): the ends q of the interval are the roots of (1+d) q^2 - (2p+d) q + p^2.
+
+    For rare outcomes the lower ratio q/p, as the quadratic formula gives it, is 1 minus a number
+    next to 1. By the product of both ends, p^2/(1+d), nothing cancels.
+    """
+    delta = 0.05
+    p = 1e-12 * np.linspace(1, 2, 101)
+    spread = np.sqrt(delta * (delta + 4 * p * (1 - p)))
+    naive = 1 + (delta * (1 - 2 * p) - spread) / (2 * p * (1 + delta))
+    product = 2 * p / (2 * p + delta + spread)  # p^2/(1+d), over the upper end, over p
+    lower, _ = Band("neyman-chi2", delta).bounds(np.log(p))
+    np.testing.assert_allclose(lower, product, rtol=CLOSED_FORM, atol=0)
+    assert np.abs(naive / lower - 1).max() > 1e5
+
+
 @pytest.mark.parametrize("n", [1, 10, 1000])
 def test_wilson_at_no_failure_is_the_limit_at_p_1(n: int) -> None:
     """Wilson (1927) at k = n: the lower end is n / (n + z^2)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 import bandpo
-from bandpo import Band, BandTable, Clip, Region, TableAccuracyWarning
+from bandpo import Band, BandTable, Clip, Divergence, Region, TableAccuracyWarning
 from bandpo.error import (
     InputPathError,
     InvalidTypeError,
@@ -231,7 +232,38 @@ REGIONS = [
     Band("jensen-shannon", 0.02) | Band("pearson-chi2", 0.05),
     Clip(0.2, 0.28),
     Clip(1.0, np.inf),
+    Band(Divergence.from_expression("abs(u-1) + max(u-1.3, 0)"), (0.3, 0.01)),
+    Band(Divergence.from_expression("abs(u-1) + max(u-1.3, 0)"), 0.05).cap(3) | Clip(0.1),
+    Band(Divergence.from_expression("max(abs(u-1) - 0.2, 0)"), 0.05) & Band("kl", 0.1),
 ]
+
+
+def kinked(u: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.abs(u - 1.0) + np.maximum(u - 1.3, 0.0)
+
+
+def flat_bottomed(u: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.maximum(np.abs(u - 1.0) - 0.2, 0.0)
+
+
+def two_parabolas(u: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.maximum((u - 1.0) ** 2, 3.0 * (u - 1.0) ** 2 - 0.1)
+
+
+def smooth(u: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (u - 1.0) ** 2 / (1.0 + u)
+
+
+@pytest.mark.parametrize("delta", [0.003, (0.2, 0.05)])
+@pytest.mark.parametrize("fn", [kinked, flat_bottomed, two_parabolas, smooth])
+def test_tables_of_python_functions_hold_the_target(
+    fn: Callable[[NDArray[np.float64]], NDArray[np.float64]], delta: float | tuple[float, float]
+) -> None:
+    region = Band(Divergence.from_callable(fn), delta)
+    for tabulated in region, region.cap(4):
+        table = tabulated.table()  # warnings are errors
+        assert table.nbytes <= 32 * 1024
+        assert max(table.verify(50_000, region=tabulated).max_error) <= TARGET
 
 
 @pytest.mark.parametrize("region", REGIONS, ids=repr)

@@ -1,32 +1,51 @@
-"""Write 60-digit reference bounds to tests/data/band_<spec>.csv.
+"""Solve reference bounds at 60 digits: the full set, and the part of it that is committed.
 
 Truth comes from tests/reference.py, which finds the roots of the Csiszar f-divergence of the
-two-outcome split (BandPO, arXiv 2603.04918). Every bound is computed twice, the second time with
-twice the digits, and both must agree. The points depend on the spec, the seed and --points alone,
-so that the same command writes the same bytes.
+two-outcome split (BandPO, arXiv 2603.04918), and proves the digits of each at doubled precision.
+The full set goes to build/reference, one band_<spec>.csv.gz a divergence; its fixed points and
+every eleventh of the others to tests/data. The points depend on the spec, the seed and --points
+alone, so that the same command writes the same rows.
 
-    python tools/make_reference.py --spec kl --spec alpha:0.5 --points 300
+    python tools/make_reference.py
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import os
 import sys
 import time
 import zlib
 from collections.abc import Iterator
 from functools import partial
+from itertools import cycle
 from math import inf, nextafter
 from multiprocessing import Pool
+from multiprocessing.pool import Pool as PoolType
 from pathlib import Path
 from random import Random
 
 from mpmath import isinf, mp, mpf
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 
-from reference import bound, condition, parse, saturation, to_double
+from reference import DIGITS, bound, condition, parse, saturation, to_double  # noqa: E402
 
+# Every family, with parameters in the middle and at or next to the ends of their range.
+# fmt: off
+SPECS = [
+    "kl", "reverse-kl", "tv", "pearson-chi2", "neyman-chi2", "hellinger", "le-cam",
+    "jensen-shannon", "jeffreys", "bhattacharyya", "alpha:-3", "alpha:-0.5", "alpha:0.001",
+    "alpha:0.5", "alpha:0.999", "alpha:1.5", "alpha:4", "renyi:0.5", "renyi:2", "renyi:3.5",
+    "vajda:1", "vajda:1.5", "vajda:4", "bwcs:0.3", "bwcs:0.99", "hockey-stick:1",
+    "hockey-stick:1.2", "hockey-stick:4",
+]
+# fmt: on
+FULL, COMMITTED = ROOT / "build" / "reference", ROOT / "tests" / "data"
+EVERY = 11
+"""Of the points that are not fixed, one in so many is committed. It divides no period of theirs."""
 SEED = 20260304
 DELTA_LOW, DELTA_HIGH = 1e-8, 10.0
 COLUMNS = "logp,delta,log_lower,log_upper,log_lower_rest,log_upper_rest,kappa_lower,kappa_upper"
@@ -75,15 +94,24 @@ def strata(random: Random, count: int) -> list[float]:
 
 
 def corner_points() -> list[Point]:
-    """Both ends of delta at the ends and at the middle of the log-probs."""
+    """Both ends of delta at the ends and at the middle of the log-probs, and at the limits.
+
+    -5e-324 and -1e-310 are subnormal themselves, of -745 and -720 the probability is.
+    """
     log_probs = [log_of(1e-300), log_of(1e-8), log_of(0.5), log_of_complement(1e-8), -1e-16]
-    return [(log_prob, d) for log_prob in log_probs for d in (DELTA_LOW, DELTA_HIGH)]
+    log_probs += [0.0, -5e-324, -1e-310, -1e-308, -1e-100, -710.0, -720.0, -745.0, -1000.0, -inf]
+    return [(log_prob, d) for log_prob in log_probs for d in (DELTA_LOW, 0.05, DELTA_HIGH)]
 
 
 def known_points() -> list[Point]:
     """Probabilities one would look up in a table, at delta = 0.05 and two others."""
     probs = (1e-4, 1e-3, 0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 0.95, 0.99)
     return [(log_of(p), d) for d in (0.05, 0.01, 0.2) for p in probs]
+
+
+def fixed_points() -> list[Point]:
+    """Return the points that every divergence has."""
+    return corner_points() + known_points()
 
 
 def edge_points(spec: str, random: Random, count: int) -> Iterator[Point]:
@@ -110,11 +138,40 @@ def edge_points(spec: str, random: Random, count: int) -> Iterator[Point]:
         made += 1
 
 
+def limit_points(spec: str, random: Random, count: int) -> Iterator[Point]:
+    """Yield points at p = 1, one in eight next to the delta that allows everything there."""
+    edge = to_double(saturation(spec, 0.0, upper=False))
+    offsets = [sign * size for size in (1e-2, 1e-6, 1e-12) for sign in (-1, 1)]
+    deltas = [edge * (1 + offset) for offset in offsets]
+    around = cycle([edge, nextafter(edge, 0), nextafter(edge, inf), *deltas])
+    for i, t in enumerate(strata(random, count)):
+        delta = next(around) if i % 8 == 0 and edge <= DELTA_HIGH else None
+        yield 0.0, delta or to_double(log_uniform(DELTA_LOW, DELTA_HIGH, t))
+
+
+def far_points(random: Random, count: int) -> Iterator[Point]:
+    """Yield points beyond 1e-300 and 1 - 1e-16: 1 - p or p log-uniform to the least double."""
+    for i, t in enumerate(strata(random, count)):
+        s = random.random()
+        if i % 2:
+            log_prob = log_of_complement(log_uniform(5e-324, 1e-16, s))
+        else:
+            log_prob = log_of(log_uniform(5e-324, 1e-300, s))
+        yield log_prob, to_double(log_uniform(DELTA_LOW, DELTA_HIGH, t))
+
+
 def points(spec: str, count: int) -> list[Point]:
-    """Return the stratified sample of a spec: fixed points, edges, then three kinds of token."""
+    """Return the stratified sample of a spec, first the fixed points.
+
+    Then come points next to saturation (a tenth), beyond the range of the promise (a tenth), at the
+    limit p = 1 (a fiftieth), and of the rest a fifth rare tokens, a fifth sure ones, and ordinary
+    ones.
+    """
     random = Random(SEED ^ zlib.crc32(spec.encode()))  # noqa: S311 - sample points, not secrets
-    sample = corner_points() + known_points()
+    sample = fixed_points()
     sample += edge_points(spec, random, count // 10)
+    sample += far_points(random, count // 10)
+    sample += limit_points(spec, random, count // 50)
     left = max(count - len(sample), 0)
     sizes = {rare: left // 5, sure: left // 5}
     sizes[ordinary] = left - sum(sizes.values())
@@ -125,35 +182,38 @@ def points(spec: str, count: int) -> list[Point]:
 
 
 def split(value: mpf) -> tuple[str, str]:
-    """Return the nearest float64 and the float64 nearest to what remains, as hex."""
+    """Return the nearest finite float64 and the float64 nearest to what remains, as hex."""
+    if isinf(value):
+        return float(value).hex(), "0x0.0p+0"
     nearest = to_double(value)
-    rest = 0.0 if isinf(value) else to_double(mp.fsub(value, nearest, exact=True))
-    return ("-inf" if isinf(value) else nearest.hex()), rest.hex()
+    if abs(nearest) == inf:  # beyond the doubles, of which the last is meant to stand for it
+        return (nextafter(inf, 0.0) if nearest > 0 else -nextafter(inf, 0.0)).hex(), "0x0.0p+0"
+    return nearest.hex(), to_double(mp.fsub(value, nearest, exact=True)).hex()
 
 
-def row(spec: str, digits: int, point: Point) -> str:
-    """Return the CSV row of one point, proven by a second solution with twice the digits."""
-    log_prob, delta = point
-    values, rests, kappas = [], [], []
-    for upper in (False, True):
-        log_ratio, w = bound(spec, log_prob, delta, upper, digits)
-        again, _ = bound(spec, log_prob, delta, upper, 2 * digits)
-        with mp.workdps(3 * digits):
-            if log_ratio != again and abs(log_ratio / again - 1) > mpf(10) ** -digits:
-                raise ArithmeticError(f"{spec} at {log_prob!r}, {delta!r}: {log_ratio} {again}")
-        value, rest = split(log_ratio)
-        values.append(value)
-        rests.append(rest)
-        kappas.append(f"{float(condition(spec, log_prob, delta, upper, w)):.3g}")
-    return ",".join([log_prob.hex(), delta.hex(), *values, *rests, *kappas])
+def solve(spec: str, log_prob: float, delta: float, upper: bool) -> tuple[mpf, float]:
+    """Return one log bound and its condition number; the limits themselves at -inf."""
+    if log_prob == -inf:
+        return (inf if upper else -inf), inf
+    value, w = bound(spec, log_prob, delta, upper)
+    return value, float(condition(spec, log_prob, delta, upper, w))
 
 
-def header(spec: str, count: int, digits: int) -> str:
+def row(spec: str, point: Point) -> str:
+    """Return the CSV row of one point."""
+    (lower, kappa_lower), (upper, kappa_upper) = (
+        solve(spec, *point, side) for side in (False, True)
+    )
+    (low, low_rest), (high, high_rest) = split(lower), split(upper)
+    kappas = (f"{kappa:.3g}" for kappa in (kappa_lower, kappa_upper))
+    return ",".join([point[0].hex(), point[1].hex(), low, high, low_rest, high_rest, *kappas])
+
+
+def header(spec: str) -> str:
     """Return the comment lines and the line of column names."""
     return "\n".join(
         [
-            f"# python tools/make_reference.py --spec {spec} --points {count} --digits {digits}",
-            f"# {digits} digits; every bound agreed with a second solution to {2 * digits} digits",
+            f"# python tools/make_reference.py: {spec}, {DIGITS} digits",
             f"# f(u) = {parse(spec).text}",
             "# {r: p f(r) + (1 - p) f((1 - r p) / (1 - p)) <= delta} = [e^log_lower, e^log_upper],"
             " p = e^logp",
@@ -164,42 +224,53 @@ def header(spec: str, count: int, digits: int) -> str:
     )
 
 
-def write(spec: str, count: int, digits: int, out: Path, workers: int) -> Path:
-    """Write the file of one spec and return its path."""
+def write(path: Path, spec: str, rows: list[str]) -> None:
+    """Write one compressed file, without the name and time that gzip would put into it."""
+    text = "\n".join([header(spec), *rows]) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        path.open("wb") as file,
+        gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=9, mtime=0) as packed,
+    ):
+        packed.write(text.encode("ascii"))
+
+
+def make(spec: str, count: int, pool: PoolType) -> None:
+    """Solve the points of one spec and write its two files."""
     sample = points(spec, count)
-    started = time.monotonic()
+    started = reported = time.monotonic()
     rows = []
-    with Pool(workers) as pool:
-        for line in pool.imap(partial(row, spec, digits), sample, chunksize=4):
-            rows.append(line)
-            if len(rows) % 25 == 0 or len(rows) == len(sample):
-                seconds = time.monotonic() - started
-                sys.stderr.write(f"\r{spec}: {len(rows)}/{len(sample)}  {seconds:.0f} s ")
-                sys.stderr.flush()
-    path = out / f"band_{spec.replace(':', '_')}.csv"
-    text = "\n".join([header(spec, count, digits), *rows]) + "\n"
-    path.write_text(text, encoding="ascii", newline="\n")
-    sys.stderr.write(f" {path} {len(text)} bytes\n")
-    return path
+    for line in pool.imap(partial(row, spec), sample, chunksize=32):
+        rows.append(line)
+        now = time.monotonic()
+        if now - reported > 0.5 or len(rows) == len(sample):
+            sys.stderr.write(f"\r{spec}: {len(rows)}/{len(sample)}  {now - started:.0f} s ")
+            sys.stderr.flush()
+            reported = now
+    sys.stderr.write("\n")
+    name = f"band_{spec.replace(':', '_')}.csv.gz"
+    fixed = len(fixed_points())
+    write(FULL / name, spec, rows)
+    write(COMMITTED / name, spec, rows[:fixed] + rows[fixed::EVERY])
 
 
 def main() -> None:
-    """Parse the command line and write one file per spec."""
+    """Parse the command line and write two files for each spec."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
-    parser.add_argument("--spec", action="append", required=True, help="divergence; repeatable")
-    parser.add_argument("--points", type=int, default=1000, help="rows per file (%(default)s)")
-    parser.add_argument("--digits", type=int, default=60, help="digits of truth (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("tests/data"), help="(%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
+    parser.add_argument("--spec", action="append", help="divergence; repeatable (all)")
+    parser.add_argument("--points", type=int, default=10_000, help="points each (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)"
+    )
     args = parser.parse_args()
-    for spec in args.spec:
+    for spec in args.spec or []:
         try:
             parse(spec)
         except ValueError as error:
             parser.error(str(error))
-    args.out.mkdir(parents=True, exist_ok=True)
-    for spec in args.spec:
-        write(spec, args.points, args.digits, args.out, args.workers)
+    with Pool(args.workers) as pool:
+        for spec in args.spec or SPECS:
+            make(spec, args.points, pool)
 
 
 if __name__ == "__main__":

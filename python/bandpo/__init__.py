@@ -10,11 +10,12 @@ radius delta still holds, given the token's old probability (BandPO, arXiv 2603.
 [7.8098, 1.3085]
 """
 
-from bandpo import error
+from bandpo import error, presets, schedule
 from bandpo._core import __version__
 from bandpo.divergence import Divergence
 from bandpo.error import BandpoError
-from bandpo.region import Band, Clip, Region
+from bandpo.region import Band, Clip, Dcpo, Region, sides
+from bandpo.surrogate import GradientPreserving, Mask
 from bandpo.table import BandTable, TableAccuracyWarning
 
 __all__ = [
@@ -22,9 +23,15 @@ __all__ = [
     "BandTable",
     "BandpoError",
     "Clip",
+    "Dcpo",
     "Divergence",
+    "GradientPreserving",
+    "Mask",
     "Region",
     "TableAccuracyWarning",
     "__version__",
     "error",
+    "presets",
+    "schedule",
+    "sides",
 ]

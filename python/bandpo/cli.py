@@ -1,4 +1,4 @@
-"""The command line: bounds, tables, the demo, and what is installed."""
+"""The command line: bounds, tables, pictures, the demo, and what is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import numpy as np
 
 import bandpo
 from bandpo import doctor
+from bandpo.curve import curve_of, named_region
 from bandpo.error import BandpoError, InvalidValueError
+from bandpo.presets import PRESETS
 from bandpo.table import TARGET
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 SAMPLES = 1_000_000
+
+PICTURE = "bandpo-plot.png"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = tables.add_parser("verify", help="compare a table file with the exact solver")
     verify.add_argument("path")
     verify.add_argument(
-        "--samples", type=int, default=SAMPLES, help="float32 log-probs to look at (%(default)s)"
+        "--samples",
+        type=int,
+        default=SAMPLES,
+        help="float32 log-probs to look at (%(default)s), besides some in every cell",
     )
     verify.add_argument(
         "--exhaustive",
@@ -97,6 +104,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_json(verify)
     verify.set_defaults(command=_table_verify)
+
+    plot = commands.add_parser(
+        "plot",
+        help="draw what methods and bands allow, together",
+        description="Draws the bounds of methods and bands, and the change of probability that they"
+        " allow. Those of gspo are for the ratio of a sequence; bapo's are those it begins with.",
+    )
+    plot.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="presets, such as ppo, or bands, such as kl@0.05; all presets if left out",
+    )
+    plot.add_argument("-o", "--output", help=f"picture ({PICTURE}; with --json none)")
+    _add_json(plot)
+    plot.set_defaults(command=_plot)
 
     demo = commands.add_parser("demo", help="train a small policy under several clip rules")
     demo.add_argument("-o", "--output", default="bandpo-demo.png", help="picture (%(default)s)")
@@ -256,6 +279,26 @@ def _progress() -> Progress:
     # On standard error: standard output belongs to the result.
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _plot(parsed: argparse.Namespace) -> int:
+    regions = {name: named_region(name) for name in parsed.names or PRESETS}
+    output = parsed.output or (None if parsed.json else PICTURE)
+    if output is not None:
+        from bandpo import plot
+
+        plot.save(plot.comparison_figure(regions), output)
+    if parsed.json:
+        curves = {name: curve_of(region)._asdict() for name, region in regions.items()}
+        _print_json(
+            {
+                name: {of: values.tolist() for of, values in curve.items()}
+                for name, curve in curves.items()
+            }
+        )
+    else:
+        print(f"{', '.join(regions)}: {output}")
+    return 0
 
 
 def _demo(parsed: argparse.Namespace) -> int:

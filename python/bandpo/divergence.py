@@ -16,30 +16,59 @@ from bandpo.generator import CallableGenerator
 class Divergence:
     """An f-divergence between the old and the new policy, ``E_old[f(new/old)]`` (Csiszár 1967).
 
-    Built in, with the normalisation of their generator ``f(u)``, ``u = new/old``, and the greatest
-    value ``f(0) + f'(inf)``:
+    Built in, with their generators ``f(u)``, ``u = new/old``, which fix the normalisation, as
+    `from_expression` takes them:
 
-    ================ ============================================ =================
-    name             f(u)                                         greatest value
-    ================ ============================================ =================
-    kl               -ln u + u - 1; KL(old || new), the paper's   inf
-    reverse-kl       u ln u - u + 1; KL(new || old)               inf
-    tv               abs(u-1)/2                                   1
-    pearson-chi2     (u-1)^2                                      inf
-    neyman-chi2      (u-1)^2/u                                    inf
-    hellinger        (sqrt u - 1)^2/2                             1
-    le-cam           (u-1)^2/(2(u+1))                             1
-    jensen-shannon   [u ln u - (u+1) ln((u+1)/2)]/2               ln 2
-    jeffreys         (u-1) ln u                                   inf
-    bhattacharyya    -ln(1 - hellinger)                           inf
-    alpha:a          (u^a - 1 - a(u-1))/(a(a-1)), any finite a    1/(a(1-a)) if 0<a<1
-    renyi:a          ln(1 + a(a-1) alpha:a)/(a-1), a > 0          inf
-    vajda:k          abs(u-1)^k, k >= 1                           2 if k = 1, else inf
-    bwcs:l           (u-1)^2/(1-l+l u), 0 <= l <= 1               1/(l(1-l))
-    hockey-stick:g   max(u-g, 0), g >= 1                          1
-    ================ ============================================ =================
+    ================ ===========================================
+    name             f(u)
+    ================ ===========================================
+    kl               -ln(u) + u - 1
+    reverse-kl       u*ln(u) - u + 1
+    tv               abs(u-1)/2
+    pearson-chi2     (u-1)^2
+    neyman-chi2      (u-1)^2/u
+    hellinger        (sqrt(u)-1)^2/2
+    le-cam           (u-1)^2/(2*(u+1))
+    jensen-shannon   (u*ln(u) - (u+1)*ln((u+1)/2))/2
+    jeffreys         (u-1)*ln(u)
+    bhattacharyya    as hellinger; -ln(1-D) of its value D
+    alpha:a          (u^a - 1 - a*(u-1))/(a*(a-1))
+    renyi:a          as alpha:a; ln(1+a*(a-1)*D)/(a-1) of its D
+    vajda:k          abs(u-1)^k
+    bwcs:l           (u-1)^2/(1-l+l*u)
+    hockey-stick:g   max(u-g, 0)
+    ================ ===========================================
 
-    The limits of alpha are kl (a = 0) and reverse-kl (a = 1); renyi is of new || old.
+    kl is KL(old || new), the paper's, and reverse-kl is KL(new || old). They are the limits of
+    alpha for a = 0 and a = 1. renyi is of new || old, with the limit reverse-kl for a = 1. alpha
+    takes any finite a, renyi a > 0, vajda k >= 1, bwcs 0 <= l <= 1, hockey-stick g >= 1.
+
+    ``f(0)`` and ``f'(inf) = lim f(u)/u`` say where bounds saturate, ``f''(1)`` how wide a band of
+    small delta is. From the greatest value on, which is ``f(0) + f'(inf)`` in the units of delta,
+    a delta allows every token everything. Where a condition does not hold the number is inf, and
+    of ``f''(1)`` there is none, as where f has a kink or is flat at 1:
+
+    ================ ============= =============== ========= =====================
+    name             f(0)          f'(inf)         f''(1)    greatest value
+    ================ ============= =============== ========= =====================
+    kl               inf           1               1         inf
+    reverse-kl       1             inf             1         inf
+    tv               1/2           1/2             none      1
+    pearson-chi2     1             inf             2         inf
+    neyman-chi2      inf           1               2         inf
+    hellinger        1/2           1/2             1/4       1
+    le-cam           1/2           1/2             1/2       1
+    jensen-shannon   ln(2)/2       ln(2)/2         1/4       ln(2)
+    jeffreys         inf           inf             2         inf
+    bhattacharyya    1/2           1/2             1/4       inf
+    alpha:a          1/a if a>0    1/(1-a) if a<1  1         1/(a*(1-a)) if 0<a<1
+    renyi:a          1/a           1/(1-a) if a<1  a         inf
+    vajda:k          1             1 if k==1       2 if k==2 2 if k==1
+    bwcs:l           1/(1-l)       1/l             2         1/(l*(1-l))
+    hockey-stick:g   0             1               none      1
+    ================ ============= =============== ========= =====================
+
+    Of bhattacharyya and renyi, f(0) and f'(inf) are those of hellinger and alpha.
 
     Args:
         spec: A name of the table, with its parameter after a colon where it has one.
@@ -77,6 +106,9 @@ class Divergence:
         Args:
             text: ``u``, numbers, ``+ - * / ^`` (or ``**``), parentheses, and the functions ln
                 (log), exp, sqrt, abs, min, max, sin, cos. Any multiple of ``u - 1`` may be added.
+                Convexity is judged by the slope, on 1100 pairs of neighbours on each side of 1, for
+                ``abs(ln u) <= 700``, and beside each kink and pole of the text. A smooth dent that
+                lies between two pairs is not seen.
             at_zero: The limit f(0), where it cannot be found out (the error says so).
             slope_at_infinity: The limit f'(inf), likewise.
 
@@ -132,8 +164,8 @@ class Divergence:
 
     @property
     def curvature(self) -> float | None:
-        """``f''(1)``; None where f has a kink or is flat at 1, and for a Python function."""
-        return self._solver.curvature if isinstance(self._solver, _core.Divergence) else None
+        """``f''(1)``; None where f has a kink or is flat at 1."""
+        return self._solver.curvature
 
     def between(
         self, logp: NDArray[np.float64], log_ratio: NDArray[np.float64]
@@ -143,11 +175,11 @@ class Divergence:
         Both arguments are one-dimensional float64 of the same length; inf outside the simplex.
 
         Raises:
-            InvalidValueError: If the divergence was made from a Python function, or lengths differ.
+            InvalidValueError: If lengths differ.
         """
-        if not isinstance(self._solver, _core.Divergence):
-            raise InvalidValueError("needs a divergence by name or from an expression")
-        return _core.divergences(self._solver, logp, log_ratio)
+        if isinstance(self._solver, _core.Divergence):
+            return _core.divergences(self._solver, logp, log_ratio)
+        return self._solver.divergences(logp, log_ratio)
 
     def describe(self) -> dict[str, object]:
         """What `from_description` makes the same divergence of, as JSON takes it."""

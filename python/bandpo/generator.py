@@ -68,7 +68,18 @@ _GRID_HALF = 2000
 # The rounding errors, in units of eps and of the terms of f, that are no violation.
 _ROUNDING = 32.0
 
-# A value next to an overflow is at least this many times f around 1; else f has an edge there.
+# Where f'' is less than this part of what it is two points away on both sides, finer grids are
+# laid: each of so many points over 4 intervals, at so many of the deepest dips.
+_DIP = 0.99
+_FINER = 24
+_MOST_SUSPECTS = 64
+_MOST_REFINEMENTS = 9
+
+# f has exploded where it is this many times what it is within 0.001 of u = 1.
+_EXPLODED = 1e13
+
+# A value next to an overflow is at least this many times f around 1, or 1e285; else f has an edge
+# there.
 _HUGE = 1e150
 
 # A slope or a value that grew this far, in units of f around 1, has no finite limit.
@@ -96,6 +107,20 @@ _SERIES_NODES = np.sort(
 )
 
 
+class _Tally:
+    """Evaluations of D of each problem, also of those that are taken out of a batch."""
+
+    def __init__(self, counts: NDArray[np.uint32], problems: NDArray[np.intp]) -> None:
+        self.counts = counts
+        self._problems = problems
+
+    def __getitem__(self, chosen: BoolArray | NDArray[np.intp]) -> _Tally:
+        return _Tally(self.counts, self._problems[chosen])
+
+    def add(self) -> None:
+        self.counts[self._problems] += 1
+
+
 class _Problems(NamedTuple):
     """Two-outcome problems, one an element; arrays of one length."""
 
@@ -112,6 +137,7 @@ class _Problems(NamedTuple):
     # Whether the unknown is not ln m but the ln of the growth, which alone is a float here: the
     # shrinking outcome hardly changes at any growth that the callable can be asked about.
     by_growth: BoolArray
+    tally: _Tally
 
     @classmethod
     def of(cls, logp: Float64Array, upper: BoolArray, steep: bool) -> _Problems:
@@ -132,6 +158,7 @@ class _Problems(NamedTuple):
             shrinking / growing,
             log_odds,
             upper & (log_odds > LOG_REACH + 40.0) & steep,
+            _Tally(np.zeros(logp.size, dtype=np.uint32), np.arange(logp.size)),
         )
 
     def take(self, chosen: BoolArray | NDArray[np.intp]) -> _Problems:
@@ -152,6 +179,7 @@ class _Series:
     def __init__(self, reach: float, coefficients: Float64Array) -> None:
         self.reach = reach
         self._coefficients = coefficients  # of (y/reach)^2 and up
+        self.curvature = 2.0 * float(coefficients[0]) / reach**2
 
     def value(self, excess: Float64Array) -> Float64Array:
         x = excess / self.reach
@@ -176,7 +204,7 @@ class _Function:
         slope_at_infinity: f'(inf), maybe inf.
         tangent: The c for which ``f(u) - c (u-1)``, the normalised f, is least at 1.
         scale: The size of f around 1.
-        curvature: About f''(1); a guess where f has a kink.
+        rough_curvature: About f''(1), where an iteration starts; a guess where f has a kink.
     """
 
     def __init__(
@@ -202,7 +230,16 @@ class _Function:
             self.slope_at_infinity = self._find_slope_at_infinity(u, f, slope_at_infinity)
             self._series = self._find_series()
             below, above = self._call(np.array([1.0 - _LONG_STEP, 1.0 + _LONG_STEP]))
-            self.curvature = max(float(above + below) / _LONG_STEP**2, 1e-6 * self.scale)
+            guess = float(above + below) / _LONG_STEP**2
+            self.rough_curvature = min(max(guess, 1e-6 * self.scale), 1e300)
+
+    @property
+    def curvature(self) -> float | None:
+        """f''(1), of the polynomial around 1; None where f is not smooth there, or flat."""
+        if self._series is None:
+            return None
+        curvature = self._series.curvature
+        return curvature if curvature > 1e-6 * self.scale else None
 
     @property
     def normal_at_zero(self) -> float:
@@ -331,7 +368,7 @@ class _Function:
         """An inf at an end is an overflow, unless f jumps there."""
         finite = np.flatnonzero(f < np.inf)
         for last, beyond in ((finite[0], finite[0] - 1), (finite[-1], finite[-1] + 1)):
-            if 0 <= beyond < f.size and f[last] < _HUGE * self.scale:
+            if 0 <= beyond < f.size and f[last] < min(_HUGE * self.scale, 1e285):
                 raise InvalidValueError(
                     f"f must be finite on (0, inf), got f({u[beyond]:.6g}) = inf next to "
                     f"f({u[last]:.6g}) = {f[last]:.6g}"
@@ -372,6 +409,41 @@ class _Function:
             reach *= 2
         if message:
             raise InvalidValueError(message)
+        self._check_convex_between(log_u, u, f)
+
+    def _check_convex_between(self, log_u: Float64Array, u: Float64Array, f: Float64Array) -> None:
+        """Looks closer where f'' dips, as beside a concave kink that the curvature around it hides.
+
+        Over a finer grid f' gains less, and the fall of a kink stays, until a chord shows it.
+        """
+        log_u, u, f = log_u[None], u[None], f[None]
+        for _ in range(_MOST_REFINEMENTS):
+            slack = self._slack(log_u, u, f)
+            step = np.diff(u)
+            slope = np.diff(f) / step
+            width = 0.5 * (step[:, 1:] + step[:, :-1])
+            noise = (slack[:, 1:] + slack[:, :-1]) / step
+            fall = slope[:, :-1] - slope[:, 1:] - noise[:, :-1] - noise[:, 1:]
+            bent = np.isfinite(fall)
+            if np.any(fall[bent] > 0.0):
+                row, at = np.unravel_index(np.argmax(np.where(bent, fall, -np.inf)), fall.shape)
+                raise InvalidValueError(
+                    f"f is not convex: at u = {u[row, at + 1]:.6g} its slope falls by "
+                    f"{(slope[row, at] - slope[row, at + 1]):.3g}"
+                )
+            # f'' and how far rounding errors may have moved it, against its neighbours.
+            curvature = np.where(bent, np.diff(slope) / width, np.nan)
+            doubt = (noise[:, :-1] + noise[:, 1:]) / width
+            least = np.minimum(curvature[:, :-4], curvature[:, 4:]) - doubt[:, :-4] - doubt[:, 4:]
+            dip = curvature[:, 2:-2] + doubt[:, 2:-2] < _DIP * least
+            rows, columns = np.nonzero(dip)
+            if rows.size == 0:
+                return
+            deepest = np.argsort((curvature[:, 2:-2] / least)[dip])[:_MOST_SUSPECTS]
+            rows, columns = rows[deepest], columns[deepest]
+            left, right = u[rows, columns + 1], u[rows, columns + 5]
+            u = left[:, None] + np.linspace(0.0, 1.0, _FINER + 1) * (right - left)[:, None]
+            log_u, f = np.log(u), self._call(u.reshape(-1)).reshape(u.shape)
 
     def _check_not_linear(self, u: Float64Array, f: Float64Array) -> None:
         """Refuses an f whose slope from 1 is the same at 0 and at infinity."""
@@ -453,8 +525,11 @@ class CallableGenerator:
 
     On construction ``fn`` is looked at on 4001 points ``u = e^t``, ``|t| <= 300``, and at a few
     farther out, and refused if it is not the f of a divergence: it must be finite, convex and 0 at
-    ``u = 1``. Kinks and flat parts are welcome. A violation between the points, which are 6e-5
-    apart around 1, is not seen, nor one so small that rounding errors would hide it.
+    ``u = 1``. Kinks and flat parts are welcome. Where f'' dips among neighbours, finer points are
+    asked for, so that a concave kink does not hide between two points behind the curvature around
+    it. What is not seen: a kink that makes f' fall by less than 1 % of what it gains between two
+    points (6e-5 apart around 1), a smooth dent that lies between two points, and what rounding
+    errors of ``fn`` would hide.
 
     ``f(u) + c (u-1)`` has the same divergence for every c. The c for which f is least at 1 is found
     and used within. Where f is smooth around 1, a polynomial fitted to ``fn`` takes its place
@@ -515,6 +590,11 @@ class CallableGenerator:
     def slope_at_infinity(self) -> float:
         """The limit of ``f(u)/u`` at infinity, given or found; maybe inf."""
         return self._f.slope_at_infinity
+
+    @property
+    def curvature(self) -> float | None:
+        """f''(1); None where ``fn`` is not smooth at 1, or flat."""
+        return self._f.curvature
 
     def log_bounds(
         self,
@@ -580,6 +660,62 @@ class CallableGenerator:
                 inside[asked] = self._is_inside(problems, delta[asked], log_ratio[asked])
         return inside
 
+    def diagnose(
+        self, delta: float | Float64Array, logp: Float64Array, upper: bool
+    ) -> tuple[Float64Array, Float64Array, NDArray[np.uint8], NDArray[np.uint32]]:
+        """Returns the bounds of one side with how each was found.
+
+        Args:
+            delta: Radius of that side, finite and above 0; float or float64 [n].
+            logp: Old log-probabilities, float64 [n].
+            upper: Whether that side is the upper one.
+
+        Returns:
+            The log bounds, a log-ratio outside next to each (the bound itself where there is none),
+            the `bandpo.region.Status` of each, and how often D was evaluated; arrays [n].
+        """
+        bound, solved = self._limits(logp, upper)
+        outside, evaluations = bound.copy(), np.zeros(logp.size, dtype=np.uint32)
+        status = np.select([np.isnan(logp), logp > 0.0, ~solved | (logp == 0.0)], [4, 3, 2], 0)
+        places, radii = np.flatnonzero(solved), np.broadcast_to(np.asarray(delta), logp.shape)
+        with np.errstate(all="ignore"):
+            for start in range(0, places.size, BLOCK):
+                block = places[start : start + BLOCK]
+                tokens = np.minimum(logp[block], 0.0)
+                problems = self._problems(tokens, np.full(block.size, upper))
+                found = self._solve(problems, radii[block])
+                free = found == (-tokens if upper else -np.inf)
+                # The farthest ratio that fn could be asked about.
+                unasked = np.abs(found) >= LOG_REACH * (1.0 - 4.0 * _EPS)
+                unasked &= ~free & (self.slope_at_infinity == math.inf if upper else True)
+                status[block] = np.select([status[block] > 0, free, unasked], [status[block], 1, 2])
+                bound[block] = outside[block] = found
+                edged = np.flatnonzero(status[block] == 0)
+                outside[block[edged]] = self._move(
+                    problems.take(edged), radii[block[edged]], found[edged], inwards=False
+                )
+                evaluations[block] = problems.tally.counts
+        return bound, outside, status.astype(np.uint8), evaluations
+
+    def divergences(self, logp: Float64Array, log_ratio: Float64Array) -> Float64Array:
+        """Returns ``D_f`` at each log-ratio, in double precision.
+
+        Args:
+            logp: Old log-probabilities, float64 [n], finite and below 0.
+            log_ratio: Log-ratios new/old, float64 [n].
+
+        Returns:
+            A float64 array [n]; inf outside the simplex.
+        """
+        divergences = np.where(log_ratio <= -logp, 0.0, np.inf)
+        asked = (log_ratio <= -logp) & (log_ratio != 0.0)
+        if asked.any():
+            with np.errstate(all="ignore"):
+                problems = self._problems(logp[asked], log_ratio[asked] > 0.0)
+                move = _move_by_log_ratio(problems, log_ratio[asked])
+                divergences[asked] = self._divergence(problems, move)
+        return divergences
+
     def bounds_with_slopes(
         self,
         delta_low: float | Float64Array,
@@ -612,19 +748,24 @@ class CallableGenerator:
     def _block_bounds(
         self, delta_low: Float64Array, delta_high: Float64Array, logp: Float64Array
     ) -> tuple[Float64Array, Float64Array]:
-        ordinary = (logp < 0.0) & (logp > -np.inf)
-        certain = logp >= 0.0
-        log_lower = np.where(certain, 0.0, np.where(np.isnan(logp), np.nan, -np.inf))
-        log_upper = np.where(certain, 0.0, np.where(np.isnan(logp), np.nan, np.inf))
-        # The limit p -> 1 of the lower side is 0 where f'(inf) is infinite.
-        solved = ordinary | certain if self.slope_at_infinity < math.inf else ordinary
-        tokens = np.concatenate((np.minimum(logp[solved], 0.0), logp[ordinary]))
-        delta = np.concatenate((delta_low[solved], delta_high[ordinary]))
+        log_lower, of_lower = self._limits(logp, upper=False)
+        log_upper, of_upper = self._limits(logp, upper=True)
+        tokens = np.concatenate((np.minimum(logp[of_lower], 0.0), logp[of_upper]))
+        delta = np.concatenate((delta_low[of_lower], delta_high[of_upper]))
         if tokens.size:
-            count = int(np.count_nonzero(solved))
+            count = int(np.count_nonzero(of_lower))
             bounds = self._solve(self._problems(tokens, np.arange(tokens.size) >= count), delta)
-            log_lower[solved], log_upper[ordinary] = bounds[:count], bounds[count:]
+            log_lower[of_lower], log_upper[of_upper] = bounds[:count], bounds[count:]
         return log_lower, log_upper
+
+    def _limits(self, logp: Float64Array, upper: bool) -> tuple[Float64Array, BoolArray]:
+        """The bounds that are limits in p, and which ones are to be solved for instead."""
+        solved = (logp < 0.0) & (logp > -np.inf)
+        certain = logp >= 0.0
+        unlikely = np.where(np.isnan(logp), np.nan, np.inf if upper else -np.inf)
+        if not upper and self.slope_at_infinity < math.inf:
+            solved |= certain  # elsewhere the limit p -> 1 of the lower side is 0
+        return np.where(certain, 0.0, unlikely), solved
 
     def _problems(self, logp: Float64Array, upper: BoolArray) -> _Problems:
         return _Problems.of(logp, upper, self.slope_at_infinity == math.inf)
@@ -638,7 +779,7 @@ class CallableGenerator:
             problems, delta = problems.take(todo), delta[todo]
         if todo.size:
             rough = self._log_ratio(problems, self._root(problems, delta))
-            bound[todo] = self._move_inside(problems, delta, rough)
+            bound[todo] = self._move(problems, delta, rough, inwards=True)
         return bound
 
     def _root(self, problems: _Problems, delta: Float64Array) -> Float64Array:
@@ -700,7 +841,7 @@ class CallableGenerator:
         low, at_low = np.full_like(delta, -np.inf), np.full_like(delta, -_STEEPEST)
         high, at_high = farthest.copy(), at_farthest.copy()
         # Around 1, D is about w/(2g) f''(1) m^2.
-        x = 0.5 * (np.log(2.0 * delta / self._f.curvature) - problems.log_odds)
+        x = 0.5 * (np.log(2.0 * delta / self._f.rough_curvature) - problems.log_odds)
         x = np.where(problems.by_growth, LOG_REACH, np.maximum(x, -40.0))
         x = np.minimum(x, farthest - 1.0)
         step = np.zeros_like(x)
@@ -759,22 +900,28 @@ class CallableGenerator:
         lower = np.maximum(-np.exp(unknown), -LOG_REACH)
         return np.where(problems.upper, upper, lower)
 
-    def _move_inside(
-        self, problems: _Problems, delta: Float64Array, log_ratio: Float64Array
+    def _move(
+        self, problems: _Problems, delta: Float64Array, log_ratio: Float64Array, inwards: bool
     ) -> Float64Array:
-        """The log-ratios, each moved towards 0 until D evaluated at it is at most delta."""
+        """The log-ratios, each moved until D evaluated at it is at most delta, or above it."""
         bound: Float64Array = log_ratio.copy()
-        # `contains` is to say the same, though a function may round otherwise in another array.
-        delta = delta * (1.0 - 2.0 * _EPS)
+        end = np.where(problems.upper, np.nextafter(-problems.logp, np.inf), -np.inf)
+        end = 0.0 * bound if inwards else end
+        if inwards:
+            # `contains` is to say the same, though a function may round otherwise in another array.
+            delta = delta * (1.0 - 2.0 * _EPS)
         todo = np.arange(bound.size)
         for move in range(_MOST_MOVES):
-            inside = self._is_inside(problems, delta, bound[todo])
-            if inside.all():
+            done = self._is_inside(problems, delta, bound[todo]) == inwards
+            if done.all():
                 return bound
-            problems, delta, todo = problems.take(~inside), delta[~inside], todo[~inside]
-            moved = bound[todo] * (1.0 - 4.0**move * _EPS)
-            bound[todo] = np.where(moved == bound[todo], np.nextafter(bound[todo], 0.0), moved)
-        bound[todo] = 0.0
+            problems, delta, todo = problems.take(~done), delta[~done], todo[~done]
+            share = 4.0**move * _EPS
+            moved = bound[todo] * (1.0 - share if inwards else 1.0 + share)
+            moved = np.where(moved == bound[todo], np.nextafter(bound[todo], end[todo]), moved)
+            within = np.minimum(np.abs(moved), np.abs(end[todo]))
+            bound[todo] = moved if inwards else np.copysign(within, moved)
+        bound[todo] = end[todo]
         return bound
 
     def _is_inside(
@@ -786,6 +933,7 @@ class CallableGenerator:
 
     def _divergence(self, problems: _Problems, move: _Move) -> Float64Array:
         """``w f(1 - lost) + g f(1 + gained)``; one call of the callable."""
+        problems.tally.add()
         grown = 1.0 + move.gained
         value = self._f.value(
             np.concatenate((move.shrunk, grown)), np.concatenate((-move.lost, move.gained))
@@ -884,11 +1032,17 @@ def _grid() -> Float64Array:
 def _scale(log_u: Float64Array, f: Float64Array, tangent: float) -> float:
     """The size of f, in units of ``1+u``, around 1 and no farther out than where it is not 0."""
     size = np.where(f < np.inf, np.abs(f) / (1.0 + np.exp(log_u)), 0.0)
-    for reach in (math.log(2.0), 5.0, 50.0, _GRID_REACH):
-        largest = float(size[np.abs(log_u) <= reach].max()) + abs(tangent)
-        if largest > 0.0:
-            return largest
-    return 0.0
+
+    def largest(reach: float) -> float:
+        return float(size[np.abs(log_u) <= reach].max()) + abs(tangent)
+
+    # Less far where f explodes on the way, as e^(1000 (u-1)) does.
+    nearest = largest(0.001)
+    for reach in (math.log(2.0), 0.1, 0.01):
+        if 0.0 < largest(reach) <= _EXPLODED * nearest:
+            return largest(reach)
+    reaches = (math.log(2.0), 5.0, 50.0, _GRID_REACH)
+    return next((largest(reach) for reach in reaches if largest(reach) > 0.0), 0.0)
 
 
 def _settle(

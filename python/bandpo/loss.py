@@ -11,13 +11,15 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.region import Clip, Region
+from bandpo.region import Clip
+from bandpo.schedule import RegionSource
 from bandpo.surrogate import NAMES, GradientPreserving, Mask, Surrogate, check_number
 from bandpo.torch import (
     COUNTS,
     LOG_RATIO_LIMIT,
     PROBABILITY_BINS,
     PROBABILITY_EDGES,
+    AnyRegion,
     TokenLoss,
     bounds_of,
     check_float,
@@ -80,7 +82,7 @@ def policy_loss(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     *,
-    region: Region,
+    region: AnyRegion,
     surrogate: Surrogate = "min-clip",
     dual_clip: float | None = None,
     ratio_level: RatioLevel = "token",
@@ -167,7 +169,8 @@ def policy_loss(
         log_prob: The same under the policy being trained.
         advantages: One a token, or one a sequence as [B, 1] or [B]; same dtypes.
         response_mask: Which tokens count (0: not), bool, int or float.
-        region: Where the bounds come from: `Band`, `Clip`, `BandTable` or another `Region`. A band
+        region: Where the bounds come from: `Band`, `Clip`, `BandTable` or another `Region`, or a
+            `bandpo.schedule.RegionSource`, whose region is the one of its last step. A band
             with one radius is tabulated at its first use; one with an array of radii takes the
             exact solver, or for mask one evaluation of the divergence, and the array must broadcast
             to the shape of ``old_log_prob``.
@@ -257,7 +260,7 @@ class PolicyLoss(torch.nn.Module):
 
     def __init__(
         self,
-        region: Region,
+        region: AnyRegion,
         *,
         surrogate: Surrogate = "min-clip",
         dual_clip: float | None = None,
@@ -327,7 +330,7 @@ class PolicyLoss(torch.nn.Module):
 
 
 class _Rule(NamedTuple):
-    region: Region
+    region: AnyRegion
     surrogate: Surrogate
     dual_clip: float | None
     ratio_level: RatioLevel
@@ -591,7 +594,8 @@ def _check_rule(rule: _Rule) -> None:
                 f"dual_clip must be left out with surrogate {rule.name!r}, got {dual_clip}; "
                 f"it limits 'min-clip'"
             )
-    if ratio_level == "sequence" and not isinstance(region, Clip):
+    now = region.region if isinstance(region, RegionSource) else region
+    if ratio_level == "sequence" and not isinstance(now, Clip):
         raise InvalidValueError(
             f"region must be a Clip with ratio_level 'sequence', got {region!r}, which depends on "
             f"each token's probability; use ratio_level 'token'"

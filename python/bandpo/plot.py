@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bandpo.curve import Curve, curve_of
 from bandpo.error import MissingExtraError, OutputPathError
-from bandpo.region import Region
+from bandpo.region import Float64Array, Region
 
 try:
     from matplotlib.axes import Axes
@@ -70,28 +70,102 @@ def draw_regions(
         probability_range: Least and greatest old probability, in (0, 1].
         ratio_range: Least and greatest ratio of the vertical axis, above 0.
     """
-    least, greatest = probability_range
-    logp = np.linspace(math.log(least), math.log(greatest), 1001)
-    p = np.exp(logp)
-    axes.fill_between(p, 1.0 / p, ratio_range[1], color="0.93", linewidth=0)
-    for (name, region), style in zip(regions.items(), _styles(), strict=False):
+    curves = {name: curve_of(region, probability_range) for name, region in regions.items()}
+    _draw_ratios(axes, curves, list(islice(_styles(), len(curves))), ratio_range)
+    axes.legend()
+
+
+def comparison_figure(regions: Mapping[str, Region]) -> Figure:
+    """Returns what each region allows, by name: its bounds, and the change of probability.
+
+    Regions that are equal share one line, and one entry of the legend. The grey area is where the
+    new probability would not lie in [0, 1].
+    """
+    names: dict[Region, list[str]] = {}
+    for name, region in regions.items():
+        names.setdefault(region, []).append(name)
+    curves = {", ".join(same): curve_of(region) for region, same in names.items()}
+    # Each line is wider than those above it, and so shows on both sides of them.
+    styles = [
+        {**style, "linewidth": width, "zorder": 4.0 - width}
+        for style, width in zip(_styles(), np.linspace(1.4, 3.2, len(curves)), strict=False)
+    ]
+    figure = Figure(figsize=(12.0, 6.4), dpi=_DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplot_mosaic([["ratio", "rise"], ["ratio", "fall"]], width_ratios=[1.15, 1.0])
+    _draw_ratios(axes["ratio"], curves, styles, (1e-2, 1e2))
+    axes["ratio"].set_title("Bounds of the ratio")
+    p = next(iter(curves.values())).p
+    changes = (0.1 * p[0], 1.0)
+    for side, all_there_is, title in (
+        ("rise", 1.0 - p, "How far p may rise: p (upper - 1)"),
+        ("fall", p, "How far p may fall: p (1 - lower)"),
+    ):
+        for curve, style in zip(curves.values(), styles, strict=True):
+            _draw(axes[side], p, getattr(curve, side), changes, style)
+        _draw_edge(axes[side], p, all_there_is, changes[1])
+        axes[side].set_title(title)
+        _log_log(axes[side], p, changes, "change of probability")
+    axes["rise"].set_xlabel("")
+    figure.legend(
+        *axes["ratio"].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        handlelength=3.2,
+        frameon=False,
+    )
+    return figure
+
+
+def _draw_ratios(
+    axes: Axes,
+    curves: Mapping[str, Curve],
+    styles: Sequence[Mapping[str, Any]],
+    ratio_range: tuple[float, float],
+) -> None:
+    for (name, curve), style in zip(curves.items(), styles, strict=True):
         label = name
-        for bound in reversed(region.bounds(logp)):
-            seen = np.where((bound > 0.0) & np.isfinite(bound), bound, np.nan)
-            if np.any((seen >= ratio_range[0]) & (seen <= ratio_range[1])):
-                axes.plot(p, seen, label=label, **style)
+        for bound in (curve.upper, curve.lower):
+            if _draw(axes, curve.p, bound, ratio_range, {**style, "label": label}):
                 label = "_"  # one entry a region in the legend
-    axes.plot(p, 1.0 / p, color="0.6", linewidth=0.8, label="1/p, new probability 1")
+    p = next(iter(curves.values())).p
+    _draw_edge(axes, p, 1.0 / p, ratio_range[1], label="1/p, new probability 1")
+    _log_log(axes, p, ratio_range, "allowed ratio new/old")
+
+
+def _draw(
+    axes: Axes,
+    p: Float64Array,
+    values: Float64Array,
+    value_range: tuple[float, float],
+    style: Mapping[str, Any],
+) -> bool:
+    """Draws a curve if some of it lies in the range, and returns whether it did."""
+    if not np.any((values >= value_range[0]) & (values <= value_range[1])):
+        return False
+    # A line to 0 or to infinity leaves the picture instead of ending in it.
+    axes.plot(p, np.clip(values, 0.1 * value_range[0], 10.0 * value_range[1]), **style)
+    return True
+
+
+def _draw_edge(
+    axes: Axes, p: Float64Array, edge: Float64Array, top: float, label: str | None = None
+) -> None:
+    """Draws where the new probability leaves [0, 1]."""
+    axes.fill_between(p, edge, top, color="0.93", linewidth=0, zorder=0)
+    axes.plot(p, edge, color="0.6", linewidth=0.8, label=label)
+
+
+def _log_log(axes: Axes, p: Float64Array, up: tuple[float, float], ylabel: str) -> None:
     axes.set(
         xscale="log",
         yscale="log",
-        xlim=probability_range,
-        ylim=ratio_range,
+        xlim=(p[0], p[-1]),
+        ylim=up,
         xlabel="old probability p of the token",
-        ylabel="allowed ratio new/old",
+        ylabel=ylabel,
     )
+    axes.set_axisbelow(True)
     axes.grid(**_GRID)
-    axes.legend()
 
 
 def demo_figure(result: Result, regions: Mapping[str, Region]) -> Figure:

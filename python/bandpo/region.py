@@ -32,6 +32,9 @@ Stretches: TypeAlias = list[tuple[float, Curve]]
 
 _SMALLEST_POSITIVE = math.ulp(0.0)
 
+_MOST_RARE = 600.0
+"""The greatest ``-logp`` that is exponentiated: 1/p overflows at 709."""
+
 
 def as_float64(argument: str, values: ArrayLike) -> Float64Array:
     """Returns real numbers as a float64 array.
@@ -127,6 +130,13 @@ class Region(ABC):
             raise InvalidValueError(f"upper must be at least 1, got {upper}")
         return self & Clip(1.0, limit - 1.0)
 
+    def at_least(self, eps_low: float, eps_high: float | None = None) -> Region:
+        """Returns this region with ``[1 - eps_low, 1 + eps_high]`` added: a minimum width.
+
+        The arguments and errors are those of `Clip`.
+        """
+        return self | Clip(eps_low, eps_high)
+
     def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
         """Returns whether each log-ratio lies in the region; the arguments broadcast.
 
@@ -166,11 +176,60 @@ class Clip(Region):
         self.eps_low = _as_number("eps_low", eps_low)
         self.eps_high = _as_number("eps_high", eps_high)
         if not 0.0 <= self.eps_low <= 1.0:
-            raise InvalidValueError(f"eps_low must be in [0, 1], got {eps_low}")
+            raise InvalidValueError(
+                f"eps_low must be in [0, 1], got {eps_low}: the lower bound is 1 - eps_low"
+            )
         if not self.eps_high >= 0.0:
-            raise InvalidValueError(f"eps_high must be at least 0, got {eps_high}")
+            raise InvalidValueError(
+                f"eps_high must be at least 0, got {eps_high}: the upper bound is 1 + eps_high"
+            )
         self.log_lower = math.log1p(-self.eps_low) if self.eps_low < 1.0 else -math.inf
         self.log_upper = math.log1p(self.eps_high)
+
+    @classmethod
+    def from_log_ratio(cls, log_low: float, log_high: float | None = None) -> Clip:
+        """Returns the interval ``[-log_low, log_high]`` of the log-ratio.
+
+        GMPO's (arXiv 2507.20673) is ``Clip.from_log_ratio(0.4)``.
+
+        Args:
+            log_low: How far below 0 the log-ratio may fall, at least 0, inf allowed.
+            log_high: How far above 0 it may rise, likewise; ``log_low`` if left out.
+
+        Raises:
+            InvalidTypeError: If a width is not a real number.
+            InvalidValueError: If it is below 0 or NaN.
+        """
+        log_high = log_low if log_high is None else log_high
+        low, high = _as_number("log_low", log_low), _as_number("log_high", log_high)
+        for argument, width in (("log_low", low), ("log_high", high)):
+            if not width >= 0.0:
+                raise InvalidValueError(f"{argument} must be a width, at least 0, got {width}")
+        with np.errstate(over="ignore"):
+            clip = cls(float(-np.expm1(-low)), float(np.expm1(high)))
+        # As they were given: an epsilon next to 1 has lost them.
+        clip.log_lower, clip.log_upper = -low, high
+        return clip
+
+    @classmethod
+    def kl3(cls, delta: float) -> Clip:
+        """Returns the ratios with ``r - 1 - ln r <= delta`` (arXiv 2602.05494).
+
+        They are ``[-W0(-e^(-1-delta)), -W-1(-e^(-1-delta))]``, with Lambert's W. The left side is
+        Schulman's estimator k3 of a KL divergence in the ratio r = new/old. If old/new is meant,
+        the bounds are the reciprocals of these.
+
+        Args:
+            delta: The greatest value of the estimator, finite and above 0.
+
+        Raises:
+            InvalidTypeError: If ``delta`` is not a real number.
+            InvalidValueError: If it is out of range.
+        """
+        radius = _as_number("delta", delta)
+        if not 0.0 < radius < math.inf:
+            raise InvalidValueError(f"delta must be finite and above 0, got {delta}")
+        return cls.from_log_ratio(-_kl3_root(radius, -1.0), _kl3_root(radius, 1.0))
 
     @property
     def per_token(self) -> bool:
@@ -183,22 +242,150 @@ class Clip(Region):
         return unknown + self.log_lower, unknown + self.log_upper
 
     def describe(self) -> dict[str, Any]:
-        """Its two epsilons; see `Region.describe`."""
-        return {"clip": [str(self.eps_low), str(self.eps_high)]}
+        """Its two epsilons, or widths of the log-ratio; see `Region.describe`."""
+        kind, low, high = self._widths()
+        return {kind: [str(low), str(high)]}
+
+    def _widths(self) -> tuple[str, float, float]:
+        """The arguments that make the same clip, to the last bit, and whose they are."""
+        plain = Clip(self.eps_low, self.eps_high)
+        if plain == self:
+            return "clip", self.eps_low, self.eps_high
+        return "log-clip", -self.log_lower, self.log_upper
 
     def _stretches(self, upper: bool) -> Stretches:
         return [(0.0, 1.0 + self.eps_high if upper else 1.0 - self.eps_low)]
 
     def __repr__(self) -> str:
-        return f"Clip({self.eps_low!r}, {self.eps_high!r})"
+        kind, low, high = self._widths()
+        return f"{'Clip' if kind == 'clip' else 'Clip.from_log_ratio'}({low!r}, {high!r})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Clip):
             return NotImplemented
+        return (self.log_lower, self.log_upper) == (other.log_lower, other.log_upper)
+
+    def __hash__(self) -> int:
+        return hash((Clip, self.log_lower, self.log_upper))
+
+
+def _kl3_root(delta: float, sign: float) -> float:
+    """The log-ratio t of the sign with ``e^t - 1 - t = delta``."""
+    # Newton's method comes from outside, and steadily, as the left side is convex. It starts from
+    # r <= 1 + sqrt(2 delta) + delta (Chatzigeorgiou, 2013), and on the lower side likewise.
+    start = math.sqrt(2.0) * math.sqrt(delta) + delta
+    t = math.log1p(start) if sign > 0.0 else -min(1.0 + delta, start)
+    while True:
+        nearer = t - (_kl3(t) - delta) / math.expm1(t)
+        if not abs(nearer) < abs(t):
+            return t
+        t = nearer
+
+
+def _kl3(t: float) -> float:
+    """``e^t - 1 - t``, by its series where the subtraction cancels."""
+    if abs(t) > 1.0:
+        return math.expm1(t) - t
+    term, total, k = 0.5 * t * t, 0.0, 2
+    while total + term != total:
+        total += term
+        k += 1
+        term *= t / k
+    return total
+
+
+class Dcpo(Region):
+    """The bounds of DCPO's dynamic clipping: ``|(r - 1) r| p <= eps`` (arXiv 2509.02333, Eq. 3-4).
+
+    ``upper = (1 + sqrt(1 + 4 eps_high / p)) / 2`` and
+    ``lower = (1 + sqrt(max(1 - 4 eps_low / p, 0))) / 2``, which is never below 1/2. The upper bound
+    leaves the simplex for ``p > 1 / (1 + eps_high)``. DCPO caps it: ``Dcpo().cap(10)``.
+
+    Args:
+        eps_low: Of the lower bound, finite and above 0.
+        eps_high: Of the upper bound, likewise.
+
+    Raises:
+        InvalidTypeError: If an epsilon is not a real number.
+        InvalidValueError: If it is out of range.
+    """
+
+    def __init__(self, eps_low: float = 0.16, eps_high: float = 0.20) -> None:
+        self.eps_low = _as_number("eps_low", eps_low)
+        self.eps_high = _as_number("eps_high", eps_high)
+        for argument, epsilon in (("eps_low", self.eps_low), ("eps_high", self.eps_high)):
+            if not 0.0 < epsilon < math.inf:
+                raise InvalidValueError(f"{argument} must be finite and above 0, got {epsilon}")
+
+    @property
+    def per_token(self) -> bool:
+        """False; see `Region.per_token`."""
+        return False
+
+    def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
+        """Returns the closed forms; see `Region.log_bounds`."""
+        y = np.maximum(-as_float64("logp", logp), 0.0)
+        return self._log_lower(y), self._log_upper(y)
+
+    def _log_upper(self, y: Float64Array) -> Float64Array:
+        # With k = eps / p: r - 1 = 2 k / (1 + sqrt(1 + 4 k)).
+        k = self.eps_high * np.exp(np.minimum(y, _MOST_RARE))
+        near = np.log1p(2.0 * k / (1.0 + np.sqrt(1.0 + 4.0 * k)))
+        # Where 1/p overflows, r is the square root of k to the last bit.
+        far = 0.5 * (math.log(self.eps_high) + y)
+        return np.asarray(np.where(y > _MOST_RARE, far, near))
+
+    def _log_lower(self, y: Float64Array) -> Float64Array:
+        k = self.eps_low * np.exp(np.minimum(y, _MOST_RARE))
+        root = np.sqrt(np.maximum(1.0 - 4.0 * k, 0.0))
+        return np.asarray(
+            np.where(
+                root == 0.0, math.log(0.5), np.log1p(-2.0 * np.minimum(k, 0.25) / (1.0 + root))
+            )
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Its two epsilons; see `Region.describe`."""
+        return {"dcpo": [str(self.eps_low), str(self.eps_high)]}
+
+    def _stretches(self, upper: bool) -> Stretches:
+        if upper:
+            return [(0.0, self._sample)]
+        kink = self._kink()
+        # Nearer to y = 0 a table has no grid; the bound there exceeds 1/2 by less than 1e-6.
+        return [(0.0, self._sample), (kink, 0.5)] if kink > 2e-12 else [(0.0, 0.5)]
+
+    def _kink(self) -> float:
+        """The least float32 ``-logp`` from which on the lower bound is 1/2."""
+        kink = -math.log(4.0 * self.eps_low)
+        nearest = np.float32(kink)
+        return float(
+            np.nextafter(nearest, np.float32(np.inf)) if float(nearest) < kink else nearest
+        )
+
+    def _sample(self, upper: bool, logp: Float64Array) -> tuple[Float64Array, Float64Array]:
+        # From log r + log |r - 1| + logp = log eps.
+        if upper:
+            log_bound = self._log_upper(-logp)
+            return log_bound, np.expm1(-log_bound) / (2.0 - np.exp(-log_bound))
+        log_bound = self._log_lower(-logp)
+        root = 2.0 * np.exp(log_bound) - 1.0
+        with np.errstate(divide="ignore"):
+            slope = np.where(root > 0.0, -np.expm1(log_bound) / root, 0.0)
+        # A table grades its grid towards the place where a side saturates, which the square root
+        # needs at its end; what is said beyond is not read, as the constant follows there.
+        return np.where(-logp > self._kink(), -np.inf, log_bound), slope
+
+    def __repr__(self) -> str:
+        return f"Dcpo({self.eps_low!r}, {self.eps_high!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Dcpo):
+            return NotImplemented
         return (self.eps_low, self.eps_high) == (other.eps_low, other.eps_high)
 
     def __hash__(self) -> int:
-        return hash((Clip, self.eps_low, self.eps_high))
+        return hash((Dcpo, self.eps_low, self.eps_high))
 
 
 class Status(IntEnum):
@@ -209,7 +396,7 @@ class Status(IntEnum):
     SATURATED = 1
     """The whole side is allowed: exactly -inf or -logp."""
     LIMIT = 2
-    """logp is 0 or -inf: the limit."""
+    """The limit: logp is 0 or -inf, or a Python function cannot be asked farther out."""
     READ_AS_CERTAIN = 3
     """logp is above 0 and was read as 0."""
     NOT_A_NUMBER = 4
@@ -226,7 +413,7 @@ class SideDiagnosis(NamedTuple):
     status: NDArray[np.uint8]
     """A `Status` for each element."""
     iterations: NDArray[np.uint32]
-    """Evaluations of D_f."""
+    """Evaluations of D_f, each of two of f; docs/accuracy.md says how many there are at most."""
 
 
 class Diagnosis(NamedTuple):
@@ -326,19 +513,19 @@ class Band(Region):
         """Returns the bounds with how each was found; no element ever fails the others.
 
         Raises:
-            InvalidValueError: If the divergence was made from a Python function.
+            InvalidValueError: If ``logp`` and an array of radii do not broadcast, or a Python
+                function of the divergence fails.
         """
         tokens, low, high = self._with_radii(logp=as_float64("logp", logp))
         solver = self.divergence._solver
-        if not isinstance(solver, _core.Divergence):
-            raise InvalidValueError("diagnose needs a divergence by name or from an expression")
 
         def side(radius: float | Float64Array, upper: bool) -> SideDiagnosis:
-            found = _core.diagnose(solver, radius, _flat(tokens), upper)
-            log_bound, outside, status, evaluations = (
-                values.reshape(tokens.shape) for values in found
+            found = (
+                _core.diagnose(solver, radius, _flat(tokens), upper)
+                if isinstance(solver, _core.Divergence)
+                else solver.diagnose(radius, _flat(tokens), upper)
             )
-            return SideDiagnosis(log_bound, outside, status, evaluations)
+            return SideDiagnosis(*(values.reshape(tokens.shape) for values in found))
 
         return Diagnosis(side(low, False), side(high, True))
 
@@ -354,9 +541,11 @@ class Band(Region):
                 by ``f''(1)``; in (0, 1).
 
         Raises:
+            InvalidTypeError: If ``p`` is not a real number.
             InvalidValueError: If a divergence has no ``f''(1)`` (tv, hockey-stick, vajda but for
-                k = 2) and no ``p`` is given; if ``p`` is not in (0, 1); or if a bound of this band
-                is saturated at ``p``, so that no finite delta is meant by it.
+                k = 2) and no ``p`` is given; if ``p`` is not in (0, 1); if a bound of this band is
+                saturated at ``p``, so that no finite delta is meant by it; or if the other
+                divergence is 0 or infinite at a bound (flat around 1, as hockey-stick is).
         """
         other = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
         if isinstance(self.delta_low, np.ndarray) or isinstance(self.delta_high, np.ndarray):
@@ -369,14 +558,22 @@ class Band(Region):
                     )
             scale = (other.curvature or 0.0) / (self.divergence.curvature or 1.0)
             return Band(other, (self.delta_low * scale, self.delta_high * scale))
+        p = _as_number("p", p)
         if not 0.0 < p < 1.0:
             raise InvalidValueError(f"p must be in (0, 1), got {p}")
         logp = np.array([math.log(p)])
         log_lower, log_upper = self.log_bounds(logp)
         if log_lower[0] == -np.inf or log_upper[0] >= -logp[0]:
             raise InvalidValueError(f"{self!r} allows everything at p = {p}; match at another p")
-        low, high = (other.between(logp, bound)[0] for bound in (log_lower, log_upper))
-        return Band(other, (float(low), float(high)))
+        low, high = (float(other.between(logp, bound)[0]) for bound in (log_lower, log_upper))
+        for side, delta, bound in (("lower", low, log_lower), ("upper", high, log_upper)):
+            if not 0.0 < delta < math.inf:
+                raise InvalidValueError(
+                    f"{other!r} is {delta:g} at the {side} bound of {self!r} at p = {p}, a ratio "
+                    f"of {math.exp(bound[0]):.6g}, and no delta matches that; match at another p, "
+                    "or another divergence"
+                )
+        return Band(other, (low, high))
 
     def _with_radii(self, **arrays: Float64Array) -> list[Any]:
         """The first array, the radii as the core takes them, then the rest; all broadcast."""
@@ -448,10 +645,31 @@ def _flat(array: Float64Array) -> Float64Array:
     return np.ascontiguousarray(array).reshape(-1)
 
 
-class Combined(Region):
-    """The union or intersection of two regions; made with ``|``, ``&`` and `Region.cap`."""
+def sides(*, lower: Region, upper: Region) -> Region:
+    """Returns the region with the lower bound of one region and the upper bound of another.
 
-    def __init__(self, kind: Literal["union", "intersection"], left: Region, right: Region) -> None:
+    ``sides(lower=Clip(0.2), upper=Band("kl", 0.05))`` lets rare tokens rise as a band does and
+    holds what they may lose to a fixed clip.
+
+    Args:
+        lower: Decides for ratios below 1.
+        upper: Decides for ratios above 1.
+
+    Raises:
+        InvalidTypeError: If one is not a region.
+    """
+    for argument, region in (("lower", lower), ("upper", upper)):
+        if not isinstance(region, Region):
+            raise InvalidTypeError(f"{argument} must be a Region, got {type(region).__name__}")
+    return Combined("sides", lower, upper)
+
+
+class Combined(Region):
+    """Two regions as one; made with ``|``, ``&``, `Region.cap`, `Region.at_least` and `sides`."""
+
+    def __init__(
+        self, kind: Literal["union", "intersection", "sides"], left: Region, right: Region
+    ) -> None:
         self.kind = kind
         self.parts = (left, right)
 
@@ -461,16 +679,22 @@ class Combined(Region):
         return any(part.per_token for part in self.parts)
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
-        """Returns the wider or the narrower bounds of the two; see `Region.log_bounds`."""
+        """Returns the bounds, each from the part that holds it; see `Region.log_bounds`."""
         (low_a, up_a), (low_b, up_b) = (part.log_bounds(logp) for part in self.parts)
+        if self.kind == "sides":
+            return low_a, up_b
         if self.kind == "union":
             return np.minimum(low_a, low_b), np.maximum(up_a, up_b)
         return np.maximum(low_a, low_b), np.minimum(up_a, up_b)
 
     def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
-        """Returns whether each log-ratio lies in one part (union) or in both (intersection)."""
+        """Returns whether each log-ratio lies in one part, in both, or in that of its side."""
         left, right = (part.contains(logp, log_ratio) for part in self.parts)
-        inside: BoolArray = left | right if self.kind == "union" else left & right
+        inside: BoolArray
+        if self.kind == "sides":
+            inside = np.where(as_float64("log_ratio", log_ratio) < 0.0, left, right)
+        else:
+            inside = left | right if self.kind == "union" else left & right
         return inside
 
     def describe(self) -> dict[str, Any]:
@@ -479,6 +703,8 @@ class Combined(Region):
 
     def _stretches(self, upper: bool) -> Stretches:
         """The stretches of whichever part holds the bound, cut where the other takes over."""
+        if self.kind == "sides":
+            return self.parts[int(upper)]._stretches(upper)
         sides = [part._stretches(upper) for part in self.parts]
         # The part that reaches further out holds a union; on the lower side that is the lesser.
         outer = self.kind == "union"
@@ -512,6 +738,8 @@ class Combined(Region):
 
     def __repr__(self) -> str:
         left, right = self.parts
+        if self.kind == "sides":
+            return f"sides(lower={left!r}, upper={right!r})"
         return f"({left!r} {'|' if self.kind == 'union' else '&'} {right!r})"
 
     def __eq__(self, other: object) -> bool:
@@ -523,20 +751,32 @@ class Combined(Region):
         return hash((Combined, self.kind, self.parts))
 
 
+_WIDTHS: dict[str, Callable[[float, float], Region]] = {
+    "clip": Clip,
+    "log-clip": Clip.from_log_ratio,
+    "dcpo": Dcpo,
+}
+"""What makes a region of two numbers, by the kind that its description names."""
+
+
 def from_description(description: dict[str, Any]) -> Region:
     """Makes the region that `Region.describe` described.
 
     Raises:
-        InvalidValueError: If it holds a Python function, which a description cannot.
+        InvalidValueError: If it holds a Python function, which a description cannot, or a kind of
+            region that this version does not know.
     """
+    kind: Any
     [(kind, content)] = description.items()
-    if kind == "clip":
-        return Clip(*(float(epsilon) for epsilon in content))
+    if kind in _WIDTHS:
+        return _WIDTHS[kind](*(float(width) for width in content))
     if kind == "band":
         low, high = content["delta"]
         return Band(Divergence.from_description(content), (low, high))
+    if kind not in ("union", "intersection", "sides"):
+        raise InvalidValueError(f"regions of the kind {kind!r} are not known to this version")
     left, right = (from_description(part) for part in content)
-    return left | right if kind == "union" else left & right
+    return Combined(kind, left, right)
 
 
 @lru_cache(maxsize=64)

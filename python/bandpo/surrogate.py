@@ -21,7 +21,7 @@ class Mask:
     DPPO: arXiv 2602.04879. The gradient of a token that is kept is ``-A min(r, truncation)``.
 
     Args:
-        truncation: Greatest weight c of a token, above 1, or None for none. DPPO's is 20.
+        truncation: Greatest weight c of a token, above 1, or None for none. 20 is what verl takes.
         whole_sequence: Drop every token of a sequence in which any token has left the region, on
             either side (trust region masking, arXiv 2512.23075), in place of single tokens.
 

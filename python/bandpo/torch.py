@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from bandpo.error import (
     MissingExtraError,
 )
 from bandpo.region import Clip, Region
+from bandpo.schedule import RegionSource
 from bandpo.table import BandTable
 
 try:
@@ -42,11 +43,14 @@ PROBABILITY_EDGES = (0.0, 1e-3, 1e-2, 1e-1, 0.5, 1.0)
 PROBABILITY_BINS = len(PROBABILITY_EDGES) - 1
 COUNTS = 5  # that a backend of the loss returns before those of the bins
 SUMS = 7  # and the sums and extremes
+MOST_TABLE_WORDS = 32 * 1024 // 4
+AnyRegion: TypeAlias = Region | RegionSource
+"""A region, or what changes one between steps."""
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def log_bounds(
-    region: Region, old_log_prob: torch.Tensor, *, exact: bool = False
+    region: AnyRegion, old_log_prob: torch.Tensor, *, exact: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``(log_lower, log_upper)`` of every token, like `Region.log_bounds`.
 
@@ -72,7 +76,7 @@ def log_bounds(
 
 
 def contains(
-    region: Region, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, *, exact: bool = False
+    region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, *, exact: bool = False
 ) -> torch.Tensor:
     """Returns whether each log-ratio lies between the bounds, both included, as a bool tensor.
 
@@ -88,7 +92,7 @@ def contains(
 
 
 def clip(
-    region: Region, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, *, exact: bool = False
+    region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, *, exact: bool = False
 ) -> torch.Tensor:
     """Returns the log-ratios moved to the nearest bound where they lie outside.
 
@@ -104,7 +108,7 @@ def clip(
 
 
 def _with_bounds(
-    region: Region, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, exact: bool
+    region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_region(region)
     check_float("old_log_prob", old_log_prob)
@@ -114,7 +118,7 @@ def _with_bounds(
 
 
 def _log_bounds(
-    region: Region, old_log_prob: torch.Tensor, exact: bool
+    region: AnyRegion, old_log_prob: torch.Tensor, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     log_lower, log_upper = sides_of(region, old_log_prob, exact=exact)
     # A constant does not know which tokens are NaN.
@@ -123,7 +127,7 @@ def _log_bounds(
 
 
 def sides_of(
-    region: Region,
+    region: AnyRegion,
     old_log_prob: torch.Tensor,
     *,
     bounds: torch.Tensor | None = None,
@@ -150,7 +154,7 @@ def sides_of(
 
 
 def membership_of(
-    region: Region,
+    region: AnyRegion,
     old_log_prob: torch.Tensor,
     log_ratio: torch.Tensor,
     valid: torch.Tensor,
@@ -183,12 +187,12 @@ def membership_of(
     return torch.stack([-limit, limit])
 
 
-def check_region(region: Region) -> None:
-    """Raises InvalidTypeError unless the region is one."""
-    if not isinstance(region, Region):
+def check_region(region: AnyRegion) -> None:
+    """Raises InvalidTypeError unless the region is one, or the source of one."""
+    if not isinstance(region, (Region, RegionSource)):
         raise InvalidTypeError(
-            f"region must be a bandpo.Band, Clip, BandTable or another Region, "
-            f"got {type(region).__name__}"
+            f"region must be a bandpo.Band, Clip, BandTable or another Region, or a "
+            f"bandpo.schedule.RegionSource, got {type(region).__name__}"
         )
 
 
@@ -221,7 +225,7 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def bounds_of(
-    region: Region,
+    region: AnyRegion,
     old_log_prob: torch.Tensor,
     *,
     valid: torch.Tensor | None = None,
@@ -237,7 +241,9 @@ def bounds_of(
       table can hold, such as a `Band` with an array of radii.
 
     A tensor enters a compiled graph as data. Under `torch.compile` the region itself is a constant:
-    another region object compiles again.
+    another region object compiles again. A `RegionSource` does not: it has one tensor for each
+    device, filled anew in place whenever its region changes, so that graphs that were compiled or
+    captured with it go on to be right.
 
     Args:
         region: Where the bounds come from.
@@ -265,27 +271,78 @@ class _Source(NamedTuple):
     region: int
 
 
-_REGIONS: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
+_REGIONS: weakref.WeakValueDictionary[int, AnyRegion] = weakref.WeakValueDictionary()
 
 
 # A region cannot be traced: torch.compile calls this once, guards on the identity of the region
 # and takes the tensor it returns as an input of the graph.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _source(region: Region, dtype: torch.dtype, device: torch.device, exact: bool) -> _Source:
-    if isinstance(region, Clip):
-        return _Source(_constants(region.log_lower, region.log_upper, dtype, device), 0)
-    if not exact and not region.per_token:
+def _source(region: AnyRegion, dtype: torch.dtype, device: torch.device, exact: bool) -> _Source:
+    now = region.region if isinstance(region, RegionSource) else region
+    if isinstance(now, Clip) or not (exact or now.per_token):
+        if isinstance(region, RegionSource):
+            return _Source(_live_bounds(region).on(dtype, device), 0)
+        if isinstance(region, Clip):
+            return _Source(_constants(region, dtype, device), 0)
         return _Source(_table_words(region.table(), device), 0)
     _REGIONS[id(region)] = region
     return _Source(None, id(region))
 
 
-def _constants(
-    log_lower: float, log_upper: float, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+class _LiveBounds:
+    """The bounds of a source on every device that asked for them, kept as its region changes."""
+
+    def __init__(self, source: RegionSource) -> None:
+        self._region = source.region
+        self._tensors: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        source.subscribe(self.change)
+
+    def on(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        tensor = self._tensors.get((dtype, device))
+        if tensor is None:
+            with torch.inference_mode(False):  # or it could not be filled anew outside of it
+                if isinstance(self._region, Clip):
+                    tensor = torch.empty(2, dtype=dtype, device=device)
+                else:  # as large as any table, since the next may be larger
+                    tensor = torch.zeros(MOST_TABLE_WORDS, dtype=torch.int32, device=device)
+            if type(tensor) is not torch.Tensor:  # a fake one would outlive its mode
+                return tensor
+            self._tensors[dtype, device] = tensor
+            self._fill(tensor)
+        return tensor
+
+    def change(self, region: Region) -> None:
+        if isinstance(region, Clip) is not isinstance(self._region, Clip):
+            raise InvalidValueError(
+                f"the region of a source must stay a Clip or stay none, it was {self._region!r} "
+                f"and is {region!r}"
+            )
+        self._region = region
+        for tensor in self._tensors.values():
+            self._fill(tensor)
+
+    def _fill(self, tensor: torch.Tensor) -> None:
+        if isinstance(self._region, Clip):
+            tensor.copy_(_constants(self._region, tensor.dtype, tensor.device))
+            return
+        words = _table_words(self._region.table(), tensor.device)
+        tensor[: words.shape[0]].copy_(words)
+
+
+_LIVE: weakref.WeakKeyDictionary[RegionSource, _LiveBounds] = weakref.WeakKeyDictionary()
+
+
+def _live_bounds(source: RegionSource) -> _LiveBounds:
+    live = _LIVE.get(source)
+    if live is None:
+        live = _LIVE[source] = _LiveBounds(source)
+    return live
+
+
+def _constants(clip: Clip, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     # Filled on the device: a copy from the host would have to wait for it.
-    bounds = torch.full((2,), log_upper, dtype=dtype, device=device)
-    bounds[0].fill_(log_lower)
+    bounds = torch.full((2,), clip.log_upper, dtype=dtype, device=device)
+    bounds[0].fill_(clip.log_lower)
     return bounds
 
 
@@ -344,6 +401,8 @@ def _(old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int) -> torch
 
 def _exact_region(key: int) -> Region:
     region = _REGIONS[key]
+    if isinstance(region, RegionSource):
+        region = region.region
     return region.region if isinstance(region, BandTable) else region
 
 

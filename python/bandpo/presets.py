@@ -1,0 +1,170 @@
+"""Published methods by name: what to give the loss, and where the numbers were published.
+
+>>> from bandpo.presets import preset
+>>> preset("dapo").region
+Clip(0.2, 0.28)
+
+``policy_loss(..., **preset("dppo-tv").arguments())`` trains by the rule of a method. A preset holds
+the rule for the ratios and no more: not the advantages, the sampling, or a penalty on a divergence
+from a reference model. What a paper does not say of the aggregation is left at the default.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from bandpo.error import InvalidValueError
+from bandpo.region import Band, Clip, Dcpo, Region
+from bandpo.schedule import Bapo, RegionSource
+from bandpo.surrogate import GradientPreserving, Mask, Surrogate
+
+if TYPE_CHECKING:
+    from bandpo.loss import AggregationMode
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method as the arguments of `bandpo.loss.policy_loss`."""
+
+    name: str
+    region: Region | RegionSource
+    surrogate: Surrogate = "min-clip"
+    dual_clip: float | None = None
+    ratio_level: Literal["token", "sequence", "geometric-mean"] = "token"
+    loss_agg_mode: AggregationMode = "token-mean"
+    source: str = field(kw_only=True)
+    """The paper, and where in it or in its code the numbers stand."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns keyword arguments for `bandpo.loss.policy_loss` and `bandpo.loss.PolicyLoss`."""
+        names = ("region", "surrogate", "dual_clip", "ratio_level", "loss_agg_mode")
+        return {name: getattr(self, name) for name in names}
+
+
+_BANDPO = (
+    "BandPO, ICML 2026, arXiv 2603.04918; the numbers of its training scripts: radius 0.05, upper "
+    "bounds capped at 10, not relaxed, dual clip 10"
+)
+
+_PRESETS: Final = (
+    Preset("ppo", Clip(0.2), source="PPO, arXiv 1707.06347, Eq. 7; section 6.1, Table 1"),
+    Preset("dapo", Clip(0.2, 0.28), source="DAPO, arXiv 2503.14476, Eq. 8-12; section 4.1"),
+    Preset(
+        "dual-clip",
+        Clip(0.2),
+        dual_clip=3.0,
+        source="dual-clip PPO, arXiv 1912.09729, Eq. 5; experiments, system setup",
+    ),
+    Preset("bandpo-kl", Band("kl", 0.05).cap(10.0), dual_clip=10.0, source=_BANDPO),
+    Preset("bandpo-tv", Band("tv", 0.05).cap(10.0), dual_clip=10.0, source=_BANDPO),
+    Preset("bandpo-chi2", Band("pearson-chi2", 0.05).cap(10.0), dual_clip=10.0, source=_BANDPO),
+    Preset(
+        "trgppo",
+        Band("kl", 0.001).at_least(0.1),
+        source="TRGPPO, NeurIPS 2019, arXiv 1901.10314: the band, but never narrower than PPO's "
+        "clip; defaults for discrete actions in its code (wangyuhuix/TRGPPO, "
+        "baselines/TRPPO/run_atari.py: delta_kl 0.001, cliprange 0.1), which anneals both to zero "
+        "width over training and, for discrete actions, leaves the minimum width out",
+    ),
+    Preset(
+        "dppo-tv",
+        Band("tv", 0.15),
+        Mask(truncation=None),
+        source="DPPO, arXiv 2602.04879, Eq. 12-13; appendix C.1 (threshold 0.15, C infinite; "
+        "appendix E truncates at 5, verl at 20)",
+    ),
+    Preset(
+        "dppo-kl",
+        Band("kl", 0.05),
+        Mask(truncation=None),
+        source="DPPO, arXiv 2602.04879, Eq. 12 and 14; appendix C.1 (threshold 0.05, C infinite; "
+        "appendix E truncates at 5, verl at 20)",
+    ),
+    Preset(
+        "prime-rl",
+        Band("tv", 0.2),
+        Mask(truncation=None),
+        source="PrimeIntellect-ai/prime-rl, default_loss_fn in trainer/rl/loss.py: dppo_mask_low "
+        "and dppo_mask_high 0.2; without its penalty kl_tau (ln r)^2",
+    ),
+    Preset(
+        "dcpo",
+        Dcpo(0.16, 0.20).cap(10.0),
+        dual_clip=10.0,
+        loss_agg_mode="seq-mean-token-mean",
+        source="DCPO, arXiv 2509.02333, Eq. 4 and 8; appendices A.6 and A.9 (greatest ratio 10 for "
+        "both signs). Its loss is the sum over the sequences, not their mean",
+    ),
+    Preset(
+        "cispo",
+        Clip(1.0, 4.0),
+        "weight",
+        source="CISPO, MiniMax-M1, arXiv 2506.13585, Eq. 4-5, which has no lower bound and gives "
+        "no number for the upper one; 5 is what DPPO (arXiv 2602.04879, appendix E) and TRL's "
+        "recipe for ScaleRL (arXiv 2510.13786) take",
+    ),
+    Preset(
+        "ce-gppo",
+        Clip(0.2),
+        GradientPreserving(beta_low=0.75, beta_high=1.0),
+        source="CE-GPPO, arXiv 2509.20712, Eq. 8-10; section 4.1 (epsilon), Table 1 (the betas of "
+        "the better 7B run; 0.5 and 1 are the others)",
+    ),
+    Preset(
+        "gmpo",
+        Clip.from_log_ratio(0.4),
+        ratio_level="geometric-mean",
+        loss_agg_mode="seq-mean-token-mean",
+        source="GMPO, arXiv 2507.20673, Eq. 4 and Algorithm 1; section 3, clipping wider",
+    ),
+    Preset(
+        "gspo",
+        Clip(3e-4, 4e-4),
+        ratio_level="sequence",
+        loss_agg_mode="seq-mean-token-mean",
+        source="GSPO, arXiv 2507.18071, Eq. 5-7; section 5.1",
+    ),
+    Preset(
+        "bapo",
+        Bapo(),
+        source="BAPO, arXiv 2510.18927, Eq. 8 and Algorithm 1; section 5.1 (the code released with "
+        "it differs, see bandpo.schedule.Bapo)",
+    ),
+)
+
+
+class _Presets(Mapping[str, Preset]):
+    """Every look-up makes a region source of its own, because it has a state."""
+
+    def __init__(self) -> None:
+        self._by_name = {preset.name: preset for preset in _PRESETS}
+
+    def __getitem__(self, name: str) -> Preset:
+        found = self._by_name[name]
+        if isinstance(found.region, RegionSource):
+            return replace(found, region=copy.deepcopy(found.region))
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+
+PRESETS: Final[Mapping[str, Preset]] = _Presets()
+"""All presets by name."""
+
+
+def preset(name: str) -> Preset:
+    """Returns the preset of a method.
+
+    Raises:
+        InvalidValueError: If there is none of that name; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise InvalidValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]

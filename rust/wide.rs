@@ -1,0 +1,323 @@
+//! [`Wide`]: a number of any size, with a bound of its rounding error.
+//!
+//! Text such as `(u^4 + 1)/u^3` overflows long before its value does; and whether a slope that falls
+//! by 1e-20 breaks convexity or is a rounding error, only the size of the terms that cancelled can
+//! tell. So the judge of an expression evaluates it in these, and so does whoever met an overflow.
+
+use std::ops::{Add, Div, Mul, Neg, Sub};
+
+use crate::real::{Dd, LN_2_PARTS, Real};
+
+/// Relative rounding error of one operation in double-double arithmetic, rounded up.
+pub(crate) const ROUNDING: f64 = 1e-30;
+
+/// Exponents beyond this are infinity, and 0 on the other side. Below it a double holds `x/ln 2` with its
+/// nearest whole number.
+const MOST_EXPONENT: i64 = 1 << 50;
+
+/// Where a number stops being a double with all its digits, and stays one for sure.
+const OF_A_DOUBLE: i64 = 900;
+
+/// `(digits +- error) 2^exponent`, by running error analysis (N. J. Higham, *Accuracy and Stability of
+/// Numerical Algorithms*, 2nd ed., SIAM 2002, section 3.3). The greater of digits and error is in [1, 2).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wide {
+    digits: Dd,
+    error: f64,
+    exponent: i64,
+}
+
+impl Wide {
+    fn new(digits: Dd, error: f64, exponent: i64) -> Self {
+        let size = digits.hi.abs().max(error);
+        if !size.is_finite() || digits.hi.is_nan() {
+            // Nothing is known of a number with an infinite error.
+            let hi = if digits.hi.is_infinite() { digits.hi } else { f64::NAN };
+            return Self { digits: Dd { hi, lo: 0.0 }, error: 0.0, exponent: 0 };
+        }
+        if size == 0.0 {
+            return Self { digits, error, exponent: 0 };
+        }
+        if size < f64::MIN_POSITIVE {
+            return Self::new(
+                digits.scaled_by_power_of_two(500),
+                error * 2f64.powi(500),
+                exponent - 500,
+            );
+        }
+        let shift = (size.to_bits() >> 52) as i32 - 1023;
+        let exponent = exponent + i64::from(shift);
+        if exponent.abs() > MOST_EXPONENT {
+            let hi = if exponent < 0 { 0.0 } else { f64::INFINITY.copysign(digits.hi) };
+            return Self { digits: Dd { hi, lo: 0.0 }, error: 0.0, exponent: 0 };
+        }
+        let digits = digits.scaled_by_power_of_two(-shift);
+        Self { digits, error: Dd::of(error).scaled_by_power_of_two(-shift).hi, exponent }
+    }
+
+    /// A function's value, of which only a relative or an absolute error is known.
+    fn of_function(value: Dd, error: f64) -> Self {
+        Self::new(value, error + ROUNDING * value.hi.abs(), 0)
+    }
+
+    /// Whether this is above 0 by more than `times` its rounding error.
+    pub(crate) fn is_above_error(self, times: f64) -> bool {
+        self.digits.hi > times * self.error
+    }
+
+    /// So many times the rounding error.
+    pub(crate) fn error_times(self, times: f64) -> Self {
+        Self::new(Dd::of(self.error * times), 0.0, self.exponent)
+    }
+
+    /// Whether it is neither infinite nor unknown.
+    pub(crate) fn is_finite(self) -> bool {
+        self.digits.hi.is_finite()
+    }
+
+    /// The same number, taken to be good to a relative rounding error.
+    pub(crate) fn rounded(self) -> Self {
+        Self { error: self.error + ROUNDING * self.digits.hi.abs(), ..self }
+    }
+
+    fn is_double(self) -> bool {
+        self.exponent.abs() < OF_A_DOUBLE
+    }
+
+    /// The error, as a double.
+    fn absolute_error(self) -> f64 {
+        Self { digits: Dd::of(self.error), ..self }.to_dd().hi
+    }
+}
+
+impl Neg for Wide {
+    type Output = Self;
+    fn neg(self) -> Self {
+        Self { digits: -self.digits, ..self }
+    }
+}
+
+impl Add for Wide {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        if !self.is_finite() || !other.is_finite() {
+            return Self::of(self.digits.hi + other.digits.hi);
+        }
+        let (big, small) =
+            if self.exponent >= other.exponent { (self, other) } else { (other, self) };
+        if big.digits.hi == 0.0 && big.error == 0.0 {
+            return small;
+        }
+        // What is shifted farther than this is a small part of the rounding error.
+        let shift = (big.exponent - small.exponent).min(300) as i32;
+        let digits = big.digits + small.digits.scaled_by_power_of_two(-shift);
+        let error = big.error + small.error * 2f64.powi(-shift) + ROUNDING * digits.hi.abs();
+        Self::new(digits, error, big.exponent)
+    }
+}
+
+impl Sub for Wide {
+    type Output = Self;
+    fn sub(self, other: Self) -> Self {
+        self + -other
+    }
+}
+
+impl Mul for Wide {
+    type Output = Self;
+    fn mul(self, other: Self) -> Self {
+        let digits = self.digits * other.digits;
+        let (a, b) = (self.digits.hi.abs(), other.digits.hi.abs());
+        let error = a * other.error + b * self.error + self.error * other.error;
+        Self::new(digits, error + ROUNDING * digits.hi.abs(), self.exponent + other.exponent)
+    }
+}
+
+impl Div for Wide {
+    type Output = Self;
+    fn div(self, other: Self) -> Self {
+        let digits = self.digits / other.digits;
+        let size = digits.hi.abs();
+        let error = if self.error == 0.0 && other.error == 0.0 {
+            0.0
+        } else {
+            (self.error + size * other.error) / (other.digits.hi.abs() - other.error).max(0.0)
+        };
+        Self::new(digits, error + ROUNDING * size, self.exponent - other.exponent)
+    }
+}
+
+impl Real for Wide {
+    fn of(value: f64) -> Self {
+        Self::of_dd(Dd::of(value))
+    }
+
+    fn of_dd(value: Dd) -> Self {
+        Self::new(value, 0.0, 0)
+    }
+
+    fn to_dd(self) -> Dd {
+        let near = self.digits.scaled_by_power_of_two(self.exponent.clamp(-2000, 2000) as i32);
+        if near.hi.is_finite() { near } else { Dd::of(near.hi) }
+    }
+
+    fn to_f64(self) -> f64 {
+        let nearest = self.to_dd().to_f64();
+        if nearest == 0.0 && self.digits.hi != 0.0 {
+            f64::MIN_POSITIVE.copysign(self.digits.hi)
+        } else if nearest.is_infinite() && self.is_finite() {
+            f64::MAX.copysign(self.digits.hi)
+        } else {
+            nearest
+        }
+    }
+
+    fn exp(self) -> Self {
+        let x = self.to_dd();
+        if x.hi.is_nan() {
+            return self;
+        }
+        if x.hi.abs() > MOST_EXPONENT as f64 * std::f64::consts::LN_2 {
+            return Self::of(if x.hi < 0.0 { 0.0 } else { f64::INFINITY });
+        }
+        let (exponent, minus_one) = x.reduced_exp_m1();
+        let digits = minus_one + Dd::of(1.0);
+        // The multiples of ln 2 are taken off with an error relative to x.
+        let relative = (self.absolute_error() + ROUNDING * (1.0 + x.hi.abs())).exp_m1();
+        Self::new(digits, relative * digits.hi, exponent as i64)
+    }
+
+    fn exp_m1(self) -> Self {
+        let x = self.to_dd();
+        if self.exponent < -OF_A_DOUBLE {
+            self.rounded()
+        } else if x.hi.abs() < 0.34 {
+            Self::of_function(x.exp_m1(), 2.0 * self.absolute_error())
+        } else {
+            self.exp() - Self::of(1.0)
+        }
+    }
+
+    fn ln(self) -> Self {
+        if !(self.digits.hi > 0.0 && self.is_finite()) {
+            return Self::of(self.digits.hi.ln());
+        }
+        let error = self.error / (self.digits.hi - self.error).max(0.0);
+        let value = if self.is_double() {
+            self.to_dd().ln()
+        } else {
+            let [first, second, third] =
+                LN_2_PARTS.map(|part| Dd::product(self.exponent as f64, part));
+            self.digits.ln() + first + second + third
+        };
+        Self::of_function(value, if self.error == 0.0 { 0.0 } else { error } + ROUNDING)
+    }
+
+    fn ln_1p(self) -> Self {
+        if self.exponent < -OF_A_DOUBLE {
+            self.rounded()
+        } else if self.to_dd().hi.abs() < 0.5 {
+            Self::of_function(self.to_dd().ln_1p(), 2.0 * self.absolute_error())
+        } else {
+            (self + Self::of(1.0)).ln()
+        }
+    }
+
+    fn sqrt(self) -> Self {
+        if !self.is_finite() || self.digits.hi < 0.0 {
+            return Self::of(self.digits.hi.sqrt());
+        }
+        let odd = self.exponent.rem_euclid(2);
+        let digits = self.digits.scaled_by_power_of_two(odd as i32);
+        let (root, error) = (digits.sqrt(), self.error * 2.0);
+        let error = if root.hi > error.sqrt() { error / root.hi } else { error.sqrt() };
+        Self::new(root, error + ROUNDING * root.hi, (self.exponent - odd) / 2)
+    }
+
+    fn powf(self, exponent: Self) -> Self {
+        if self.digits.hi == 0.0 {
+            return Self::of(0.0_f64.powf(exponent.to_f64()));
+        }
+        (self.ln() * exponent).exp()
+    }
+
+    fn sin(self) -> Self {
+        self.turned(Dd::sin)
+    }
+
+    fn cos(self) -> Self {
+        self.turned(Dd::cos)
+    }
+
+    fn abs(self) -> Self {
+        if self.digits.hi < 0.0 { -self } else { self }
+    }
+}
+
+impl Wide {
+    fn turned(self, function: fn(Dd) -> Dd) -> Self {
+        let x = self.to_dd();
+        let error = self.absolute_error() + ROUNDING * (1.0 + x.hi.abs());
+        // Of a huge angle nothing is known but that this is a sine or a cosine.
+        if error < 1e-10 {
+            Self::of_function(function(x), error)
+        } else {
+            Self::new(Dd::of(0.0), 1.0, 0)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn number(value: f64) -> Wide {
+        Wide::of(value)
+    }
+
+    #[test]
+    fn numbers_far_out_of_the_range_of_a_double_keep_their_digits() {
+        let huge = number(1e5).exp(); // 10^43429
+        let back = huge.ln().to_dd() - Dd::of(1e5);
+        assert!(back.to_f64().abs() < 1e-24, "{back:?}");
+        assert_eq!((huge / huge - number(1.0)).to_f64().abs().max(1e-29), 1e-29);
+        assert!((((huge + number(1.0)) / (huge * huge)) * huge).to_f64() - 1.0 < 1e-15);
+        let tiny = (-number(1e5)).exp();
+        assert!(tiny.to_f64() > 0.0 && (-tiny).to_f64() < 0.0 && huge.to_f64() == f64::MAX);
+        assert!(((tiny * huge).to_f64() - 1.0).abs() < 1e-15);
+        assert!(((tiny.sqrt() * huge.sqrt()).to_f64() - 1.0).abs() < 1e-15);
+        assert!((tiny.exp_m1() / tiny).to_f64() == 1.0 && (tiny.ln_1p() / tiny).to_f64() == 1.0);
+        assert!((huge.powf(number(-2.0)) * huge * huge).to_f64() - 1.0 < 1e-15);
+        for x in [1e9, -3.7e13, 7.8e14] {
+            let error = (number(x).exp().ln() - number(x)).abs();
+            assert!(!error.is_above_error(1.0) && error.to_f64() < 1e-14, "{x}: {error:?}");
+        }
+        assert_eq!(number(1e30).exp().to_f64(), f64::INFINITY);
+        assert_eq!(number(-1e30).exp().to_f64(), 0.0);
+    }
+
+    /// Whatever cancels, the true value is within the error that is carried along.
+    #[test]
+    fn errors_bound_what_cancelled() {
+        let one = number(1.0);
+        for x in [1e-12, 1e-3, 0.3, 2.0, 50.0, 1e4] {
+            let x = number(x);
+            for rest in [
+                (x.exp().ln() - x, "exp, ln"),
+                (x.sqrt() * x.sqrt() - x, "sqrt"),
+                ((one + x).ln() - x.ln_1p(), "ln_1p"),
+                (x.exp_m1() + one - x.exp(), "exp_m1"),
+                (x.sin() * x.sin() + x.cos() * x.cos() - one, "sin, cos"),
+                (one / x * x - one, "/"),
+                (x.powf(number(1.5)) / x / x.sqrt() - one, "powf"),
+                ((x + number(1e20)) - number(1e20) - x, "+"),
+            ] {
+                let (rest, name) = rest;
+                assert!(!rest.abs().is_above_error(1.0), "{name} {x:?}: {rest:?}");
+                assert!((x + one).is_above_error(1e25), "{x:?}");
+            }
+        }
+        assert!(!number(1e40).sin().abs().is_above_error(1.0));
+        assert!(!(one / (one / number(3.0) * number(3.0) - one)).is_finite());
+    }
+}

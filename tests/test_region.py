@@ -1,0 +1,222 @@
+"""Regions with closed forms, and regions made of others: against their definitions."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from mpmath import expm1, log, mp, mpf, sqrt
+from scipy.special import lambertw
+
+import bandpo
+from bandpo import Band, BandTable, Clip, Dcpo, Region, sides
+from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.region import from_description
+
+CLOSED_FORM = 2e-15
+"""Relative tolerance of a log bound from a closed form: a few roundings of 1.1e-16 each."""
+
+ROOT = 4e-8
+"""Where 1 - 4 eps/p is within this squared of 0, its square root magnifies a rounding of p."""
+
+TABLE = 1e-6
+"""What a table may be off: absolute, beyond one float32 ulp of the bound."""
+
+LOGP = np.concatenate([-np.logspace(-18, 2.5, 83), [0.0, -0.3, -700.0, -5e4]])
+
+
+def dcpo(logp: float, eps: float, upper: bool) -> mpf:
+    """The bound of DCPO (arXiv 2509.02333, Eq. 4) as a 60-digit logarithm."""
+    with mp.workdps(60):
+        p = mp.exp(mpf(logp))
+        if upper:
+            return log((1 + sqrt(1 + 4 * mpf(eps) / p)) / 2)
+        return log((1 + sqrt(max(1 - 4 * mpf(eps) / p, mpf(0)))) / 2)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-3, 0.16, 0.2, 0.25, 3.0])
+def test_dcpo_is_its_closed_form(eps: float) -> None:
+    log_lower, log_upper = Dcpo(eps, eps).log_bounds(LOGP)
+    for logp, lower, upper in zip(LOGP, log_lower, log_upper, strict=True):
+        assert upper == pytest.approx(float(dcpo(logp, eps, True)), rel=CLOSED_FORM, abs=0)
+        if abs(1 - 4 * eps * math.exp(min(-logp, 600.0))) > ROOT**2:
+            # The square root of 1 - 4 eps/p has the relative error of that, halved.
+            lost = 1 / max(1 - 4 * eps * math.exp(min(-logp, 600.0)), ROOT)
+            expected = float(dcpo(logp, eps, False))
+            assert lower == pytest.approx(expected, rel=CLOSED_FORM * max(1.0, lost), abs=0)
+
+
+def test_dcpo_goes_through_its_published_points() -> None:
+    """Figure 4 and appendix A.9 of arXiv 2509.02333, with epsilons 0.16 and 0.2."""
+    region = Dcpo()
+    p = np.array([0.1, 0.01, 1 / 1.2])
+    np.testing.assert_allclose(region.bounds(np.log(p))[1], [2.0, 5.0, 1.2], rtol=1e-14, atol=0)
+    lower, _ = region.bounds(np.log([1.0, 4 * 0.16, 0.01, 1e-300]))
+    np.testing.assert_allclose(lower, [0.8, 0.5, 0.5, 0.5], rtol=ROOT, atol=0)
+    # The point (0.002, 10) is drawn there to one digit: 10 is reached at eps / 90.
+    _, upper = region.cap(10).bounds(np.log([0.2 / 90, 1e-3, 1e-9]))
+    np.testing.assert_allclose(upper, 10.0, rtol=1e-14, atol=0)
+
+
+def test_dcpo_at_the_ends() -> None:
+    log_lower, log_upper = Dcpo().log_bounds([-np.inf, np.nan, 3.0])
+    np.testing.assert_array_equal(log_lower, [math.log(0.5), np.nan, Dcpo().log_bounds(0.0)[0]])
+    np.testing.assert_array_equal(log_upper, [np.inf, np.nan, Dcpo().log_bounds(0.0)[1]])
+
+
+def test_dcpo_slopes_are_derivatives() -> None:
+    region = Dcpo(0.1, 0.2)
+    for logp in [-1e-9, -0.01, -0.5, -0.9, -3.0, -40.0]:
+        for upper, eps in ((True, 0.2), (False, 0.1)):
+            _, slope = region._sample(upper, np.array([logp]))
+            with mp.workdps(40):
+                exact = mp.diff(lambda y, eps=eps, upper=upper: dcpo_at(y, eps, upper), mpf(logp))
+            if not upper and logp < math.log(0.4):
+                exact = mpf(0)
+            assert slope[0] == pytest.approx(float(exact), rel=1e-12, abs=0)
+
+
+def dcpo_at(logp: mpf, eps: float, upper: bool) -> mpf:
+    sign = 1 if upper else -1
+    inside = 1 + sign * 4 * mpf(eps) / mp.exp(logp)
+    return log((1 + sqrt(max(inside, mpf(0)))) / 2)
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        Dcpo(),
+        Dcpo().cap(10),
+        Dcpo(0.3, 0.2),
+        Dcpo(0.25 * (1 - 1e-12), 1.0),
+        Dcpo(1e-3, 1e-3),
+        Dcpo(0.05, 0.1) & Band("kl", 0.1),
+        Dcpo(0.05, 0.1) | Clip(0.2, 0.28),
+        sides(lower=Dcpo(), upper=Band("kl", 0.05)).at_least(0.3),
+        sides(lower=Clip(0.2), upper=Band("kl", 0.05)),
+        Clip.kl3(0.05).cap(10),
+    ],
+    ids=repr,
+)
+def test_tables_of_regions_with_closed_forms(region: Region) -> None:
+    table = region.table()
+    assert table.region == region
+    assert table.nbytes <= 32 * 1024
+    assert max(table.verify(200_000).max_error) <= TABLE
+
+
+@pytest.mark.parametrize("delta", [1e-300, 1e-12, 1e-6, 0.05, 1.0, 30.0, 1e5, 1e308])
+def test_kl3_solves_its_equation(delta: float) -> None:
+    """arXiv 2602.05494: the ratios with r - 1 - ln r <= delta, by Lambert's W."""
+    region = Clip.kl3(delta)
+    with mp.workdps(400):  # e^t - 1 - t has lost 300 digits at the least of these deltas
+        for log_bound in (region.log_lower, region.log_upper):
+            t = mpf(log_bound)
+            nearer = t - (expm1(t) - t - mpf(delta)) / expm1(t)
+            assert log_bound == pytest.approx(float(nearer), rel=CLOSED_FORM, abs=0)
+    if 1e-3 < delta < 100:  # where scipy's own error does not count
+        lower, upper = region.bounds(-1.0)
+        branches = [-lambertw(-math.exp(-1 - delta), k).real for k in (0, -1)]
+        assert (lower, upper) == pytest.approx(tuple(branches), rel=1e-12, abs=0)
+
+
+def test_kl3_has_known_values() -> None:
+    lower, upper = Clip.kl3(0.05).bounds(0.0)
+    # Half a unit in the last digit.
+    assert (lower, upper) == pytest.approx((0.7161895, 1.3504033), rel=0, abs=5e-8)
+
+
+def test_clips_of_the_log_ratio() -> None:
+    clip = Clip.from_log_ratio(0.4)
+    assert (clip.log_lower, clip.log_upper) == (-0.4, 0.4)
+    assert clip.contains(-1.0, [-0.4, 0.4]).all()
+    assert not clip.contains(-1.0, np.nextafter([-0.4, 0.4], [-1, 1])).any()
+    wide = Clip.from_log_ratio(40.0, math.inf)
+    assert (wide.log_lower, wide.log_upper) == (-40.0, math.inf)
+    assert from_description(wide.describe()) == wide != Clip(1.0, math.inf)
+    assert repr(wide) == "Clip.from_log_ratio(40.0, inf)"
+    assert Clip.from_log_ratio(0.0) == Clip(0.0)
+
+
+KINDS = [Clip(0.2, 0.28), Dcpo(), Band("kl", 0.05), Band("tv", (0.01, 0.2)), Clip.kl3(0.05)]
+
+
+@pytest.mark.parametrize("lower", KINDS, ids=repr)
+@pytest.mark.parametrize("upper", KINDS, ids=repr)
+def test_sides_take_each_bound_from_its_region(lower: Region, upper: Region) -> None:
+    region = sides(lower=lower, upper=upper)
+    rng = np.random.default_rng(5)
+    logp, log_ratio = -rng.exponential(3, 5000), rng.normal(0, 1.5, 5000)
+    np.testing.assert_array_equal(region.log_bounds(logp)[0], lower.log_bounds(logp)[0])
+    np.testing.assert_array_equal(region.log_bounds(logp)[1], upper.log_bounds(logp)[1])
+    chosen = np.where(
+        log_ratio < 0, lower.contains(logp, log_ratio), upper.contains(logp, log_ratio)
+    )
+    np.testing.assert_array_equal(region.contains(logp, log_ratio), chosen)
+    assert region.contains(logp, 0.0).all()
+    assert not region.contains(-1.0, np.nan)
+    again = from_description(region.describe())
+    assert again == region
+    assert hash(again) == hash(region)
+    assert pickle.loads(pickle.dumps(region)) == region  # noqa: S301 -- our own bytes
+    assert eval(repr(region), dict(vars(bandpo))) == region  # noqa: S307 -- our own text
+
+
+def test_sides_know_whether_a_part_has_a_radius_for_each_token() -> None:
+    per_token = sides(lower=Clip(0.2), upper=Band("kl", np.array([0.1, 0.2])))
+    assert per_token.per_token
+    np.testing.assert_allclose(
+        per_token.bounds([-1.0, -1.0])[1],
+        [Band("kl", delta).bounds(-1.0)[1] for delta in (0.1, 0.2)],
+        rtol=CLOSED_FORM,
+        atol=0,
+    )
+    assert not sides(lower=Clip(0.2), upper=Band("kl", 0.1)).per_token
+
+
+def test_a_minimum_width_is_a_union_with_a_clip() -> None:
+    assert Band("kl", 0.05).at_least(0.2, 0.28) == Band("kl", 0.05) | Clip(0.2, 0.28)
+    assert Dcpo().at_least(0.2) == Dcpo() | Clip(0.2)
+
+
+def test_a_table_stands_for_its_region_in_sides() -> None:
+    table = Band("kl", 0.05).table()
+    assert isinstance(table, BandTable)
+    lower, upper = sides(lower=Clip(0.2), upper=table).bounds(-3.0)
+    assert lower == pytest.approx(0.8, rel=CLOSED_FORM, abs=0)
+    assert upper == table.bounds(-3.0)[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Clip(-0.2), InvalidValueError, r"eps_low must be in \[0, 1\], got -0.2"),
+        (lambda: Clip(1.2), InvalidValueError, r"eps_low must be in \[0, 1\]"),
+        (lambda: Clip(0.2, -0.1), InvalidValueError, "eps_high must be at least 0, got -0.1"),
+        (lambda: Clip(math.nan), InvalidValueError, "eps_low must be .* got nan"),
+        (lambda: Clip.from_log_ratio(-0.4), InvalidValueError, "log_low must be a width"),
+        (lambda: Clip.from_log_ratio(0.4, math.nan), InvalidValueError, "log_high .* got nan"),
+        (
+            lambda: from_description({"ring": [1, 2]}),
+            InvalidValueError,
+            "kind 'ring' are not known",
+        ),
+        (lambda: Clip.kl3(0.0), InvalidValueError, "delta must be finite and above 0, got 0.0"),
+        (lambda: Clip.kl3(math.inf), InvalidValueError, "delta must be finite .* got inf"),
+        (lambda: Clip.kl3("0.1"), InvalidTypeError, "delta must hold real numbers"),  # type: ignore[arg-type]
+        (lambda: Dcpo(0.0), InvalidValueError, "eps_low must be finite and above 0, got 0.0"),
+        (lambda: Dcpo(0.1, math.inf), InvalidValueError, "eps_high must be finite .* got inf"),
+        (lambda: Dcpo([0.1]), InvalidTypeError, "eps_low must be one number"),  # type: ignore[arg-type]
+        (lambda: Dcpo().cap(0.9), InvalidValueError, "upper must be at least 1, got 0.9"),
+        (lambda: Dcpo().cap(math.nan), InvalidValueError, "upper must be at least 1, got nan"),
+        (lambda: Dcpo().at_least(-1), InvalidValueError, "eps_low must be in"),
+        (lambda: sides(lower=0.2, upper=Clip(0.2)), InvalidTypeError, "lower must be a Region"),  # type: ignore[arg-type]
+        (lambda: sides(lower=Clip(0.2), upper=1.2), InvalidTypeError, "upper .* got float"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_input(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
