@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CARGO_HOME ?= $(HOME)/.cargo
 RUST := Cargo.toml Cargo.lock $(wildcard rust/*)
 
-.PHONY: check test demo lint format reference prerequisites clean
+.PHONY: check test demo lint format reference wheel prerequisites clean
 check: test lint
 
 test: $(VENV)/test.stamp
@@ -35,6 +36,18 @@ reference: $(VENV)/reference.stamp
 	$(BIN)/python tools/make_reference.py
 	$(BIN)/python tools/make_real_reference.py
 
+# The sdist, and from it the Linux wheel that a release uploads; checked, installed, tested. zig links
+# against the glibc of 2014, so that the wheel does not depend on this machine's. With the time of the
+# commit and without the path of the crates, everyone who has the same versions gets the same bytes.
+wheel: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+wheel: export RUSTFLAGS = --remap-path-prefix=$(CARGO_HOME)/registry/src=/crates
+wheel: $(VENV)/release.stamp
+	rm -rf dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release --locked --sdist --out dist \
+	  --zig --compatibility manylinux2014 --interpreter $(BIN)/python
+	$(BIN)/python tools/make_notices.py --check
+	$(BIN)/python tools/check_wheel.py dist
+
 prerequisites:
 	@command -v $(PYTHON) >/dev/null || \
 	  { echo "bandpo needs Python 3.10 or newer: install it, or say make PYTHON=/path/to/python"; exit 1; }
@@ -54,10 +67,14 @@ $(VENV)/made.stamp: | prerequisites
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
+$(VENV)/release.stamp: $(VENV)/made.stamp tools/release-requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement tools/release-requirements.txt
+	@touch $@
+
 # The extension is built in place, so that an edited .py needs no install and an edited .rs only this.
 $(VENV)/%.stamp: $(VENV)/made.stamp pyproject.toml $(RUST) | prerequisites
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build target python/bandpo/_core*.so
+	rm -rf $(VENV) build dist target python/bandpo/_core*.so

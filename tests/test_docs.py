@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 import bandpo
 
@@ -19,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_example_of_the_readme_runs_and_does_what_it_says(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    torch = pytest.importorskip("torch")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     example = next(block for block in blocks if "policy_loss" in block)
     names: dict[str, Any] = {}

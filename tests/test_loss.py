@@ -13,6 +13,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+pytest.importorskip("torch")
+
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

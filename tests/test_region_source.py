@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 import bandpo
 import bandpo.torch
 from bandpo.loss import PolicyLoss

@@ -12,9 +12,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from scipy.optimize import brentq
+
+pytest.importorskip("torch")
+
+import torch
 
 from bandpo import Band, BandpoError, Clip, Dcpo, Region
 from bandpo.loss import policy_loss

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 import bandpo
 from bandpo.loss import PolicyLoss, policy_loss
 from bandpo.region import Float64Array

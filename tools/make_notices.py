@@ -1,0 +1,95 @@
+"""Write THIRD-PARTY-LICENSES.md: the crates that are linked into the extension, and their notices.
+
+A wheel holds compiled code of these crates, and their licences ask for their notices. Where a
+crate may be had under the Apache licence, it is taken under that one, whose text is LICENSE; every
+other licence is copied whole.
+
+    python tools/make_notices.py          # writes the file
+    python tools/make_notices.py --check  # exit code 1 where it would change
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTICES = ROOT / "THIRD-PARTY-LICENSES.md"
+BUILD = ("--locked", "--features", "python")
+COLUMNS = "{p}\t{l}\t{r}"
+HEAD = """\
+# Licences of the Rust crates in a wheel
+
+The extension `bandpo._core` is linked with these crates, for one platform or another, and with
+the Rust standard library (MIT OR Apache-2.0). Those that may be had under Apache-2.0 are used
+under it; LICENSE is its text. The licences of the others follow the table.
+`python tools/make_notices.py` writes this file.
+
+| crate | version | licence | source |
+|---|---|---|---|
+"""
+
+
+def cargo(*arguments: str) -> str:
+    """Returns what cargo prints."""
+    return subprocess.run(
+        ["cargo", *arguments], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", check=True
+    ).stdout
+
+
+def linked_crates() -> list[tuple[str, str, str, str]]:
+    """Returns name, version, licence and source of each crate, by name."""
+    linked = ("--edges", "normal,no-proc-macro", "--target", "all")
+    layout = ("--prefix", "none", "--no-dedupe", "--format", COLUMNS)
+    lines = cargo("tree", *BUILD, *linked, *layout).splitlines()
+    crates = set()
+    for line in lines:
+        package, licence, source = line.split("\t")
+        name, version = package.split()[:2]
+        if name != "bandpo":
+            crates.add((name, version.removeprefix("v"), licence, source))
+    return sorted(crates)
+
+
+def is_apache(licence: str) -> bool:
+    """Whether Apache-2.0 alone is one of the choices of an SPDX expression."""
+    return "Apache-2.0" in re.split(r" OR |\s*/\s*", licence)
+
+
+def document() -> str:
+    """Returns the content of the file."""
+    crates = linked_crates()
+    packages = json.loads(cargo("metadata", *BUILD, "--format-version", "1"))["packages"]
+    folders = {(p["name"], p["version"]): Path(p["manifest_path"]).parent for p in packages}
+    rows, texts = [], []
+    for name, version, licence, source in crates:
+        rows.append(f"| {name} | {version} | {licence} | {source} |\n")
+        files = sorted(folders[name, version].iterdir())
+        # Apache-2.0 asks for NOTICE files (section 4d) and no more than its own text.
+        wanted = r"(?i)notice" if is_apache(licence) else r"(?i)(licen[cs]e|copying|notice)"
+        found = [file for file in files if re.match(wanted, file.name)]
+        if not found and not is_apache(licence):
+            sys.exit(f"make_notices: {name} {version} ({licence}) comes without a licence file")
+        for file in found:
+            text = "\n".join(line.rstrip() for line in file.read_text("utf-8").splitlines())
+            texts.append(f"\n## {name}: {file.name}\n\n```text\n{text.strip()}\n```\n")
+    return HEAD + "".join(rows) + "".join(texts)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    text = document()
+    if not parser.parse_args().check:
+        NOTICES.write_text(text, encoding="utf-8")
+    elif NOTICES.read_text(encoding="utf-8") != text:
+        sys.exit(f"{NOTICES.name} is out of date: run python tools/make_notices.py")
+
+
+if __name__ == "__main__":
+    main()
