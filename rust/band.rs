@@ -416,7 +416,7 @@ fn polish(
         Side::Upper => b > 0.0 && b <= farthest,
         Side::Lower => b < 0.0 && b >= farthest,
     };
-    let doubt = RESIDUAL_ERROR * radius.hi;
+    let doubt = residual_doubt(generator, radius.hi);
     let mut evaluations = 0;
     // Next to saturation of the lower side, D stays just below its value at r = 0. Newton's method
     // on the logarithm of what is missing converges there; elsewhere it is Newton's method on D.
@@ -470,6 +470,11 @@ fn polish(
 /// Relative error of `D` in double-double arithmetic, rounded up: what is inside by more is inside.
 const RESIDUAL_ERROR: f64 = 2e-30;
 
+/// The error of a `D` next to a radius; where terms of the generator cancel it does not shrink with `D`.
+fn residual_doubt(generator: &Generator, radius: f64) -> f64 {
+    RESIDUAL_ERROR * (radius + generator.cancelled())
+}
+
 /// Most Newton steps on the exact residual.
 const MOST_POLISHING: u32 = 12;
 
@@ -509,7 +514,7 @@ fn lower_of_certain(divergence: &Divergence, delta: f64) -> (f64, u32) {
         return (0.0, 0);
     }
     let radius = divergence.generator_radius::<Dd>(delta);
-    let doubt = RESIDUAL_ERROR * radius.hi;
+    let doubt = residual_doubt(generator, radius.hi);
     let residual_at = |b: f64| (certain_divergence(generator, Dd::of(b)) - radius).to_f64();
     if residual_at(f64::NEG_INFINITY) <= doubt {
         return (f64::NEG_INFINITY, 1);
@@ -735,12 +740,12 @@ fn decide(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> (bo
     // Radii that make D at the end of a side equal to delta exactly do occur, and count; so does what
     // these digits cannot tell from them.
     let at_the_end = log_ratio == f64::NEG_INFINITY || log_ratio == -logp;
-    let holds = |exact: Dd, error: f64| {
+    let holds = |exact: Dd, doubt: f64| {
         let residual = exact - divergence.generator_radius::<Dd>(delta);
-        residual.to_f64() <= if at_the_end { error * radius } else { 0.0 }
+        residual.to_f64() <= if at_the_end { doubt } else { 0.0 }
     };
     if logp < 0.0 && is_far(logp) {
-        return (holds(far_divergence(generator, logp, log_ratio), FAR_RESIDUAL_ERROR), 1);
+        return (holds(far_divergence(generator, logp, log_ratio), FAR_RESIDUAL_ERROR * radius), 1);
     }
     let (d, sensitivity) = if logp >= 0.0 {
         (certain_divergence(generator, log_ratio), 0.0)
@@ -761,27 +766,30 @@ fn decide(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> (bo
     } else {
         exact_divergence(generator, logp, log_ratio)
     };
-    (holds(exact, RESIDUAL_ERROR), 2)
+    (holds(exact, residual_doubt(generator, radius)), 2)
 }
 
 /// `D` in double precision at any log-ratio inside the simplex, for any `logp < 0`, and by how much it
-/// moves for a relative change of 1 in what the others gain or keep, which is where rounding enters.
+/// moves for a relative change of 1 in what each outcome gains or keeps, which is where rounding enters.
 fn divergence_at(generator: &Generator, logp: f64, log_ratio: f64) -> (f64, f64) {
     if is_far(logp) {
         return (far_divergence(generator, logp, log_ratio), 0.0);
     }
     let split = Split::new(logp, Side::Lower);
     let (token, others) = split.outcomes(logp, log_ratio);
-    let token_part = weighted(generator, split.shrinking, token);
-    let others_part = weighted(generator, split.growing, others);
-    let change = if others.excess > 0.0 {
-        others.excess * generator.slope(others)
-    } else if others.u == 0.0 {
-        0.0
-    } else {
-        generator.log_slope(others) * (others.excess / others.u).clamp(-1.0, 0.0)
-    };
-    (token_part + others_part, (split.growing * change).abs())
+    let (mut d, mut sensitivity) = (0.0, 0.0);
+    for (weight, outcome) in [(split.shrinking, token), (split.growing, others)] {
+        d += weighted(generator, weight, outcome);
+        let change = if outcome.excess > 0.0 {
+            weight * outcome.excess * generator.slope(outcome)
+        } else if outcome.u == 0.0 {
+            0.0
+        } else {
+            weight * generator.log_slope(outcome) * (outcome.excess / outcome.u).clamp(-1.0, 0.0)
+        };
+        sensitivity += change.abs();
+    }
+    (d, sensitivity)
 }
 
 /// `w f(u)`, with the factor `u` drawn to the weight where `f(u)` might overflow.

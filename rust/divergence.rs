@@ -428,6 +428,17 @@ impl Generator {
         matches!(self, Self::Expression(_))
     }
 
+    /// The size of terms, times the weight of an outcome, that cancel where `D` is small: those of text are
+    /// not known, and taken for 1.
+    pub(crate) fn cancelled(&self) -> f64 {
+        match *self {
+            Self::Expression(_) => 1.0,
+            // At its kink u = g, and an outcome that grew g times had at most the weight 1/g.
+            Self::HockeyStick(threshold) => (threshold - 1.0) / threshold,
+            _ => 0.0,
+        }
+    }
+
     /// `f'(inf) = lim f(u)/u`, infinite for some.
     pub(crate) fn slope_at_infinity<T: Real>(&self) -> T {
         let one = T::of(1.0);

@@ -469,7 +469,7 @@ impl BandTable {
         } else if actual >= CLAMP as f32 {
             0.0 // clamped in use
         } else {
-            f64::INFINITY
+            beyond_one_ulp(actual, CLAMP)
         };
         MaxError { log_upper: error, lower: 0.0 }
     }
@@ -1102,7 +1102,9 @@ impl<'a> SidePlan<'a> {
                     // The terms of fourth and fifth order, which vanish twice at both ends.
                     let middle = octave.samples[(2 * k + 1) * half];
                     let quartic = |z: f64| ((z - a.z) * (b.z - z)).powi(2);
-                    let (fourth, fifth) = if middle.z > a.z && middle.z < b.z {
+                    // Where the end of the piece cuts a cell next to its middle, they would be noise.
+                    let inner = (middle.z - a.z).min(b.z - middle.z);
+                    let (fourth, fifth) = if inner > 0.25 * (b.z - a.z) {
                         let cubic = a.cubic(b, middle.z);
                         let fourth = (middle.value - cubic.value) / quartic(middle.z);
                         let growth = 2.0 * (a.z + b.z - 2.0 * middle.z)

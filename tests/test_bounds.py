@@ -427,3 +427,35 @@ def test_parameters_next_to_special_ones_hold_the_contract(spec: str) -> None:
                 assert actual == float(wanted)
             else:
                 assert 0 <= (wanted - mpf(float(actual))) / wanted <= 1e-14, (logp, radius)
+
+
+@pytest.mark.parametrize("g", [1.2, 1.5, 4.0])
+def test_a_kink_away_from_1_costs_no_digit_of_a_decision(g: float) -> None:
+    # A grown outcome next to its kink leaves a small u - g of a large u: D there has lost digits in
+    # double precision, and in double-double still some.
+    with mp.workdps(60):
+        for shortage in 10.0 ** np.random.default_rng(3).uniform(-7, -2, 60):
+            for upper in (False, True):
+                p = (1 - shortage) / g
+                logp = float(np.log(p if upper else 1 - p))
+                token = mp.exp(mpf(logp))
+                everything = 1 - mpf(g) * (token if upper else 1 - token)
+                for ulps in (-1, 0, 1):
+                    delta = float(everything) + ulps * float(np.spacing(float(everything)))
+                    band = Band(f"hockey-stick:{g}", delta)
+                    end = -logp if upper else -np.inf
+                    saturated = bool(everything <= delta)
+                    bound = float(band.log_bounds(logp)[int(upper)])
+                    assert (bound == end) == saturated, (logp.hex(), delta.hex(), upper)
+                    assert bool(band.contains(logp, end)) == saturated, (
+                        logp.hex(),
+                        delta.hex(),
+                        upper,
+                    )
+                    if not saturated:
+                        ratio = mp.exp(mpf(bound))
+                        others = (1 - ratio * token) / (1 - token)
+                        grown = token * max(ratio - mpf(g), 0) + (1 - token) * max(
+                            others - mpf(g), 0
+                        )
+                        assert grown <= delta, (logp.hex(), delta.hex(), upper)

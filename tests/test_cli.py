@@ -142,3 +142,13 @@ def test_usage_errors_and_version() -> None:
     assert run().returncode == 2
     assert run("bounds", "a-half").returncode == 2
     assert run("--version").stdout == f"bandpo {bandpo.__version__}\n"
+
+
+def test_a_table_above_the_target_warns_in_one_line(tmp_path: Path) -> None:
+    kinks = "+".join(f"max(u-{k}, 0)" for k in (1.1, 1.5, 2, 3, 5, 9, 20, 50))
+    path = str(tmp_path / "kinked.safetensors")
+    found = run("table", "build", "--expression", f"abs(u-1)+{kinks}", "-o", path)
+    assert found.returncode == 0
+    assert len(found.stderr.splitlines()) == 1
+    assert found.stderr.startswith("bandpo: warning: the table of Band(")
+    assert main(["table", "verify", path, "--samples", "1000"]) == 1

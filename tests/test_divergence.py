@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,7 +196,7 @@ def test_limits_may_be_given() -> None:
     )
     for limits, message in [
         ({"at_zero": 1.1}, r"at_zero is 1\.1, and f contradicts it: f\(0\) reaches 1"),
-        ({"at_zero": np.nan}, "at_zero is NaN, and f contradicts it"),
+        ({"at_zero": np.nan}, "at_zero must be a number or inf, got nan"),
         ({"slope_at_infinity": np.inf}, r"slope_at_infinity is inf, and f contradicts it"),
     ]:
         with pytest.raises(InvalidValueError, match=message):
@@ -291,6 +292,38 @@ def test_calibration_takes_python_functions() -> None:
         assert divergence.curvature is None
         with pytest.raises(InvalidValueError, match=r"has no f''\(1\); match at a reference"):
             Band("kl", 0.05).calibrated(divergence)
+
+
+@pytest.mark.parametrize(
+    ("fn", "curvature"),
+    [
+        (lambda u: (u - 1) ** 2, 2.0),
+        (lambda u: u * u - 2 * u + 1, 2.0),
+        (lambda u: (u - 1) ** 2 / u, 2.0),
+        (lambda u: u**3 - 1, 6.0),
+        (lambda u: (u - 1) ** 2 / (2 * (u + 1)), 0.5),
+        (lambda u: (u - 1) ** 4, None),
+        (lambda u: np.abs(u - 1) ** 2.5, None),
+    ],
+)
+def test_polynomials_in_python_have_their_curvature(
+    fn: Callable[[np.ndarray], np.ndarray], curvature: float | None
+) -> None:
+    found = Divergence.from_callable(fn).curvature
+    assert found == (None if curvature is None else pytest.approx(curvature, rel=1e-9))
+
+
+@pytest.mark.parametrize("name", ["at_zero", "slope_at_infinity"])
+def test_limits_that_are_no_numbers_are_refused(name: str) -> None:
+    limits: list[tuple[Any, type[Exception], str]] = [
+        ("1", InvalidTypeError, f"{name} must be a real number, got str"),
+        (np.nan, InvalidValueError, f"{name} must be a number or inf, got nan"),
+    ]
+    for limit, error, message in limits:
+        with pytest.raises(error, match=message):
+            Divergence.from_expression("-ln(u)", **{name: limit})
+        with pytest.raises(error, match=message):
+            Divergence.from_callable(minus_ln, **{name: limit})
 
 
 def test_calibration_to_what_is_flat_there_is_refused() -> None:

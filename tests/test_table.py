@@ -332,3 +332,20 @@ def test_a_region_of_too_many_pieces_is_refused() -> None:
         region = region | (Band("tv", 0.02 * 1.7**i) & Clip(0.1, 0.02 * 3.0**i))
     with pytest.raises(InvalidValueError, match="at most 8 smooth pieces"):
         region.table()
+
+
+def test_the_stated_error_is_one_that_a_lookup_can_have() -> None:
+    # The end of a piece cuts a cell of this one next to its middle.
+    table = Band("hockey-stick:3.2578494112067435", 0.25).table()
+    exact = table.region.log_bounds(float32_log_probs(300_000))[1]
+    found = table.log_bounds(float32_log_probs(300_000))[1]
+    assert np.abs(found - exact)[exact < 8.0].max() <= TARGET
+    assert table.max_error.log_upper <= TARGET
+
+
+def test_errors_are_those_of_bounds_as_a_loss_clamps_them() -> None:
+    below = Clip.from_log_ratio(1.0, 19.999998).table()
+    beyond = below.verify(1000, region=Clip.from_log_ratio(1.0, 20.0000001))
+    assert beyond.max_error.log_upper <= TARGET
+    far = Clip.from_log_ratio(1.0, 19.5).table().verify(1000, region=Clip(1.0, np.inf))
+    assert far.max_error.log_upper == pytest.approx(0.5, abs=1e-5)

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,15 +35,17 @@ PICTURE = "bandpo-plot.png"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
-    0 is success, 1 a table beyond its target, 2 bad input, 130 an interruption. Errors are one line
-    on standard error.
+    0 is success, 1 a verified table beyond its target, 2 bad input, 130 an interruption. Errors and
+    warnings are one line each on standard error.
     """
     given = sys.argv[1:] if arguments is None else arguments
     # argparse takes -1e-5 and -inf for options, but nothing that has a space in it.
     parsed = _parser().parse_args([f" {text}" if _is_negative(text) else text for text in given])
     command: Callable[[argparse.Namespace], int] = parsed.command
     try:
-        return command(parsed)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            return command(parsed)
     except BandpoError as error:
         print(f"bandpo: error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -55,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"bandpo: error: {error}", file=sys.stderr)
         return BAD_INPUT
+
+
+def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"bandpo: warning: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

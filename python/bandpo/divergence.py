@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bandpo import _core
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.generator import CallableGenerator
+from bandpo.generator import CallableGenerator, checked_limit
 
 
 class Divergence:
@@ -113,12 +113,14 @@ class Divergence:
             slope_at_infinity: The limit f'(inf), likewise.
 
         Raises:
-            InvalidTypeError: If ``text`` is not a string.
+            InvalidTypeError: If ``text`` is not a string or a limit not a real number.
             InvalidValueError: If the text cannot be read (with the column), or the function is not
                 convex, not finite on (0, inf) or not 0 at 1 (with where and by how much).
         """
         if not isinstance(text, str):
             raise InvalidTypeError(f"text must be an expression (str), got {type(text).__name__}")
+        at_zero = checked_limit("at_zero", at_zero)
+        slope_at_infinity = checked_limit("slope_at_infinity", slope_at_infinity)
         divergence = cls.__new__(cls)
         divergence._solver = _core.Divergence.from_expression(text, at_zero, slope_at_infinity)
         divergence._key = ("expression", text, at_zero, slope_at_infinity)
@@ -145,7 +147,8 @@ class Divergence:
             slope_at_infinity: The limit f'(inf), likewise.
 
         Raises:
-            InvalidTypeError: If ``fn`` cannot be called or does not return real numbers.
+            InvalidTypeError: If ``fn`` cannot be called or does not return real numbers, or a limit
+                is not one.
             InvalidValueError: If it raises, returns another shape or NaN, or the function is not
                 convex, not finite on (0, inf) or not 0 at 1 (with where and by how much).
         """
