@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,8 +102,10 @@ def dcpo_at(logp: mpf, eps: float, upper: bool) -> mpf:
     ],
     ids=repr,
 )
-def test_tables_of_regions_with_closed_forms(region: Region) -> None:
+def test_tables_of_regions_with_closed_forms(region: Region, tmp_path: Path) -> None:
     table = region.table()
+    table.save(tmp_path / "region.safetensors")
+    assert BandTable.load(tmp_path / "region.safetensors") == table
     assert table.region == region
     assert table.nbytes <= 32 * 1024
     assert max(table.verify(200_000).max_error) <= TABLE
