@@ -337,6 +337,12 @@ class TestWholeSequences:
         assert (result.per_token[0] != 0).sum() == 7
         assert_close(result.metrics["masked_sequence_fraction"], 1 / 3, 1e-7)
 
+        batch.log_prob[1, 4] = batch.old_log_prob[1, 4]
+        batch.advantages[1, 4] = math.nan
+        result = batch.loss(**options, backend=backend)
+        assert result.metrics["nonfinite_tokens"] == 1
+        assert bool(result.per_token[1, 4].isnan())
+
 
 class TestWeights:
     def test_truncated_and_masked_importance_sampling(self, backend: str) -> None:
@@ -503,9 +509,33 @@ def test_parameters_out_of_range(make: Any, error: type[Exception], message: str
         make()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 def test_a_jagged_tensor_is_told_how_to_be_packed() -> None:
     batch = random_batch((4, 8))
     rows = [torch.ones(3), torch.ones(5)]
     jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
-    with pytest.raises(bandpo.error.InvalidTypeError, match=r"\.values\(\) as packed \[N\]"):
-        batch._replace(log_prob=jagged).loss(region=KL)
+    for nested in (jagged, torch.nested.nested_tensor(rows)):
+        with pytest.raises(bandpo.error.InvalidTypeError, match=r"\.values\(\) as packed \[N\]"):
+            batch._replace(log_prob=nested).loss(region=KL)
+    values = jagged.values()
+    packed = values - 2.0, values - 1.5, values, values
+    offsets = jagged.offsets()  # type: ignore[attr-defined]
+    result = policy_loss(*packed, region=CLIP, cu_seqlens=offsets, ratio_level="sequence")
+    assert result.metrics["valid_tokens"] == 8
+
+
+def test_forward_mode_is_refused_by_native_and_right_in_torch() -> None:
+    batch = random_batch((3, 8), dtype=torch.float64)
+
+    def loss(log_prob: torch.Tensor, backend: Any = "auto") -> torch.Tensor:
+        return policy_loss(
+            batch.old_log_prob, log_prob, *batch[2:], region=KL, backend=backend
+        ).loss
+
+    tangent = torch.ones_like(batch.log_prob)
+    with pytest.raises(bandpo.error.InvalidValueError, match="backend must be 'torch'"):
+        torch.func.jvp(loss, (batch.log_prob,), (tangent,))
+    forward = torch.func.jvp(lambda x: loss(x, "torch"), (batch.log_prob,), (tangent,))[1]
+    leaf = batch.log_prob.clone().requires_grad_()
+    (backward,) = torch.autograd.grad(loss(leaf), leaf)
+    assert_close(forward, backward.sum().item(), EXACT)

@@ -187,7 +187,8 @@ def policy_loss(
         cu_seqlens: Offsets of the sequences in packed tensors, int32 or int64 [S + 1], from 0 to N.
             Their values are checked on a CPU only, outside `torch.compile`.
         backend: ``"native"`` is compiled and runs on the CPU; ``"torch"`` is plain torch and runs
-            on any device; ``"auto"`` is native for CPU tensors and torch for others.
+            on any device (CUDA, ROCm, MPS) and under the derivatives of `torch.func`, which native
+            refuses; ``"auto"`` is native for CPU tensors and torch for others.
         exact: Take the bounds from the exact solver, which runs on the CPU, instead of a table.
         dp_size: Number of data-parallel ranks whose gradients are averaged.
         batch_num_tokens: Tokens that count in the global batch, a number or a 0-dim tensor, for
@@ -457,7 +458,7 @@ def _token_losses(
     outside = valid & ((ratio < lower.reshape(shape)) | (ratio > upper.reshape(shape)))
     dropped = sequences.sum(outside.to(torch.int64)) > 0
     # A NaN is not outside, and is not to be hidden by a neighbour that is.
-    masked = sequences.spread(dropped) & valid & ~ratio.isnan()
+    masked = sequences.spread(dropped) & valid & ~(ratio.isnan() | advantages.isnan())
     advantages = advantages.expand(shape)
     per_token, counts, sums = loss_of(
         log_prob, log_ratio, torch.where(masked, 0.0, advantages), bounds

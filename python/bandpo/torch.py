@@ -25,6 +25,7 @@ from bandpo.table import BandTable
 
 try:
     import torch as torch
+    from torch.autograd.forward_ad import unpack_dual
 except ModuleNotFoundError as missing:
     if missing.name != "torch":
         raise BrokenExtraError(f"torch is installed but cannot be imported: {missing}") from missing
@@ -192,7 +193,8 @@ def check_region(region: AnyRegion) -> None:
     if not isinstance(region, (Region, RegionSource)):
         raise InvalidTypeError(
             f"region must be a bandpo.Band, Clip, BandTable or another Region, or a "
-            f"bandpo.schedule.RegionSource, got {type(region).__name__}"
+            f"bandpo.schedule.RegionSource, got {type(region).__name__}; a preset is given by "
+            f"**preset(name).arguments(), and a schedule within a ScheduledBand"
         )
 
 
@@ -209,10 +211,10 @@ def check_tensor(argument: str, tensor: torch.Tensor) -> None:
     """Raises InvalidTypeError unless the argument is a dense tensor."""
     if not isinstance(tensor, torch.Tensor):
         raise InvalidTypeError(f"{argument} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout == torch.jagged:
+    if tensor.is_nested:
         raise InvalidTypeError(
-            f"{argument} must be a dense tensor, got a jagged one: pass its .values() as packed "
-            f"[N], and its .offsets() as cu_seqlens"
+            f"{argument} must be a dense tensor, got a nested one: of a jagged tensor, pass the "
+            f".values() as packed [N], and the .offsets() as cu_seqlens"
         )
     if tensor.layout != torch.strided:
         raise InvalidTypeError(f"{argument} must be a dense tensor, got layout {tensor.layout}")
@@ -726,6 +728,12 @@ def token_loss_native(
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`TokenLoss` in Rust, for CPU tensors: the loss and its gradient in one pass."""
+    # A custom operator has no forward mode: its tangent would be 0, silently.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and unpack_dual(log_prob).tangent is not None:  # type: ignore[no-untyped-call]
+        raise InvalidValueError(
+            "backend must be 'torch' for derivatives in forward mode (jvp), got 'native'"
+        )
     per_token, _, counts, sums = _token_loss_op(
         old_log_prob,
         log_prob,
