@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -312,10 +313,28 @@ class TestWholeSequences:
         surrogate = Mask(whole_sequence=True)
         options: dict[str, Any] = {"region": region, "surrogate": surrogate, "backend": backend}
         options["exact"] = True
+        truncated = batch.loss(**{**options, "surrogate": replace(surrogate, truncation=1.01)})
+        limited = (tokens.ratio > 1.01) & ~dropped & tokens.valid
+        assert_close(
+            truncated.metrics["truncation_fraction"], limited.sum() / tokens.valid.sum(), EXACT
+        )
         check(batch, (gradient * tokens.log_prob, gradient), EXACT, **options)
 
         metrics = batch.loss(**options).metrics
         assert_close(metrics["masked_sequence_fraction"], dropped.sum() / 12, EXACT)
+        beyond = {
+            "low": (tokens.advantage < 0) & (tokens.ratio < tokens.lower),
+            "high": (tokens.advantage > 0) & (tokens.ratio > tokens.upper),
+        }
+        by_bin = batch.loss(**options, metrics_by_probability=True).metrics
+        for side, flag in beyond.items():
+            share = flag[tokens.valid].mean()
+            assert share > 0
+            assert_close(metrics[f"clip_fraction_{side}"], share, EXACT)
+            of_bin = by_bin[f"clip_fraction_{side}_by_probability"] @ (
+                by_bin["tokens_by_probability"].to(torch.float64)
+            )
+            assert_close(of_bin, flag[tokens.valid].sum(), EXACT)
         free = np.abs(tokens.advantage) * tokens.ratio
         kept = np.abs(gradient)
         removed = (free - kept)[tokens.valid].sum() / free[tokens.valid].sum()
