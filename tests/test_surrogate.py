@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bandpo
+import bandpo.torch
 from bandpo.loss import PolicyLoss, policy_loss
 from bandpo.region import Float64Array
 from bandpo.surrogate import GradientPreserving, Mask, Surrogate
@@ -558,3 +559,33 @@ def test_forward_mode_is_refused_by_native_and_right_in_torch() -> None:
     leaf = batch.log_prob.clone().requires_grad_()
     (backward,) = torch.autograd.grad(loss(leaf), leaf)
     assert_close(forward, backward.sum().item(), EXACT)
+
+
+@pytest.mark.parametrize("upper", [False, True])
+def test_a_table_clips_from_its_bound_on(backend: str, upper: bool) -> None:
+    """In double precision the bound of a table is met to 1e-10, far nearer than it is exact."""
+    old = -torch.logspace(-3, 0.5, 50, dtype=torch.float64)[None]
+    log_bound = bandpo.torch.log_bounds(KL, old)[int(upper)]
+    advantages = torch.tensor([1.0 if upper else -1.0])
+    for beyond in (False, True):
+        outwards = 1e-10 if beyond is upper else -1e-10
+        new = old + log_bound + outwards
+        metrics = policy_loss(
+            old, new, advantages, torch.ones_like(old), region=KL, backend=backend  # type: ignore[arg-type]
+        ).metrics  # fmt: skip
+        assert metrics[f"clip_fraction_{'high' if upper else 'low'}"] == float(beyond)
+
+
+@pytest.mark.parametrize("surrogate", ["min-clip", "mask", "weight", "gradient-preserving"])
+def test_the_clamp_counts_as_removed_gradient(backend: Any, surrogate: Any) -> None:
+    old = torch.tensor([[-30.0, -2.0]], dtype=torch.float64)
+    leaf = (old + torch.tensor([[25.0, 0.5]])).requires_grad_()
+    region = bandpo.Clip(1.0, math.inf)
+    result = policy_loss(
+        old, leaf, torch.ones(1), torch.ones(1, 2), region=region, surrogate=surrogate,
+        loss_agg_mode="token-sum", backend=backend,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(result.loss, leaf)
+    free = torch.tensor([[20.0, 0.5]], dtype=torch.float64).exp()
+    removed = (free + gradient).abs().sum() / free.sum()
+    assert_close(result.metrics["gradient_removed"], removed.item(), EXACT)

@@ -581,7 +581,8 @@ def token_loss_torch(
         per_token = slope * log_prob
     else:
         beta_low, beta_high = parameters
-        kept = torch.where(down, beta_low, beta_high) * edge
+        # An infinite edge, which nothing is beyond, would make the gradient of all 0 * inf.
+        kept = torch.where(beyond, torch.where(down, beta_low, beta_high) * edge, 0.0)
         per_token = cost * torch.where(beyond, kept * _gradient_of(log_prob).exp(), ratio)
         slope = torch.where(clamped & ~beyond, 0.0, per_token.detach())
 
