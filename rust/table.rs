@@ -1053,11 +1053,19 @@ impl<'a> SidePlan<'a> {
             {
                 let (a, b) = (grid.y(grid.within.0), grid.y(grid.within.1));
                 let (curve, origin) = (grid.curve, grid.origin);
-                let mut right = Piece::graded(curve, origin, kink.after, a.max(b));
-                right.start = round_up(kink.at) as f32;
-                let mut left = Piece::graded(curve, origin, a.min(b), kink.before);
-                left.start = piece.start;
-                waiting.extend([right, left]);
+                let (from, to) = (a.min(b), a.max(b));
+                let middle = round_up(kink.at) as f32;
+                // Between the last float of a piece and its end there is no place for another.
+                if middle < to as f32 {
+                    let mut right = Piece::graded(curve, origin, kink.after, to);
+                    right.start = middle.max(piece.start);
+                    waiting.push(right);
+                }
+                if piece.start < middle {
+                    let mut left = Piece::graded(curve, origin, from, kink.before);
+                    left.start = piece.start;
+                    waiting.push(left);
+                }
                 continue;
             }
             pieces.push(piece);

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mpmath import expm1, log, mp, mpf, sqrt
 from scipy.special import lambertw
 
@@ -15,6 +17,7 @@ import bandpo
 from bandpo import Band, BandTable, Clip, Dcpo, Region, sides
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import from_description
+from bandpo.schedule import Bapo, Constant
 
 CLOSED_FORM = 2e-15
 """Relative tolerance of a log bound from a closed form: a few roundings of 1.1e-16 each."""
@@ -101,8 +104,10 @@ def dcpo_at(logp: mpf, eps: float, upper: bool) -> mpf:
     ],
     ids=repr,
 )
-def test_tables_of_regions_with_closed_forms(region: Region) -> None:
+def test_tables_of_regions_with_closed_forms(region: Region, tmp_path: Path) -> None:
     table = region.table()
+    table.save(tmp_path / "region.safetensors")
+    assert BandTable.load(tmp_path / "region.safetensors") == table
     assert table.region == region
     assert table.nbytes <= 32 * 1024
     assert max(table.verify(200_000).max_error) <= TABLE
@@ -215,6 +220,23 @@ def test_a_table_stands_for_its_region_in_sides() -> None:
         (lambda: Dcpo().at_least(-1), InvalidValueError, "eps_low must be in"),
         (lambda: sides(lower=0.2, upper=Clip(0.2)), InvalidTypeError, "lower must be a Region"),  # type: ignore[arg-type]
         (lambda: sides(lower=Clip(0.2), upper=1.2), InvalidTypeError, "upper .* got float"),  # type: ignore[arg-type]
+        (
+            lambda: sides(lower=Clip(0.2), upper=Bapo()),  # type: ignore[arg-type]
+            InvalidTypeError,
+            "upper must be a Region, got Bapo; .*within=lambda band",
+        ),
+        (lambda: Clip(0.2) | Bapo(), InvalidTypeError, "Bapo is no Region .*within=lambda band"),
+        (lambda: Bapo() & Clip(0.2), InvalidTypeError, "Bapo is no Region .*within=lambda band"),
+        (
+            lambda: Band("kl", Constant(0.1)),  # type: ignore[arg-type]
+            InvalidTypeError,
+            "delta must be a number, .* got Constant; bandpo.schedule.ScheduledBand",
+        ),
+        (
+            lambda: Band("kl", torch.full((3,), 0.1)),  # type: ignore[arg-type]
+            InvalidTypeError,
+            "delta must be a number, .* or a numpy array, got Tensor",
+        ),
     ],
 )
 def test_bad_input(make: Any, error: type[Exception], message: str) -> None:

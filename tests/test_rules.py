@@ -20,7 +20,7 @@ pytest.importorskip("torch")
 import torch
 
 from bandpo import Band, BandpoError, Clip, Dcpo, Region
-from bandpo.loss import policy_loss
+from bandpo.loss import PolicyLoss, policy_loss
 from bandpo.presets import PRESETS, Preset, preset
 from bandpo.region import Combined, Float64Array
 from bandpo.schedule import Bapo, RegionSource
@@ -31,6 +31,10 @@ precision as the papers write the formulas, where bounds here are good to 1e-14.
 
 LIMIT = 1e-12
 """Relative tolerance of a closed form that is evaluated as it stands."""
+
+TABLE = 1.3e-6
+"""What a loss by a table is off by: 1e-6 of a log upper bound or of a lower bound, and the float32
+ulp, 2.4e-7, of a log bound below ln 10 or 4. Relative, and for lower bounds absolute."""
 
 TIE = 1e-9
 """Ratios within this of a bound, relatively, are ties, which rounding decides."""
@@ -371,6 +375,30 @@ def test_dual_clip_acts_where_it_was_published() -> None:
     np.testing.assert_allclose(loss[acts], np.broadcast_to(-3 * advantages, acts.shape)[acts])
     expected = np.where(mask, loss, 0), np.where(mask, gradient, 0)
     assert_same(by_preset(preset("dual-clip"), old, new, advantages, mask), expected)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_train_by_their_tables_as_by_the_solver(name: str) -> None:
+    """As a user calls them: no `exact`, any backend."""
+    old, new, advantages, mask = tokens(15, 0.8)
+    found = preset(name)
+    if found.ratio_level == "sequence":
+        new = old + 1e-3 * (new - old)
+    log_bounds = np.stack(region_of(found).log_bounds(old))
+    # A gradient jumps at a bound, which a table has to within 1e-6.
+    mask &= (np.abs(new - old - log_bounds) > 1e-5).all(0)
+    by_solver = by_preset(found, old, new, advantages, mask)
+    for backend in ("native", "torch"):
+        leaf = torch.from_numpy(new).requires_grad_()
+        rule = PolicyLoss(**{**found.arguments(), "loss_agg_mode": "token-sum"}, backend=backend)
+        old_log_prob, advantage, valid = map(torch.from_numpy, (old, advantages, mask))
+        result = rule(old_log_prob, leaf, advantage, valid)
+        (gradient,) = torch.autograd.grad(result.loss, leaf)
+        actual = result.per_token.detach().numpy(), gradient.numpy()
+        for found_by_table, exact in zip(actual, by_solver, strict=True):
+            np.testing.assert_allclose(
+                found_by_table, exact, rtol=TABLE, atol=TABLE * np.abs(advantages).max()
+            )
 
 
 @pytest.mark.parametrize(

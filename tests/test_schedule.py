@@ -119,6 +119,14 @@ def test_a_schedule_goes_on_from_its_state(schedule: Schedule) -> None:
         (lambda: SCHEDULES[1].load_state_dict({}), InvalidValueError, r"entries \['taken'\]"),
         (lambda: SCHEDULES[1].load_state_dict({"taken": 11}), InvalidValueError, "0 to .* 10"),
         (lambda: SCHEDULES[1].load_state_dict({"taken": 1.5}), InvalidValueError, "whole number"),
+        *(
+            (
+                lambda taken=taken: SCHEDULES[1].load_state_dict({"taken": taken}),
+                InvalidValueError,
+                "taken must be finite, got",
+            )
+            for taken in (math.nan, math.inf)
+        ),
         (lambda: SCHEDULES[1].load_state_dict({"taken": "1"}), InvalidTypeError, "taken must be"),
         (lambda: SCHEDULES[1].load_state_dict([1]), InvalidTypeError, "state must be a mapping"),  # type: ignore[arg-type]
         (lambda: SCHEDULES[0].load_state_dict({"x": 1}), InvalidValueError, "got .'x'"),
@@ -129,6 +137,11 @@ def test_a_schedule_goes_on_from_its_state(schedule: Schedule) -> None:
             lambda: ScheduledBand("kl", Constant(1), within=lambda band: None),  # type: ignore[arg-type, return-value]
             InvalidTypeError,
             "within must return a Region, got NoneType",
+        ),
+        (
+            lambda: ScheduledBand("kl", Constant(1), within=Clip(0.2)),  # type: ignore[arg-type]
+            InvalidTypeError,
+            "within must be a function from a Band to a Region, got Clip",
         ),
         (lambda: Bapo((0.9, 0.6)), InvalidValueError, "lower must be a pair that rises"),
         (lambda: Bapo((0.6, 1.1)), InvalidValueError, r"lies in \[0.0, 1.0\], got \(0.6, 1.1\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 import bandpo
+import bandpo.torch
 from bandpo.loss import PolicyLoss, policy_loss
 from bandpo.region import Float64Array
 from bandpo.surrogate import GradientPreserving, Mask, Surrogate
@@ -314,10 +316,28 @@ class TestWholeSequences:
         surrogate = Mask(whole_sequence=True)
         options: dict[str, Any] = {"region": region, "surrogate": surrogate, "backend": backend}
         options["exact"] = True
+        truncated = batch.loss(**{**options, "surrogate": replace(surrogate, truncation=1.01)})
+        limited = (tokens.ratio > 1.01) & ~dropped & tokens.valid
+        assert_close(
+            truncated.metrics["truncation_fraction"], limited.sum() / tokens.valid.sum(), EXACT
+        )
         check(batch, (gradient * tokens.log_prob, gradient), EXACT, **options)
 
         metrics = batch.loss(**options).metrics
         assert_close(metrics["masked_sequence_fraction"], dropped.sum() / 12, EXACT)
+        beyond = {
+            "low": (tokens.advantage < 0) & (tokens.ratio < tokens.lower),
+            "high": (tokens.advantage > 0) & (tokens.ratio > tokens.upper),
+        }
+        by_bin = batch.loss(**options, metrics_by_probability=True).metrics
+        for side, flag in beyond.items():
+            share = flag[tokens.valid].mean()
+            assert share > 0
+            assert_close(metrics[f"clip_fraction_{side}"], share, EXACT)
+            of_bin = by_bin[f"clip_fraction_{side}_by_probability"] @ (
+                by_bin["tokens_by_probability"].to(torch.float64)
+            )
+            assert_close(of_bin, flag[tokens.valid].sum(), EXACT)
         free = np.abs(tokens.advantage) * tokens.ratio
         kept = np.abs(gradient)
         removed = (free - kept)[tokens.valid].sum() / free[tokens.valid].sum()
@@ -338,6 +358,12 @@ class TestWholeSequences:
         assert not result.per_token[1, torch.tensor([0, 1, 2, 3, 5, 6, 7])].any()
         assert (result.per_token[0] != 0).sum() == 7
         assert_close(result.metrics["masked_sequence_fraction"], 1 / 3, 1e-7)
+
+        batch.log_prob[1, 4] = batch.old_log_prob[1, 4]
+        batch.advantages[1, 4] = math.nan
+        result = batch.loss(**options, backend=backend)
+        assert result.metrics["nonfinite_tokens"] == 1
+        assert bool(result.per_token[1, 4].isnan())
 
 
 class TestWeights:
@@ -505,9 +531,66 @@ def test_parameters_out_of_range(make: Any, error: type[Exception], message: str
         make()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 def test_a_jagged_tensor_is_told_how_to_be_packed() -> None:
     batch = random_batch((4, 8))
     rows = [torch.ones(3), torch.ones(5)]
     jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
-    with pytest.raises(bandpo.error.InvalidTypeError, match=r"\.values\(\) as packed \[N\]"):
-        batch._replace(log_prob=jagged).loss(region=KL)
+    for nested in (jagged, torch.nested.nested_tensor(rows)):
+        with pytest.raises(bandpo.error.InvalidTypeError, match=r"\.values\(\) as packed \[N\]"):
+            batch._replace(log_prob=nested).loss(region=KL)
+    values = jagged.values()
+    packed = values - 2.0, values - 1.5, values, values
+    offsets = jagged.offsets()  # type: ignore[attr-defined]
+    result = policy_loss(*packed, region=CLIP, cu_seqlens=offsets, ratio_level="sequence")
+    assert result.metrics["valid_tokens"] == 8
+
+
+@pytest.mark.parametrize("name", ["min-clip", "mask"])
+def test_forward_mode_agrees_with_backward_mode(name: str, backend: str) -> None:
+    batch = random_batch((3, 8), dtype=torch.float64)
+    surrogate: Any = name
+
+    def loss(log_prob: torch.Tensor) -> torch.Tensor:
+        options: dict[str, Any] = {"region": KL, "surrogate": surrogate, "backend": backend}
+        return policy_loss(batch.old_log_prob, log_prob, *batch[2:], **options).loss
+
+    tangent = torch.ones_like(batch.log_prob)
+    forward = torch.func.jvp(loss, (batch.log_prob,), (tangent,))[1]
+    with forward_ad.dual_level():
+        dual = loss(forward_ad.make_dual(batch.log_prob, tangent))
+        by_dual = forward_ad.unpack_dual(dual).tangent
+    leaf = batch.log_prob.clone().requires_grad_()
+    (backward,) = torch.autograd.grad(loss(leaf), leaf)
+    assert_close(forward, backward.sum().item(), EXACT)
+    assert_close(by_dual, backward.sum().item(), EXACT)
+
+
+@pytest.mark.parametrize("upper", [False, True])
+def test_a_table_clips_from_its_bound_on(backend: str, upper: bool) -> None:
+    """In double precision the bound of a table is met to 1e-10, far nearer than it is exact."""
+    old = -torch.logspace(-3, 0.5, 50, dtype=torch.float64)[None]
+    log_bound = bandpo.torch.log_bounds(KL, old)[int(upper)]
+    advantages = torch.tensor([1.0 if upper else -1.0])
+    for beyond in (False, True):
+        outwards = 1e-10 if beyond is upper else -1e-10
+        new = old + log_bound + outwards
+        metrics = policy_loss(
+            old, new, advantages, torch.ones_like(old), region=KL, backend=backend  # type: ignore[arg-type]
+        ).metrics  # fmt: skip
+        assert metrics[f"clip_fraction_{'high' if upper else 'low'}"] == float(beyond)
+
+
+@pytest.mark.parametrize("surrogate", ["min-clip", "mask", "weight", "gradient-preserving"])
+def test_the_clamp_counts_as_removed_gradient(backend: Any, surrogate: Any) -> None:
+    old = torch.tensor([[-30.0, -2.0]], dtype=torch.float64)
+    leaf = (old + torch.tensor([[25.0, 0.5]])).requires_grad_()
+    region = bandpo.Clip(1.0, math.inf)
+    result = policy_loss(
+        old, leaf, torch.ones(1), torch.ones(1, 2), region=region, surrogate=surrogate,
+        loss_agg_mode="token-sum", backend=backend,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(result.loss, leaf)
+    free = torch.tensor([[20.0, 0.5]], dtype=torch.float64).exp()
+    removed = (free + gradient).abs().sum() / free.sum()
+    assert_close(result.metrics["gradient_removed"], removed.item(), EXACT)

@@ -177,7 +177,8 @@ def policy_loss(
     - clip_fraction_low: fraction with ``A < 0`` and ``r < lower``; for weight of either sign
     - clip_fraction_high: fraction with ``A > 0`` and ``r > upper``; for weight of either sign
     - dual_clip_fraction (min-clip): fraction with ``A < 0`` and ``r >= c``
-    - truncation_fraction (mask): fraction with ``r > truncation`` that is not beyond
+    - truncation_fraction (mask): fraction with ``r > truncation`` that is neither beyond nor in a
+      sequence that was masked
     - masked_sequence_fraction (mask of whole sequences): fraction of the sequences that were masked
     - gradient_removed: what the rule takes from the gradient, as a share of what it would be
       without: sum of ``abs(A r - A' r')`` / sum of ``abs(A) r``, ``-A' r'`` being the gradient
@@ -218,7 +219,8 @@ def policy_loss(
         cu_seqlens: Offsets of the sequences in packed tensors, int32 or int64 [S + 1], from 0 to N.
             Their values are checked on a CPU only, outside `torch.compile`.
         backend: ``"native"`` is compiled and runs on the CPU; ``"torch"`` is plain torch and runs
-            on any device; ``"auto"`` is native for CPU tensors and torch for others.
+            on any device (CUDA, ROCm, MPS); ``"auto"`` is native for CPU tensors and torch for
+            others.
         exact: Take the bounds from the exact solver, which runs on the CPU, instead of a table.
         dp_size: Number of data-parallel ranks whose gradients are averaged.
         batch_num_tokens: Tokens that count in the global batch, a number or a 0-dim tensor, for
@@ -500,17 +502,23 @@ def _token_losses(
         return *loss_of(log_prob, log_ratio, advantages, bounds), {}
 
     lower, upper = sides_of(rule.region, old_log_prob, bounds=bounds)
-    outside = valid & ((ratio < lower.reshape(shape)) | (ratio > upper.reshape(shape)))
+    below = valid & (ratio < lower.reshape(shape))
+    above = valid & (ratio > upper.reshape(shape))
     sequences = tokens.sequences()
-    dropped = sequences.sum(outside.to(torch.int64)) > 0
+    dropped = sequences.sum((below | above).to(torch.int64)) > 0
     # A NaN is not outside, and is not to be hidden by a neighbour that is.
-    masked = sequences.spread(dropped) & valid & ~ratio.isnan()
+    masked = sequences.spread(dropped) & valid & ~(ratio.isnan() | advantages.isnan())
     advantages = advantages.expand(shape)
     per_token, counts, sums = loss_of(
         log_prob, log_ratio, torch.where(masked, 0.0, advantages), bounds
     )
     removed = torch.where(masked, advantages.abs() * ratio.exp(), 0.0).sum()
-    sums = sums + torch.nn.functional.pad(removed.expand(2), (3, 2))
+    low, high = below & (advantages < 0.0), above & (advantages > 0.0)
+    counts, sums = _with_clipped(counts, sums, low, high, removed, old_log_prob, valid)
+    sums = sums + torch.nn.functional.pad(removed[None], (3, 3))
+    if rule.parameters:
+        limited = valid & ~masked & (ratio.exp() > rule.parameters[0])
+        counts = torch.cat([counts[:4], limited.sum()[None], counts[5:]])
     nonempty = (sequences.lengths > 0).sum().clamp(min=1)
     share = dropped.sum().to(log_prob.dtype) / nonempty
     return per_token, counts, sums, {"masked_sequence_fraction": share}
@@ -532,7 +540,7 @@ def _with_clipped(
     old_log_prob: torch.Tensor,
     valid: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The counts and sums of a loss whose tokens were clipped before it."""
+    """The counts and sums of a loss whose tokens were clipped or masked before it."""
     found = [low.sum(), high.sum()]
     rest = [counts[4:]]
     if counts.shape[0] > COUNTS:

@@ -6,7 +6,8 @@ Clip(0.2, 0.28)
 
 ``policy_loss(..., **preset("dppo-tv").arguments())`` trains by the rule of a method. A preset holds
 the rule for the ratios and no more: not the advantages, the sampling, or a penalty on a divergence
-from a reference model. What a paper does not say of the aggregation is left at the default.
+from a reference model. What a paper does not say of the aggregation is left at the default. The
+KL3 clip (arXiv 2602.05494) has none, as no radius of it could be read: ``Clip.kl3(delta)``.
 """
 
 from __future__ import annotations

@@ -44,8 +44,9 @@ def as_float64(argument: str, values: ArrayLike) -> Float64Array:
     """
     try:
         array = np.asarray(values)
-    except ValueError as ragged:
-        raise InvalidTypeError(f"{argument} must be an array of real numbers: {ragged}") from None
+    except (ValueError, TypeError, RuntimeError) as reason:
+        # Ragged lists, and tensors that numpy does not take: bfloat16, or with a gradient.
+        raise InvalidTypeError(f"{argument} must be an array of real numbers: {reason}") from None
     if array.dtype.kind not in "fiu":
         raise InvalidTypeError(f"{argument} must hold real numbers, got dtype {array.dtype}")
     return array.astype(np.float64, copy=False)
@@ -462,12 +463,13 @@ class Band(Region):
             radii = as_float64("delta", delta).copy()
             radii.flags.writeable = False
             self.delta_low = self.delta_high = radii
-        elif isinstance(delta, list):
-            raise InvalidTypeError(
-                "delta must be a number, a tuple (low, high) or a numpy array, got a list"
-            )
-        else:
+        elif np.ndim(delta) == 0 and np.asarray(delta).dtype.kind in "fiu":
             self.delta_low = self.delta_high = _as_number("delta", delta)
+        else:
+            raise InvalidTypeError(
+                f"delta must be a number, a tuple (low, high) or a numpy array, got "
+                f"{type(delta).__name__}; bandpo.schedule.ScheduledBand has one that changes"
+            )
         for side in (self.delta_low, self.delta_high):
             allowed = (np.asarray(side) > 0.0) & np.isfinite(side)
             if not np.all(allowed):
@@ -660,7 +662,10 @@ def sides(*, lower: Region, upper: Region) -> Region:
     """
     for argument, region in (("lower", lower), ("upper", upper)):
         if not isinstance(region, Region):
-            raise InvalidTypeError(f"{argument} must be a Region, got {type(region).__name__}")
+            raise InvalidTypeError(
+                f"{argument} must be a Region, got {type(region).__name__}; one that changes is "
+                f"built around its band: ScheduledBand(..., within=lambda band: ...)"
+            )
     return Combined("sides", lower, upper)
 
 

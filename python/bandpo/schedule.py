@@ -11,7 +11,7 @@ import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -270,6 +270,15 @@ class RegionSource(ABC):
         if reference not in self._subscribers:
             self._subscribers.append(reference)
 
+    def __or__(self, other: object) -> NoReturn:
+        """Refused, as ``&`` is: regions are combined, what changes them is not."""
+        raise InvalidTypeError(
+            f"{type(self).__name__} is no Region and combines with none; combine within it: "
+            f"ScheduledBand(..., within=lambda band: band | ...)"
+        )
+
+    __ror__ = __and__ = __rand__ = __or__
+
     def _change(self, region: Region) -> None:
         if region == self._region:
             return
@@ -306,7 +315,8 @@ class ScheduledBand(RegionSource):
     Args:
         divergence: A `bandpo.Divergence` or the name of one.
         schedule: The delta. It belongs to this object: step the object, not the schedule.
-        within: From the band to the region that is used; the band itself if left out.
+        within: From the band to the region that is used; the band itself if left out. To pickle
+            the object, it must be a function of a module.
 
     Raises:
         InvalidTypeError: If an argument has the wrong type, or ``within`` returns no region.
@@ -324,6 +334,10 @@ class ScheduledBand(RegionSource):
             raise InvalidTypeError(
                 f"schedule must be a Constant, Linear, Cosine or EntropyTargeted, "
                 f"got {type(schedule).__name__}"
+            )
+        if within is not None and not callable(within):
+            raise InvalidTypeError(
+                f"within must be a function from a Band to a Region, got {type(within).__name__}"
             )
         self.divergence = (
             divergence if isinstance(divergence, Divergence) else Divergence(divergence)
@@ -524,4 +538,6 @@ def _entries(state: Mapping[str, Any], *names: str) -> dict[str, float]:
         )
     for name in names:
         check_number(name, state[name])
+        if not math.isfinite(state[name]):
+            raise InvalidValueError(f"{name} must be finite, got {state[name]}")
     return dict(state)

@@ -192,7 +192,8 @@ def check_region(region: AnyRegion) -> None:
     if not isinstance(region, (Region, RegionSource)):
         raise InvalidTypeError(
             f"region must be a bandpo.Band, Clip, BandTable or another Region, or a "
-            f"bandpo.schedule.RegionSource, got {type(region).__name__}"
+            f"bandpo.schedule.RegionSource, got {type(region).__name__}; a preset is given by "
+            f"**preset(name).arguments(), and a schedule within a ScheduledBand"
         )
 
 
@@ -209,10 +210,10 @@ def check_tensor(argument: str, tensor: torch.Tensor) -> None:
     """Raises InvalidTypeError unless the argument is a dense tensor."""
     if not isinstance(tensor, torch.Tensor):
         raise InvalidTypeError(f"{argument} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout == torch.jagged:
+    if tensor.is_nested:
         raise InvalidTypeError(
-            f"{argument} must be a dense tensor, got a jagged one: pass its .values() as packed "
-            f"[N], and its .offsets() as cu_seqlens"
+            f"{argument} must be a dense tensor, got a nested one: of a jagged tensor, pass the "
+            f".values() as packed [N], and the .offsets() as cu_seqlens"
         )
     if tensor.layout != torch.strided:
         raise InvalidTypeError(f"{argument} must be a dense tensor, got layout {tensor.layout}")
@@ -580,7 +581,8 @@ def token_loss_torch(
         per_token = slope * log_prob
     else:
         beta_low, beta_high = parameters
-        kept = torch.where(down, beta_low, beta_high) * edge
+        # An infinite edge, which nothing is beyond, would make the gradient of all 0 * inf.
+        kept = torch.where(beyond, torch.where(down, beta_low, beta_high) * edge, 0.0)
         per_token = cost * torch.where(beyond, kept * _gradient_of(log_prob).exp(), ratio)
         slope = torch.where(clamped & ~beyond, 0.0, per_token.detach())
 
@@ -768,17 +770,29 @@ def token_loss_native(
     return per_token, counts, sums.detach()
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _save_gradient(ctx, inputs, output)
+    ctx.save_for_forward(output[1])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _forward_mode(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    moved = gradient * tangents[1]
+    return moved, moved if ctx.carries_ratio else torch.zeros_like(moved), None, None
+
+
 class _PlainTokenLoss(torch.autograd.Function):
     """The operator without the dispatcher."""
 
     backward = staticmethod(_backward)
+    jvp = staticmethod(_forward_mode)
 
     # Not in the newer form with setup_context: for that torch inspects signatures at every call.
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
         output = _in_rust(*inputs)
-        _save_gradient(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[2:])
+        _save(ctx, inputs, output)
         return output
 
 
@@ -786,9 +800,6 @@ class _TransformedTokenLoss(torch.autograd.Function):
     """The same in the form that `torch.func` takes."""
 
     forward = staticmethod(_in_rust)
+    setup_context = staticmethod(_save)
     backward = staticmethod(_backward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        _save_gradient(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[2:])
+    jvp = staticmethod(_forward_mode)
