@@ -555,11 +555,13 @@ def test_forward_mode_agrees_with_backward_mode(name: str, backend: str) -> None
         options: dict[str, Any] = {"region": KL, "surrogate": surrogate, "backend": backend}
         return policy_loss(batch.old_log_prob, log_prob, *batch[2:], **options).loss
 
+    make_dual: Any = torch.autograd.forward_ad.make_dual
+    unpack_dual: Any = torch.autograd.forward_ad.unpack_dual
     tangent = torch.ones_like(batch.log_prob)
     forward = torch.func.jvp(loss, (batch.log_prob,), (tangent,))[1]
-    with forward_ad.dual_level():
-        dual = loss(forward_ad.make_dual(batch.log_prob, tangent))
-        by_dual = forward_ad.unpack_dual(dual).tangent
+    with torch.autograd.forward_ad.dual_level():
+        dual = loss(make_dual(batch.log_prob, tangent))
+        by_dual = unpack_dual(dual).tangent
     leaf = batch.log_prob.clone().requires_grad_()
     (backward,) = torch.autograd.grad(loss(leaf), leaf)
     assert_close(forward, backward.sum().item(), EXACT)
