@@ -494,13 +494,20 @@ def _token_losses(
         bounds = bounds_of(rule.region, old_log_prob, valid=valid_tokens, exact=exact)
         return *loss_of(log_prob, log_ratio, advantages, bounds), {}
 
-    ratio = tokens.log_ratio() if log_ratio is None else log_ratio
+    def ratio_of_tokens() -> torch.Tensor:
+        return tokens.log_ratio() if log_ratio is None else log_ratio
+
     bounds = membership_of(
-        rule.region, old_log_prob, ratio.reshape(old_log_prob.shape), valid_tokens, exact=exact
+        rule.region,
+        old_log_prob,
+        lambda: ratio_of_tokens().reshape(old_log_prob.shape),
+        valid_tokens,
+        exact=exact,
     )
     if not rule.mask.whole_sequence:
         return *loss_of(log_prob, log_ratio, advantages, bounds), {}
 
+    ratio = ratio_of_tokens()
     lower, upper = sides_of(rule.region, old_log_prob, bounds=bounds)
     below = valid & (ratio < lower.reshape(shape))
     above = valid & (ratio > upper.reshape(shape))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -156,7 +157,7 @@ def sides_of(
 def membership_of(
     region: AnyRegion,
     old_log_prob: torch.Tensor,
-    log_ratio: torch.Tensor,
+    log_ratio: Callable[[], torch.Tensor],
     valid: torch.Tensor,
     *,
     exact: bool = False,
@@ -169,7 +170,7 @@ def membership_of(
     Args:
         region: Where the bounds come from.
         old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
-        log_ratio: Log-ratios, the same.
+        log_ratio: Returns the log-ratios, the same; called only if the divergence decides.
         valid: Which tokens count, bool, the same shape.
         exact: Use the divergence even where there is a table.
 
@@ -179,11 +180,12 @@ def membership_of(
     source: _Source = _source(region, old_log_prob.dtype, old_log_prob.device, exact)
     if source.bounds is not None:
         return source.bounds
+    ratios = log_ratio()
     inside: torch.Tensor = _contains(
-        torch.where(valid, old_log_prob, 0.0), torch.where(valid, log_ratio, 0.0), source.region
+        torch.where(valid, old_log_prob, 0.0), torch.where(valid, ratios, 0.0), source.region
     )
     # A NaN is in no region, but to be kept, not clipped.
-    limit = torch.where(inside | log_ratio.isnan(), math.inf, 0.0).to(old_log_prob.dtype)
+    limit = torch.where(inside | ratios.isnan(), math.inf, 0.0).to(old_log_prob.dtype)
     return torch.stack([-limit, limit])
 
 
