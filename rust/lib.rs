@@ -26,6 +26,7 @@ pub mod loss;
 pub mod real;
 mod root;
 pub mod table;
+mod threads;
 mod wide;
 
 #[cfg(feature = "python")]

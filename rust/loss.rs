@@ -19,11 +19,10 @@
 
 use std::fmt::Debug;
 
-use rayon::prelude::*;
-
 use crate::error::{Error, Result};
 use crate::lanes::{Lanes, MOST_LANES, Number, Work};
 use crate::table::Image;
+use crate::threads::map_parts;
 
 /// Log-ratios are clamped to plus and minus this before they are exponentiated.
 pub const LOG_RATIO_LIMIT: f64 = 20.0;
@@ -192,6 +191,8 @@ pub struct Totals {
     pub clipped_high: u64,
     /// Those that the dual clip acts on, or whose weight was truncated.
     pub limited: u64,
+    /// Sum of the losses.
+    pub loss: f64,
     /// Sum of `-x`.
     pub kl: f64,
     /// Sum of `r - 1 - x`.
@@ -229,6 +230,7 @@ impl Default for Totals {
             clipped_low: 0,
             clipped_high: 0,
             limited: 0,
+            loss: 0.0,
             kl: 0.0,
             kl_k3: 0.0,
             entropy: 0.0,
@@ -248,6 +250,7 @@ impl Totals {
         self.clipped_low += other.clipped_low;
         self.clipped_high += other.clipped_high;
         self.limited += other.limited;
+        self.loss += other.loss;
         self.kl += other.kl;
         self.kl_k3 += other.kl_k3;
         self.entropy += other.entropy;
@@ -316,6 +319,35 @@ pub fn policy_loss<T: Float>(
             batch(rule, &PerToken { log_lower, log_upper }, per_token, gradient)
         }
     })
+}
+
+/// Writes the gradient times a factor: that of a loss of which the sum over the tokens is a part.
+///
+/// # Errors
+/// [`Error::Length`] if the slices differ in length.
+pub fn scale<T: Float + std::ops::Mul<Output = T>>(
+    gradient: &[T],
+    factor: T,
+    scaled: &mut [T],
+) -> Result<()> {
+    if scaled.len() != gradient.len() {
+        return Err(Error::Length {
+            argument: "scaled",
+            actual: scaled.len(),
+            expected: gradient.len(),
+        });
+    }
+    let one = |(scaled, gradient): (&mut [T], &[T])| {
+        for (scaled, &gradient) in scaled.iter_mut().zip(gradient) {
+            *scaled = gradient * factor;
+        }
+    };
+    if gradient.len() >= PARALLEL_FROM {
+        map_parts(scaled.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK)).collect(), one);
+    } else {
+        one((scaled, gradient));
+    }
+    Ok(())
 }
 
 /// The bounds of a vector of tokens, one side each.
@@ -446,13 +478,9 @@ fn batch<T: Float>(
     let one = |(index, (per_token, gradient)): (usize, (&mut [T], &mut [T]))| {
         T::run(Chunk { rule, bounds, start: index * CHUNK, per_token, gradient })
     };
-    let totals: Vec<Totals> = if parallel {
-        let outputs = per_token.par_chunks_mut(CHUNK).zip(gradient.par_chunks_mut(CHUNK));
-        outputs.enumerate().map(one).collect()
-    } else {
-        let outputs = per_token.chunks_mut(CHUNK).zip(gradient.chunks_mut(CHUNK));
-        outputs.enumerate().map(one).collect()
-    };
+    let outputs = per_token.chunks_mut(CHUNK).zip(gradient.chunks_mut(CHUNK)).enumerate();
+    let totals: Vec<Totals> =
+        if parallel { map_parts(outputs.collect(), one) } else { outputs.map(one).collect() };
     totals.iter().fold(Totals::default(), Totals::merge)
 }
 
@@ -661,6 +689,7 @@ impl<T: Float> Rule<'_, T> {
 
 /// Sums over vectors, a number for each lane. Tokens that do not count add 0 to all of them.
 struct Sums<L: Lanes> {
+    loss: L::Float,
     log_ratio: L::Float,
     kl_k3: L::Float,
     old_log_prob: L::Float,
@@ -676,6 +705,7 @@ impl<L: Lanes<Scalar: Float>> Sums<L> {
     fn new(lanes: L) -> Self {
         let zero = lanes.splat(0.0);
         Self {
+            loss: zero,
             log_ratio: zero,
             kl_k3: zero,
             old_log_prob: zero,
@@ -689,6 +719,7 @@ impl<L: Lanes<Scalar: Float>> Sums<L> {
 
     #[inline(always)]
     fn add(&mut self, lanes: L, token: &Token<L>) {
+        self.loss = lanes.add(self.loss, token.loss);
         self.log_ratio = lanes.add(self.log_ratio, token.log_ratio);
         self.kl_k3 = lanes.add(self.kl_k3, token.kl_k3);
         self.old_log_prob = lanes.add(self.old_log_prob, token.old_log_prob);
@@ -704,16 +735,22 @@ impl<L: Lanes<Scalar: Float>> Sums<L> {
 
     /// The sums of each lane, in the order in which `Totals::take` takes them.
     #[inline(always)]
-    fn numbers(&self, lanes: L) -> [[L::Scalar; MOST_LANES]; 5] {
-        [self.log_ratio, self.kl_k3, self.old_log_prob, self.gradient_free, self.gradient_removed]
-            .map(|sum| numbers(lanes, sum))
+    fn numbers(&self, lanes: L) -> [[L::Scalar; MOST_LANES]; 6] {
+        [
+            numbers(lanes, self.loss),
+            numbers(lanes, self.log_ratio),
+            numbers(lanes, self.kl_k3),
+            numbers(lanes, self.old_log_prob),
+            numbers(lanes, self.gradient_free),
+            numbers(lanes, self.gradient_removed),
+        ]
     }
 
     #[inline(always)]
     fn clear(&mut self, lanes: L) {
         let zero = lanes.splat(0.0);
-        (self.log_ratio, self.kl_k3, self.old_log_prob) = (zero, zero, zero);
-        (self.gradient_free, self.gradient_removed) = (zero, zero);
+        (self.loss, self.log_ratio, self.kl_k3) = (zero, zero, zero);
+        (self.old_log_prob, self.gradient_free, self.gradient_removed) = (zero, zero, zero);
     }
 }
 
@@ -728,9 +765,10 @@ fn numbers<L: Lanes<Scalar: Float>>(lanes: L, vector: L::Float) -> [L::Scalar; M
 impl Totals {
     /// Adds the sums of [`Sums::numbers`], and counts the bits of [`Token::flags`].
     #[inline(never)] // once for many tokens: apart from their loop it does not get into its way
-    fn take<T: Float>(&mut self, sums: &[[T; MOST_LANES]; 5], flags: &[[u32; BLOCK]; 5]) {
-        let [log_ratio, kl_k3, old_log_prob, free, removed] =
+    fn take<T: Float>(&mut self, sums: &[[T; MOST_LANES]; 6], flags: &[[u32; BLOCK]; 5]) {
+        let [loss, log_ratio, kl_k3, old_log_prob, free, removed] =
             sums.map(|lanes| lanes.iter().map(|number| number.to_f64()).sum::<f64>());
+        self.loss += loss;
         self.kl -= log_ratio;
         self.kl_k3 += kl_k3;
         self.entropy -= old_log_prob;

@@ -361,7 +361,7 @@ fn contains<'py>(
 /// `log_ratio` replaces `log_prob - old_log_prob` where it is given. `advantages` has one element a token
 /// or one a row; `bounds` is the image of a table, or all lower and then all upper log bounds, one each or
 /// one a token. `parameters` are those of the surrogate: the dual clip or the truncation, if any, or both
-/// betas. Returns the counts (valid, nonfinite, clipped low, clipped high, limited; if asked for also
+/// betas. Returns the sum of the losses, the counts (valid, nonfinite, clipped low, clipped high, limited; if asked for also
 /// valid, clipped low and clipped high of each bin), then the sums (`kl`, `kl_k3`, entropy, gradient
 /// without a rule, gradient removed) and the extremes of the log-ratio.
 #[pyfunction]
@@ -384,7 +384,7 @@ fn policy_loss<'py>(
     by_probability: bool,
     per_token: Bound<'py, PyAny>,
     gradient: Bound<'py, PyAny>,
-) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
+) -> PyResult<(f64, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
     let first = parameters.first().copied();
     let surrogate = match (surrogate, parameters.as_slice()) {
         ("min-clip", [] | [_]) => Surrogate::MinClip { dual_clip: first },
@@ -419,7 +419,7 @@ fn policy_loss_of<'py, T: Float + Element>(
     row_length: usize,
     surrogate: Surrogate,
     by_probability: bool,
-) -> PyResult<(Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
+) -> PyResult<(f64, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
     let old_log_prob: PyReadonlyArrayDyn<'_, T> = old_log_prob.extract()?;
     let log_prob: PyReadonlyArrayDyn<'_, T> = log_prob.extract()?;
     let log_ratio: Option<PyReadonlyArrayDyn<'_, T>> =
@@ -483,7 +483,44 @@ fn policy_loss_of<'py, T: Float + Element>(
         totals.log_ratio_min,
         totals.log_ratio_max,
     ];
-    Ok((counts.into_pyarray(py), sums.into_pyarray(py)))
+    Ok((totals.loss, counts.into_pyarray(py), sums.into_pyarray(py)))
+}
+
+/// Writes a gradient times a factor, an array without dimensions, to `scaled`.
+#[pyfunction]
+#[pyo3(signature = (gradient, factor, scaled, /))]
+fn scale<'py>(
+    py: Python<'py>,
+    gradient: Bound<'py, PyAny>,
+    factor: Bound<'py, PyAny>,
+    scaled: Bound<'py, PyAny>,
+) -> PyResult<()> {
+    if gradient.cast::<PyArrayDyn<f32>>().is_ok() {
+        scale_of::<f32>(py, &gradient, &factor, &scaled)
+    } else {
+        scale_of::<f64>(py, &gradient, &factor, &scaled)
+    }
+}
+
+fn scale_of<T: Float + Element + std::ops::Mul<Output = T>>(
+    py: Python<'_>,
+    gradient: &Bound<'_, PyAny>,
+    factor: &Bound<'_, PyAny>,
+    scaled: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let gradient: PyReadonlyArrayDyn<'_, T> = gradient.extract()?;
+    let factor: PyReadonlyArrayDyn<'_, T> = factor.extract()?;
+    let mut scaled: PyReadwriteArrayDyn<'_, T> = scaled.extract()?;
+    let &[factor] = factor.as_slice()? else {
+        return Err(Error::Length {
+            argument: "factor",
+            actual: factor.as_slice()?.len(),
+            expected: 1,
+        }
+        .into());
+    };
+    let (gradient, scaled) = (gradient.as_slice()?, scaled.as_slice_mut()?);
+    Ok(py.detach(|| loss::scale(gradient, factor, scaled))?)
 }
 
 /// The bound of one side with how it was found: `(log_ratio, outside, status, evaluations)`.
@@ -537,7 +574,7 @@ fn thread_count() -> usize {
 mod _core {
     #[pymodule_export]
     use super::{
-        PyBandTable, PyDivergence, contains, diagnose, divergences, log_bounds, policy_loss,
+        PyBandTable, PyDivergence, contains, diagnose, divergences, log_bounds, policy_loss, scale,
         thread_count,
     };
 

@@ -91,7 +91,10 @@ def test_a_step_compiles_nothing_again(make: Any, backend: str) -> None:
     compiled = torch.compile(module, fullgraph=True, backend=count)
     for _ in range(4):
         wanted = batch.loss(region=source.region, backend=backend)
-        torch.testing.assert_close(compiled(*batch).loss, wanted.loss, rtol=0.0, atol=0.0)
+        found = compiled(*batch)
+        torch.testing.assert_close(found.per_token, wanted.per_token, rtol=0.0, atol=0.0)
+        # Their sum is taken in another order, in float32.
+        torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-6, atol=0.0)
         source.step()
     assert compiled_graphs == 1
 

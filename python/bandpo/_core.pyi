@@ -15,6 +15,7 @@ __all__ = [
     "divergences",
     "log_bounds",
     "policy_loss",
+    "scale",
     "thread_count",
 ]
 
@@ -100,7 +101,8 @@ def policy_loss(
     per_token: _FloatArray,
     gradient: _FloatArray,
     /,
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]: ...
+) -> tuple[float, NDArray[np.int64], NDArray[np.float64]]: ...
+def scale(gradient: _FloatArray, factor: _FloatArray, scaled: _FloatArray, /) -> None: ...
 def diagnose(
     divergence: Divergence,
     delta: float | NDArray[np.float64],

@@ -263,10 +263,10 @@ def policy_loss(
         valid,
         cu_seqlens,
     )
-    per_token, counts, sums, more = _token_losses(
+    per_token, total, counts, sums, more = _token_losses(
         rule, tokens, backend_loss, exact, metrics_by_probability
     )
-    loss = _aggregate(per_token, counts[0], tokens, reduction)
+    loss = _aggregate(per_token, total, counts[0], tokens, reduction)
 
     def metrics() -> dict[str, torch.Tensor]:
         return {**_metrics(rule, counts, sums, dtype), **more}
@@ -448,7 +448,7 @@ class _Tokens(NamedTuple):
 
 def _token_losses(
     rule: _Rule, tokens: _Tokens, backend_loss: TokenLoss, exact: bool, by_probability: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """What a `TokenLoss` returns, and the metrics that only some rules have."""
     old_log_prob, log_prob, advantages, valid, _ = tokens
     shape = log_prob.shape
@@ -459,7 +459,7 @@ def _token_losses(
         log_ratio: torch.Tensor | None,
         advantages: torch.Tensor,
         bounds: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return backend_loss(
             of_tokens,
             log_prob,
@@ -481,11 +481,12 @@ def _token_losses(
         bound = torch.where(low, lower.reshape(shape), upper.reshape(shape))
         mean = _sequence_mean(torch.where(clipped, bound, own), tokens)
         bounds = bounds_of(_NO_CLIP, old_log_prob)  # clipped already
-        per_token, counts, sums = loss_of(
+        per_token, total, counts, sums = loss_of(
             torch.where(clipped, log_prob.detach(), log_prob), mean, advantages, bounds
         )
         removed = torch.where(clipped, per_token.detach(), 0.0).abs().sum()
-        return per_token, *_with_clipped(counts, sums, low, high, removed, old_log_prob, valid), {}
+        counts, sums = _with_clipped(counts, sums, low, high, removed, old_log_prob, valid)
+        return per_token, total, counts, sums, {}
 
     valid_tokens = _shaped(valid, old_log_prob.shape)
     of_sequence = rule.ratio_level == "sequence"
@@ -516,7 +517,7 @@ def _token_losses(
     # A NaN is not outside, and is not to be hidden by a neighbour that is.
     masked = sequences.spread(dropped) & valid & ~(ratio.isnan() | advantages.isnan())
     advantages = advantages.expand(shape)
-    per_token, counts, sums = loss_of(
+    per_token, total, counts, sums = loss_of(
         log_prob, log_ratio, torch.where(masked, 0.0, advantages), bounds
     )
     removed = torch.where(masked, advantages.abs() * ratio.exp(), 0.0).sum()
@@ -528,7 +529,7 @@ def _token_losses(
         counts = torch.cat([counts[:4], limited.sum()[None], counts[5:]])
     nonempty = (sequences.lengths > 0).sum().clamp(min=1)
     share = dropped.sum().to(log_prob.dtype) / nonempty
-    return per_token, counts, sums, {"masked_sequence_fraction": share}
+    return per_token, total, counts, sums, {"masked_sequence_fraction": share}
 
 
 def _sequence_mean(values: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
@@ -614,6 +615,7 @@ class _Reduction(NamedTuple):
 
 def _aggregate(
     per_token: torch.Tensor,
+    total: torch.Tensor,
     valid_tokens: torch.Tensor,
     batch: _Tokens,
     reduction: _Reduction,
@@ -622,8 +624,7 @@ def _aggregate(
     mode, dp_size, tokens, sequences, scale = reduction
     if mode == "seq-mean-token-mean":
         of_batch = batch.sequences()
-        per_token = per_token / of_batch.spread(of_batch.lengths).clamp(min=1)
-    total = per_token.sum()
+        total = (per_token / of_batch.spread(of_batch.lengths).clamp(min=1)).sum()
     total = total if dp_size == 1 else total * dp_size
     if mode == "token-sum":
         return total

@@ -480,11 +480,11 @@ class TokenLoss(Protocol):
         by_probability: Whether to count by bin of the old probability.
 
     Returns:
-        The loss per token, [B, T]; the counts, int64: valid, nonfinite, clipped low, clipped high,
-        limited (by the dual clip or the truncation), then by bin all valid, all clipped low and all
-        clipped high; and [7]: the sums of ``-x``, of ``r - 1 - x``, of ``-old_log_prob``, of
-        ``abs(A) r`` and of what the rule takes from it, and the extremes of the log-ratio x
-        (arbitrary where no token counts).
+        The loss per token, [B, T]; their sum, 0-dim; the counts, int64: valid, nonfinite, clipped
+        low, clipped high, limited (by the dual clip or the truncation), then by bin all valid, all
+        clipped low and all clipped high; and [7]: the sums of ``-x``, of ``r - 1 - x``, of
+        ``-old_log_prob``, of ``abs(A) r`` and of what the rule takes from it, and the extremes of
+        the log-ratio x (arbitrary where no token counts).
     """
 
     def __call__(
@@ -498,8 +498,8 @@ class TokenLoss(Protocol):
         surrogate: str,
         parameters: list[float],
         by_probability: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns losses, counts and sums."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns losses, their sum, counts and sums."""
 
 
 def default_backend(device: str) -> str:
@@ -531,7 +531,7 @@ def token_loss_torch(
     surrogate: str,
     parameters: list[float],
     by_probability: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`TokenLoss` in plain torch, for any device; a compiler can fuse it."""
     old_log_prob = torch.where(valid, old_log_prob, 0.0)
     log_prob = torch.where(valid, log_prob, 0.0)
@@ -595,14 +595,14 @@ def token_loss_torch(
         counted += [flag & one for flag in (valid, clipped_low, clipped_high) for one in bins]
     counts = torch.stack([flag.sum() for flag in counted])
     if x.numel() == 0:
-        return per_token, counts, x.new_zeros(SUMS)
+        return per_token, per_token.sum(), counts, x.new_zeros(SUMS)
     # A masked token has x = 0 and cost = 0 and adds nothing.
     free = cost * r
     of_tokens = (-x, _excess(x), -old_log_prob, free.abs(), (free - slope).abs())
     lowest = torch.where(valid, x, math.inf).amin()
     highest = torch.where(valid, x, -math.inf).amax()
     sums = torch.stack([*(values.sum() for values in of_tokens), lowest, highest])
-    return per_token, counts, sums
+    return per_token, per_token.sum(), counts, sums
 
 
 def probability_bin(old_log_prob: torch.Tensor) -> torch.Tensor:
@@ -645,7 +645,7 @@ def _token_loss_op(
     parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _in_rust(
+    per_token, gradient, _, counts, sums = _in_rust(
         old_log_prob,
         log_prob,
         log_ratio,
@@ -656,6 +656,7 @@ def _token_loss_op(
         parameters,
         by_probability,
     )
+    return per_token, gradient, counts, sums
 
 
 def _in_rust(
@@ -668,7 +669,7 @@ def _in_rust(
     surrogate: str,
     parameters: list[float],
     by_probability: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     log_prob = log_prob.detach()
     per_token, gradient = (
         torch.empty_like(log_prob, memory_format=torch.contiguous_format) for _ in range(2)
@@ -678,7 +679,7 @@ def _in_rust(
         return tensor.contiguous().numpy()
 
     is_table = bounds.dtype == torch.int32
-    counts, sums = _core.policy_loss(
+    total, counts, sums = _core.policy_loss(
         array(old_log_prob),
         array(log_prob),
         None if log_ratio is None else array(log_ratio),
@@ -692,7 +693,13 @@ def _in_rust(
         per_token.numpy(),
         gradient.numpy(),
     )
-    return per_token, gradient, torch.from_numpy(counts), torch.from_numpy(sums)
+    return (
+        per_token,
+        gradient,
+        torch.tensor(total, dtype=log_prob.dtype),
+        torch.from_numpy(counts),
+        torch.from_numpy(sums),
+    )
 
 
 @_token_loss_op.register_fake
@@ -727,12 +734,22 @@ def _backward(
     grad_gradient: torch.Tensor | None,
     *_: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
+    return _gradients(ctx, grad_per_token, grad_gradient)
+
+
+def _gradients(
+    ctx: Any, grad_per_token: torch.Tensor | None, grad_gradient: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Those of the inputs, of which only ``log_prob`` has one."""
     (gradient,) = ctx.saved_tensors
     # Where a gradient carries the ratio, its own derivative is itself: good for any order.
     if not ctx.carries_ratio:
         gradient, grad_gradient = gradient.detach(), None
     grads = [grad for grad in (grad_per_token, grad_gradient) if grad is not None]
-    return None, gradient * sum(grads) if grads else None, *[None] * 7
+    if not grads:
+        return (None,) * 9
+    whole = grads[0] if len(grads) == 1 else grads[0] + grads[1]
+    return None, gradient * whole, *[None] * 7
 
 
 _token_loss_op.register_autograd(_backward, setup_context=_save_gradient)
@@ -748,17 +765,9 @@ def token_loss_native(
     surrogate: str,
     parameters: list[float],
     by_probability: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`TokenLoss` in Rust, for CPU tensors: the loss and its gradient in one pass."""
-    run: Any
-    if type(log_prob) is not torch.Tensor or torch.compiler.is_compiling():
-        run = _token_loss_op
-    elif torch._C._are_functorch_transforms_active():
-        run = _TransformedTokenLoss.apply
-    else:
-        # Where nobody needs the dispatcher, it costs more than the loss of a thousand tokens.
-        run = _PlainTokenLoss.apply
-    per_token, _, counts, sums = run(
+    inputs = (
         old_log_prob,
         log_prob,
         log_ratio,
@@ -769,25 +778,55 @@ def token_loss_native(
         parameters,
         by_probability,
     )
-    return per_token, counts, sums.detach()
+    if type(log_prob) is not torch.Tensor or torch.compiler.is_compiling():
+        per_token, _, counts, sums = _token_loss_op(*inputs)
+        return per_token, per_token.sum(), counts, sums.detach()
+    # Where nobody needs the dispatcher, it costs more than the loss of a thousand tokens.
+    transformed = torch._C._are_functorch_transforms_active()
+    run: Any = _TransformedTokenLoss.apply if transformed else _PlainTokenLoss.apply
+    per_token, _, total, counts, sums = run(*inputs)
+    return per_token, total, counts, sums
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     _save_gradient(ctx, inputs, output)
     ctx.save_for_forward(output[1])
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(*output[3:])
 
 
 def _forward_mode(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     moved = gradient * tangents[1]
-    return moved, moved if ctx.carries_ratio else torch.zeros_like(moved), None, None
+    of_gradient = moved if ctx.carries_ratio else torch.zeros_like(moved)
+    return moved, of_gradient, moved.sum(), None, None
+
+
+class _TransformedTokenLoss(torch.autograd.Function):
+    """The operator in the form that `torch.func` takes, with the sum of the losses."""
+
+    forward = staticmethod(_in_rust)
+    setup_context = staticmethod(_save)
+    jvp = staticmethod(_forward_mode)
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_per_token: torch.Tensor | None,
+        grad_gradient: torch.Tensor | None,
+        grad_total: torch.Tensor | None,
+        *_: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Returns the gradients of the inputs."""
+        if grad_total is None:
+            return _gradients(ctx, grad_per_token, grad_gradient)
+        # To add to each of the losses is to add to their sum.
+        whole = grad_total if grad_per_token is None else grad_per_token + grad_total
+        return _gradients(ctx, whole, grad_gradient)
 
 
 class _PlainTokenLoss(torch.autograd.Function):
-    """The operator without the dispatcher."""
+    """The same where nobody inspects it."""
 
-    backward = staticmethod(_backward)
     jvp = staticmethod(_forward_mode)
 
     # Not in the newer form with setup_context: for that torch inspects signatures at every call.
@@ -797,11 +836,21 @@ class _PlainTokenLoss(torch.autograd.Function):
         _save(ctx, inputs, output)
         return output
 
-
-class _TransformedTokenLoss(torch.autograd.Function):
-    """The same in the form that `torch.func` takes."""
-
-    forward = staticmethod(_in_rust)
-    setup_context = staticmethod(_save)
-    backward = staticmethod(_backward)
-    jvp = staticmethod(_forward_mode)
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_per_token: torch.Tensor | None,
+        grad_gradient: torch.Tensor | None,
+        grad_total: torch.Tensor | None,
+        *_: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Returns the gradients of the inputs."""
+        others = (grad_per_token, grad_gradient, grad_total)
+        if others[:2] != (None, None) or grad_total is None or torch.is_grad_enabled():
+            return _TransformedTokenLoss.backward(ctx, *others)
+        # In Rust as well: the threads of torch would go on to spin for a while, where those of
+        # the next loss are to run.
+        (gradient,) = ctx.saved_tensors
+        scaled = torch.empty_like(gradient)
+        _core.scale(gradient.detach().numpy(), grad_total.numpy(), scaled.numpy())
+        return None, scaled, *[None] * 7
