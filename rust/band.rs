@@ -27,26 +27,27 @@
 
 use rayon::prelude::*;
 
+use crate::bulk;
 use crate::divergence::{Divergence, Generator, Point};
 use crate::error::{Error, Result};
 use crate::real::{Dd, Real};
 use crate::root::{MOST_EVALUATIONS, MOST_HALVINGS, Root, last_inside, newton_log_log};
 
 /// Condition number of a log bound up to which double precision suffices.
-const BENIGN_CONDITION: f64 = 3.0;
+pub(crate) const BENIGN_CONDITION: f64 = 3.0;
 
 /// Largest `m` for which the factor `e^-m` is a normal double.
-const MOST_LOG_LOSS: f64 = 708.0;
+pub(crate) const MOST_LOG_LOSS: f64 = 708.0;
 
 /// Relative move inwards that covers the error of double precision: 16 eps, 3.6e-15.
-const MARGIN: f64 = 16.0 * f64::EPSILON;
+pub(crate) const MARGIN: f64 = 16.0 * f64::EPSILON;
 
 /// `ln` of the smallest p that the fast formulas take; below it products such as `p f(r)` leave the
 /// range of a double, and the bits of the bound are halved instead.
-const FAR_TAIL: f64 = -690.9;
+pub(crate) const FAR_TAIL: f64 = -690.9;
 
 /// The smallest `1 - p` that they take, likewise.
-const FAR_REST: f64 = 1e-300;
+pub(crate) const FAR_REST: f64 = 1e-300;
 
 /// Most evaluations of `D`, in either precision, that one bound takes, whatever its arguments.
 pub const MOST_BOUND_EVALUATIONS: u32 = 196;
@@ -109,7 +110,14 @@ pub enum Delta<'a> {
     Each(&'a [f64]),
 }
 
-impl Delta<'_> {
+impl<'a> Delta<'a> {
+    fn part(self, first: usize, count: usize) -> Self {
+        match self {
+            Self::Same(_) => self,
+            Self::Each(values) => Self::Each(&values[first..first + count]),
+        }
+    }
+
     fn at(&self, index: usize) -> f64 {
         match self {
             Self::Same(value) => *value,
@@ -215,20 +223,58 @@ pub fn log_bounds(
         .zip(log_upper.par_chunks_mut(CHUNK))
         .enumerate()
         .for_each(|(chunk, ((logp, lower), upper))| {
-            // Many tokens were certain, and with the same radius they have the same bound.
-            let mut of_certain = None;
-            for (i, &logp) in logp.iter().enumerate() {
-                let index = chunk * CHUNK + i;
-                lower[i] = match delta_low {
-                    Delta::Same(delta) if logp >= 0.0 => {
-                        *of_certain.get_or_insert_with(|| lower_of_certain(divergence, delta).0)
-                    }
-                    _ => bound(divergence, logp, delta_low.at(index), Side::Lower).log_ratio,
-                };
-                upper[i] = bound(divergence, logp, delta_high.at(index), Side::Upper).log_ratio;
-            }
+            let first = chunk * CHUNK;
+            let deltas = [delta_low.part(first, logp.len()), delta_high.part(first, logp.len())];
+            chunk_bounds(divergence, deltas, logp, lower, upper);
         });
     Ok(())
+}
+
+/// Fills the bounds of at most [`CHUNK`] elements.
+fn chunk_bounds(
+    divergence: &Divergence,
+    deltas: [Delta<'_>; 2],
+    logp: &[f64],
+    lower: &mut [f64],
+    upper: &mut [f64],
+) {
+    let mut radii = [[0.0; CHUNK]; 2];
+    for (radii, delta) in radii.iter_mut().zip(deltas) {
+        match delta {
+            Delta::Same(delta) => radii[..logp.len()].fill(divergence.generator_radius(delta)),
+            Delta::Each(deltas) => {
+                for (radius, &delta) in radii.iter_mut().zip(deltas) {
+                    *radius = divergence.generator_radius(delta);
+                }
+            }
+        }
+    }
+    let mut rest = Vec::new();
+    bulk::log_bounds(
+        &divergence.generator,
+        [&radii[0][..logp.len()], &radii[1][..logp.len()]],
+        logp,
+        [&mut *lower, &mut *upper],
+        &mut |index, side, rough| rest.push((index, side, rough)),
+    );
+    // Many tokens were certain, and with the same radius they have the same bound.
+    let mut of_certain = None;
+    for (index, side, rough) in rest {
+        let logp = logp[index];
+        let (delta, bounds) = match side {
+            Side::Lower => (deltas[0], &mut *lower),
+            Side::Upper => (deltas[1], &mut *upper),
+        };
+        bounds[index] = match (delta, rough) {
+            (Delta::Same(delta), None) if logp >= 0.0 && side == Side::Lower => {
+                *of_certain.get_or_insert_with(|| lower_of_certain(divergence, delta).0)
+            }
+            (delta, Some(rough)) => {
+                polish(divergence, logp, delta.at(index), side, rough, farthest(logp, side)).0
+            }
+            (delta, None) => bound(divergence, logp, delta.at(index), side).log_ratio,
+        };
+    }
 }
 
 /// The bounds of one side with how each was found, on all threads.
@@ -353,10 +399,7 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
         }
     }
     let split = Split::new(logp, side);
-    let farthest = match side {
-        Side::Upper => saturation.next_down(),
-        Side::Lower => -f64::MAX,
-    };
+    let farthest = farthest(logp, side);
     if is_far(logp) {
         let (zero, outside) = match side {
             Side::Upper => (0.0, saturation),
@@ -397,6 +440,14 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
         Side::Lower => log_ratio.next_down(),
     };
     Bound { log_ratio, outside, status: Status::Converged, evaluations: evaluations + more }
+}
+
+/// The last log-ratio before everything of a side is allowed.
+fn farthest(logp: f64, side: Side) -> f64 {
+    match side {
+        Side::Upper => (-logp).next_down(),
+        Side::Lower => -f64::MAX,
+    }
 }
 
 /// Corrects a rough bound on the exact residual and moves it inwards by single ulps until it is inside.
