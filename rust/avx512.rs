@@ -38,7 +38,7 @@ impl Avx512 {
     pub fn run_doubles<W: doubles::Work>(self, work: W) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
         fn compiled<W: doubles::Work>(lanes: Avx512, work: W) {
-            work.run(lanes);
+            work.run(doubles::Twice(lanes));
         }
         // SAFETY: as above.
         unsafe { compiled(self, work) }

@@ -275,16 +275,17 @@ struct Iterated<C>(C);
 impl<C: Curve> Law for Iterated<C> {
     #[inline(always)]
     fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
-        (C::AT_ZERO < f64::INFINITY).then(|| {
-            let grown = self.0.at(Point::from_excess(split.odds)).value;
-            split.growing.mul_add(grown, split.shrinking * C::AT_ZERO)
-        })
+        // No closure: one would not be compiled for the instructions of the vectors.
+        if C::AT_ZERO == f64::INFINITY {
+            return None;
+        }
+        let grown = self.0.at(Point::from_excess(split.odds)).value;
+        Some(split.growing.mul_add(grown, split.shrinking * C::AT_ZERO))
     }
 
     #[inline(always)]
     fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L> {
-        let constant = |value| radius.constant(value);
-        let per_radius = constant(1.0) / radius;
+        let per_radius = radius.constant(1.0) / radius;
         let mut m = self.0.start(split, radius);
         let mut steps = 0;
         loop {
@@ -301,21 +302,21 @@ impl<C: Curve> Law for Iterated<C> {
             // In logarithms: the order s of D in m, and how it changes, s - s^2 + m^2 D''/D.
             let per_d = m / d;
             let order = slope * per_d;
-            let change = order * (constant(1.0) - order) + m * per_d * (bend - slope);
+            let change = order * (radius.constant(1.0) - order) + m * per_d * (bend - slope);
             // ln(D/radius) to fifth order, and far off a number of its sign.
             let off = (d - radius) * per_radius;
-            let log_off =
-                off * 3.0 * (off + constant(2.0)) / off.mul_add(off + constant(6.0), constant(6.0));
+            let log_off = off * 3.0 * (off + radius.constant(2.0))
+                / off.mul_add(off + radius.constant(6.0), radius.constant(6.0));
             let square = order * order;
             let halley = (square * 2.0 - log_off * change).at_least(square);
             let step = -(log_off * order * 2.0) / halley;
-            let converged = step.abs().less(constant(LAST_STEP));
+            let converged = step.abs().less(radius.constant(LAST_STEP));
             steps += 1;
             if steps == MOST_STEPS || !(!converged).any() {
-                let more = m * (step * step).mul_add(constant(0.5), step);
-                let lost_more = (more * more).mul_add(constant(-0.5), more);
+                let more = m * (step * step).mul_add(radius.constant(0.5), step);
+                let lost_more = (more * more).mul_add(radius.constant(-0.5), more);
                 let growth_more = split.odds * ratio * lost_more;
-                let series = growth_more.mul_add(constant(1.0 / 3.0), constant(-0.5));
+                let series = growth_more.mul_add(radius.constant(1.0 / 3.0), radius.constant(-0.5));
                 let log_growth =
                     (growth_more * growth_more).mul_add(series, growth_more) + grown.log;
                 return Solution {
@@ -328,8 +329,8 @@ impl<C: Curve> Law for Iterated<C> {
                 };
             }
             // e^step to fourth order.
-            let step = step.at_most(constant(2.0)).at_least(constant(-2.0));
-            let even = step.mul_add(step, constant(12.0));
+            let step = step.at_most(radius.constant(2.0)).at_least(radius.constant(-2.0));
+            let even = step.mul_add(step, radius.constant(12.0));
             let odd = step * 6.0;
             m = converged.select(m, m * (even + odd) / (even - odd));
         }
@@ -431,11 +432,14 @@ impl Curve for JensenShannon {
     #[inline(always)]
     fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
         let Point { u, log, excess, .. } = point;
-        let to_mean = (excess * 0.5).log_1p().log;
-        let from_mean = log - to_mean;
         let plus = u + u.constant(1.0);
         let s = excess / plus;
         let square = s * s;
+        // ln((1+u)/2) and ln(2u/(1+u)): the one that is small is computed, the other one is the rest of ln u.
+        let shrinks = u.less(u.constant(1.0));
+        let small = shrinks.select(excess * 0.5, s).log_1p().log;
+        let large = log - small;
+        let (to_mean, from_mean) = (shrinks.select(small, large), shrinks.select(large, small));
         // With s = (u-1)/(u+1), f(u) = (u+1)/4 ((1+s) ln(1+s) + (1-s) ln(1-s)).
         let near = excess * s * 0.25 * square.polynomial(&ENTROPY);
         let far = u.mul_add(from_mean, -to_mean) * 0.5;
@@ -527,15 +531,26 @@ struct ChiSquare {
     scale: f64,
 }
 
+impl ChiSquare {
+    /// `f'(u)` times the scale.
+    #[inline(always)]
+    fn slope<L: Doubles>(self, u: Vector<L>, excess: Vector<L>) -> Vector<L> {
+        let blend = u.constant(self.blend);
+        let denominator = u.mul_add(blend, u.constant(1.0 - self.blend));
+        excess / denominator * (excess.mul_add(blend, u.constant(2.0)) / denominator)
+    }
+}
+
 impl Law for ChiSquare {
     #[inline(always)]
     fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
         let one = split.odds.constant(1.0);
         let weight = split.shrinking.mul_add(one.constant(self.blend), split.growing);
-        (self.blend < 1.0).then(|| {
-            let sum = one.constant(1.0 / (1.0 - self.blend)) + split.shrinking / weight;
-            split.shrinking * sum * (1.0 / self.scale)
-        })
+        if self.blend == 1.0 {
+            return None;
+        }
+        let sum = one.constant(1.0 / (1.0 - self.blend)) + split.shrinking / weight;
+        Some(split.shrinking * sum * (1.0 / self.scale))
     }
 
     /// The quadratic of `blended_chi_square` in `band.rs`.
@@ -559,12 +574,8 @@ impl Law for ChiSquare {
         let left = mostly.select(product / (one + gained), one - lost);
         let gain = odds * lost;
         let growth = one + gain;
-        let slope_at = |u: Vector<L>, excess: Vector<L>| {
-            let denominator = u.mul_add(blend, one.constant(1.0 - self.blend));
-            excess / denominator * (excess.mul_add(blend, one.constant(2.0)) / denominator)
-        };
-        let slope_of_grown = slope_at(growth, gain);
-        let slope = w * left * (slope_of_grown - slope_at(left, -lost));
+        let slope_of_grown = self.slope(growth, gain);
+        let slope = w * left * (slope_of_grown - self.slope(left, -lost));
         Solution {
             left,
             log_left: mostly.select(left.ln(), (-lost).log_1p().log),
