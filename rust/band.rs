@@ -1069,32 +1069,99 @@ mod tests {
 
     /// The contract: never outside the exact bound, and within 1e-14 of it or one ulp (of a denormal
     /// bound) or, where its condition number exceeds 20, with D within 2 ulp of delta.
+    fn assert_accurate(reference: &Reference, side: Side, bound: f64) {
+        let Reference { spec, logp, delta, bounds } = reference;
+        let (exact, rest, kappa) = bounds[usize::from(side == Side::Upper)];
+        let place = format!("{spec} logp={logp:e} delta={delta:e} {side:?} {bound:e}");
+        if exact.is_infinite() || exact == 0.0 {
+            assert_eq!(bound, exact, "{place}");
+            return;
+        }
+        let error = (bound - exact) - rest; // the difference of neighbours is exact
+        let relative = error / exact;
+        // The references have 60 digits.
+        assert!(relative <= 1e-60, "{place} is outside by {relative:e}");
+        let ulp = exact.abs() - exact.abs().next_down();
+        if relative >= -1e-14 || error.abs() <= ulp {
+            return;
+        }
+        assert!(kappa > 20.0, "{place} is off by {relative:e}");
+        let divergence = Divergence::parse(spec).unwrap();
+        let radius = divergence.generator_radius::<Dd>(*delta);
+        let missing = exact_residual(&divergence.generator, *logp, bound, radius).abs();
+        // One ulp of delta moves the radius of the generator by so much.
+        let next = divergence.generator_radius::<Dd>(delta.next_up());
+        assert!(missing <= 2.0 * (next - radius).to_f64(), "{place}: {missing:e}");
+    }
+
     #[test]
     fn bounds_hold_their_accuracy_and_are_inside() {
-        for Reference { spec, logp, delta, bounds } in references() {
-            let band = band(&spec, delta);
-            for (side, (exact, rest, kappa)) in [Side::Lower, Side::Upper].into_iter().zip(bounds) {
-                let bound = band.bound(logp, side).log_ratio;
-                let place = format!("{spec} logp={logp:e} delta={delta:e} {side:?} {bound:e}");
-                if exact.is_infinite() || exact == 0.0 {
-                    assert_eq!(bound, exact, "{place}");
-                    continue;
-                }
-                let error = (bound - exact) - rest; // the difference of neighbours is exact
-                let relative = error / exact;
-                // The references have 60 digits.
-                assert!(relative <= 1e-60, "{place} is outside by {relative:e}");
-                let ulp = exact.abs() - exact.abs().next_down();
-                if relative >= -1e-14 || error.abs() <= ulp {
-                    continue;
-                }
-                assert!(kappa > 20.0, "{place} is off by {relative:e}");
-                let generator = &band.divergence().generator;
-                let radius = band.divergence().generator_radius::<Dd>(delta);
-                let missing = exact_residual(generator, logp, bound, radius).abs();
-                // One ulp of delta moves the radius of the generator by so much.
-                let next = band.divergence().generator_radius::<Dd>(delta.next_up());
-                assert!(missing <= 2.0 * (next - radius).to_f64(), "{place}: {missing:e}");
+        for reference in references() {
+            let band = band(&reference.spec, reference.delta);
+            for side in [Side::Lower, Side::Upper] {
+                assert_accurate(&reference, side, band.bound(reference.logp, side).log_ratio);
+            }
+        }
+    }
+
+    #[test]
+    fn so_do_and_are_the_bounds_of_many_tokens() {
+        for references in references().chunk_by(|a, b| a.spec == b.spec) {
+            let divergence = Divergence::parse(&references[0].spec).unwrap();
+            let logp: Vec<f64> = references.iter().map(|reference| reference.logp).collect();
+            let deltas: Vec<f64> = references.iter().map(|reference| reference.delta).collect();
+            let (lower, upper) = many(&divergence, Delta::Each(&deltas), &logp);
+            for ((reference, lower), upper) in references.iter().zip(lower).zip(upper) {
+                assert_accurate(reference, Side::Lower, lower);
+                assert_accurate(reference, Side::Upper, upper);
+            }
+        }
+    }
+
+    fn many(divergence: &Divergence, delta: Delta<'_>, logp: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let (mut lower, mut upper) = (vec![0.0; logp.len()], vec![0.0; logp.len()]);
+        log_bounds(divergence, delta, delta, logp, &mut lower, &mut upper).unwrap();
+        (lower, upper)
+    }
+
+    /// 10^5 points of each divergence: a bound is the same, but for what the contract leaves open, whether it is
+    /// asked for alone or among others, and it is inside.
+    #[test]
+    fn many_tokens_have_the_bounds_that_each_has() {
+        const COUNT: usize = 100_003; // not a whole number of vectors
+        let mut state = 0_u64;
+        let mut uniform = |low: f64, high: f64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            low + (high - low) * (state >> 11) as f64 / (1_u64 << 53) as f64
+        };
+        let logp: Vec<f64> = (0..COUNT)
+            .map(|index| match index % 8 {
+                0 => uniform(-750.0, 0.0),
+                1 => -uniform(-750.0, 0.0).exp(),
+                2 if index % 64 == 2 => [0.0, 1.0, f64::NAN, f64::NEG_INFINITY][index / 64 % 4],
+                _ => -(-uniform(-30.0, 30.0)).exp().ln_1p(),
+            })
+            .collect();
+        let each: Vec<f64> = (0..COUNT).map(|_| uniform(-18.4, 2.3).exp()).collect();
+        for spec in SPECS {
+            let divergence = Divergence::parse(spec).unwrap();
+            for delta in [Delta::Each(&each), Delta::Same(0.05)] {
+                let (lower, upper) = many(&divergence, delta, &logp);
+                logp.par_iter().enumerate().for_each(|(index, &logp)| {
+                    let radius = delta.at(index);
+                    for (side, found) in [(Side::Lower, lower[index]), (Side::Upper, upper[index])]
+                    {
+                        let alone = bound(&divergence, logp, radius, side).log_ratio;
+                        let place = format!("{spec} {logp:e} {radius:e} {side:?}");
+                        if logp.is_nan() {
+                            assert!(found.is_nan(), "{place}: {found:e}");
+                            continue;
+                        }
+                        let same = found == alone || (found - alone).abs() <= 1e-14 * alone.abs();
+                        assert!(same, "{place}: {found:e} {alone:e}");
+                        assert!(is_inside(&divergence, logp, found, radius), "{place}: {found:e}");
+                    }
+                });
             }
         }
     }

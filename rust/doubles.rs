@@ -621,3 +621,107 @@ impl<L: Doubles> Doubles for Twice<L> {
         (self.0.from_exponent(a.0), self.0.from_exponent(a.1))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::real::{Dd, Real};
+
+    /// `[u, excess, gap]` of the exponential and `[log, gap]` of the logarithm of each number.
+    struct Each<'a> {
+        x: &'a [f64],
+        found: &'a mut Vec<[f64; 5]>,
+    }
+
+    impl Work for Each<'_> {
+        #[inline(always)]
+        fn run<L: Doubles>(self, lanes: L) {
+            for part in self.x.chunks_exact(L::COUNT) {
+                let x = Vector::load(lanes, part);
+                let (power, log) = (x.exponential(), x.log_1p());
+                let mut columns = [[0.0; MOST_DOUBLES]; 5];
+                power.u.store(&mut columns[0]);
+                power.excess.store(&mut columns[1]);
+                power.gap.store(&mut columns[2]);
+                log.log.store(&mut columns[3]);
+                log.gap.store(&mut columns[4]);
+                for lane in 0..L::COUNT {
+                    self.found.push(columns.map(|column| column[lane]));
+                }
+            }
+        }
+    }
+
+    fn kinds(x: &[f64]) -> Vec<(&'static str, Vec<[f64; 5]>)> {
+        let mut found = Vec::new();
+        Each { x, found: &mut found }.run(PortableDoubles);
+        let mut kinds = vec![("portable", found)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(lanes) = crate::avx2::Avx2Fused::new() {
+                let mut found = Vec::new();
+                lanes.run_doubles(Each { x, found: &mut found });
+                kinds.push(("AVX2", found));
+            }
+            if let Some(lanes) = crate::avx512::Avx512::new() {
+                let mut found = Vec::new();
+                lanes.run_doubles(Each { x, found: &mut found });
+                kinds.push(("AVX-512", found));
+            }
+        }
+        kinds
+    }
+
+    /// Numbers of every size up to `most`, of both signs, and densely up to 3.
+    fn numbers(most: f64) -> Vec<f64> {
+        let sizes =
+            (0..1 << 13).map(|i| (f64::from(i) * 0.173 - 700.0).exp()).filter(|x| *x < most);
+        let dense = (1..1 << 14).map(|i| f64::from(i) * (3.0 / f64::from(1 << 14)));
+        let mut numbers: Vec<f64> = sizes.chain(dense).flat_map(|x| [x, -x]).collect();
+        numbers.resize(numbers.len().next_multiple_of(MOST_DOUBLES), 1.0);
+        numbers
+    }
+
+    /// What docs/numerics.md states, in units of 2^-53.
+    #[test]
+    fn elementary_functions_are_as_good_as_they_say() {
+        let mut worst = [0.0_f64; 5];
+        let mut compare = |column: usize, found: f64, exact: Dd| {
+            let error = ((Dd::of(found) - exact) / exact).abs().to_f64();
+            worst[column] = worst[column].max(error / (0.5 * f64::EPSILON));
+        };
+        let x = numbers(708.0);
+        for (&x, found) in x.iter().zip(&kinds(&x)[0].1) {
+            let wide = Dd::of(x);
+            compare(0, found[0], wide.exp());
+            compare(1, found[1], wide.exp_m1());
+            // Where 31 digits cancel, too, they still have 16.
+            if x.abs() > 1e-12 {
+                compare(2, found[2], wide.exp_m1() - wide);
+            }
+        }
+        let x = numbers(1e300);
+        for (&x, found) in x.iter().zip(&kinds(&x)[0].1).filter(|(x, _)| **x > -1.0) {
+            let wide = Dd::of(x);
+            compare(3, found[3], wide.ln_1p());
+            if x.abs() > 1e-12 {
+                compare(4, found[4], wide - wide.ln_1p());
+            }
+        }
+        for (column, stated) in [2.0, 2.0, 4.0, 2.0, 6.0].into_iter().enumerate() {
+            assert!(worst[column] <= stated, "{worst:?}");
+        }
+    }
+
+    #[test]
+    fn every_kind_of_vector_gives_the_same_bits() {
+        let x = numbers(708.0);
+        let kinds = kinds(&x);
+        for (name, found) in &kinds {
+            for ((x, found), portable) in x.iter().zip(found).zip(&kinds[0].1) {
+                let same = found.map(f64::to_bits) == portable.map(f64::to_bits);
+                assert!(same || *x <= -1.0, "{name} {x:e}: {found:?} {portable:?}");
+            }
+        }
+    }
+}

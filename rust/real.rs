@@ -208,10 +208,20 @@ impl Dd {
 
     /// `(k, e^r - 1)` with `x = k ln 2 + r` and `|r| <= ln(2)/2`.
     pub(crate) fn reduced_exp_m1(self) -> (f64, Self) {
-        let k = (self.hi / std::f64::consts::LN_2).round();
-        let [first, second, third] = LN_2_PARTS.map(|part| Self::product(-k, part));
-        let r = self + first + second + third;
-        let nearest = (r.hi * GRID).round();
+        let mut r = self;
+        let mut whole = 0.0;
+        // Twice where x is so large that a rounding of k is more than 1; a third time would change nothing.
+        for _ in 0..3 {
+            let k = (r.hi / std::f64::consts::LN_2).round();
+            if k == 0.0 {
+                break;
+            }
+            let [first, second, third] = LN_2_PARTS.map(|part| Self::product(-k, part));
+            r = r + first + second + third;
+            whole += k;
+        }
+        let k = whole;
+        let nearest = (r.hi * GRID).round().clamp(-LAST_ON_GRID, LAST_ON_GRID);
         let e = (r + Self::of(-nearest / GRID)).small_exp_m1();
         if nearest == 0.0 {
             return (k, e);
