@@ -371,16 +371,21 @@ impl Curve for ReverseKl {
         Values { value, slope: u * log, curvature: u }
     }
 
+    /// From what the other one gains where `(1+v) ln(1+v) - v` is the radius times the odds; `v` within 6 %.
     #[inline(always)]
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
-        quadratic(split, radius, 1.0)
+        let y = (radius * split.odds * 2.0).sqrt();
+        let numerator = y.polynomial(&[0.00095, 0.153, 1.0]);
+        let v = y * numerator / y.polynomial(&[0.02, 1.0]);
+        log_loss(v / split.odds)
     }
 }
 
-/// `m` where `D` is `f''(1)/2 (w/g) m^2`.
+/// About `-ln(1 - x)` for a share `x` that is lost, and a large number from 1 on.
 #[inline(always)]
-fn quadratic<L: Doubles>(split: &Split<L>, radius: Vector<L>, curvature: f64) -> Vector<L> {
-    (radius * (2.0 / curvature) / split.odds).sqrt()
+fn log_loss<L: Doubles>(lost: Vector<L>) -> Vector<L> {
+    let lost = lost.at_most(lost.constant(0.97));
+    lost * (lost.constant(6.0) - lost) / (lost.constant(6.0) - lost * 4.0)
 }
 
 #[derive(Clone, Copy)]
@@ -450,9 +455,11 @@ impl Curve for JensenShannon {
         }
     }
 
+    /// `f''(1)/2 (w/g) x^2` next to 0, `f'(inf) x` where the other one is improbable.
     #[inline(always)]
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
-        quadratic(split, radius, 0.25)
+        let far = radius * (2.0 / std::f64::consts::LN_2);
+        log_loss(far.mul_add(far, radius * 8.0 / split.odds).sqrt())
     }
 }
 
