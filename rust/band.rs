@@ -97,7 +97,7 @@ pub struct Bound {
     pub outside: f64,
     /// How it came about.
     pub status: Status,
-    /// Evaluations of the divergence `D`, two of the generator each.
+    /// Evaluations of the divergence `D`, two of the generator each, that the scalar solver makes.
     pub evaluations: u32,
 }
 
@@ -185,6 +185,15 @@ impl Band {
         (self.bound(logp, Side::Lower).log_ratio, self.bound(logp, Side::Upper).log_ratio)
     }
 
+    /// The same of many tokens, on all threads.
+    #[must_use]
+    pub fn log_bounds_of_many(&self, logp: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let (mut lower, mut upper) = (vec![0.0; logp.len()], vec![0.0; logp.len()]);
+        let deltas = [Delta::Same(self.delta_low), Delta::Same(self.delta_high)];
+        fill(&self.divergence, deltas, logp, &mut lower, &mut upper);
+        (lower, upper)
+    }
+
     /// One end of the band, with how it was found.
     #[must_use]
     pub fn bound(&self, logp: f64, side: Side) -> Bound {
@@ -218,6 +227,18 @@ pub fn log_bounds(
             return Err(Error::Length { argument, actual, expected: logp.len() });
         }
     }
+    fill(divergence, [delta_low, delta_high], logp, log_lower, log_upper);
+    Ok(())
+}
+
+/// [`log_bounds`] of arguments that have been checked.
+fn fill(
+    divergence: &Divergence,
+    [delta_low, delta_high]: [Delta<'_>; 2],
+    logp: &[f64],
+    log_lower: &mut [f64],
+    log_upper: &mut [f64],
+) {
     logp.par_chunks(CHUNK)
         .zip(log_lower.par_chunks_mut(CHUNK))
         .zip(log_upper.par_chunks_mut(CHUNK))
@@ -227,7 +248,6 @@ pub fn log_bounds(
             let deltas = [delta_low.part(first, logp.len()), delta_high.part(first, logp.len())];
             chunk_bounds(divergence, deltas, logp, lower, upper);
         });
-    Ok(())
 }
 
 /// Fills the bounds of at most [`CHUNK`] elements.
@@ -277,7 +297,7 @@ fn chunk_bounds(
     }
 }
 
-/// The bounds of one side with how each was found, on all threads.
+/// The bounds of one side, those of [`log_bounds`], with how the scalar solver finds each; on all threads.
 ///
 /// # Errors
 /// [`Error::Delta`] and [`Error::Length`].
@@ -288,11 +308,21 @@ pub fn diagnose(
     side: Side,
 ) -> Result<Vec<Bound>> {
     delta.check("delta", logp.len())?;
+    let (mut lower, mut upper) = (vec![0.0; logp.len()], vec![0.0; logp.len()]);
+    log_bounds(divergence, delta, delta, logp, &mut lower, &mut upper)?;
+    let log_ratios = match side {
+        Side::Lower => lower,
+        Side::Upper => upper,
+    };
     Ok(logp
         .par_iter()
         .with_min_len(CHUNK)
+        .zip(log_ratios)
         .enumerate()
-        .map(|(index, &logp)| bound(divergence, logp, delta.at(index), side))
+        .map(|(index, (&logp, log_ratio))| Bound {
+            log_ratio,
+            ..bound(divergence, logp, delta.at(index), side)
+        })
         .collect())
 }
 

@@ -247,7 +247,7 @@ struct Point<L: Doubles> {
 impl<L: Doubles> Point<L> {
     #[inline(always)]
     fn from_log(log: Vector<L>) -> Self {
-        let least = log.at_least(log.constant(-MOST_LOG_LOSS));
+        let least = log.at_least(log.constant(-300.0));
         let power = least.exponential();
         Self { u: power.u, log, excess: power.excess, gap: power.gap + (least - log) }
     }
