@@ -17,6 +17,10 @@ const MOST_STEPS: u32 = 6;
 /// The step relative to `m` after which Halley's method leaves an error below 1e-17.
 const LAST_STEP: f64 = 3e-6;
 
+/// What is less than `e^-300` of a probability moves no sum with it, and its square is still a normal number:
+/// arithmetic on others is slow.
+const SMALLEST_LOG: f64 = 300.0;
+
 /// How far, relatively, `D` at the end of a side has to be from the radius to tell on which side of it, from
 /// double precision.
 const CLEAR_OF_SATURATION: f64 = 1e-10;
@@ -247,7 +251,7 @@ struct Point<L: Doubles> {
 impl<L: Doubles> Point<L> {
     #[inline(always)]
     fn from_log(log: Vector<L>) -> Self {
-        let least = log.at_least(log.constant(-300.0));
+        let least = log.at_least(log.constant(-SMALLEST_LOG));
         let power = least.exponential();
         Self { u: power.u, log, excess: power.excess, gap: power.gap + (least - log) }
     }
@@ -294,25 +298,30 @@ impl<C: Curve> Law for Iterated<C> {
             let grown = Point::from_excess(gain);
             let (low, high) = (self.0.at(shrunk), self.0.at(grown));
             let d = split.growing.mul_add(high.value, split.shrinking * low.value);
-            let slope_of_grown = high.slope / grown.u;
+            let per_growth = radius.constant(1.0) / grown.u;
+            let slope_of_grown = high.slope * per_growth;
             let slope = split.shrinking * (shrunk.u * slope_of_grown - low.slope);
-            let ratio = shrunk.u / grown.u;
+            let ratio = shrunk.u * per_growth;
             let bend = split.odds * ratio * ratio;
             let bend = split.shrinking * bend.mul_add(high.curvature, low.curvature);
-            // In logarithms: the order s of D in m, and how it changes, s - s^2 + m^2 D''/D.
-            let per_d = m / d;
-            let order = slope * per_d;
-            let change = order * (radius.constant(1.0) - order) + m * per_d * (bend - slope);
-            // ln(D/radius) to fifth order, and far off a number of its sign.
+            // With rho = D/radius, its order s = sigma/rho in m changes with ln m by
+            // s - s^2 + m^2 D''/D = change/rho^2; divisions are dear, so there is one for the whole step.
             let off = (d - radius) * per_radius;
-            let log_off = off * 3.0 * (off + radius.constant(2.0))
-                / off.mul_add(off + radius.constant(6.0), radius.constant(6.0));
-            let square = order * order;
-            let halley = (square * 2.0 - log_off * change).at_least(square);
-            let step = -(log_off * order * 2.0) / halley;
-            let converged = step.abs().less(radius.constant(LAST_STEP));
+            let rho = off + radius.constant(1.0);
+            let sigma = slope * m * per_radius;
+            let more = (bend - slope) * m * (m * per_radius);
+            let change = sigma.mul_add(rho - sigma, rho * more);
+            // ln(rho) is log_off/scale to fifth order, and far off a number of its sign.
+            let log_off = off * 3.0 * (off + radius.constant(2.0));
+            let scale = off.mul_add(off + radius.constant(6.0), radius.constant(6.0));
+            // The step is rise/run.
+            let square = sigma * sigma * scale;
+            let run = (square * 2.0 - log_off * change).at_least(square);
+            let rise = -(log_off * sigma * rho * 2.0);
+            let converged = rise.abs().less(run * LAST_STEP);
             steps += 1;
             if steps == MOST_STEPS || !(!converged).any() {
+                let step = rise / run;
                 let more = m * (step * step).mul_add(radius.constant(0.5), step);
                 let lost_more = (more * more).mul_add(radius.constant(-0.5), more);
                 let growth_more = split.odds * ratio * lost_more;
@@ -328,10 +337,11 @@ impl<C: Curve> Law for Iterated<C> {
                     found: converged,
                 };
             }
-            // e^step to fourth order.
-            let step = step.at_most(radius.constant(2.0)).at_least(radius.constant(-2.0));
-            let even = step.mul_add(step, radius.constant(12.0));
-            let odd = step * 6.0;
+            // e^step to fourth order, of a step of at most 2.
+            let longest = run * 2.0;
+            let rise = rise.at_most(longest).at_least(-longest);
+            let even = rise.mul_add(rise, run * run * 12.0);
+            let odd = rise * run * 6.0;
             m = converged.select(m, m * (even + odd) / (even - odd));
         }
     }
@@ -451,7 +461,7 @@ impl Curve for JensenShannon {
         Values {
             value: square.less(u.constant(0.25)).select(near, far),
             slope: u * from_mean * 0.5,
-            curvature: u / plus * 0.5,
+            curvature: (s + u.constant(1.0)) * 0.25,
         }
     }
 
