@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::doubles::{self, Doubles};
+use crate::doubles::{self, Doubles, Twice};
 use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up};
 use crate::table::Image;
 
@@ -45,7 +45,7 @@ impl Avx2Fused {
     pub fn run_doubles<W: doubles::Work>(self, work: W) {
         #[target_feature(enable = "avx2,fma,popcnt")]
         fn compiled<W: doubles::Work>(lanes: Avx2Fused, work: W) {
-            work.run(lanes);
+            work.run(Twice(Twice(lanes)));
         }
         // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX2
         // count bits.

@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::doubles::{self, Doubles};
+use crate::doubles::{self, Doubles, Twice};
 use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up};
 use crate::table::Image;
 
@@ -38,7 +38,7 @@ impl Avx512 {
     pub fn run_doubles<W: doubles::Work>(self, work: W) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
         fn compiled<W: doubles::Work>(lanes: Avx512, work: W) {
-            work.run(doubles::Twice(lanes));
+            work.run(Twice(Twice(lanes)));
         }
         // SAFETY: as above.
         unsafe { compiled(self, work) }

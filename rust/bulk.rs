@@ -101,7 +101,7 @@ impl<W: Law> Work for Sweep<'_, W> {
                 let mut values = [0.0; MOST_DOUBLES];
                 found.log_ratio.store(&mut values);
                 bounds[side_index][start..start + taken].copy_from_slice(&values[..taken]);
-                let mut open = !found.settled.bits() & ((1 << taken) - 1);
+                let mut open = !found.settled.bits() & u32::MAX >> (u32::BITS as usize - taken);
                 while open != 0 {
                     let lane = open.trailing_zeros() as usize;
                     let rough = (found.rough.bits() >> lane & 1 != 0).then_some(values[lane]);
