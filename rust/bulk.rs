@@ -358,11 +358,16 @@ impl Curve for Kl {
         Values { value: point.gap, slope: point.excess, curvature: point.u.constant(1.0) }
     }
 
-    /// `y (y + 2g)` is right at both ends: `w (m - 1)` is the radius far out, `w m^2 / 2g` next to 0.
+    /// `m` within 0.4 %: its square is `y^2 + 2 g y` at both ends, where `w (m - 1)` is the radius or
+    /// `w m^2 / 2g` is; the rest is of third order next to 0 and was fitted in between.
     #[inline(always)]
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
         let y = radius / split.shrinking;
-        (y * (y + split.growing * 2.0)).sqrt()
+        let square = y * split.growing * 2.0;
+        let third = y.constant(2.0 / 3.0).mul_add(split.shrinking, y.constant(2.0 / 3.0));
+        let rate = y.mul_add(y.constant(0.424), y.constant(0.409));
+        let fall = square.mul_add(rate, y.mul_add(y.constant(0.235), square.sqrt()));
+        (third * y).mul_add(square / fall, y.mul_add(y, square)).sqrt()
     }
 }
 
@@ -381,21 +386,25 @@ impl Curve for ReverseKl {
         Values { value, slope: u * log, curvature: u }
     }
 
-    /// From what the other one gains where `(1+v) ln(1+v) - v` is the radius times the odds; `v` within 6 %.
+    /// `m` within 2 %, but next to saturation. What is lost is `q` for small radii; then what the other one
+    /// gains decides, `(1+v) ln(1+v) - v` being about the radius times the odds; rational fits.
     #[inline(always)]
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
-        let y = (radius * split.odds * 2.0).sqrt();
-        let numerator = y.polynomial(&[0.00095, 0.153, 1.0]);
-        let v = y * numerator / y.polynomial(&[0.02, 1.0]);
-        log_loss(v / split.odds)
+        let q = (radius * 2.0 / split.odds).sqrt();
+        let s = q * split.odds;
+        let numerator = s.polynomial(&[5.2662e-5, 0.0163546, 0.326014, 1.0]);
+        let denominator = s.polynomial(&[0.00117282, 0.160436, 1.0]);
+        let one = s.constant(1.0);
+        let rate = s.constant(0.0647).mul_add(s / (s + one), s.constant(0.0722));
+        let fall = q.mul_add(q.mul_add(rate, s.constant(1.0 / 6.0)), one);
+        log_loss(q * numerator / (denominator * fall))
     }
 }
 
-/// About `-ln(1 - x)` for a share `x` that is lost, and a large number from 1 on.
+/// `-ln(1 - x)` for a share `x` that is lost, and a large number from 1 on.
 #[inline(always)]
 fn log_loss<L: Doubles>(lost: Vector<L>) -> Vector<L> {
-    let lost = lost.at_most(lost.constant(0.97));
-    lost * (lost.constant(6.0) - lost) / (lost.constant(6.0) - lost * 4.0)
+    -(-lost.at_most(lost.constant(0.99))).log_1p().log
 }
 
 #[derive(Clone, Copy)]
@@ -465,11 +474,21 @@ impl Curve for JensenShannon {
         }
     }
 
-    /// `f''(1)/2 (w/g) x^2` next to 0, `f'(inf) x` where the other one is improbable.
+    /// `m` within 2 %, but next to saturation. The square of what is lost is `q^2` for small radii and `far^2`
+    /// where the other one is improbable, with `f'(inf) far + far^2/8` about the radius; the rest was fitted.
     #[inline(always)]
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
-        let far = radius * (2.0 / std::f64::consts::LN_2);
-        log_loss(far.mul_add(far, radius * 8.0 / split.odds).sqrt())
+        let constant = radius.constant(0.5 * std::f64::consts::LN_2);
+        let bend = radius * radius.mul_add(radius.constant(0.883), radius.constant(0.5));
+        let far = radius * 2.0 / (constant.mul_add(constant, bend).sqrt() + constant);
+        let square = radius * 8.0 / split.odds;
+        let q = square.sqrt();
+        let rate = far.mul_add(far.constant(3.145), far.constant(0.584));
+        let between = square.mul_add(rate, far.mul_add(far.constant(0.269), q));
+        let lost = (far * 1.386).mul_add(square / between, far.mul_add(far, square)).sqrt();
+        let fall =
+            square.mul_add(q.constant(0.1093), q.mul_add(q.constant(0.208), q.constant(1.0)));
+        log_loss(lost / fall)
     }
 }
 
