@@ -17,8 +17,8 @@ const MOST_STEPS: u32 = 6;
 /// The step relative to `m` after which Halley's method leaves an error below 1e-17.
 const LAST_STEP: f64 = 3e-6;
 
-/// What is less than `e^-300` of a probability moves no sum with it, and its square is still a normal number:
-/// arithmetic on others is slow.
+/// What is less than `e^-300` of a probability moves no sum with it, and is taken for 0: the square of a smaller
+/// number would be denormal, and arithmetic on those is slow.
 const SMALLEST_LOG: f64 = 300.0;
 
 /// How far, relatively, `D` at the end of a side has to be from the radius to tell on which side of it, from
@@ -253,7 +253,8 @@ impl<L: Doubles> Point<L> {
     fn from_log(log: Vector<L>) -> Self {
         let least = log.at_least(log.constant(-SMALLEST_LOG));
         let power = least.exponential();
-        Self { u: power.u, log, excess: power.excess, gap: power.gap + (least - log) }
+        let u = log.less(least).select(log.constant(0.0), power.u);
+        Self { u, log, excess: power.excess, gap: power.gap + (least - log) }
     }
     #[inline(always)]
     fn from_excess(excess: Vector<L>) -> Self {
