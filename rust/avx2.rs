@@ -358,12 +358,12 @@ impl Doubles for Avx2Fused {
         unsafe { _mm256_and_si256(a, b) }
     }
     #[inline(always)]
-    fn to_exponent(self, a: __m256i) -> __m256i {
+    fn exponent_up(self, a: __m256i) -> __m256i {
         // SAFETY: the instructions are there.
         unsafe { _mm256_slli_epi64::<52>(a) }
     }
     #[inline(always)]
-    fn from_exponent(self, a: __m256i) -> __m256i {
+    fn exponent_down(self, a: __m256i) -> __m256i {
         // SAFETY: the instructions are there.
         unsafe { _mm256_srli_epi64::<52>(a) }
     }

@@ -356,12 +356,12 @@ impl Doubles for Avx512 {
         unsafe { _mm512_and_si512(a, b) }
     }
     #[inline(always)]
-    fn to_exponent(self, a: __m512i) -> __m512i {
+    fn exponent_up(self, a: __m512i) -> __m512i {
         // SAFETY: the instructions are there.
         unsafe { _mm512_slli_epi64::<52>(a) }
     }
     #[inline(always)]
-    fn from_exponent(self, a: __m512i) -> __m512i {
+    fn exponent_down(self, a: __m512i) -> __m512i {
         // SAFETY: the instructions are there.
         unsafe { _mm512_srli_epi64::<52>(a) }
     }

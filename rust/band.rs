@@ -110,7 +110,7 @@ pub enum Delta<'a> {
     Each(&'a [f64]),
 }
 
-impl<'a> Delta<'a> {
+impl Delta<'_> {
     fn part(self, first: usize, count: usize) -> Self {
         match self {
             Self::Same(_) => self,
@@ -1175,8 +1175,14 @@ mod tests {
         let each: Vec<f64> = (0..COUNT).map(|_| uniform(-18.4, 2.3).exp()).collect();
         for spec in SPECS {
             let divergence = Divergence::parse(spec).unwrap();
-            for delta in [Delta::Each(&each), Delta::Same(0.05)] {
-                let (lower, upper) = many(&divergence, delta, &logp);
+            let few = &logp[..COUNT / 20];
+            for (delta, logp) in [(Delta::Each(&each), &logp[..]), (Delta::Same(0.05), few)] {
+                let (lower, upper) = many(&divergence, delta, logp);
+                let diagnosed =
+                    diagnose(&divergence, delta.part(0, few.len()), few, Side::Upper).unwrap();
+                for (diagnosed, upper) in diagnosed.iter().zip(&upper) {
+                    assert_eq!(diagnosed.log_ratio.to_bits(), upper.to_bits(), "{spec}");
+                }
                 logp.par_iter().enumerate().for_each(|(index, &logp)| {
                     let radius = delta.at(index);
                     for (side, found) in [(Side::Lower, lower[index]), (Side::Upper, upper[index])]

@@ -623,3 +623,79 @@ impl Law for ChiSquare {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doubles::PortableDoubles;
+
+    type Bounds = (Vec<u64>, Vec<u64>, Vec<(usize, Side)>);
+
+    /// Does the same with each kind of vector.
+    fn kinds(law: impl Law, radii: &[f64], logp: &[f64]) -> Vec<(&'static str, Bounds)> {
+        let with = |run: &dyn Fn(Batch<'_>)| {
+            let (mut lower, mut upper) = (vec![0.0; logp.len()], vec![0.0; logp.len()]);
+            let mut open = Vec::new();
+            run(Batch {
+                radii: [radii, radii],
+                logp,
+                bounds: [&mut lower, &mut upper],
+                rest: &mut |index, side, _| open.push((index, side)),
+            });
+            open.sort_unstable_by_key(|&(index, side)| (index, side == Side::Upper));
+            for &(index, side) in &open {
+                let bounds = if side == Side::Upper { &mut upper } else { &mut lower };
+                bounds[index] = 0.0; // not settled
+            }
+            let bits = |bounds: Vec<f64>| bounds.into_iter().map(f64::to_bits).collect();
+            (bits(lower), bits(upper), open)
+        };
+        let mut kinds =
+            vec![("portable", with(&|batch| Sweep { batch, law }.run(PortableDoubles)))];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(lanes) = crate::avx2::Avx2Fused::new() {
+                kinds.push(("AVX2", with(&|batch| lanes.run_doubles(Sweep { batch, law }))));
+            }
+            if let Some(lanes) = crate::avx512::Avx512::new() {
+                kinds.push(("AVX-512", with(&|batch| lanes.run_doubles(Sweep { batch, law }))));
+            }
+        }
+        kinds
+    }
+
+    fn assert_same(law: impl Law, name: &str) {
+        let logp: Vec<f64> = (0..2003)
+            .map(|index| -(-f64::from(index - 1000) * 0.03).exp().ln_1p())
+            .chain([f64::NAN, 0.0, 1.0, f64::NEG_INFINITY, -1e-320, -1e4])
+            .collect();
+        let radii: Vec<f64> =
+            (0..logp.len()).map(|index| (-(index as f64 * 1.7) % 18.0 + 2.0).exp()).collect();
+        let kinds = kinds(law, &radii, &logp);
+        let settled = 2 * logp.len() - kinds[0].1.2.len();
+        assert!(settled > logp.len() * 19 / 10, "{name}: {settled} bounds");
+        for (kind, found) in &kinds {
+            assert!(*found == kinds[0].1, "{name} in {kind}");
+        }
+        // Nor does a bound depend on where it stands.
+        let (_, whole) = &kinds[0];
+        for index in (0..logp.len()).step_by(97) {
+            let (_, alone) = &self::kinds(law, &radii[index..=index], &logp[index..=index])[0];
+            assert_eq!((alone.0[0], alone.1[0]), (whole.0[index], whole.1[index]), "{name}");
+        }
+    }
+
+    #[test]
+    fn bounds_depend_neither_on_the_kind_of_vector_nor_on_their_neighbours() {
+        assert_same(Iterated(Kl), "kl");
+        assert_same(Iterated(ReverseKl), "reverse-kl");
+        assert_same(Iterated(JensenShannon), "jensen-shannon");
+        assert_same(Iterated(Jeffreys), "jeffreys");
+        assert_same(Linear { flat: 0.0, rate: 1.0, grown: 0.5 }, "tv");
+        assert_same(Linear { flat: 0.2, rate: 1.0, grown: 1.0 }, "hockey-stick:1.2");
+        assert_same(Hellinger, "hellinger");
+        assert_same(ChiSquare { blend: 0.0, scale: 1.0 }, "pearson-chi2");
+        assert_same(ChiSquare { blend: 1.0, scale: 1.0 }, "neyman-chi2");
+        assert_same(ChiSquare { blend: 0.5, scale: 4.0 }, "le-cam");
+    }
+}

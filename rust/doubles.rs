@@ -55,10 +55,10 @@ pub trait Doubles: Copy {
     /// Wraps around.
     fn sub_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn and_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
-    /// To the place of an exponent, by 52 bits.
-    fn to_exponent(self, a: Self::Words) -> Self::Words;
-    /// From the place of an exponent, by 52 bits; the sign bit is among them.
-    fn from_exponent(self, a: Self::Words) -> Self::Words;
+    /// Shifts up to the place of an exponent, by 52 bits.
+    fn exponent_up(self, a: Self::Words) -> Self::Words;
+    /// Shifts down from there; the sign bit comes along.
+    fn exponent_down(self, a: Self::Words) -> Self::Words;
 }
 
 /// Work to be done with whatever vectors of doubles the processor has.
@@ -226,7 +226,7 @@ impl<L: Doubles> Vector<L> {
         let excess = r + gap;
         // 2^k, from the low bits of k: those above the exponent's are shifted out.
         let exponent = lanes.add_words(lanes.as_words(shifted.values), lanes.words(1023));
-        let scale = self.with(lanes.as_floats(lanes.to_exponent(exponent)));
+        let scale = self.with(lanes.as_floats(lanes.exponent_up(exponent)));
         let scaled = scale.mul_add(excess, scale - one);
         Exponential {
             u: scale.mul_add(excess, scale),
@@ -258,7 +258,7 @@ impl<L: Doubles> Vector<L> {
         let lanes = self.lanes;
         // u = 2^k (1 + d); k = 0 around 1, where the gap would cancel.
         let shifted = lanes.add_words(lanes.as_words(u.values), lanes.words(ONE - ROOT_HALF));
-        let biased = lanes.from_exponent(shifted);
+        let biased = lanes.exponent_down(shifted);
         let mantissa = lanes.add_words(
             lanes.and_words(shifted, lanes.words((1 << 52) - 1)),
             lanes.words(ROOT_HALF),
@@ -266,7 +266,7 @@ impl<L: Doubles> Vector<L> {
         let k = self.with(lanes.as_floats(lanes.add_words(biased, lanes.words(TWO_52))))
             - self.constant(f64::from_bits(TWO_52) + 1023.0);
         let unscale = self
-            .with(lanes.as_floats(lanes.to_exponent(lanes.sub_words(lanes.words(2046), biased))));
+            .with(lanes.as_floats(lanes.exponent_up(lanes.sub_words(lanes.words(2046), biased))));
         let d = lost.mul_add(unscale, self.with(lanes.as_floats(mantissa)) - self.constant(1.0));
         let near = self.constant(NEAR_ONE[0]).less(u) & u.less(self.constant(NEAR_ONE[1]));
         let d = near.select(self, d);
@@ -507,11 +507,11 @@ impl Doubles for PortableDoubles {
         pairwise(a, b, |a, b| a & b)
     }
     #[inline(always)]
-    fn to_exponent(self, a: [u64; 4]) -> [u64; 4] {
+    fn exponent_up(self, a: [u64; 4]) -> [u64; 4] {
         each(a, |a| a << 52)
     }
     #[inline(always)]
-    fn from_exponent(self, a: [u64; 4]) -> [u64; 4] {
+    fn exponent_down(self, a: [u64; 4]) -> [u64; 4] {
         each(a, |a| a >> 52)
     }
 }
@@ -613,12 +613,12 @@ impl<L: Doubles> Doubles for Twice<L> {
         (self.0.and_words(a.0, b.0), self.0.and_words(a.1, b.1))
     }
     #[inline(always)]
-    fn to_exponent(self, a: Self::Words) -> Self::Words {
-        (self.0.to_exponent(a.0), self.0.to_exponent(a.1))
+    fn exponent_up(self, a: Self::Words) -> Self::Words {
+        (self.0.exponent_up(a.0), self.0.exponent_up(a.1))
     }
     #[inline(always)]
-    fn from_exponent(self, a: Self::Words) -> Self::Words {
-        (self.0.from_exponent(a.0), self.0.from_exponent(a.1))
+    fn exponent_down(self, a: Self::Words) -> Self::Words {
+        (self.0.exponent_down(a.0), self.0.exponent_down(a.1))
     }
 }
 
