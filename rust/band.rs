@@ -24,6 +24,8 @@
 //! double-double arithmetic, Newton's method corrects the bound, and it is moved inwards by single
 //! ulps until the residual says that it is inside. In the far tails, where p or 1 - p is below 1e-300,
 //! the bits of the bound are halved on such a residual, evaluated in logarithms.
+//!
+//! Of many tokens, `bulk.rs` settles those that need none of this by vectors; the rest comes here.
 
 use rayon::prelude::*;
 
