@@ -1,10 +1,11 @@
-//! [`Lanes`] in AVX2: eight float32 at a time.
+//! [`Lanes`] in AVX2, eight float32 at a time, and [`Doubles`], four float64.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always, clippy::wildcard_imports)]
 
 use std::arch::x86_64::*;
 
+use crate::doubles::{self, Doubles};
 use crate::lanes::{Exponentials, FloatBits, Lanes, Twice, Work, exponentials, look_up};
 use crate::table::Image;
 
@@ -23,6 +24,28 @@ impl Avx2 {
         #[target_feature(enable = "avx2,popcnt")]
         fn compiled<W: Work<f32>>(lanes: Avx2, work: W) -> W::Output {
             work.run(Twice(lanes))
+        }
+        // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX2
+        // count bits.
+        unsafe { compiled(self, work) }
+    }
+}
+
+/// AVX2 with fused multiplication and addition; exists only where the processor has both.
+#[derive(Clone, Copy)]
+pub struct Avx2Fused(());
+
+impl Avx2Fused {
+    /// `None` where the processor lacks the instructions.
+    pub fn new() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
+    }
+
+    /// Does the work in a function that is compiled for these instructions.
+    pub fn run_doubles<W: doubles::Work>(self, work: W) {
+        #[target_feature(enable = "avx2,fma,popcnt")]
+        fn compiled<W: doubles::Work>(lanes: Avx2Fused, work: W) {
+            work.run(doubles::Twice(doubles::Twice(lanes)));
         }
         // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX2
         // count bits.
@@ -250,5 +273,131 @@ impl FloatBits for Avx2 {
                 _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high)),
             ]
         }
+    }
+}
+
+impl Doubles for Avx2Fused {
+    type Float = __m256d;
+    /// All bits of a lane, or none.
+    type Mask = __m256d;
+    type Words = __m256i;
+    const COUNT: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, value: f64) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_set1_pd(value) }
+    }
+    #[inline(always)]
+    fn load(self, from: &[f64]) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_loadu_pd(from[..4].as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, values: __m256d, to: &mut [f64]) {
+        // SAFETY: the instructions are there.
+        unsafe {
+            _mm256_storeu_pd(to[..4].as_mut_ptr(), values);
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: __m256d, b: __m256d) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_add_pd(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m256d, b: __m256d) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_sub_pd(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m256d, b: __m256d) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_mul_pd(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: __m256d, b: __m256d) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_div_pd(a, b) }
+    }
+    #[inline(always)]
+    fn sqrt(self, a: __m256d) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_sqrt_pd(a) }
+    }
+    #[inline(always)]
+    fn mul_add(self, a: __m256d, b: __m256d, c: __m256d) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_fmadd_pd(a, b, c) }
+    }
+    #[inline(always)]
+    fn less(self, a: __m256d, b: __m256d) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_cmp_pd::<_CMP_LT_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn and(self, a: __m256d, b: __m256d) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_and_pd(a, b) }
+    }
+    #[inline(always)]
+    fn or(self, a: __m256d, b: __m256d) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_or_pd(a, b) }
+    }
+    #[inline(always)]
+    fn not(self, a: __m256d) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_xor_pd(a, _mm256_castsi256_pd(_mm256_set1_epi64x(-1))) }
+    }
+    #[inline(always)]
+    fn select(self, mask: __m256d, a: __m256d, b: __m256d) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_blendv_pd(b, a, mask) }
+    }
+    #[inline(always)]
+    fn bits(self, mask: __m256d) -> u32 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_movemask_pd(mask) as u32 }
+    }
+    #[inline(always)]
+    fn words(self, value: u64) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_set1_epi64x(value as i64) }
+    }
+    #[inline(always)]
+    fn as_words(self, a: __m256d) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_castpd_si256(a) }
+    }
+    #[inline(always)]
+    fn as_floats(self, a: __m256i) -> __m256d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_castsi256_pd(a) }
+    }
+    #[inline(always)]
+    fn add_words(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_add_epi64(a, b) }
+    }
+    #[inline(always)]
+    fn sub_words(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_sub_epi64(a, b) }
+    }
+    #[inline(always)]
+    fn and_words(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_and_si256(a, b) }
+    }
+    #[inline(always)]
+    fn exponent_up(self, a: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_slli_epi64::<52>(a) }
+    }
+    #[inline(always)]
+    fn exponent_down(self, a: __m256i) -> __m256i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_srli_epi64::<52>(a) }
     }
 }

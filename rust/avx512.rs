@@ -1,10 +1,11 @@
-//! [`Lanes`] in AVX-512: sixteen float32 at a time.
+//! [`Lanes`] and [`Doubles`] in AVX-512: sixteen float32 or eight float64 at a time.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always, clippy::wildcard_imports)]
 
 use std::arch::x86_64::*;
 
+use crate::doubles::{self, Doubles};
 use crate::lanes::{Exponentials, FloatBits, Lanes, Twice, Work, exponentials, look_up};
 use crate::table::Image;
 
@@ -30,6 +31,16 @@ impl Avx512 {
         }
         // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX-512
         // count bits.
+        unsafe { compiled(self, work) }
+    }
+
+    /// The same for work on doubles.
+    pub fn run_doubles<W: doubles::Work>(self, work: W) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
+        fn compiled<W: doubles::Work>(lanes: Avx512, work: W) {
+            work.run(doubles::Twice(doubles::Twice(lanes)));
+        }
+        // SAFETY: as above.
         unsafe { compiled(self, work) }
     }
 }
@@ -248,5 +259,126 @@ impl FloatBits for Avx512 {
                 _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high)),
             ]
         }
+    }
+}
+
+impl Doubles for Avx512 {
+    type Float = __m512d;
+    type Mask = __mmask8;
+    type Words = __m512i;
+    const COUNT: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, value: f64) -> __m512d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_set1_pd(value) }
+    }
+    #[inline(always)]
+    fn load(self, from: &[f64]) -> __m512d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_loadu_pd(from[..8].as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, values: __m512d, to: &mut [f64]) {
+        // SAFETY: the instructions are there.
+        unsafe {
+            _mm512_storeu_pd(to[..8].as_mut_ptr(), values);
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: __m512d, b: __m512d) -> __m512d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_add_pd(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512d, b: __m512d) -> __m512d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_sub_pd(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512d, b: __m512d) -> __m512d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_mul_pd(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: __m512d, b: __m512d) -> __m512d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_div_pd(a, b) }
+    }
+    #[inline(always)]
+    fn sqrt(self, a: __m512d) -> __m512d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_sqrt_pd(a) }
+    }
+    #[inline(always)]
+    fn mul_add(self, a: __m512d, b: __m512d, c: __m512d) -> __m512d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_fmadd_pd(a, b, c) }
+    }
+    #[inline(always)]
+    fn less(self, a: __m512d, b: __m512d) -> __mmask8 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_cmp_pd_mask::<_CMP_LT_OQ>(a, b) }
+    }
+    #[inline(always)]
+    fn and(self, a: __mmask8, b: __mmask8) -> __mmask8 {
+        a & b
+    }
+    #[inline(always)]
+    fn or(self, a: __mmask8, b: __mmask8) -> __mmask8 {
+        a | b
+    }
+    #[inline(always)]
+    fn not(self, a: __mmask8) -> __mmask8 {
+        !a
+    }
+    #[inline(always)]
+    fn select(self, mask: __mmask8, a: __m512d, b: __m512d) -> __m512d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_mask_blend_pd(mask, b, a) }
+    }
+    #[inline(always)]
+    fn bits(self, mask: __mmask8) -> u32 {
+        u32::from(mask)
+    }
+    #[inline(always)]
+    fn words(self, value: u64) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_set1_epi64(value as i64) }
+    }
+    #[inline(always)]
+    fn as_words(self, a: __m512d) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_castpd_si512(a) }
+    }
+    #[inline(always)]
+    fn as_floats(self, a: __m512i) -> __m512d {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_castsi512_pd(a) }
+    }
+    #[inline(always)]
+    fn add_words(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_add_epi64(a, b) }
+    }
+    #[inline(always)]
+    fn sub_words(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_sub_epi64(a, b) }
+    }
+    #[inline(always)]
+    fn and_words(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_and_si512(a, b) }
+    }
+    #[inline(always)]
+    fn exponent_up(self, a: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_slli_epi64::<52>(a) }
+    }
+    #[inline(always)]
+    fn exponent_down(self, a: __m512i) -> __m512i {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_srli_epi64::<52>(a) }
     }
 }

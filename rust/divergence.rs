@@ -27,9 +27,12 @@ impl<T: Real> Point<T> {
     /// The point with the given `ln u`.
     #[must_use]
     pub fn from_log(log: T) -> Self {
+        if log.to_f64() < -0.7 {
+            let u = log.exp(); // below 1/2, so u - 1 is as good as it gets
+            return Self { log, excess: u - T::of(1.0), u };
+        }
         let excess = log.exp_m1();
-        let u = if excess.to_f64() < -0.5 { log.exp() } else { excess + T::of(1.0) };
-        Self { log, excess, u }
+        Self { log, excess, u: excess + T::of(1.0) }
     }
 
     /// The point with the given `u - 1 > -1`.

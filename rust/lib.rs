@@ -18,7 +18,9 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod band;
+mod bulk;
 pub mod divergence;
+mod doubles;
 pub mod error;
 mod expression;
 mod lanes;

@@ -17,7 +17,7 @@ use crate::band::{self, Band, Delta, Side};
 use crate::divergence::Divergence;
 use crate::error::Error;
 use crate::loss::{self, Advantages, BoundSource, Float, Surrogate, Tokens};
-use crate::table::{BandTable, Curve, Image, MaxError, Stretches, Verification, exact_bounds};
+use crate::table::{BandTable, Curve, Image, MaxError, Stretches, Verification};
 
 impl From<Error> for PyErr {
     /// Each kind of error becomes the class of `bandpo.error` that callers expect.
@@ -140,7 +140,7 @@ impl ExactArgument {
         match self {
             Self::Band(divergence, low, high) => {
                 let band = Band::new(divergence.0.clone(), *low, *high)?;
-                Ok(exact_bounds(&band, logp))
+                Ok(band.log_bounds_of_many(logp))
             }
             Self::Function(function) => {
                 Python::attach(|py| call_for_pair(py, function, (logp.to_vec().into_pyarray(py),)))

@@ -10,6 +10,7 @@
 //! for basic building blocks of double-word arithmetic*, ACM TOMS 44 (2017).
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
+use std::sync::LazyLock;
 
 /// What a generator needs from a number.
 pub trait Real:
@@ -152,8 +153,8 @@ pub(crate) const LN_2_PARTS: [f64; 3] =
 /// `pi/2` in three parts, likewise.
 const HALF_PI_PARTS: [f64; 3] = [1.5707963267341256, 6.077100506506192e-11, 3.5215598651832e-27];
 
-/// `1/n!` for n = 2..=11.
-const INVERSE_FACTORIAL: [Dd; 10] = [
+/// `1/n!` for n = 2..=12.
+const INVERSE_FACTORIAL: [Dd; 11] = [
     Dd { hi: 0.5, lo: 0.0 },
     Dd { hi: 0.16666666666666666, lo: 9.25185853854297e-18 },
     Dd { hi: 0.041666666666666664, lo: 2.3129646346357427e-18 },
@@ -164,6 +165,7 @@ const INVERSE_FACTORIAL: [Dd; 10] = [
     Dd { hi: 2.7557319223985893e-06, lo: -1.858393274046472e-22 },
     Dd { hi: 2.755731922398589e-07, lo: 2.3767714622250297e-23 },
     Dd { hi: 2.505210838544172e-08, lo: -1.448814070935912e-24 },
+    Dd { hi: 2.08767569878681e-09, lo: -1.20734505911326e-25 },
 ];
 
 impl Dd {
@@ -206,22 +208,60 @@ impl Dd {
 
     /// `(k, e^r - 1)` with `x = k ln 2 + r` and `|r| <= ln(2)/2`.
     pub(crate) fn reduced_exp_m1(self) -> (f64, Self) {
-        const HALVINGS: i32 = 9;
-        let k = (self.hi / std::f64::consts::LN_2).round();
-        let [first, second, third] = LN_2_PARTS.map(|part| Self::product(-k, part));
-        let r = (self + first + second + third).scaled_by_power_of_two(-HALVINGS);
-        // |r| < 7e-4: the first dropped term of the series is r^12/12!, below 1e-46.
-        let mut series = INVERSE_FACTORIAL[9];
-        for coefficient in INVERSE_FACTORIAL[..9].iter().rev() {
-            series = series * r + *coefficient;
+        let mut r = self;
+        let mut whole = 0.0;
+        // Twice where x is so large that a rounding of k is more than 1; a third time would change nothing.
+        for _ in 0..3 {
+            let k = (r.hi / std::f64::consts::LN_2).round();
+            if k == 0.0 {
+                break;
+            }
+            let [first, second, third] = LN_2_PARTS.map(|part| Self::product(-k, part));
+            r = r + first + second + third;
+            whole += k;
         }
-        let mut e = r + r * r * series;
-        for _ in 0..HALVINGS {
-            e = e * e + e + e; // e^(2r) - 1 from e^r - 1
+        let k = whole;
+        let nearest = (r.hi * GRID).round().clamp(-LAST_ON_GRID, LAST_ON_GRID);
+        let e = (r + Self::of(-nearest / GRID)).small_exp_m1();
+        if nearest == 0.0 {
+            return (k, e);
         }
-        (k, e)
+        let at_nearest = EXP_M1_ON_GRID[(nearest + LAST_ON_GRID) as usize];
+        // (1 + a)(1 + e) - 1
+        (k, at_nearest + (e + at_nearest * e))
+    }
+
+    /// `e^r - 1` for `|r| <= 2^-7`.
+    fn small_exp_m1(self) -> Self {
+        // Of the powers from the seventh on, a double has enough digits: they are 2^-54 of the sum.
+        let mut tail = INVERSE_FACTORIAL[10].hi;
+        for coefficient in INVERSE_FACTORIAL[5..10].iter().rev() {
+            tail = tail * self.hi + coefficient.hi;
+        }
+        let mut series = Self::of(tail);
+        for coefficient in INVERSE_FACTORIAL[..5].iter().rev() {
+            series = series * self + *coefficient;
+        }
+        self + self * self * series
     }
 }
+
+/// Values of [`EXP_M1_ON_GRID`] between two whole numbers.
+const GRID: f64 = 64.0;
+
+/// The last place on that grid: `ln(2)/2` lies before it.
+const LAST_ON_GRID: f64 = 23.0;
+
+/// `e^(j/64) - 1` for j from -23 to 23.
+static EXP_M1_ON_GRID: LazyLock<[Dd; 47]> = LazyLock::new(|| {
+    std::array::from_fn(|index| {
+        let mut e = Dd::of((index as f64 - LAST_ON_GRID) / (64.0 * GRID)).small_exp_m1();
+        for _ in 0..6 {
+            e = e * e + e + e; // e^(2r) - 1 from e^r - 1
+        }
+        e
+    })
+});
 
 impl Dd {
     /// The quadrant `k mod 4` and `sin r`, `cos r` with `x = k pi/2 + r`, `|r| <= pi/4`.

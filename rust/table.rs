@@ -259,7 +259,9 @@ impl BandTable {
             "delta": [band.delta(Side::Lower), band.delta(Side::Upper)],
         }});
         let whole = || vec![(0.0, Curve::Band(band))];
-        Self::build(&whole(), &whole(), region.to_string(), &|logp| Ok(exact_bounds(band, logp)))
+        Self::build(&whole(), &whole(), region.to_string(), &|logp| {
+            Ok(band.log_bounds_of_many(logp))
+        })
     }
 
     /// Tabulates a region that is made of curves; `exact` is what its error is measured against, and
@@ -473,11 +475,6 @@ impl BandTable {
         };
         MaxError { log_upper: error, lower: 0.0 }
     }
-}
-
-/// `(log_lower, log_upper)` of a band, on all threads.
-pub(crate) fn exact_bounds(band: &Band, logp: &[f64]) -> (Vec<f64>, Vec<f64>) {
-    logp.par_iter().with_min_len(256).map(|&logp| band.log_bounds(logp)).unzip()
 }
 
 impl Curve<'_> {
@@ -1483,7 +1480,7 @@ mod tests {
     }
 
     fn found(table: &BandTable, band: &Band, count: u64) -> MaxError {
-        table.errors_between(0, count, count, &|logp| Ok(exact_bounds(band, logp))).unwrap()
+        table.errors_between(0, count, count, &|logp| Ok(band.log_bounds_of_many(logp))).unwrap()
     }
 
     /// The promise of a table, and what a cell-wise sample may not see of it.
@@ -1532,7 +1529,7 @@ mod tests {
 
     /// In every cell and evenly over all floats.
     fn found_everywhere(table: &BandTable, band: &Band, count: u64) -> MaxError {
-        let exact = |logp: &[f64]| Ok(exact_bounds(band, logp));
+        let exact = |logp: &[f64]| Ok(band.log_bounds_of_many(logp));
         let in_cells = table.errors_in_cells(4, &exact).unwrap();
         found(table, band, count).merge(in_cells)
     }
@@ -1758,7 +1755,7 @@ mod tests {
         };
         let (low, high) = (crosses(1.28), crosses(10.0));
         let exact = |logp: &[f64]| {
-            let (lower, upper) = exact_bounds(&kl, logp);
+            let (lower, upper) = kl.log_bounds_of_many(logp);
             let upper = upper.iter().map(|u| u.clamp(1.28_f64.ln(), 10_f64.ln())).collect();
             Ok((lower, upper))
         };
@@ -1784,7 +1781,7 @@ mod tests {
         fn any_radius(log_delta in -9.2..0.0_f64, y in prop::collection::vec(0.0..104.0_f32, 50)) {
             let band = band("reverse-kl", log_delta.exp(), log_delta.exp());
             let table = BandTable::of_band(&band).unwrap();
-            let error = table.errors_at(&y, &|logp| Ok(exact_bounds(&band, logp))).unwrap();
+            let error = table.errors_at(&y, &|logp| Ok(band.log_bounds_of_many(logp))).unwrap();
             prop_assert!(error.log_upper <= TARGET && error.lower <= TARGET, "{:?}", error);
         }
     }

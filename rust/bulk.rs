@@ -1,0 +1,701 @@
+//! The bulk of the tokens, whose bounds are nothing special: as many at a time as fit into a vector.
+//!
+//! The problem is that of `band.rs`, in double precision. What is not settled by a wide margin is left to the
+//! scalar solver there: limits, far tails, bounds next to saturation or of a large condition number, and
+//! those for which the iteration takes long. A lane never depends on its neighbours.
+
+// A function of vectors has to become part of one that is compiled for their instructions.
+#![allow(clippy::inline_always)]
+
+use crate::band::{BENIGN_CONDITION, FAR_REST, FAR_TAIL, MARGIN, MOST_LOG_LOSS, Side};
+use crate::divergence::Generator;
+use crate::doubles::{Doubles, MOST_DOUBLES, Truth, Vector, Work, widest};
+
+/// Most evaluations of `D`; what has not converged then is left to the scalar solver.
+const MOST_STEPS: u32 = 6;
+
+/// The step relative to `m` after which Halley's method leaves an error below 1e-17.
+const LAST_STEP: f64 = 3e-6;
+
+/// What is less than `e^-300` of a probability moves no sum with it, and is taken for 0: the square of a smaller
+/// number would be denormal, and arithmetic on those is slow.
+const SMALLEST_LOG: f64 = 300.0;
+
+/// How far, relatively, `D` at the end of a side has to be from the radius to tell on which side of it, from
+/// double precision.
+const CLEAR_OF_SATURATION: f64 = 1e-10;
+
+/// Writes both bounds of each token, as far as they are settled here, and calls `rest(index, side, rough)` for
+/// each of the others, with an unpolished bound where there is one. `radii` are the generator's, below and above.
+pub(crate) fn log_bounds(
+    generator: &Generator,
+    radii: [&[f64]; 2],
+    logp: &[f64],
+    bounds: [&mut [f64]; 2],
+    rest: &mut dyn FnMut(usize, Side, Option<f64>),
+) {
+    let count = logp.len();
+    let done = {
+        let batch = Batch { radii, logp, bounds, rest: &mut *rest };
+        match *generator {
+            Generator::Kl => batch.run(Iterated(Kl)),
+            Generator::ReverseKl => batch.run(Iterated(ReverseKl)),
+            Generator::JensenShannon => batch.run(Iterated(JensenShannon)),
+            Generator::Jeffreys => batch.run(Iterated(Jeffreys)),
+            Generator::Tv => batch.run(Linear { flat: 0.0, rate: 1.0, grown: 0.5 }),
+            Generator::Vajda(1.0) => batch.run(Linear { flat: 0.0, rate: 2.0, grown: 0.5 }),
+            Generator::HockeyStick(threshold) => {
+                batch.run(Linear { flat: threshold - 1.0, rate: 1.0, grown: 1.0 })
+            }
+            Generator::Hellinger => batch.run(Hellinger),
+            Generator::Bwcs(blend) => batch.run(ChiSquare { blend, scale: 1.0 }),
+            Generator::LeCam => batch.run(ChiSquare { blend: 0.5, scale: 4.0 }),
+            Generator::Vajda(_) | Generator::Alpha(_) | Generator::Expression(_) => false,
+        }
+    };
+    if !done {
+        for index in 0..count {
+            rest(index, Side::Lower, None);
+            rest(index, Side::Upper, None);
+        }
+    }
+}
+
+/// Tokens and what to do with them.
+struct Batch<'a> {
+    radii: [&'a [f64]; 2],
+    logp: &'a [f64],
+    bounds: [&'a mut [f64]; 2],
+    rest: &'a mut dyn FnMut(usize, Side, Option<f64>),
+}
+
+impl Batch<'_> {
+    fn run(self, law: impl Law) -> bool {
+        widest(Sweep { batch: self, law })
+    }
+}
+
+/// A batch under the law of its divergence.
+struct Sweep<'a, W> {
+    batch: Batch<'a>,
+    law: W,
+}
+
+impl<W: Law> Work for Sweep<'_, W> {
+    #[inline(always)]
+    fn run<L: Doubles>(self, lanes: L) {
+        let Self { batch: Batch { radii, logp, bounds, rest }, law } = self;
+        let mut start = 0;
+        while start < logp.len() {
+            let taken = L::COUNT.min(logp.len() - start);
+            // The last vector is filled up with a token that is nothing special.
+            let mut tokens = [-1.0; MOST_DOUBLES];
+            tokens[..taken].copy_from_slice(&logp[start..start + taken]);
+            let tokens = Vector::load(lanes, &tokens);
+            let split = Both::new(tokens);
+            for (side, upper) in [(Side::Lower, false), (Side::Upper, true)] {
+                let side_index = usize::from(upper);
+                let mut radius = [1.0; MOST_DOUBLES];
+                radius[..taken].copy_from_slice(&radii[side_index][start..start + taken]);
+                let found = split.bound(law, Vector::load(lanes, &radius), upper);
+                let mut values = [0.0; MOST_DOUBLES];
+                found.log_ratio.store(&mut values);
+                bounds[side_index][start..start + taken].copy_from_slice(&values[..taken]);
+                let mut open = !found.settled.bits() & u32::MAX >> (u32::BITS as usize - taken);
+                while open != 0 {
+                    let lane = open.trailing_zeros() as usize;
+                    let rough = (found.rough.bits() >> lane & 1 != 0).then_some(values[lane]);
+                    rest(start + lane, side, rough);
+                    open &= open - 1;
+                }
+            }
+            start += taken;
+        }
+    }
+}
+
+/// What a vector of bounds came to.
+struct Found<L: Doubles> {
+    log_ratio: Vector<L>,
+    /// Where it is the bound.
+    settled: Truth<L>,
+    /// Where it is one but for polishing.
+    rough: Truth<L>,
+}
+
+/// Both outcomes of each token.
+struct Both<L: Doubles> {
+    logp: Vector<L>,
+    /// Where no factor leaves the range of a double.
+    ordinary: Truth<L>,
+    token: Vector<L>,
+    others: Vector<L>,
+}
+
+impl<L: Doubles> Both<L> {
+    #[inline(always)]
+    fn new(logp: Vector<L>) -> Self {
+        let ordinary = logp.constant(FAR_TAIL).less(logp) & logp.less(logp.constant(-FAR_REST));
+        let logp = ordinary.select(logp, logp.constant(-1.0));
+        let power = logp.exponential();
+        Self { logp, ordinary, token: power.u, others: -power.excess }
+    }
+
+    /// One end of the band.
+    #[inline(always)]
+    fn bound(&self, law: impl Law, radius: Vector<L>, upper: bool) -> Found<L> {
+        let (shrinking, growing) =
+            if upper { (self.others, self.token) } else { (self.token, self.others) };
+        let split = Split { shrinking, growing, odds: shrinking / growing };
+        let one = radius.constant(1.0);
+        let greatest = law.greatest(&split);
+        let (saturated, clear, solvable) = match greatest {
+            Some(greatest) => (
+                (greatest * (1.0 + CLEAR_OF_SATURATION)).less(radius),
+                radius.less(greatest * (1.0 - CLEAR_OF_SATURATION)),
+                radius.less(greatest).select(radius, greatest * 0.25),
+            ),
+            // Neither is ever in question.
+            None => (one.less(one), !one.less(one), radius),
+        };
+        let solution = law.solve(&split, solvable);
+        let log_left = solution.log_left;
+        let (edge, rough, condition) = if upper {
+            let log_growth = solution.log_growth;
+            let chain = solution.left * split.odds / (solution.growth * log_growth);
+            (-self.logp, log_growth, chain * solution.condition)
+        } else {
+            let end = one.constant(f64::NEG_INFINITY);
+            (end, log_left, (solution.condition / log_left).abs())
+        };
+        let mut exact = self.ordinary & clear & solution.found;
+        if greatest.is_some() {
+            exact = exact & one.constant(-MOST_LOG_LOSS).less(log_left);
+        }
+        let benign = condition.less(one.constant(BENIGN_CONDITION));
+        let inside = rough * (1.0 - MARGIN);
+        let inside = if upper {
+            inside.at_most(edge.next_inwards())
+        } else {
+            inside.at_least(one.constant(-f64::MAX))
+        };
+        Found {
+            log_ratio: saturated.select(edge, benign.select(inside, rough)),
+            settled: self.ordinary & saturated | exact & benign,
+            rough: exact,
+        }
+    }
+}
+
+/// The probabilities of the two outcomes, and their ratio.
+struct Split<L: Doubles> {
+    shrinking: Vector<L>,
+    growing: Vector<L>,
+    odds: Vector<L>,
+}
+
+/// Where `D` is the radius.
+struct Solution<L: Doubles> {
+    /// The factor that is left of the one that shrinks, and its logarithm.
+    left: Vector<L>,
+    log_left: Vector<L>,
+    /// The factor by which the other one grows, and its logarithm.
+    growth: Vector<L>,
+    log_growth: Vector<L>,
+    /// By how much the logarithm of what is left moves, when `D` is off by so much of itself.
+    condition: Vector<L>,
+    found: Truth<L>,
+}
+
+/// How to solve for a divergence.
+trait Law: Copy {
+    /// `D` where nothing is left; `None` where that is infinite.
+    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>>;
+    /// For a radius below that.
+    fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L>;
+}
+
+/// `(1 + |what rounding the odds does to D|/D) D/D'`, with the slope of `D` against the log of what is left.
+#[inline(always)]
+fn condition<L: Doubles>(
+    split: &Split<L>,
+    d: Vector<L>,
+    slope: Vector<L>,
+    gain: Vector<L>,
+    slope_of_grown: Vector<L>,
+) -> Vector<L> {
+    (split.growing * gain).mul_add(slope_of_grown, d) / slope
+}
+
+/// A generator without a closed form.
+trait Curve: Copy {
+    /// `f(0)`, infinite for some.
+    const AT_ZERO: f64;
+    fn at<L: Doubles>(self, point: Point<L>) -> Values<L>;
+    /// Where to start: about `m`.
+    fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L>;
+}
+
+/// An argument `u` of a generator.
+#[derive(Clone, Copy)]
+struct Point<L: Doubles> {
+    u: Vector<L>,
+    /// `ln u`
+    log: Vector<L>,
+    /// `u - 1`
+    excess: Vector<L>,
+    /// `u - 1 - ln u`
+    gap: Vector<L>,
+}
+
+impl<L: Doubles> Point<L> {
+    #[inline(always)]
+    fn from_log(log: Vector<L>) -> Self {
+        let least = log.at_least(log.constant(-SMALLEST_LOG));
+        let power = least.exponential();
+        let u = log.less(least).select(log.constant(0.0), power.u);
+        Self { u, log, excess: power.excess, gap: power.gap + (least - log) }
+    }
+    #[inline(always)]
+    fn from_excess(excess: Vector<L>) -> Self {
+        let log = excess.log_1p();
+        Self { u: excess + excess.constant(1.0), log: log.log, excess, gap: log.gap }
+    }
+}
+
+/// A generator and its derivatives at a point.
+struct Values<L: Doubles> {
+    /// `f(u)`
+    value: Vector<L>,
+    /// `u f'(u)`
+    slope: Vector<L>,
+    /// `u^2 f''(u)`
+    curvature: Vector<L>,
+}
+
+/// Halley's method on `ln D` against `ln m`.
+#[derive(Clone, Copy)]
+struct Iterated<C>(C);
+
+impl<C: Curve> Law for Iterated<C> {
+    #[inline(always)]
+    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+        // No closure: one would not be compiled for the instructions of the vectors.
+        if C::AT_ZERO == f64::INFINITY {
+            return None;
+        }
+        let grown = self.0.at(Point::from_excess(split.odds)).value;
+        Some(split.growing.mul_add(grown, split.shrinking * C::AT_ZERO))
+    }
+
+    #[inline(always)]
+    fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L> {
+        let per_radius = radius.constant(1.0) / radius;
+        let mut m = self.0.start(split, radius);
+        let mut steps = 0;
+        loop {
+            let shrunk = Point::from_log(-m);
+            let gain = -(split.odds * shrunk.excess);
+            let grown = Point::from_excess(gain);
+            let (low, high) = (self.0.at(shrunk), self.0.at(grown));
+            let d = split.growing.mul_add(high.value, split.shrinking * low.value);
+            let per_growth = radius.constant(1.0) / grown.u;
+            let slope_of_grown = high.slope * per_growth;
+            let slope = split.shrinking * (shrunk.u * slope_of_grown - low.slope);
+            let ratio = shrunk.u * per_growth;
+            let bend = split.odds * ratio * ratio;
+            let bend = split.shrinking * bend.mul_add(high.curvature, low.curvature);
+            // With rho = D/radius, its order s = sigma/rho in m changes with ln m by
+            // s - s^2 + m^2 D''/D = change/rho^2; divisions are dear, so there is one for the whole step.
+            let off = (d - radius) * per_radius;
+            let rho = off + radius.constant(1.0);
+            let sigma = slope * m * per_radius;
+            let more = (bend - slope) * m * (m * per_radius);
+            let change = sigma.mul_add(rho - sigma, rho * more);
+            // ln(rho) is log_off/scale to fifth order, and far off a number of its sign.
+            let log_off = off * 3.0 * (off + radius.constant(2.0));
+            let scale = off.mul_add(off + radius.constant(6.0), radius.constant(6.0));
+            // The step is rise/run.
+            let square = sigma * sigma * scale;
+            let run = (square * 2.0 - log_off * change).at_least(square);
+            let rise = -(log_off * sigma * rho * 2.0);
+            let converged = rise.abs().less(run * LAST_STEP);
+            steps += 1;
+            if steps == MOST_STEPS || !(!converged).any() {
+                let step = rise / run;
+                let more = m * (step * step).mul_add(radius.constant(0.5), step);
+                let lost_more = (more * more).mul_add(radius.constant(-0.5), more);
+                let growth_more = split.odds * ratio * lost_more;
+                let series = growth_more.mul_add(radius.constant(1.0 / 3.0), radius.constant(-0.5));
+                let log_growth =
+                    (growth_more * growth_more).mul_add(series, growth_more) + grown.log;
+                return Solution {
+                    left: shrunk.u,
+                    log_left: -(m + more),
+                    growth: grown.u,
+                    log_growth,
+                    condition: condition(split, d, slope, gain, slope_of_grown),
+                    found: converged,
+                };
+            }
+            // e^step to fourth order, of a step of at most 2.
+            let longest = run * 2.0;
+            let rise = rise.at_most(longest).at_least(-longest);
+            let even = rise.mul_add(rise, run * run * 12.0);
+            let odd = rise * run * 6.0;
+            m = converged.select(m, m * (even + odd) / (even - odd));
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Kl;
+
+impl Curve for Kl {
+    const AT_ZERO: f64 = f64::INFINITY;
+
+    #[inline(always)]
+    fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
+        Values { value: point.gap, slope: point.excess, curvature: point.u.constant(1.0) }
+    }
+
+    /// `m` within 0.4 %: its square is `y^2 + 2 g y` at both ends, where `w (m - 1)` is the radius or
+    /// `w m^2 / 2g` is; the rest is of third order next to 0 and was fitted in between.
+    #[inline(always)]
+    fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
+        let y = radius / split.shrinking;
+        let square = y * split.growing * 2.0;
+        let third = y.constant(2.0 / 3.0).mul_add(split.shrinking, y.constant(2.0 / 3.0));
+        let rate = y.mul_add(y.constant(0.424), y.constant(0.409));
+        let fall = square.mul_add(rate, y.mul_add(y.constant(0.235), square.sqrt()));
+        (third * y).mul_add(square / fall, y.mul_add(y, square)).sqrt()
+    }
+}
+
+#[derive(Clone, Copy)]
+struct ReverseKl;
+
+impl Curve for ReverseKl {
+    const AT_ZERO: f64 = 1.0;
+
+    #[inline(always)]
+    fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
+        let Point { u, log, excess, gap } = point;
+        let near = gap.less(u.constant(0.125));
+        // Around 1, u ln u and u - 1 cancel.
+        let value = near.select(excess.mul_add(excess, -(u * gap)), u.mul_add(log, -excess));
+        Values { value, slope: u * log, curvature: u }
+    }
+
+    /// `m` within 2 %, but next to saturation. What is lost is `q` for small radii; then what the other one
+    /// gains decides, `(1+v) ln(1+v) - v` being about the radius times the odds; rational fits.
+    #[inline(always)]
+    fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
+        let q = (radius * 2.0 / split.odds).sqrt();
+        let s = q * split.odds;
+        let numerator = s.polynomial(&[5.2662e-5, 0.0163546, 0.326014, 1.0]);
+        let denominator = s.polynomial(&[0.00117282, 0.160436, 1.0]);
+        let one = s.constant(1.0);
+        let rate = s.constant(0.0647).mul_add(s / (s + one), s.constant(0.0722));
+        let fall = q.mul_add(q.mul_add(rate, s.constant(1.0 / 6.0)), one);
+        log_loss(q * numerator / (denominator * fall))
+    }
+}
+
+/// `-ln(1 - x)` for a share `x` that is lost, and a large number from 1 on.
+#[inline(always)]
+fn log_loss<L: Doubles>(lost: Vector<L>) -> Vector<L> {
+    -(-lost.at_most(lost.constant(0.99))).log_1p().log
+}
+
+#[derive(Clone, Copy)]
+struct Jeffreys;
+
+impl Curve for Jeffreys {
+    const AT_ZERO: f64 = f64::INFINITY;
+
+    #[inline(always)]
+    fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
+        let Point { u, log, excess, .. } = point;
+        Values {
+            value: excess * log,
+            slope: u.mul_add(log, excess),
+            curvature: u + u.constant(1.0),
+        }
+    }
+
+    #[inline(always)]
+    fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
+        let y = radius / split.shrinking;
+        (y * (y + split.growing)).sqrt()
+    }
+}
+
+#[derive(Clone, Copy)]
+struct JensenShannon;
+
+/// `((1+s) ln(1+s) + (1-s) ln(1-s))/z` for `z = s^2` up to 1/4, within 2e-17 (a Chebyshev fit).
+const ENTROPY: [f64; 13] = [
+    0.014378630255707502,
+    -0.006753648250995665,
+    0.009226438214281544,
+    0.0038422872789129208,
+    0.006807498926083822,
+    0.00829821979756979,
+    0.010992089113475658,
+    0.015151335556995028,
+    0.022222228914247757,
+    0.03571428556647828,
+    0.06666666666835723,
+    0.16666666666665908,
+    1.0,
+];
+
+impl Curve for JensenShannon {
+    const AT_ZERO: f64 = 0.5 * std::f64::consts::LN_2;
+
+    #[inline(always)]
+    fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
+        let Point { u, log, excess, .. } = point;
+        let plus = u + u.constant(1.0);
+        let s = excess / plus;
+        let square = s * s;
+        // ln((1+u)/2) and ln(2u/(1+u)): the one that is small is computed, the other one is the rest of ln u.
+        let shrinks = u.less(u.constant(1.0));
+        let small = shrinks.select(excess * 0.5, s).log_1p().log;
+        let large = log - small;
+        let (to_mean, from_mean) = (shrinks.select(small, large), shrinks.select(large, small));
+        // With s = (u-1)/(u+1), f(u) = (u+1)/4 ((1+s) ln(1+s) + (1-s) ln(1-s)).
+        let near = excess * s * 0.25 * square.polynomial(&ENTROPY);
+        let far = u.mul_add(from_mean, -to_mean) * 0.5;
+        Values {
+            value: square.less(u.constant(0.25)).select(near, far),
+            slope: u * from_mean * 0.5,
+            curvature: (s + u.constant(1.0)) * 0.25,
+        }
+    }
+
+    /// `m` within 2 %, but next to saturation. The square of what is lost is `q^2` for small radii and `far^2`
+    /// where the other one is improbable, with `f'(inf) far + far^2/8` about the radius; the rest was fitted.
+    #[inline(always)]
+    fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
+        let constant = radius.constant(0.5 * std::f64::consts::LN_2);
+        let bend = radius * radius.mul_add(radius.constant(0.883), radius.constant(0.5));
+        let far = radius * 2.0 / (constant.mul_add(constant, bend).sqrt() + constant);
+        let square = radius * 8.0 / split.odds;
+        let q = square.sqrt();
+        let rate = far.mul_add(far.constant(3.145), far.constant(0.584));
+        let between = square.mul_add(rate, far.mul_add(far.constant(0.269), q));
+        let lost = (far * 1.386).mul_add(square / between, far.mul_add(far, square)).sqrt();
+        let fall =
+            square.mul_add(q.constant(0.1093), q.mul_add(q.constant(0.208), q.constant(1.0)));
+        log_loss(lost / fall)
+    }
+}
+
+/// `f` of straight lines: `D` is `rate` times what moves, less what `flat` leaves free.
+#[derive(Clone, Copy)]
+struct Linear {
+    flat: f64,
+    rate: f64,
+    /// The share of `D` that is due to the one that grows.
+    grown: f64,
+}
+
+impl Law for Linear {
+    #[inline(always)]
+    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+        Some((split.shrinking - split.growing * self.flat) * self.rate)
+    }
+
+    #[inline(always)]
+    fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L> {
+        let one = radius.constant(1.0);
+        let moved = radius * (1.0 / self.rate) + split.growing * self.flat;
+        let lost = moved / split.shrinking;
+        let gain = split.odds * lost;
+        let left = one - lost;
+        let slope = split.shrinking * left * self.rate;
+        let slope_of_grown = one.constant(self.rate * self.grown);
+        Solution {
+            left,
+            log_left: (-lost).log_1p().log,
+            growth: one + gain,
+            log_growth: gain.log_1p().log,
+            condition: condition(split, radius, slope, gain, slope_of_grown),
+            found: radius.constant(0.0).less(left),
+        }
+    }
+}
+
+/// `(sqrt u - 1)^2/2`
+#[derive(Clone, Copy)]
+struct Hellinger;
+
+impl Law for Hellinger {
+    #[inline(always)]
+    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+        Some(split.shrinking / (split.growing.sqrt() + split.growing.constant(1.0)))
+    }
+
+    #[inline(always)]
+    fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L> {
+        let one = radius.constant(1.0);
+        let two = radius.constant(2.0);
+        // sqrt(left) = 1 - e
+        let e = (radius * (two - radius) / split.odds).sqrt() + radius;
+        let root = one - e;
+        let left = root * root;
+        let gain = split.odds * (e * (two - e));
+        let growth = one + gain;
+        let slope_of_grown = (one - one / growth.sqrt()) * 0.5;
+        let slope = split.shrinking * (left * slope_of_grown + root * e * 0.5);
+        Solution {
+            left,
+            log_left: (-e).log_1p().log * 2.0,
+            growth,
+            log_growth: gain.log_1p().log,
+            condition: condition(split, radius, slope, gain, slope_of_grown),
+            found: radius.constant(0.0).less(root),
+        }
+    }
+}
+
+/// `(u-1)^2/(1-l+l u)` over a scale.
+#[derive(Clone, Copy)]
+struct ChiSquare {
+    blend: f64,
+    scale: f64,
+}
+
+impl ChiSquare {
+    /// `f'(u)` times the scale.
+    #[inline(always)]
+    fn slope<L: Doubles>(self, u: Vector<L>, excess: Vector<L>) -> Vector<L> {
+        let blend = u.constant(self.blend);
+        let denominator = u.mul_add(blend, u.constant(1.0 - self.blend));
+        excess / denominator * (excess.mul_add(blend, u.constant(2.0)) / denominator)
+    }
+}
+
+impl Law for ChiSquare {
+    #[inline(always)]
+    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+        let one = split.odds.constant(1.0);
+        let weight = split.shrinking.mul_add(one.constant(self.blend), split.growing);
+        if self.blend == 1.0 {
+            return None;
+        }
+        let sum = one.constant(1.0 / (1.0 - self.blend)) + split.shrinking / weight;
+        Some(split.shrinking * sum * (1.0 / self.scale))
+    }
+
+    /// The quadratic of `blended_chi_square` in `band.rs`.
+    #[inline(always)]
+    fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L> {
+        let Split { shrinking: w, growing: g, odds } = *split;
+        let one = radius.constant(1.0);
+        let blend = radius.constant(self.blend);
+        let radius = radius * self.scale;
+        let spread = radius * (self.blend * self.blend);
+        let root = radius.sqrt() * (w * g).mul_add(one.constant(4.0), spread).sqrt();
+        let tilt = radius * blend * (g - w);
+        let sum = root + tilt.abs();
+        let scale = w * (one + spread);
+        let (direct, inverse) = (sum / (scale * 2.0), radius * 2.0 * (g / sum));
+        let falls = tilt.less(one.constant(0.0));
+        let (lost, gained) = (falls.select(direct, inverse), falls.select(inverse, direct));
+        // What is left, by the product of the roots where 1 - lost would cancel.
+        let product = (w - radius * (1.0 - self.blend) * w.mul_add(blend, g)) / scale;
+        let mostly = !lost.less(one.constant(0.5));
+        let left = mostly.select(product / (one + gained), one - lost);
+        let gain = odds * lost;
+        let growth = one + gain;
+        let slope_of_grown = self.slope(growth, gain);
+        let slope = w * left * (slope_of_grown - self.slope(left, -lost));
+        Solution {
+            left,
+            log_left: mostly.select(left.ln(), (-lost).log_1p().log),
+            growth,
+            log_growth: gain.log_1p().log,
+            condition: condition(split, radius, slope, gain, slope_of_grown),
+            found: one.constant(0.0).less(left),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doubles::PortableDoubles;
+
+    type Bounds = (Vec<u64>, Vec<u64>, Vec<(usize, Side)>);
+
+    /// Does the same with each kind of vector.
+    fn kinds(law: impl Law, radii: &[f64], logp: &[f64]) -> Vec<(&'static str, Bounds)> {
+        let with = |run: &dyn Fn(Batch<'_>)| {
+            let (mut lower, mut upper) = (vec![0.0; logp.len()], vec![0.0; logp.len()]);
+            let mut open = Vec::new();
+            run(Batch {
+                radii: [radii, radii],
+                logp,
+                bounds: [&mut lower, &mut upper],
+                rest: &mut |index, side, _| open.push((index, side)),
+            });
+            open.sort_unstable_by_key(|&(index, side)| (index, side == Side::Upper));
+            for &(index, side) in &open {
+                let bounds = if side == Side::Upper { &mut upper } else { &mut lower };
+                bounds[index] = 0.0; // not settled
+            }
+            let bits = |bounds: Vec<f64>| bounds.into_iter().map(f64::to_bits).collect();
+            (bits(lower), bits(upper), open)
+        };
+        let mut kinds =
+            vec![("portable", with(&|batch| Sweep { batch, law }.run(PortableDoubles)))];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(lanes) = crate::avx2::Avx2Fused::new() {
+                kinds.push(("AVX2", with(&|batch| lanes.run_doubles(Sweep { batch, law }))));
+            }
+            if let Some(lanes) = crate::avx512::Avx512::new() {
+                kinds.push(("AVX-512", with(&|batch| lanes.run_doubles(Sweep { batch, law }))));
+            }
+        }
+        kinds
+    }
+
+    fn assert_same(law: impl Law, name: &str) {
+        let logp: Vec<f64> = (0..2003)
+            .map(|index| -(-f64::from(index - 1000) * 0.03).exp().ln_1p())
+            .chain([f64::NAN, 0.0, 1.0, f64::NEG_INFINITY, -1e-320, -1e4])
+            .collect();
+        let radii: Vec<f64> =
+            (0..logp.len()).map(|index| (-(index as f64 * 1.7) % 18.0 + 2.0).exp()).collect();
+        let kinds = kinds(law, &radii, &logp);
+        let settled = 2 * logp.len() - kinds[0].1.2.len();
+        assert!(settled > logp.len() * 19 / 10, "{name}: {settled} bounds");
+        for (kind, found) in &kinds {
+            assert!(*found == kinds[0].1, "{name} in {kind}");
+        }
+        // Nor does a bound depend on where it stands.
+        let (_, whole) = &kinds[0];
+        for index in (0..logp.len()).step_by(97) {
+            let (_, alone) = &self::kinds(law, &radii[index..=index], &logp[index..=index])[0];
+            assert_eq!((alone.0[0], alone.1[0]), (whole.0[index], whole.1[index]), "{name}");
+        }
+    }
+
+    #[test]
+    fn bounds_depend_neither_on_the_kind_of_vector_nor_on_their_neighbours() {
+        assert_same(Iterated(Kl), "kl");
+        assert_same(Iterated(ReverseKl), "reverse-kl");
+        assert_same(Iterated(JensenShannon), "jensen-shannon");
+        assert_same(Iterated(Jeffreys), "jeffreys");
+        assert_same(Linear { flat: 0.0, rate: 1.0, grown: 0.5 }, "tv");
+        assert_same(Linear { flat: 0.2, rate: 1.0, grown: 1.0 }, "hockey-stick:1.2");
+        assert_same(Hellinger, "hellinger");
+        assert_same(ChiSquare { blend: 0.0, scale: 1.0 }, "pearson-chi2");
+        assert_same(ChiSquare { blend: 1.0, scale: 1.0 }, "neyman-chi2");
+        assert_same(ChiSquare { blend: 0.5, scale: 4.0 }, "le-cam");
+    }
+}
