@@ -1183,7 +1183,7 @@ mod tests {
             })
             .collect();
         let each: Vec<f64> = (0..COUNT).map(|_| uniform(-18.4, 2.3).exp()).collect();
-        for spec in SPECS {
+        for spec in SPECS.into_iter().chain(["alpha:-1", "vajda:2"]) {
             let divergence = Divergence::parse(spec).unwrap();
             let few = &logp[..COUNT / 20];
             for (delta, logp) in [(Delta::Each(&each), &logp[..]), (Delta::Same(0.05), few)] {

@@ -47,7 +47,11 @@ pub(crate) fn log_bounds(
             Generator::HockeyStick(threshold) => {
                 batch.run(Linear { flat: threshold - 1.0, rate: 1.0, grown: 1.0 })
             }
-            Generator::Hellinger => batch.run(Hellinger),
+            Generator::Hellinger => batch.run(Hellinger { times: 1.0 }),
+            Generator::Alpha(0.5) => batch.run(Hellinger { times: 4.0 }),
+            Generator::Vajda(2.0) => batch.run(ChiSquare { blend: 0.0, scale: 1.0 }),
+            Generator::Alpha(2.0) => batch.run(ChiSquare { blend: 0.0, scale: 2.0 }),
+            Generator::Alpha(-1.0) => batch.run(ChiSquare { blend: 1.0, scale: 2.0 }),
             Generator::Bwcs(blend) => batch.run(ChiSquare { blend, scale: 1.0 }),
             Generator::LeCam => batch.run(ChiSquare { blend: 0.5, scale: 4.0 }),
             Generator::Vajda(_) | Generator::Alpha(_) | Generator::Expression(_) => false,
@@ -528,20 +532,24 @@ impl Law for Linear {
     }
 }
 
-/// `(sqrt u - 1)^2/2`
+/// `(sqrt u - 1)^2/2`, so many times.
 #[derive(Clone, Copy)]
-struct Hellinger;
+struct Hellinger {
+    times: f64,
+}
 
 impl Law for Hellinger {
     #[inline(always)]
     fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
-        Some(split.shrinking / (split.growing.sqrt() + split.growing.constant(1.0)))
+        let root = split.growing.sqrt();
+        Some(split.shrinking * self.times / (root + root.constant(1.0)))
     }
 
     #[inline(always)]
     fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L> {
         let one = radius.constant(1.0);
         let two = radius.constant(2.0);
+        let radius = radius * (1.0 / self.times);
         // sqrt(left) = 1 - e
         let e = (radius * (two - radius) / split.odds).sqrt() + radius;
         let root = one - e;
@@ -693,7 +701,7 @@ mod tests {
         assert_same(Iterated(Jeffreys), "jeffreys");
         assert_same(Linear { flat: 0.0, rate: 1.0, grown: 0.5 }, "tv");
         assert_same(Linear { flat: 0.2, rate: 1.0, grown: 1.0 }, "hockey-stick:1.2");
-        assert_same(Hellinger, "hellinger");
+        assert_same(Hellinger { times: 1.0 }, "hellinger");
         assert_same(ChiSquare { blend: 0.0, scale: 1.0 }, "pearson-chi2");
         assert_same(ChiSquare { blend: 1.0, scale: 1.0 }, "neyman-chi2");
         assert_same(ChiSquare { blend: 0.5, scale: 4.0 }, "le-cam");

@@ -414,7 +414,7 @@ class SideDiagnosis(NamedTuple):
     status: NDArray[np.uint8]
     """A `Status` for each element."""
     iterations: NDArray[np.uint32]
-    """Evaluations of D_f, each of two of f, that the scalar solver makes; docs/accuracy.md has the most."""
+    """Evaluations of D_f, two of f each, by the scalar solver; docs/accuracy.md has the most."""
 
 
 class Diagnosis(NamedTuple):
