@@ -154,11 +154,14 @@ impl<L: Doubles> Both<L> {
         let one = radius.constant(1.0);
         let greatest = law.greatest(&split);
         let (saturated, clear, solvable) = match greatest {
-            Some(greatest) => (
-                (greatest * (1.0 + CLEAR_OF_SATURATION)).less(radius),
-                radius.less(greatest * (1.0 - CLEAR_OF_SATURATION)),
-                radius.less(greatest).select(radius, greatest * 0.25),
-            ),
+            Some(greatest) => {
+                let doubt = (greatest + law.cancelled(&split)) * CLEAR_OF_SATURATION;
+                (
+                    (greatest + doubt).less(radius),
+                    radius.less(greatest - doubt),
+                    radius.less(greatest).select(radius, greatest * 0.25),
+                )
+            }
             // Neither is ever in question.
             None => (one.less(one), !one.less(one), radius),
         };
@@ -215,6 +218,11 @@ struct Solution<L: Doubles> {
 trait Law: Copy {
     /// `D` where nothing is left; `None` where that is infinite.
     fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>>;
+    /// The size of the terms that cancel in it.
+    #[inline(always)]
+    fn cancelled<L: Doubles>(self, split: &Split<L>) -> Vector<L> {
+        split.growing.constant(0.0)
+    }
     /// For a radius below that.
     fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L>;
 }
@@ -510,6 +518,11 @@ impl Law for Linear {
     #[inline(always)]
     fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
         Some((split.shrinking - split.growing * self.flat) * self.rate)
+    }
+
+    #[inline(always)]
+    fn cancelled<L: Doubles>(self, split: &Split<L>) -> Vector<L> {
+        split.growing * (self.flat * self.rate)
     }
 
     #[inline(always)]
