@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUST := Cargo.toml Cargo.lock $(wildcard rust/*)
+RUST := Cargo.toml Cargo.lock $(wildcard rust/* cuda/*)
 
 .PHONY: check test demo lint format reference prerequisites clean
 check: test lint

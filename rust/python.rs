@@ -537,6 +537,9 @@ mod _core {
     };
 
     #[pymodule_export]
+    const KERNEL_SOURCE: &str = crate::KERNEL_SOURCE;
+
+    #[pymodule_export]
     #[allow(non_upper_case_globals)] // Python's name for it
     const __version__: &str = env!("CARGO_PKG_VERSION");
 }

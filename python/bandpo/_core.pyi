@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "KERNEL_SOURCE",
     "BandTable",
     "Divergence",
     "__version__",
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 __version__: str
+KERNEL_SOURCE: str
 
 _FloatArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 
