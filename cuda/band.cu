@@ -279,7 +279,7 @@ __device__ __forceinline__ T of_row(const Element* row, Index length, T nothing,
   of_threads[threadIdx.x] = result;
   __syncthreads();
   for (int half = THREADS / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) {
+    if (threadIdx.x < static_cast<unsigned>(half)) {
       of_threads[threadIdx.x] = combine(of_threads[threadIdx.x], of_threads[threadIdx.x + half]);
     }
     __syncthreads();
@@ -327,12 +327,12 @@ __global__ void __launch_bounds__(THREADS, 1) band_bounds(const Stored* old_log_
   }
 }
 
-// Log-ratios, or ratios, moved to the nearest bound where they lie outside.
+// Log-ratios, moved to the nearest bound where they lie outside.
 template <class Stored, template <class> class Bounds>
 __global__ void __launch_bounds__(THREADS, 1) band_clip(const Stored* old_log_prob,
-                                                     const typename Computed<Stored>::Type* values, Index count,
-                                                     int is_ratio, const void* bounds, int table_words,
-                                                     typename Computed<Stored>::Type* clipped_values) {
+                                                     const typename Computed<Stored>::Type* log_ratio, Index count,
+                                                     const void* bounds, int table_words,
+                                                     typename Computed<Stored>::Type* moved) {
   typedef typename Computed<Stored>::Type T;
   BAND_TABLE_IN_SHARED_MEMORY(table);
   for (int word = threadIdx.x; word < table_words; word += THREADS) {
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(THREADS, 1) band_clip(const Stored* old_log_pr
   const Index stride = static_cast<Index>(gridDim.x) * THREADS;
   for (Index i = static_cast<Index>(blockIdx.x) * THREADS + threadIdx.x; i < count; i += stride) {
     const T logp = widened(old_log_prob[i]);
-    clipped_values[i] = clipped(region, i, logp, values[i], is_ratio != 0);
+    moved[i] = clipped(region, i, logp, log_ratio[i]);
   }
 }
 

@@ -6,7 +6,10 @@ Every backend reads the bounds of a region from one tensor, made by `bounds_of`.
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 
 from bandpo import _core
 from bandpo.error import (
+    BackendWarning,
     BrokenExtraError,
     InvalidTypeError,
     InvalidValueError,
@@ -103,18 +107,30 @@ def clip(
         InvalidTypeError: If an argument has the wrong type or dtype.
         InvalidValueError: If an array of radii does not broadcast to the shape.
     """
+    if default_backend(log_ratio.device.type) == "cuda":
+        old, x = _precise(region, old_log_prob, log_ratio)
+        old, x = torch.broadcast_tensors(old, x)
+        bounds = bounds_of(region, old, exact=exact)
+        return clipped_op(bounds, old, x)[0].to(log_ratio.dtype)
     precise, log_lower, log_upper = _with_bounds(region, old_log_prob, log_ratio, exact)
     return precise.clamp(log_lower, log_upper).to(log_ratio.dtype)
+
+
+def _precise(
+    region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_region(region)
+    check_float("old_log_prob", old_log_prob)
+    check_float("log_ratio", log_ratio)
+    dtype = compute_dtype(old_log_prob, log_ratio)
+    return old_log_prob.detach().to(dtype), log_ratio.to(dtype)
 
 
 def _with_bounds(
     region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    check_region(region)
-    check_float("old_log_prob", old_log_prob)
-    check_float("log_ratio", log_ratio)
-    dtype = compute_dtype(old_log_prob, log_ratio)
-    return log_ratio.to(dtype), *_log_bounds(region, old_log_prob.detach().to(dtype), exact)
+    old_log_prob, log_ratio = _precise(region, old_log_prob, log_ratio)
+    return log_ratio, *_log_bounds(region, old_log_prob, exact)
 
 
 def _log_bounds(
@@ -144,11 +160,10 @@ def sides_of(
     if bounds is None:
         bounds = bounds_of(region, old_log_prob, exact=exact)
     if bounds.dtype == torch.int32:
-        lower, log_upper = (
-            read_table(bounds, old_log_prob, bounds.new_full((), side, dtype=torch.bool))
-            for side in (True, False)
-        )
-        return lower.log(), log_upper
+        if default_backend(bounds.device.type) == "cuda":
+            log_lower, log_upper = table_log_bounds_op(bounds, old_log_prob).unbind()
+            return log_lower, log_upper
+        return _table_log_bounds(bounds, old_log_prob)
     log_lower, log_upper = bounds.unbind()
     return log_lower.expand(old_log_prob.shape), log_upper.expand(old_log_prob.shape)
 
@@ -369,6 +384,10 @@ def _table_words(table: BandTable, device: torch.device) -> torch.Tensor:
     schema="(Tensor old_log_prob, int region) -> Tensor",
 )
 def _solve(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
+    kernels = _kernels() if old_log_prob.is_cuda else None
+    solved = kernels and kernels.log_bounds(_exact_region(region), old_log_prob)
+    if solved is not None:
+        return solved.to(old_log_prob.dtype)
     tokens = old_log_prob.detach().to("cpu", torch.float64).numpy()
     bounds = np.stack(_exact_region(region).log_bounds(tokens))
     _check_broadcast(bounds.shape[1:], tokens.shape)
@@ -386,6 +405,10 @@ def _(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     schema="(Tensor old_log_prob, Tensor log_ratio, int region) -> Tensor",
 )
 def _contains(old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int) -> torch.Tensor:
+    kernels = _kernels() if old_log_prob.is_cuda else None
+    decided = kernels and kernels.contains(_exact_region(region), old_log_prob, log_ratio)
+    if decided is not None:
+        return decided
     tokens, ratios = (
         tensor.detach().to("cpu", torch.float64).numpy() for tensor in (old_log_prob, log_ratio)
     )
@@ -412,6 +435,73 @@ def _check_broadcast(together: tuple[int, ...], shape: tuple[int, ...]) -> None:
             f"the region's delta must broadcast to the shape {shape} of old_log_prob, "
             f"together they have shape {together}"
         )
+
+
+def _table_log_bounds(
+    words: torch.Tensor, old_log_prob: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lower, log_upper = (
+        read_table(words, old_log_prob, words.new_full((), side, dtype=torch.bool))
+        for side in (True, False)
+    )
+    return lower.log(), log_upper
+
+
+# Operators, so that a kernel has its place in a compiled graph. On other devices the functions that
+# they stand for are called themselves: a compiler can fuse those.
+@torch.library.custom_op(
+    "bandpo::table_log_bounds",
+    mutates_args=(),
+    schema="(Tensor words, Tensor old_log_prob) -> Tensor",
+)
+def table_log_bounds_op(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
+    """Both log bounds of every token from a table, [2, ...]."""
+    return torch.stack(_table_log_bounds(words, old_log_prob))
+
+
+@table_log_bounds_op.register_fake
+def _(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
+    return old_log_prob.new_empty((2, *old_log_prob.shape))
+
+
+@torch.library.custom_op(
+    "bandpo::clipped",
+    mutates_args=(),
+    schema="(Tensor bounds, Tensor old_log_prob, Tensor log_ratio) -> (Tensor, Tensor)",
+)
+def clipped_op(
+    bounds: torch.Tensor, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-ratios moved to the nearest bound where they lie outside, and which ones do not."""
+    if bounds.dtype == torch.int32:
+        log_lower, log_upper = _table_log_bounds(bounds, old_log_prob)
+    else:
+        log_lower, log_upper = bounds.unbind()
+    unknown = torch.where(old_log_prob.isnan(), old_log_prob, 0.0)
+    moved = log_ratio.clamp(unknown + log_lower, unknown + log_upper)
+    return moved, moved == log_ratio
+
+
+@clipped_op.register_fake
+def _(
+    bounds: torch.Tensor, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    moved = torch.empty_like(log_ratio, memory_format=torch.contiguous_format)
+    return moved, torch.empty_like(moved, dtype=torch.bool)
+
+
+def _save_inside(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _backward_of_clipped(
+    ctx: Any, grad_moved: torch.Tensor, _: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    (inside,) = ctx.saved_tensors
+    return None, None, torch.where(inside, grad_moved, 0.0)
+
+
+clipped_op.register_autograd(_backward_of_clipped, setup_context=_save_inside)
 
 
 def read_table(
@@ -498,9 +588,44 @@ class TokenLoss(Protocol):
         """Returns losses, counts and sums."""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def default_backend(device: str) -> str:
-    """Returns the backend that ``"auto"`` stands for on a type of device, such as ``"cuda"``."""
+    """Returns the backend that ``"auto"`` stands for on a type of device, such as ``"cuda"``.
+
+    Warns once, with a `BackendWarning`, where the kernels for CUDA cannot run.
+    """
+    if device == "cuda":
+        return "torch" if _kernels() is None else "cuda"
     return "native" if device == "cpu" else "torch"
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    from bandpo import cuda
+
+    obstacle = cuda.obstacle()
+    if obstacle is None:
+        return cuda
+    warnings.warn(
+        f"CUDA tensors take the torch backend: {obstacle}", BackendWarning, stacklevel=1
+    )
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def require_kernels() -> bool:
+    """Returns True if the kernels for CUDA can run.
+
+    Raises:
+        MissingExtraError: If CuPy is not installed.
+        BrokenExtraError: If it cannot be used, or there is no CUDA driver or device.
+    """
+    from bandpo import cuda
+
+    obstacle = cuda.obstacle()
+    if obstacle is not None:
+        raise obstacle
+    return True
 
 
 def gpu_report() -> str:
@@ -629,7 +754,7 @@ def _excess(x: torch.Tensor) -> torch.Tensor:
     "Tensor valid, Tensor bounds, str surrogate, float[] parameters, bool by_probability) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _token_loss_op(
+def token_loss_op(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
     log_ratio: torch.Tensor | None,
@@ -640,6 +765,7 @@ def _token_loss_op(
     parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, gradients, counts and sums of a batch on the CPU; `bandpo.cuda` adds its kernel."""
     per_token, gradient = (
         torch.empty_like(log_prob, memory_format=torch.contiguous_format) for _ in range(2)
     )
@@ -671,7 +797,7 @@ def _token_loss_op(
     )
 
 
-@_token_loss_op.register_fake
+@token_loss_op.register_fake
 def _(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
@@ -711,10 +837,10 @@ def _backward(
     return None, gradient * sum(grads) if grads else None, *[None] * 7
 
 
-_token_loss_op.register_autograd(_backward, setup_context=_save_gradient)
+token_loss_op.register_autograd(_backward, setup_context=_save_gradient)
 
 
-def token_loss_native(
+def token_loss_fused(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
     log_ratio: torch.Tensor | None,
@@ -725,8 +851,8 @@ def token_loss_native(
     parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`TokenLoss` in Rust, for CPU tensors: the loss and its gradient in one pass."""
-    per_token, _, counts, sums = _token_loss_op(
+    """`TokenLoss` with its gradient in one pass: in Rust on the CPU, a kernel on CUDA devices."""
+    per_token, _, counts, sums = token_loss_op(
         old_log_prob,
         log_prob,
         log_ratio,
