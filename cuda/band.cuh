@@ -637,8 +637,9 @@ BAND_FUNCTION Evaluated evaluate(const Generator& f, double logp, double log_rat
                                   of_token ? token : others);
   }
   if (certain && token.excess != 0.0) result.divergence -= token.excess * slope_at_infinity(f);
-  result.error = far && !certain ? FAR_ERROR * result.divergence
-                                 : 64.0 * EPSILON * (result.divergence + fabs(others_p * change));
+  double doubt = result.divergence + fabs(others_p * change);
+  if (f.kind == HOCKEY_STICK) doubt += exp(log_new);  // u - g cancels where D begins
+  result.error = far && !certain ? FAR_ERROR * result.divergence : 64.0 * EPSILON * doubt;
   return result;
 }
 
