@@ -5,8 +5,6 @@
 // has the same bits everywhere. It includes nothing on the device: headers may be absent where it is compiled.
 // Subnormal float32 may be flushed to 0; whatever that could change is done on bits.
 
-#pragma once
-
 #if defined(__CUDACC_RTC__) || defined(__CUDACC__)
 #define BAND_FUNCTION __device__ __forceinline__
 #else
@@ -638,7 +636,7 @@ BAND_FUNCTION Evaluated evaluate(const Generator& f, double logp, double log_rat
   }
   if (certain && token.excess != 0.0) result.divergence -= token.excess * slope_at_infinity(f);
   double doubt = result.divergence + fabs(others_p * change);
-  if (f.kind == HOCKEY_STICK) doubt += exp(log_new);  // u - g cancels where D begins
+  if (f.kind == HOCKEY_STICK && token.excess > 0.0) doubt += token_p * token.excess;  // of which g - 1 is taken
   result.error = far && !certain ? FAR_ERROR * result.divergence : 64.0 * EPSILON * doubt;
   return result;
 }

@@ -30,7 +30,10 @@ KERNELS = (
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
-WITHOUT_CONTRACTION = ("-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas")
+FLAGS = (
+    "-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+)  # fmt: skip
 """A fused multiply-add would change the last bit, as -fmad=false prevents on a device."""
 
 _DRIVER = """
@@ -38,6 +41,7 @@ _DRIVER = """
 #include <xmmintrin.h>
 {source}
 #line 1 "driver"
+{more}
 struct Entry {{ const char* name; void (*run)(void**); int parameters; }};
 static const Entry ENTRIES[] = {{ {entries} }};
 
@@ -47,7 +51,7 @@ extern "C" int parameters_of(const char* name) {{
   return -1;
 }}
 
-// Flushes subnormal float32 and float64 to 0 like a device with -ftz=true (which leaves float64 alone).
+// Flushes subnormal float32 to 0, as CuPy has it on a device, and float64 with them, which a device does not.
 extern "C" void launch(const char* name, unsigned blocks, unsigned threads, unsigned shared, void** arguments,
                        int flush_to_zero) {{
   const unsigned before = _mm_getcsr();
@@ -57,7 +61,6 @@ extern "C" void launch(const char* name, unsigned blocks, unsigned threads, unsi
   }}
   _mm_setcsr(before);
 }}
-{more}
 """
 
 
@@ -66,8 +69,14 @@ def missing_compiler() -> str | None:
     return None if shutil.which("g++") else "needs g++"
 
 
-def build(folder: Path, *, flags: Sequence[str] = (), kernels: Sequence[str] = KERNELS, more: str = "") -> Path:
-    """Compiles kernels, and more C++ if there is some, to a shared library."""
+def build(
+    folder: Path,
+    *,
+    flags: Sequence[str] = (),
+    kernels: Sequence[str] = KERNELS,
+    more: str = "",
+) -> Path:
+    """Compiles kernels, those in `more` C++ among them, to a shared library."""
     entries = ", ".join(
         f'{{"{name}", &emulator::Call<&{name}>::run, emulator::Call<&{name}>::COUNT}}'
         for name in kernels
@@ -77,7 +86,7 @@ def build(folder: Path, *, flags: Sequence[str] = (), kernels: Sequence[str] = K
         _DRIVER.format(emulator=EMULATOR, source=_core.KERNEL_SOURCE, entries=entries, more=more)
     )
     library = folder / "kernels.so"
-    command = ["g++", *WITHOUT_CONTRACTION, *flags, "-shared", str(source), "-o", str(library)]
+    command = ["g++", *FLAGS, *flags, "-shared", str(source), "-o", str(library)]
     subprocess.run(command, check=True)
     return library
 

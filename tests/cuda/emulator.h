@@ -5,7 +5,8 @@
 // (or warp) reach at the same place ends the program with a message. It finds wrong indices, tails, strides,
 // reductions and barriers (more with the sanitizers); it says nothing of races, speed, or CUDA's own maths.
 
-#pragma once
+#ifndef BANDPO_EMULATOR
+#define BANDPO_EMULATOR
 
 #include <ucontext.h>
 
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -102,6 +104,17 @@ inline bool release(unsigned first, unsigned count, State barrier) {
   return true;
 }
 
+inline void resume(unsigned t) {
+  of_thread.x = t;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&scheduler_stack, fibers[t]->stack.get(), STACK);
+#endif
+  swapcontext(&scheduler, &fibers[t]->context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(scheduler_stack, nullptr, nullptr);
+#endif
+}
+
 inline void run_block() {
   const unsigned threads = block.x;
   for (unsigned t = 0; t < threads; ++t) {
@@ -117,17 +130,9 @@ inline void run_block() {
   for (;;) {
     bool ran = false;
     for (unsigned t = 0; t < threads; ++t) {
-      Fiber& fiber = *fibers[t];
-      if (fiber.state != State::RUNNING) continue;
+      if (fibers[t]->state != State::RUNNING) continue;
       ran = true;
-      of_thread.x = t;
-#if defined(__SANITIZE_ADDRESS__)
-      __sanitizer_start_switch_fiber(&scheduler_stack, fiber.stack.get(), STACK);
-#endif
-      swapcontext(&scheduler, &fiber.context);
-#if defined(__SANITIZE_ADDRESS__)
-      __sanitizer_finish_switch_fiber(scheduler_stack, nullptr, nullptr);
-#endif
+      resume(t);
     }
     if (release(0, threads, State::AT_BLOCK_BARRIER)) continue;
     bool released = false;
@@ -189,3 +194,5 @@ struct Call<Kernel> {
 #define __syncthreads() emulator::wait(emulator::State::AT_BLOCK_BARRIER, __LINE__)
 #define __shfl_down_sync(mask, value, distance) \
   ((mask) == 0xffffffffu ? emulator::shuffle_down(value, distance, __LINE__) : (emulator::fail("a part of a warp"), value))
+
+#endif
