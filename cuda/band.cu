@@ -8,6 +8,7 @@
 namespace bandpo {
 
 const int THREADS = 256;  // in a block of every kernel
+const int BLOCKS = 3;     // of policy_loss that fit a multiprocessor: with a fourth registers would be spilled
 const int WARPS = THREADS / 32;
 const int WIDTH = 4;         // tokens that a thread loads at a time
 const int VECTORS = 8;       // times that it does so in a chunk: 32 tokens, which Outcome::flags can hold
@@ -170,7 +171,7 @@ struct Totals {
 // advantages, valid, loss and gradient that may be read or written in vectors. log_ratio may be null.
 // sums is [SUMS, chunks], counts [COUNTS, chunks], or [MOST_COUNTS, chunks] with by_probability.
 template <class Stored, template <class> class Bounds>
-__global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : 4) policy_loss(
+__global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) policy_loss(
     const Stored* old_log_prob, Index old_row, Index old_column,
     const Stored* log_prob, Index new_row, Index new_column,
     const typename Computed<Stored>::Type* log_ratio, Index ratio_row, Index ratio_column,
