@@ -32,10 +32,8 @@ from bandpo.torch import (
     token_loss_op,
     torch,
 )
-from conftest import REFERENCE_FILES, Reference, read_reference
+from conftest import REFERENCE_FILES, SANITIZED, Reference, read_reference
 from emulated import SANITIZERS, Emulator, build, missing_compiler
-
-SANITIZED = "BANDPO_SANITIZED" in os.environ
 
 KL = bandpo.Band("kl", 0.05)
 REGIONS = (
@@ -80,30 +78,6 @@ generator moves the bound by more than its condition number says."""
 
 FAR = (-690.0, -1e-300)
 """Beyond these log-probs bounds are inside, but not as accurate."""
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if reason := missing_compiler():
-        pytest.skip(reason)
-    flags = SANITIZERS if SANITIZED else ()
-    return build(tmp_path_factory.mktemp("kernels"), flags=flags)
-
-
-@pytest.fixture
-def emulator(library: Path, monkeypatch: pytest.MonkeyPatch) -> Emulator:
-    emulator = Emulator(library)
-    monkeypatch.setattr(cuda, "_launch", emulator.launch)
-    return emulator
-
-
-@pytest.fixture
-def gpu() -> torch.device:
-    if SANITIZED:
-        pytest.skip("the sanitizers look at the emulator")
-    if reason := cuda.obstacle():
-        pytest.skip(f"needs a GPU: {reason}")
-    return torch.device("cuda")
 
 
 @pytest.fixture(params=["emulator", "gpu"])
@@ -348,6 +322,32 @@ class TestTable:
         )  # fmt: skip
         assert torch.equal(inside.cpu(), moved.cpu() == x)
         assert 0 < inside.sum() < inside.numel() or region == REGIONS[5]
+
+
+class TestOperators:
+    """As `torch.compile`, autograd and fake tensors see them; their kernels are tested above."""
+
+    @pytest.mark.parametrize("region", [KL, REGIONS[4]], ids=str)
+    def test_opcheck(self, region: bandpo.Region) -> None:
+        old, new, _, valid = batch((4, 9), torch.float64)
+        old, x = old.nan_to_num(), (new - old).nan_to_num().requires_grad_()
+        bounds = bounds_of(region, old)
+        if bounds.dtype == torch.int32:
+            torch.library.opcheck(torch.ops.bandpo.table_log_bounds.default, (bounds, old))
+        torch.library.opcheck(torch.ops.bandpo.clipped.default, (bounds, old, x))
+
+    @pytest.mark.parametrize("region", [KL, REGIONS[4], bandpo.Band("tv", np.full(9, 0.1))], ids=str)
+    def test_clip_by_the_operator_is_clip(
+        self, region: bandpo.Region, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old, new, _, _ = batch((4, 9), torch.float64)
+        x = (new - old).requires_grad_()
+        wanted = clip(region, old, x)
+        [slope] = torch.autograd.grad(wanted.nansum(), x)
+        monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "cuda")
+        moved = clip(region, old, x)
+        torch.testing.assert_close(moved, wanted, equal_nan=True)
+        torch.testing.assert_close(torch.autograd.grad(moved.nansum(), x)[0], slope)
 
 
 @pytest.fixture(params=REFERENCE_FILES, ids=lambda path: path.name.removesuffix(".csv.gz"))
