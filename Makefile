@@ -4,12 +4,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(wildcard rust/* cuda/*)
 
-.PHONY: check test demo lint format reference prerequisites clean
-check: test lint
+CUDA ?= 13
+.PHONY: check test test-nvrtc test-gpu bench-gpu demo lint format reference prerequisites clean
+check: test test-nvrtc lint
 
 test: $(VENV)/test.stamp
 	cargo test --locked --quiet
 	$(BIN)/python -m pytest --quiet
+
+# NVIDIA's compiler runs anywhere; its wheels, 360 MB, are more than the other tests need.
+test-nvrtc: $(VENV)/nvrtc.stamp
+	$(BIN)/python -m pytest --quiet tests/test_nvrtc.py
+
+# On a machine with a GPU; `make test-gpu CUDA=12` where its driver or its torch is older. The tests run
+# once more under NVIDIA's sanitizer, if it is installed.
+test-gpu: $(VENV)/test.stamp $(VENV)/cuda$(CUDA).stamp
+	$(BIN)/python -c 'from bandpo import cuda; raise SystemExit(cuda.obstacle())'
+	$(BIN)/python -m pytest --quiet -rs tests/test_gpu.py tests/test_cuda.py tests/test_tokens.py
+
+bench-gpu: $(VENV)/cuda$(CUDA).stamp
+	$(BIN)/python tools/bench_gpu.py
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bandpo demo
@@ -33,6 +47,7 @@ format:
 reference: $(VENV)/reference.stamp
 	$(BIN)/python tests/reference.py
 	$(BIN)/python tools/make_reference.py
+	$(BIN)/python tools/make_cases.py
 	$(BIN)/python tools/make_real_reference.py
 
 prerequisites:

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: `bandpo._core.KERNEL_SOURCE`, compiled by g++ with tests/cuda/emulator.h."""
+"""The CUDA kernels on the CPU: the source that is shipped, with tests/cuda/emulator.h."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ FLAGS = (
     "-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
     "-Wno-clobbered", "-ffp-contract=off",
 )  # fmt: skip
-"""No unroll is known, and getcontext is taken for one that returns twice. A fused multiply-add would change the last bit, as -fmad=false prevents on a device."""
+"""No pragma for loops is known, and getcontext is taken to return twice. A fused multiply-add would
+change the last bit, which -fmad=false prevents on a device."""
 
 _DRIVER = """
 #include "{emulator}"
@@ -51,13 +52,14 @@ extern "C" int parameters_of(const char* name) {{
   return -1;
 }}
 
-// Flushes subnormal float32 to 0, as CuPy has it on a device, and float64 with them, which a device does not.
-extern "C" void launch(const char* name, unsigned blocks, unsigned threads, unsigned shared, void** arguments,
-                       int flush_to_zero) {{
+// Flushes subnormal float32 to 0, as CuPy has it on a device, and float64, which a device does not.
+extern "C" void launch(const char* name, unsigned blocks, unsigned threads, unsigned shared,
+                       void** arguments, int flush_to_zero) {{
   const unsigned before = _mm_getcsr();
   if (flush_to_zero) _mm_setcsr(before | 0x8040);
   for (const Entry& entry : ENTRIES) {{
-    if (!std::strcmp(entry.name, name)) emulator::launch(entry.run, blocks, threads, shared, arguments);
+    if (std::strcmp(entry.name, name)) continue;
+    emulator::launch(entry.run, blocks, threads, shared, arguments);
   }}
   _mm_setcsr(before);
 }}

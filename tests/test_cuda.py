@@ -57,14 +57,14 @@ SMALLEST_NORMAL = 2.0**-126
 """Results below it may be flushed to 0."""
 
 FLUSHED = 8.0 * 2.0**30 * SMALLEST_NORMAL
-"""A derivative of a node below the smallest normal number is lost with its width, at most 2^30, in one of
-the eight terms of a cubic."""
+"""A derivative of a node below the smallest normal number is lost, with the width of its cell, at
+most 2^30, in one of the eight terms of a cubic."""
 UNMOVED = FLUSHED * 2.0**24
-"""That does not reach the last bit of lower bounds above it, e^-47, far beyond the clamp at e^-20."""
+"""That does not reach the last bit of lower bounds above it, e^-47, far beyond the clamp, e^-20."""
 
 TOTALS = 4e-7
-"""Relative, of sums in float32: Rust adds 32 vectors, a thread 32 tokens, before float64 takes over;
-a partial sum of 32 terms of one sign is off by at most 31 roundings of 6e-8, on average by some."""
+"""Relative, of sums in float32: Rust adds 32 vectors, a thread 32 tokens, before float64 takes
+over; a partial sum of 32 terms of one sign is off by 31 roundings of 6e-8 at most."""
 
 LIBM = 8 * 2.0**-52
 """Relative, of float64: exponentials of different libraries differ by an ulp each, in products."""
@@ -295,7 +295,8 @@ class TestTable:
         np.testing.assert_array_max_ulp(log_lower[apart], exact.astype(log_lower.dtype), 1)
         ratio = np.exp(log_lower[lower <= UNMOVED].astype(np.float64))
         np.testing.assert_allclose(ratio, lower[lower <= UNMOVED], rtol=2.0**-17, atol=FLUSHED)
-        assert apart.sum() > 10_000 and ratio.size > 100
+        assert apart.sum() > 10_000
+        assert ratio.size > 100
 
     def test_of_float64_log_probs(self, device: torch.device) -> None:
         logp = torch.cat([every_kind_of_float().double(), torch.tensor([-1e-40, -1e-46, -1e-300])])
@@ -329,14 +330,16 @@ class TestOperators:
 
     @pytest.mark.parametrize("region", [KL, REGIONS[4]], ids=str)
     def test_opcheck(self, region: bandpo.Region) -> None:
-        old, new, _, valid = batch((4, 9), torch.float64)
+        old, new, *_ = batch((4, 9), torch.float64)
         old, x = old.nan_to_num(), (new - old).nan_to_num().requires_grad_()
         bounds = bounds_of(region, old)
         if bounds.dtype == torch.int32:
             torch.library.opcheck(torch.ops.bandpo.table_log_bounds.default, (bounds, old))
         torch.library.opcheck(torch.ops.bandpo.clipped.default, (bounds, old, x))
 
-    @pytest.mark.parametrize("region", [KL, REGIONS[4], bandpo.Band("tv", np.full(9, 0.1))], ids=str)
+    @pytest.mark.parametrize(
+        "region", [KL, REGIONS[4], bandpo.Band("tv", np.full(9, 0.1))], ids=str
+    )
     def test_clip_by_the_operator_is_clip(
         self, region: bandpo.Region, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -398,7 +401,8 @@ class TestExact:
         inside = cuda.contains(region, *tensors)
         assert inside is not None
         wanted = region.contains(logp, x)
-        assert clear.sum() > 1500 and 500 < wanted.sum() < 1700
+        assert clear.sum() > 1500
+        assert 500 < wanted.sum() < 1700
         np.testing.assert_array_equal(inside.cpu().numpy()[clear], wanted[clear])
 
     @pytest.mark.parametrize("spec", ["kl", "jensen-shannon", "pearson-chi2", "hockey-stick:4"])
@@ -411,7 +415,8 @@ class TestExact:
         assert bounds is not None
         for bound in bounds:
             inside = cuda.contains(region, old, bound)
-            assert inside is not None and inside.all()
+            assert inside is not None
+            assert inside.all()
 
     def test_sets_of_regions(self, device: torch.device) -> None:
         logp = -np.random.default_rng(5).exponential(3.0, 300)
@@ -423,7 +428,8 @@ class TestExact:
             bandpo.sides(lower=bandpo.Clip(0.2), upper=band),
         ):
             bounds, inside = cuda.log_bounds(region, old), cuda.contains(region, old, ratio)
-            assert bounds is not None and inside is not None
+            assert bounds is not None
+            assert inside is not None
             np.testing.assert_allclose(bounds.cpu().numpy(), region.log_bounds(logp), rtol=SOLVED)
             np.testing.assert_array_equal(inside.cpu().numpy(), region.contains(logp, x))
 
@@ -507,7 +513,8 @@ class TestEmulator:
 
     def test_ends_at_a_divergent_barrier(self, tmp_path: Path) -> None:
         output = self.run(tmp_path, "divergent", (), 0)
-        assert "a barrier that not all threads reach" in output and "fine" not in output
+        assert "a barrier that not all threads reach" in output
+        assert "fine" not in output
 
     def test_the_sanitizer_sees_shared_memory(self, tmp_path: Path) -> None:
         assert "fine 32640\nexit 0" in self.run(tmp_path, "outside", (), 1024)
@@ -516,12 +523,11 @@ class TestEmulator:
 
     def test_the_sanitizers_find_nothing(self) -> None:
         """This file once more, in the emulator alone: every kernel and every way to index."""
-        output = self.python(
-            ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
-             "-k", "not gpu and (size or strides or each_token or half or float64_log or clip or sets)"],
-            SANITIZERS,
-        )  # fmt: skip
-        assert re.search(r"\d\d passed", output) and output.endswith("exit 0"), output[-3000:]
+        some = "size or strides or each_token or half or float64_log or clip or sets"
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-k", f"not gpu and ({some})"]
+        output = self.python(["-m", "pytest", *options, __file__], SANITIZERS)
+        assert re.search(r"\d\d passed", output), output[-3000:]
+        assert output.endswith("exit 0"), output[-3000:]
 
 
 class TestWithoutAGpu:

@@ -1,4 +1,4 @@
-"""The kernels through NVIDIA's compiler, as CuPy calls it, for every architecture: no GPU is needed.
+"""The kernels through NVIDIA's compiler, as CuPy calls it, for every architecture, without a GPU.
 
 Registers and spills come from the log of its assembler.
 """
@@ -20,12 +20,12 @@ ARCHITECTURES = {12: (70, 75, 80, 86, 89, 90, 100, 120), 13: (75, 80, 86, 89, 90
 """By the major version of CUDA, what users have; the last line of compilers with sm_70 is 12."""
 
 ADDED_BY_CUPY = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
-"""What CuPy 14 adds to `bandpo.cuda.COMPILER_OPTIONS`, beside folders of headers that nobody includes."""
+"""What CuPy 14 adds to `bandpo.cuda.COMPILER_OPTIONS`, beside folders of headers, not used here."""
 
 REGISTERS_OF_AN_SM = 65536
 THREADS_THAT_HIDE_MEMORY = 768
-"""Threads of a multiprocessor: with 52 bytes on their way for each, 40 KB, more than twice the product of
-its share of the bandwidth (3.4 TB/s by 132 on an H100) and the latency of memory (some 600 ns)."""
+"""Threads of a multiprocessor: with 52 bytes on their way for each, 40 KB, more than twice the
+product of its share of the bandwidth (3.4 TB/s by 132 on an H100) and some 600 ns of latency."""
 
 
 class Nvrtc:
@@ -40,7 +40,8 @@ class Nvrtc:
     def compile(self, source: str, kernel: str, options: list[str]) -> str:
         """Returns the log of a kernel that was compiled to a binary."""
         program = ctypes.c_void_p()
-        self._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"band.cuh", 0, None, None)
+        given = ctypes.byref(program), source.encode(), b"band.cuh", 0, None, None
+        self._call("nvrtcCreateProgram", *given)
         try:
             self._call("nvrtcAddNameExpression", program, kernel.encode())
             strings = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -82,7 +83,7 @@ def log_of(major: int, architecture: int, kernel: str) -> str:
 
 
 def resources(log: str) -> tuple[int, int, int]:
-    """Registers of a thread, and bytes that were spilled and loaded again, in functions it calls too."""
+    """Registers of a thread, and bytes spilled and loaded again, in functions that it calls too."""
     [registers] = re.findall(r"Used (\d+) registers", log)
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     stores, loads = (sum(int(pair[side]) for pair in spilled) for side in (0, 1))

@@ -1,4 +1,4 @@
-"""One file of tokens, tests/data/tokens.csv.gz, for every backend: Rust, torch, and the CUDA kernels.
+"""One file of tokens, tests/data/tokens.csv.gz, for every backend: Rust, torch, the CUDA kernels.
 
 tools/make_cases.py writes it from 60-digit bounds and published formulas.
 """
@@ -23,8 +23,8 @@ from conftest import DATA
 Backend: TypeAlias = Callable[..., Any]
 
 IN_FLOAT32 = 4e-6
-"""Relative: exponentials within 1.2 ulp, up to three products, and the table's error of log_upper, 1e-6
-beyond one ulp of a bound of up to 8."""
+"""Relative: exponentials within 1.2 ulp, up to three products, and the table's error of log_upper,
+1e-6 beyond one ulp of a bound of up to 8."""
 TABLE = 1e-6
 """Absolute, of `lower` in a table."""
 IN_FLOAT64 = 1e-12

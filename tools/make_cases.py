@@ -1,8 +1,8 @@
-"""Write tests/data/tokens.csv.gz: tokens with the bounds, loss and gradient that every backend must give.
+"""Write tests/data/tokens.csv.gz: tokens with the bounds, losses and gradients of every backend.
 
-Bounds come from tests/reference.py at 60 digits and losses from the formulas in mpmath, so that the file
-is independent of the library. Log-probs and advantages are float32 numbers, so that every backend reads
-the same. A token's ratio is not next to a bound, where a table may decide either way.
+Bounds come from tests/reference.py at 60 digits and losses from the formulas in mpmath, so that the
+file is independent of the library. Log-probs and advantages are float32 numbers, so that every
+backend reads the same. No ratio is next to a bound, where a table may decide either way.
 
     python tools/make_cases.py
 """
@@ -50,10 +50,7 @@ class Token:
 def min_clip(token: Token, dual_clip: mpf = mp.inf) -> tuple[mpf, mpf]:
     """PPO (arXiv 1707.06347, Eq. 7); dual clip: arXiv 1912.09729, Eq. 4."""
     a, r = token.advantage, token.r
-    if a > 0:
-        loss = -a * min(r, token.upper)
-    else:
-        loss = -a * min(max(r, token.lower), dual_clip)
+    loss = -a * (min(r, token.upper) if a > 0 else min(max(r, token.lower), dual_clip))
     stopped = token.beyond or token.clamped or (a < 0 and r >= dual_clip)
     return loss, mpf(0) if stopped else loss
 
@@ -89,8 +86,8 @@ RULES: dict[str, Rule] = {
 
 
 def rows(spec: str, delta: float) -> list[list[str]]:
-    """Tokens of all probabilities with ratios on both sides of the bounds, and a few beyond the clamp."""
-    random = Random(f"{SEED} {spec}")
+    """Tokens of all probabilities, ratios on both sides of the bounds, a few beyond the clamp."""
+    random = Random(f"{SEED} {spec}")  # noqa: S311
     made: list[list[str]] = []
     while len(made) < TOKENS:
         old = float(np.float32(-random.expovariate(1 / 3) * 10 ** random.uniform(-3, 0.5)))
@@ -100,11 +97,12 @@ def rows(spec: str, delta: float) -> list[list[str]]:
             new = old + random.gauss(0, 0.5)
         elif kind < 0.95:
             bound = log_lower if random.random() < 0.5 else log_upper
-            new = old + float(max(mpf(-22), bound)) * (1 + random.choice((-1, 1)) * 10 ** random.uniform(-3, 0))
+            offset = 1 + random.choice((-1, 1)) * 10 ** random.uniform(-3, 0)
+            new = old + float(max(mpf(-22), bound)) * offset
         else:
             new = old - 40 * random.random()
         new = float(np.float32(min(new, 0.0)))
-        # Where the loss is computed in float32, so is the log-ratio: it is exact for these tokens alone.
+        # A loss in float32 has its log-ratio in float32, which is exact for these tokens alone.
         x = mpf(new) - mpf(old)
         if mpf(float(np.float32(new) - np.float32(old))) != x:
             continue
@@ -115,14 +113,16 @@ def rows(spec: str, delta: float) -> list[list[str]]:
         advantage = float(np.float32(random.gauss(0, 1)))
         token = Token(new, x, advantage, lower, upper)
         results = [value for rule in RULES.values() for value in rule(token)]
-        numbers = [old, new, advantage, *(to_double(mpf(value)) for value in (log_lower, log_upper, *results))]
-        made.append([spec, repr(delta), *(value.hex() for value in numbers)])
+        numbers = [mpf(old), mpf(new), mpf(advantage), log_lower, log_upper, *results]
+        made.append([spec, repr(delta), *(to_double(value).hex() for value in numbers)])
     return made
 
 
 def main() -> None:
+    """Writes the file."""
     mp.dps = 60
-    columns = ["divergence", "delta", "old_log_prob", "log_prob", "advantage", "log_lower", "log_upper"]
+    columns = ["divergence", "delta", "old_log_prob", "log_prob", "advantage"]
+    columns += ["log_lower", "log_upper"]
     columns += [f"{what} of {rule}" for rule in RULES for what in ("loss", "gradient")]
     lines = [",".join(columns), *(",".join(row) for region in REGIONS for row in rows(*region))]
     # Without a time in the header, the same lines are the same file.

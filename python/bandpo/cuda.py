@@ -1,14 +1,14 @@
-"""The CUDA backend: kernels on torch's current stream and device. The one module that imports CuPy.
+"""The CUDA backend: kernels on torch's stream and device. The one module that imports CuPy.
 
-The kernels are in ``cuda/``. CuPy compiles each at its first use on a device (and keeps it on disk), so
-that call has to come before a CUDA graph is captured. Nothing here waits for a device.
+The kernels are in ``cuda/``. CuPy compiles each at its first use on a device and keeps it on disk,
+so that call has to come before a CUDA graph is captured. Nothing here waits for a device.
 """
 
 from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,6 @@ from bandpo.torch import (
     torch,
 )
 
-Argument: TypeAlias = "np.uint64 | np.int64 | np.int32 | np.uint32 | np.float64"
-"""An argument of a kernel; a pointer is a uint64."""
-
 # As in cuda/band.cu.
 THREADS = 256
 CHUNK = 8192
@@ -49,6 +46,13 @@ _STORED = {
 }
 
 
+def _cupy() -> Any:
+    """CuPy, whose import takes longer than all of bandpo's."""
+    import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    return cupy
+
+
 def obstacle() -> ImportError | None:
     """Returns the error that says why the kernels cannot run here, or None if they can."""
     version = torch.version.cuda
@@ -56,7 +60,7 @@ def obstacle() -> ImportError | None:
         return BrokenExtraError("the kernels need CUDA, this torch is built for ROCm")
     extra = f"cuda{version.partition('.')[0]}" if version else "cuda13"
     try:
-        import cupy
+        cupy = _cupy()
     except ModuleNotFoundError as missing:
         if missing.name == "cupy":
             return MissingExtraError("cupy", extra)
@@ -81,7 +85,7 @@ def _launch(
     kernel: str,
     device: torch.device,
     blocks: int,
-    arguments: tuple[Argument, ...],
+    arguments: tuple[np.generic, ...],
     shared_bytes: int = 0,
 ) -> None:
     """Enqueues a kernel on torch's current stream of a device.
@@ -89,22 +93,19 @@ def _launch(
     Tensors that were allocated for that stream may be released at once: the allocator hands their
     memory on in the order of the stream.
     """
-    import cupy
-
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     grid = max(1, min(blocks, BLOCKS_A_PROCESSOR * processors))
     index = torch.cuda.current_device() if device.index is None else device.index
     stream = torch.cuda.current_stream(device).cuda_stream
-    with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream, index):
+    of_cupy = _cupy().cuda
+    with of_cupy.Device(index), of_cupy.ExternalStream(stream, index):
         _compiled(kernel, index)((grid,), (THREADS,), arguments, shared_mem=shared_bytes)
 
 
 @cache
 def _compiled(kernel: str, device_index: int) -> Any:
     """The kernel for the current device, which is the one of this index."""
-    import cupy
-
-    module = cupy.RawModule(
+    module = _cupy().RawModule(
         code=_core.KERNEL_SOURCE, options=COMPILER_OPTIONS, name_expressions=(kernel,)
     )
     return module.get_function(kernel)
@@ -192,7 +193,7 @@ def table_log_bounds(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.T
     )
     count = old_log_prob.numel()
     if count > 0:
-        kind, words, size = _bounds_kind(words)
+        _, words, size = _bounds_kind(words)
         _launch(
             f"bandpo::band_bounds<{_STORED[old_log_prob.dtype]}>",
             old_log_prob.device,
@@ -265,9 +266,7 @@ def log_bounds(region: Region, old_log_prob: torch.Tensor) -> torch.Tensor | Non
         return None
     old_log_prob = old_log_prob.contiguous()
     count = old_log_prob.numel()
-    bounds = torch.empty(
-        (2, *old_log_prob.shape), dtype=torch.float64, device=old_log_prob.device
-    )
+    bounds = torch.empty((2, *old_log_prob.shape), dtype=torch.float64, device=old_log_prob.device)
     if count > 0:
         arguments, _ = solver  # which holds the radii
         _launch(
@@ -325,7 +324,7 @@ def contains(
 
 def _solver_of(
     region: Region, old_log_prob: torch.Tensor
-) -> tuple[tuple[Argument, ...], list[torch.Tensor]] | None:
+) -> tuple[tuple[np.generic, ...], list[torch.Tensor]] | None:
     """Generator and radii as kernels take them, with the tensors that the arguments point to."""
     if type(region) is not Band or not isinstance(region.divergence._solver, _core.Divergence):
         return None
@@ -390,13 +389,14 @@ def _is_whole(tensor: torch.Tensor) -> bool:
     return tensor.is_contiguous() and tensor.data_ptr() % alignment == 0
 
 
-def _strided(tensor: torch.Tensor | None) -> tuple[Argument, ...]:
+def _strided(tensor: torch.Tensor | None) -> tuple[np.generic, ...]:
     rows, columns = (0, 0) if tensor is None else tensor.stride()
     return _pointer(tensor), np.int64(rows), np.int64(columns)
 
 
 def _pointer(tensor: torch.Tensor | None) -> np.uint64:
-    return np.uint64(0 if tensor is None else tensor.data_ptr())
+    pointer: np.uint64 = np.uint64(0 if tensor is None else tensor.data_ptr())
+    return pointer
 
 
 token_loss_op.register_kernel("cuda")(token_loss)

@@ -62,7 +62,8 @@ def log_bounds(
         region: Where the bounds come from.
         old_log_prob: Natural log-probabilities under the policy that drew the tokens, any shape,
             float32, float64, bfloat16 or float16. Above 0 is read as 0.
-        exact: Use the solver, which runs on the CPU in float64, even where there is a table.
+        exact: Use the solver, in float64, even where there is a table. It runs on the CPU, but for
+            CUDA tensors on the device where the kernels can and the divergence has a name.
 
     Returns:
         Two tensors of the shape, dtype and device of ``old_log_prob``, without gradient. They are
@@ -109,9 +110,10 @@ def clip(
     """
     if default_backend(log_ratio.device.type) == "cuda":
         old, x = _precise(region, old_log_prob, log_ratio)
-        old, x = torch.broadcast_tensors(old, x)
-        bounds = bounds_of(region, old, exact=exact)
-        return clipped_op(bounds, old, x)[0].to(log_ratio.dtype)
+        shape = torch.broadcast_shapes(old.shape, x.shape)  # type: ignore[no-untyped-call]
+        old, x = old.expand(shape), x.expand(shape)
+        moved: torch.Tensor = clipped_op(bounds_of(region, old, exact=exact), old, x)[0]
+        return moved.to(log_ratio.dtype)
     precise, log_lower, log_upper = _with_bounds(region, old_log_prob, log_ratio, exact)
     return precise.clamp(log_lower, log_upper).to(log_ratio.dtype)
 
@@ -252,8 +254,8 @@ def bounds_of(
     - A table, int32 [words]: the image described in ``docs/table-format.md``, for other regions.
       Devices other than the CPU keep theirs as long as the table lives.
     - Per token, [2, ...] and the shape of ``old_log_prob``: the bounds of each token, by
-      `Region.log_bounds`, which runs on the CPU in float64; with ``exact``, and for regions that no
-      table can hold, such as a `Band` with an array of radii.
+      `Region.log_bounds`, which runs on the CPU in float64, or by `bandpo.cuda.log_bounds`; with
+      ``exact``, and for regions that no table can hold, such as a `Band` with an array of radii.
 
     A tensor enters a compiled graph as data. Under `torch.compile` the region itself is a constant:
     another region object compiles again. A `RegionSource` does not: it has one tensor for each
@@ -384,10 +386,10 @@ def _table_words(table: BandTable, device: torch.device) -> torch.Tensor:
     schema="(Tensor old_log_prob, int region) -> Tensor",
 )
 def _solve(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
-    kernels = _kernels() if old_log_prob.is_cuda else None
-    solved = kernels and kernels.log_bounds(_exact_region(region), old_log_prob)
-    if solved is not None:
-        return solved.to(old_log_prob.dtype)
+    if old_log_prob.is_cuda and (kernels := _kernels()) is not None:
+        solved: torch.Tensor | None = kernels.log_bounds(_exact_region(region), old_log_prob)
+        if solved is not None:
+            return solved.to(old_log_prob.dtype)
     tokens = old_log_prob.detach().to("cpu", torch.float64).numpy()
     bounds = np.stack(_exact_region(region).log_bounds(tokens))
     _check_broadcast(bounds.shape[1:], tokens.shape)
@@ -405,10 +407,12 @@ def _(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     schema="(Tensor old_log_prob, Tensor log_ratio, int region) -> Tensor",
 )
 def _contains(old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int) -> torch.Tensor:
-    kernels = _kernels() if old_log_prob.is_cuda else None
-    decided = kernels and kernels.contains(_exact_region(region), old_log_prob, log_ratio)
-    if decided is not None:
-        return decided
+    if old_log_prob.is_cuda and (kernels := _kernels()) is not None:
+        decided: torch.Tensor | None = kernels.contains(
+            _exact_region(region), old_log_prob, log_ratio
+        )
+        if decided is not None:
+            return decided
     tokens, ratios = (
         tensor.detach().to("cpu", torch.float64).numpy() for tensor in (old_log_prob, log_ratio)
     )
@@ -606,9 +610,7 @@ def _kernels() -> ModuleType | None:
     obstacle = cuda.obstacle()
     if obstacle is None:
         return cuda
-    warnings.warn(
-        f"CUDA tensors take the torch backend: {obstacle}", BackendWarning, stacklevel=1
-    )
+    warnings.warn(f"CUDA tensors take the torch backend: {obstacle}", BackendWarning, stacklevel=1)
     return None
 
 
