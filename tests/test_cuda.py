@@ -29,6 +29,7 @@ from bandpo.torch import (
     clip,
     default_backend,
     read_table,
+    token_loss_fused,
     token_loss_op,
     torch,
 )
@@ -327,6 +328,50 @@ class TestTable:
 
 class TestOperators:
     """As `torch.compile`, autograd and fake tensors see them; their kernels are tested above."""
+
+    @pytest.fixture
+    def in_place_of_rust(self, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Makes the emulated kernel that of the operator for tensors of the CPU."""
+        monkeypatch.setitem(token_loss_op._backend_fns, "cpu", cuda.token_loss)
+
+    @pytest.mark.usefixtures("in_place_of_rust")
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_the_gradient_of_half_precision(self, dtype: torch.dtype) -> None:
+        tokens = batch((3, 40), dtype)
+        slopes: list[torch.Tensor] = []
+        for stored in (dtype, torch.float32):
+            old, new, advantages = (tensor.to(stored) for tensor in tokens[:3])
+            new.requires_grad_()
+            loss, *_ = token_loss_fused(
+                old,
+                new,
+                None,
+                advantages.float(),
+                tokens[3],
+                bounds_of(KL, old),
+                "min-clip",
+                [],
+                False,
+            )
+            slopes += torch.autograd.grad(loss.sum(), new)
+        assert [slope.dtype for slope in slopes] == [dtype, torch.float32]
+        assert equal(slopes[0], slopes[1].to(dtype))
+
+    @pytest.mark.usefixtures("in_place_of_rust")
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    def test_compiled_without_a_break(self) -> None:
+        torch.compiler.reset()
+        tokens = [tensor.nan_to_num() for tensor in batch((5, 30))]
+        module = bandpo.loss.PolicyLoss(KL, dual_clip=3.0, metrics_by_probability=True)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        found = []
+        for run in (module, compiled):
+            new = tokens[1].clone().requires_grad_()
+            result = run(tokens[0], new, *tokens[2:])
+            found.append([result.loss, *torch.autograd.grad(result.loss, new)])
+            found[-1] += [result.metrics[name] for name in sorted(result.metrics)]
+        for eager, traced in zip(*found, strict=True):
+            assert torch.equal(eager, traced)
 
     @pytest.mark.parametrize("region", [KL, REGIONS[4]], ids=str)
     def test_opcheck(self, region: bandpo.Region) -> None:

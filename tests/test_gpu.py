@@ -59,6 +59,20 @@ def test_the_loss_is_that_of_the_cpu(region: bandpo.Region, surrogate: Any) -> N
     torch.testing.assert_close(slope, wanted_slope, rtol=FLOAT32, atol=0.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("exact", [False, True])
+def test_half_precision_is_read_where_it_is(dtype: torch.dtype, exact: bool) -> None:
+    """Without a copy in float32, and with the same result."""
+    old, new, advantages, valid = batch((64, 1024))
+    narrow = [old.to(dtype), new.to(dtype), advantages, valid]
+    wide = [narrow[0].float(), narrow[1].float(), advantages, valid]
+    loss, slope = gradient(narrow, region=KL, exact=exact)
+    wanted_loss, wanted_slope = gradient(wide, region=KL, exact=exact)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, wanted_loss)
+    assert torch.equal(slope, wanted_slope.to(dtype))
+
+
 def test_auto_is_cuda() -> None:
     tokens = batch((6, 50))
     for mine, other in zip(

@@ -229,9 +229,18 @@ def policy_loss(
         # Every surrogate is homogeneous in the advantage, so a weight may go there.
         weights = rollout_is_weights.detach().to(dtype)
         cost = cost * weights.reshape(_advantages_shape(rollout_is_weights, shape))
+    # The kernel reads half precision itself, unless torch has to compute with it as well.
+    narrow = (
+        backend_loss is token_loss_fused
+        and log_prob.device.type == "cuda"
+        and log_prob.dtype == old_log_prob.dtype
+        and ratio_level == "token"
+        and rule.mask is None
+    )
+    stored = log_prob.dtype if narrow else dtype
     tokens = _Tokens(
-        old_log_prob.detach().to(dtype),
-        log_prob.to(dtype).reshape(shape),
+        old_log_prob.detach().to(stored),
+        log_prob.to(stored).reshape(shape),
         cost,
         valid,
         _Sequences.of(valid, cu_seqlens),
@@ -392,8 +401,8 @@ class _Sequences(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    old_log_prob: torch.Tensor  # as it was given, but for its dtype
-    log_prob: torch.Tensor  # [B, T], with its gradient
+    old_log_prob: torch.Tensor  # as it was given, but for its dtype, which may be a wider one
+    log_prob: torch.Tensor  # [B, T], with its gradient, of the same dtype
     advantages: torch.Tensor  # [B, T] or [B, 1]
     valid: torch.Tensor  # bool [B, T]
     sequences: _Sequences

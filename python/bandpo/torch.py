@@ -264,16 +264,19 @@ def bounds_of(
 
     Args:
         region: Where the bounds come from.
-        old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
+        old_log_prob: Old log-probabilities, any float, without gradient, any shape. The bounds are
+            in float32, in float64 where it is.
         valid: Bool, like ``old_log_prob``; the solver skips the other tokens.
         exact: Use the solver even where there is a table.
 
     Raises:
         InvalidValueError: If an array of radii does not broadcast to the shape.
     """
-    source: _Source = _source(region, old_log_prob.dtype, old_log_prob.device, exact)
+    dtype = compute_dtype(old_log_prob)
+    source: _Source = _source(region, dtype, old_log_prob.device, exact)
     if source.bounds is not None:
         return source.bounds
+    old_log_prob = old_log_prob.to(dtype)
     if valid is not None:
         # The solver is at its limit at once where the probability is 1.
         old_log_prob = torch.where(valid, old_log_prob, 0.0)
@@ -557,7 +560,8 @@ class TokenLoss(Protocol):
     """A backend: the loss of every token, as `bandpo.loss.policy_loss` defines it.
 
     Args:
-        old_log_prob: [B, T], float32 or float64.
+        old_log_prob: [B, T], float32 or float64; on CUDA devices the fused one reads bfloat16 and
+            float16 as well, and computes in float32, the dtype of the other arguments then.
         log_prob: [B, T], same dtype; the loss carries its gradient.
         log_ratio: Taken in place of ``log_prob - old_log_prob``, [B, T], same dtype, without
             gradient; a token's own ratio where it is None.
@@ -811,8 +815,10 @@ def _(
     parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = compute_dtype(log_prob)
     per_token, gradient = (
-        torch.empty_like(log_prob, memory_format=torch.contiguous_format) for _ in range(2)
+        torch.empty_like(log_prob, dtype=dtype, memory_format=torch.contiguous_format)
+        for _ in range(2)
     )
     counts = log_prob.new_empty(COUNTS + 3 * PROBABILITY_BINS * by_probability, dtype=torch.int64)
     return per_token, gradient, counts, log_prob.new_empty(SUMS, dtype=torch.float64)
