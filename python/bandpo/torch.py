@@ -92,7 +92,8 @@ def contains(
         InvalidTypeError: If an argument has the wrong type or dtype.
         InvalidValueError: If an array of radii does not broadcast to the shape.
     """
-    log_ratio, log_lower, log_upper = _with_bounds(region, old_log_prob, log_ratio, exact)
+    old_log_prob, log_ratio = _precise(region, old_log_prob, log_ratio)
+    log_lower, log_upper = _log_bounds(region, old_log_prob, exact)
     return (log_lower <= log_ratio) & (log_ratio <= log_upper)
 
 
@@ -108,31 +109,28 @@ def clip(
         InvalidTypeError: If an argument has the wrong type or dtype.
         InvalidValueError: If an array of radii does not broadcast to the shape.
     """
-    if default_backend(log_ratio.device.type) == "cuda":
-        old, x = _precise(region, old_log_prob, log_ratio)
-        shape = torch.broadcast_shapes(old.shape, x.shape)  # type: ignore[no-untyped-call]
-        old, x = old.expand(shape), x.expand(shape)
-        moved: torch.Tensor = clipped_op(bounds_of(region, old, exact=exact), old, x)[0]
+    old_log_prob, precise = _precise(region, old_log_prob, log_ratio)
+    if default_backend(precise.device.type) == "cuda":
+        shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+            old_log_prob.shape, precise.shape
+        )
+        old_log_prob, precise = old_log_prob.expand(shape), precise.expand(shape)
+        bounds = bounds_of(region, old_log_prob, exact=exact)
+        moved: torch.Tensor = clipped_op(bounds, old_log_prob, precise)[0]
         return moved.to(log_ratio.dtype)
-    precise, log_lower, log_upper = _with_bounds(region, old_log_prob, log_ratio, exact)
+    log_lower, log_upper = _log_bounds(region, old_log_prob, exact)
     return precise.clamp(log_lower, log_upper).to(log_ratio.dtype)
 
 
 def _precise(
     region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Old log-probs without gradient and log-ratios, checked, in the dtype to compute in."""
     check_region(region)
     check_float("old_log_prob", old_log_prob)
     check_float("log_ratio", log_ratio)
     dtype = compute_dtype(old_log_prob, log_ratio)
     return old_log_prob.detach().to(dtype), log_ratio.to(dtype)
-
-
-def _with_bounds(
-    region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, exact: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    old_log_prob, log_ratio = _precise(region, old_log_prob, log_ratio)
-    return log_ratio, *_log_bounds(region, old_log_prob, exact)
 
 
 def _log_bounds(
