@@ -254,7 +254,13 @@ struct Rule {
 };
 
 // Bits of Outcome::flags, six apart: a thread adds up to 63 tokens in one word.
-enum Flag : unsigned { VALID = 1u, NONFINITE = 1u << 6, CLIPPED_LOW = 1u << 12, CLIPPED_HIGH = 1u << 18, LIMITED = 1u << 24 };
+enum Flag : unsigned {
+  VALID = 1u,
+  NONFINITE = 1u << 6,
+  CLIPPED_LOW = 1u << 12,
+  CLIPPED_HIGH = 1u << 18,
+  LIMITED = 1u << 24
+};
 
 template <class T>
 struct Outcome {

@@ -463,6 +463,14 @@ class TestExact:
             assert inside is not None
             assert inside.all()
 
+    @pytest.mark.parametrize("spec", ["kl", "tv", "reverse-kl", "alpha:0.5", "bwcs:0.3", "vajda:1"])
+    def test_limits_are_those_of_the_cpu(self, spec: str, device: torch.device) -> None:
+        logp = np.array([0.0, 3.0, -np.inf, np.nan])
+        region = bandpo.Band(spec, (0.02, 0.3))
+        bounds = cuda.log_bounds(region, torch.from_numpy(logp).to(device))
+        assert bounds is not None
+        np.testing.assert_allclose(bounds.cpu().numpy(), region.log_bounds(logp), rtol=SOLVED)
+
     def test_sets_of_regions(self, device: torch.device) -> None:
         logp = -np.random.default_rng(5).exponential(3.0, 300)
         band = bandpo.Band("kl", np.full(300, 0.05))

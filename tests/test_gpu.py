@@ -17,7 +17,8 @@ from bandpo.torch import bounds_of, clip, contains, log_bounds, token_loss_op, t
 
 pytestmark = [
     pytest.mark.usefixtures("gpu"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    # Of torch's compiler and its debug mode for synchronization, which say what they are.
+    pytest.mark.filterwarnings("default"),
 ]
 
 KL = bandpo.Band("kl", 0.05)

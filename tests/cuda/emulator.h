@@ -192,7 +192,8 @@ struct Call<Kernel> {
 #define blockIdx emulator::of_block
 #define threadIdx emulator::of_thread
 #define __syncthreads() emulator::wait(emulator::State::AT_BLOCK_BARRIER, __LINE__)
-#define __shfl_down_sync(mask, value, distance) \
-  ((mask) == 0xffffffffu ? emulator::shuffle_down(value, distance, __LINE__) : (emulator::fail("a part of a warp"), value))
+#define __shfl_down_sync(mask, value, distance)                              \
+  ((mask) == 0xffffffffu ? emulator::shuffle_down(value, distance, __LINE__) \
+                         : (emulator::fail("a shuffle of a part of a warp"), value))
 
 #endif
