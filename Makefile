@@ -3,14 +3,28 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CARGO_HOME ?= $(HOME)/.cargo
-RUST := Cargo.toml Cargo.lock $(wildcard rust/*)
+RUST := Cargo.toml Cargo.lock $(wildcard rust/* cuda/*)
+CUDA ?= 13
 
-.PHONY: check test demo lint format reference wheel prerequisites clean
-check: test lint
+.PHONY: check test test-nvrtc test-gpu bench-gpu demo lint format reference wheel prerequisites clean
+check: test test-nvrtc lint
 
 test: $(VENV)/test.stamp
 	cargo test --locked --quiet
 	$(BIN)/python -m pytest --quiet
+
+# NVIDIA's compiler runs anywhere; its wheels, 360 MB, are more than the other tests need.
+test-nvrtc: $(VENV)/nvrtc.stamp
+	$(BIN)/python -m pytest --quiet tests/test_nvrtc.py
+
+# On a machine with a GPU; `make test-gpu CUDA=12` where its driver or its torch is older. The tests run
+# once more under NVIDIA's sanitizer, if it is installed.
+test-gpu: $(VENV)/test.stamp $(VENV)/cuda$(CUDA).stamp
+	$(BIN)/python -c 'from bandpo import cuda; raise SystemExit(cuda.obstacle())'
+	$(BIN)/python -m pytest --quiet -rs tests/test_gpu.py tests/test_cuda.py tests/test_tokens.py
+
+bench-gpu: $(VENV)/cuda$(CUDA).stamp
+	$(BIN)/python tools/bench_gpu.py
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bandpo demo
@@ -34,6 +48,7 @@ format:
 reference: $(VENV)/reference.stamp
 	$(BIN)/python tests/reference.py
 	$(BIN)/python tools/make_reference.py
+	$(BIN)/python tools/make_cases.py
 	$(BIN)/python tools/make_real_reference.py
 
 # The sdist, and from it the Linux wheel that a release uploads; checked, installed, tested. zig links

@@ -199,6 +199,25 @@ impl Divergence {
         }
     }
 
+    /// Number and parameter of its generator in `cuda/band.cuh`; `None` for a text.
+    #[must_use]
+    pub fn kernel_generator(&self) -> Option<(i32, f64)> {
+        Some(match self.generator {
+            Generator::Kl => (0, 0.0),
+            Generator::ReverseKl => (1, 0.0),
+            Generator::Tv => (2, 0.0),
+            Generator::Hellinger => (3, 0.0),
+            Generator::JensenShannon => (4, 0.0),
+            Generator::Jeffreys => (5, 0.0),
+            Generator::Alpha(order) => (6, order),
+            Generator::Vajda(order) => (7, order),
+            Generator::Bwcs(blend) => (8, blend),
+            Generator::LeCam => (9, 0.0),
+            Generator::HockeyStick(threshold) => (10, threshold),
+            Generator::Expression(_) => return None,
+        })
+    }
+
     /// The specification this divergence was made from.
     #[must_use]
     pub fn spec(&self) -> &str {
@@ -206,7 +225,8 @@ impl Divergence {
     }
 
     /// The radius for the generator that a radius for this divergence stands for.
-    pub(crate) fn generator_radius<T: Real>(&self, delta: f64) -> T {
+    #[must_use]
+    pub fn generator_radius<T: Real>(&self, delta: f64) -> T {
         match self.radius {
             Radius::Same => T::of(delta),
             Radius::Renyi(order) => {

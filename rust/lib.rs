@@ -11,7 +11,8 @@
 //! The data flow is the file list: [`divergence`] (which `f`), [`band`] (its exact bounds, by
 //! [`root`]), [`table`] (the bounds as a lookup table), [`loss`] (a clipped policy loss and its
 //! gradient in one pass). [`real`] holds the number types that formulas are evaluated in. Nothing
-//! here knows Python, except the one file that is compiled with the feature `python`.
+//! here knows Python, except the one file that is compiled with the feature `python`. The same rules
+//! for a GPU are [`KERNEL_SOURCE`].
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -33,3 +34,10 @@ mod wide;
 
 #[cfg(feature = "python")]
 mod python;
+
+/// The CUDA kernels, in one string that compiles alone: a compiler at run time is given no headers.
+pub const KERNEL_SOURCE: &str = concat!(
+    include_str!("../cuda/band.cuh"),
+    "\n#line 1 \"band.cu\"\n",
+    include_str!("../cuda/band.cu")
+);

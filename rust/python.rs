@@ -88,6 +88,22 @@ impl PyDivergence {
     fn curvature(&self) -> Option<f64> {
         self.0.curvature()
     }
+
+    /// Number and parameter of the generator in the CUDA kernels.
+    #[getter]
+    fn kernel_generator(&self) -> Option<(i32, f64)> {
+        self.0.kernel_generator()
+    }
+
+    /// The radii of the generator that radii of this divergence stand for.
+    fn generator_radii<'py>(
+        &self,
+        py: Python<'py>,
+        delta: PyReadonlyArray1<'py, f64>,
+    ) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        let radii = delta.as_slice()?.iter().map(|&delta| self.0.generator_radius::<f64>(delta));
+        Ok(radii.collect::<Vec<_>>().into_pyarray(py))
+    }
 }
 
 /// Where a table's curve comes from, as Python gives it.
@@ -577,6 +593,9 @@ mod _core {
         PyBandTable, PyDivergence, contains, diagnose, divergences, log_bounds, policy_loss, scale,
         thread_count,
     };
+
+    #[pymodule_export]
+    const KERNEL_SOURCE: &str = crate::KERNEL_SOURCE;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)] // Python's name for it

@@ -1,17 +1,27 @@
-"""What several test files share: the list of divergences and the reference data."""
+"""What several test files share: the reference data, and where CUDA kernels run."""
 
 from __future__ import annotations
 
 import gzip
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from emulated import SANITIZERS, Emulator, build, missing_compiler
+
+if TYPE_CHECKING:
+    import torch
+
 DATA = Path(__file__).parent / "data"
+
+SANITIZED = "BANDPO_SANITIZED" in os.environ
+"""Whether the emulator runs under sanitizers, which have to be loaded before Python."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +64,35 @@ REFERENCE_FILES = sorted(DATA.glob("band_*.csv.gz"))
 )
 def reference(request: pytest.FixtureRequest) -> Reference:
     return read_reference(request.param)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if reason := missing_compiler():
+        pytest.skip(reason)
+    flags = SANITIZERS if SANITIZED else ()
+    return build(tmp_path_factory.mktemp("kernels"), flags=flags)
+
+
+@pytest.fixture
+def emulator(library: Path, monkeypatch: pytest.MonkeyPatch) -> Emulator:
+    """Runs the kernels of `bandpo.cuda` on tensors of the CPU."""
+    from bandpo import cuda
+
+    emulator = Emulator(library)
+    monkeypatch.setattr(cuda, "_launch", emulator.launch)
+    return emulator
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """A GPU, if there is one."""
+    import torch
+
+    from bandpo import cuda
+
+    if SANITIZED:
+        pytest.skip("the sanitizers look at the emulator")
+    if reason := cuda.obstacle():
+        pytest.skip(f"needs a GPU: {reason}")
+    return torch.device("cuda")

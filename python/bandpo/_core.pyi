@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "KERNEL_SOURCE",
     "BandTable",
     "Divergence",
     "__version__",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 __version__: str
+KERNEL_SOURCE: str
 
 _FloatArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 
@@ -34,6 +36,9 @@ class Divergence:
     def spec(self) -> str: ...
     @property
     def curvature(self) -> float | None: ...
+    @property
+    def kernel_generator(self) -> tuple[int, float] | None: ...
+    def generator_radii(self, delta: NDArray[np.float64]) -> NDArray[np.float64]: ...
 
 @final
 class BandTable:

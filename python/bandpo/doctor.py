@@ -32,12 +32,14 @@ def _version(distribution: str) -> str | None:
 
 def _backends() -> dict[str, str | None]:
     try:
+        from bandpo.cuda import obstacle
         from bandpo.torch import default_backend, gpu_report
     except (BrokenExtraError, MissingExtraError) as reason:
         none = f"none: {reason}"
         return {"backend on a CPU": none, "backend on a GPU": none, "GPU": "unknown without torch"}
+    missing = obstacle()
     return {
         "backend on a CPU": default_backend("cpu"),
-        "backend on a GPU": f"{default_backend('cuda')} (this version has no CUDA kernel)",
+        "backend on a GPU": "cuda" if missing is None else f"torch (not cuda: {missing})",
         "GPU": gpu_report(),
     }

@@ -36,3 +36,7 @@ class MissingExtraError(BandpoError, ImportError):
 
 class BrokenExtraError(BandpoError, ImportError):
     """An optional dependency is installed but cannot be imported; the message says why."""
+
+
+class BackendWarning(UserWarning):
+    """The fastest backend for a device cannot run; the message says why and which one does."""

@@ -30,8 +30,9 @@ from bandpo.torch import (
     default_backend,
     membership_of,
     probability_bin,
+    require_kernels,
     sides_of,
-    token_loss_native,
+    token_loss_fused,
     token_loss_torch,
     torch,
 )
@@ -53,7 +54,7 @@ AggregationMode: TypeAlias = Literal[
     "seq-mean-token-sum-norm",
 ]
 RatioLevel: TypeAlias = Literal["token", "sequence", "geometric-mean"]
-Backend: TypeAlias = Literal["auto", "native", "torch"]
+Backend: TypeAlias = Literal["auto", "native", "cuda", "torch"]
 Count: TypeAlias = "float | torch.Tensor"
 
 _MODES: tuple[str, ...] = get_args(AggregationMode)
@@ -218,10 +219,13 @@ def policy_loss(
             is not counted as clipped.
         cu_seqlens: Offsets of the sequences in packed tensors, int32 or int64 [S + 1], from 0 to N.
             Their values are checked on a CPU only, outside `torch.compile`.
-        backend: ``"native"`` is compiled and runs on the CPU; ``"torch"`` is plain torch and runs
-            on any device (CUDA, ROCm, MPS); ``"auto"`` is native for CPU tensors and torch for
-            others.
-        exact: Take the bounds from the exact solver, which runs on the CPU, instead of a table.
+        backend: ``"native"`` is compiled and runs on the CPU; ``"cuda"`` is a kernel for NVIDIA
+            GPUs and needs the extra ``cuda12`` or ``cuda13``; ``"torch"`` is plain torch and runs
+            on any device (CUDA, ROCm, MPS); ``"auto"`` is native for CPU tensors, cuda for CUDA
+            tensors where the kernel can run (a `bandpo.error.BackendWarning` says once why not),
+            else torch.
+        exact: Take the bounds from the exact solver instead of a table. It runs on the CPU, but
+            for CUDA tensors on the device where the kernels can run and the divergence has a name.
         dp_size: Number of data-parallel ranks whose gradients are averaged.
         batch_num_tokens: Tokens that count in the global batch, a number or a 0-dim tensor, for
             token-mean; this batch's if left out.
@@ -235,6 +239,8 @@ def policy_loss(
             known, region, surrogate and ratio level do not go together, ``cu_seqlens`` or a global
             count (for ``dp_size > 1``) is missing where it is needed, or the backend cannot run on
             the tensors' device.
+        MissingExtraError: With backend "cuda", if CuPy is not installed.
+        BrokenExtraError: With backend "cuda", if it is but cannot be used.
     """
     rule = _Rule(region, surrogate, dual_clip, ratio_level, backend)
     _check_rule(rule)
@@ -256,9 +262,18 @@ def policy_loss(
         # Every surrogate is homogeneous in the advantage, so a weight may go there.
         weights = rollout_is_weights.detach().to(dtype)
         cost = cost * weights.reshape(_advantages_shape(rollout_is_weights, shape))
+    # The kernel reads half precision itself, unless torch has to compute with it as well.
+    narrow = (
+        backend_loss is token_loss_fused
+        and log_prob.device.type == "cuda"
+        and log_prob.dtype == old_log_prob.dtype
+        and ratio_level == "token"
+        and rule.mask is None
+    )
+    stored = log_prob.dtype if narrow else dtype
     tokens = _Tokens(
-        old_log_prob.detach().to(dtype),
-        _shaped(log_prob.to(dtype), shape),
+        old_log_prob.detach().to(stored),
+        _shaped(log_prob.to(stored), shape),
         cost,
         valid,
         cu_seqlens,
@@ -429,8 +444,8 @@ class _Sequences(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    old_log_prob: torch.Tensor  # as it was given, but for its dtype
-    log_prob: torch.Tensor  # [B, T], with its gradient
+    old_log_prob: torch.Tensor  # as it was given, but for its dtype, which may be a wider one
+    log_prob: torch.Tensor  # [B, T], with its gradient, of the same dtype
     advantages: torch.Tensor  # [B, T] or [B, 1]
     valid: torch.Tensor  # bool [B, T]
     cu_seqlens: torch.Tensor | None
@@ -560,15 +575,21 @@ def _with_clipped(
     return counts, sums + torch.nn.functional.pad(removed[None], (4, 2))
 
 
-_TOKEN_LOSS = {"native": token_loss_native, "torch": token_loss_torch}
+_TOKEN_LOSS = {"native": token_loss_fused, "cuda": token_loss_fused, "torch": token_loss_torch}
 
 
 def _backend(backend: Backend, device: torch.device) -> TokenLoss:
-    if backend == "native" and device.type != "cpu":
+    if backend == "auto":
+        return _TOKEN_LOSS[default_backend(device.type)]
+    if backend == "cuda":
+        require_kernels()
+    runs_on = {"native": "cpu", "cuda": "cuda"}.get(backend, device.type)
+    if device.type != runs_on:
         raise InvalidValueError(
-            f"backend 'native' runs on CPU tensors, log_prob is on {device}; use 'torch' or 'auto'"
+            f"backend {backend!r} runs on {runs_on.upper()} tensors, log_prob is on {device}; "
+            f"use 'torch' or 'auto'"
         )
-    return _TOKEN_LOSS[default_backend(device.type) if backend == "auto" else backend]
+    return _TOKEN_LOSS[backend]
 
 
 def _metrics(

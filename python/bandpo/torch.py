@@ -6,8 +6,11 @@ Every backend reads the bounds of a region from one tensor, made by `bounds_of`.
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 
 from bandpo import _core
 from bandpo.error import (
+    BackendWarning,
     BrokenExtraError,
     InvalidTypeError,
     InvalidValueError,
@@ -59,7 +63,8 @@ def log_bounds(
         region: Where the bounds come from.
         old_log_prob: Natural log-probabilities under the policy that drew the tokens, any shape,
             float32, float64, bfloat16 or float16. Above 0 is read as 0.
-        exact: Use the solver, which runs on the CPU in float64, even where there is a table.
+        exact: Use the solver, in float64, even where there is a table. It runs on the CPU, but for
+            CUDA tensors on the device where the kernels can and the divergence has a name.
 
     Returns:
         Two tensors of the shape, dtype and device of ``old_log_prob``, without gradient. They are
@@ -88,7 +93,8 @@ def contains(
         InvalidTypeError: If an argument has the wrong type or dtype.
         InvalidValueError: If an array of radii does not broadcast to the shape.
     """
-    log_ratio, log_lower, log_upper = _with_bounds(region, old_log_prob, log_ratio, exact)
+    old_log_prob, log_ratio = _precise(region, old_log_prob, log_ratio)
+    log_lower, log_upper = _log_bounds(region, old_log_prob, exact)
     return (log_lower <= log_ratio) & (log_ratio <= log_upper)
 
 
@@ -104,18 +110,28 @@ def clip(
         InvalidTypeError: If an argument has the wrong type or dtype.
         InvalidValueError: If an array of radii does not broadcast to the shape.
     """
-    precise, log_lower, log_upper = _with_bounds(region, old_log_prob, log_ratio, exact)
+    old_log_prob, precise = _precise(region, old_log_prob, log_ratio)
+    if default_backend(precise.device.type) == "cuda":
+        shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+            old_log_prob.shape, precise.shape
+        )
+        old_log_prob, precise = old_log_prob.expand(shape), precise.expand(shape)
+        bounds = bounds_of(region, old_log_prob, exact=exact)
+        moved: torch.Tensor = clipped_op(bounds, old_log_prob, precise)[0]
+        return moved.to(log_ratio.dtype)
+    log_lower, log_upper = _log_bounds(region, old_log_prob, exact)
     return precise.clamp(log_lower, log_upper).to(log_ratio.dtype)
 
 
-def _with_bounds(
-    region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, exact: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _precise(
+    region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Old log-probs without gradient and log-ratios, checked, in the dtype to compute in."""
     check_region(region)
     check_float("old_log_prob", old_log_prob)
     check_float("log_ratio", log_ratio)
     dtype = compute_dtype(old_log_prob, log_ratio)
-    return log_ratio.to(dtype), *_log_bounds(region, old_log_prob.detach().to(dtype), exact)
+    return old_log_prob.detach().to(dtype), log_ratio.to(dtype)
 
 
 def _log_bounds(
@@ -145,11 +161,10 @@ def sides_of(
     if bounds is None:
         bounds = bounds_of(region, old_log_prob, exact=exact)
     if bounds.dtype == torch.int32:
-        lower, log_upper = (
-            read_table(bounds, old_log_prob, bounds.new_full((), side, dtype=torch.bool))
-            for side in (True, False)
-        )
-        return lower.log(), log_upper
+        if default_backend(bounds.device.type) == "cuda":
+            log_lower, log_upper = table_log_bounds_op(bounds, old_log_prob).unbind()
+            return log_lower, log_upper
+        return _table_log_bounds(bounds, old_log_prob)
     log_lower, log_upper = bounds.unbind()
     return log_lower.expand(old_log_prob.shape), log_upper.expand(old_log_prob.shape)
 
@@ -240,8 +255,8 @@ def bounds_of(
     - A table, int32 [words]: the image described in ``docs/table-format.md``, for other regions.
       Devices other than the CPU keep theirs as long as the table lives.
     - Per token, [2, ...] and the shape of ``old_log_prob``: the bounds of each token, by
-      `Region.log_bounds`, which runs on the CPU in float64; with ``exact``, and for regions that no
-      table can hold, such as a `Band` with an array of radii.
+      `Region.log_bounds`, which runs on the CPU in float64, or by `bandpo.cuda.log_bounds`; with
+      ``exact``, and for regions that no table can hold, such as a `Band` with an array of radii.
 
     A tensor enters a compiled graph as data. Under `torch.compile` the region itself is a constant:
     another region object compiles again. A `RegionSource` does not: it has one tensor for each
@@ -250,16 +265,19 @@ def bounds_of(
 
     Args:
         region: Where the bounds come from.
-        old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
+        old_log_prob: Old log-probabilities, any float, without gradient, any shape. The bounds are
+            in float32, in float64 where it is.
         valid: Bool, like ``old_log_prob``; the solver skips the other tokens.
         exact: Use the solver even where there is a table.
 
     Raises:
         InvalidValueError: If an array of radii does not broadcast to the shape.
     """
-    source: _Source = _source(region, old_log_prob.dtype, old_log_prob.device, exact)
+    dtype = compute_dtype(old_log_prob)
+    source: _Source = _source(region, dtype, old_log_prob.device, exact)
     if source.bounds is not None:
         return source.bounds
+    old_log_prob = old_log_prob.to(dtype)
     if valid is not None:
         # The solver is at its limit at once where the probability is 1.
         old_log_prob = torch.where(valid, old_log_prob, 0.0)
@@ -373,6 +391,10 @@ def _constants(clip: Clip, dtype: torch.dtype, device: torch.device) -> torch.Te
     schema="(Tensor old_log_prob, int region) -> Tensor",
 )
 def _solve(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
+    if old_log_prob.is_cuda and (kernels := _kernels()) is not None:
+        solved: torch.Tensor | None = kernels.log_bounds(_exact_region(region), old_log_prob)
+        if solved is not None:
+            return solved.to(old_log_prob.dtype)
     tokens = old_log_prob.detach().to("cpu", torch.float64).numpy()
     bounds = np.stack(_exact_region(region).log_bounds(tokens))
     _check_broadcast(bounds.shape[1:], tokens.shape)
@@ -390,6 +412,12 @@ def _(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     schema="(Tensor old_log_prob, Tensor log_ratio, int region) -> Tensor",
 )
 def _contains(old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int) -> torch.Tensor:
+    if old_log_prob.is_cuda and (kernels := _kernels()) is not None:
+        decided: torch.Tensor | None = kernels.contains(
+            _exact_region(region), old_log_prob, log_ratio
+        )
+        if decided is not None:
+            return decided
     tokens, ratios = (
         tensor.detach().to("cpu", torch.float64).numpy() for tensor in (old_log_prob, log_ratio)
     )
@@ -416,6 +444,73 @@ def _check_broadcast(together: tuple[int, ...], shape: tuple[int, ...]) -> None:
             f"the region's delta must broadcast to the shape {shape} of old_log_prob, "
             f"together they have shape {together}"
         )
+
+
+def _table_log_bounds(
+    words: torch.Tensor, old_log_prob: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lower, log_upper = (
+        read_table(words, old_log_prob, words.new_full((), side, dtype=torch.bool))
+        for side in (True, False)
+    )
+    return lower.log(), log_upper
+
+
+# Operators, so that a kernel has its place in a compiled graph. On other devices the functions that
+# they stand for are called themselves: a compiler can fuse those.
+@torch.library.custom_op(
+    "bandpo::table_log_bounds",
+    mutates_args=(),
+    schema="(Tensor words, Tensor old_log_prob) -> Tensor",
+)
+def table_log_bounds_op(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
+    """Both log bounds of every token from a table, [2, ...]."""
+    return torch.stack(_table_log_bounds(words, old_log_prob))
+
+
+@table_log_bounds_op.register_fake
+def _(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
+    return old_log_prob.new_empty((2, *old_log_prob.shape))
+
+
+@torch.library.custom_op(
+    "bandpo::clipped",
+    mutates_args=(),
+    schema="(Tensor bounds, Tensor old_log_prob, Tensor log_ratio) -> (Tensor, Tensor)",
+)
+def clipped_op(
+    bounds: torch.Tensor, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-ratios moved to the nearest bound where they lie outside, and which ones do not."""
+    if bounds.dtype == torch.int32:
+        log_lower, log_upper = _table_log_bounds(bounds, old_log_prob)
+    else:
+        log_lower, log_upper = bounds.unbind()
+    unknown = torch.where(old_log_prob.isnan(), old_log_prob, 0.0)
+    moved = log_ratio.clamp(unknown + log_lower, unknown + log_upper)
+    return moved, moved == log_ratio
+
+
+@clipped_op.register_fake
+def _(
+    bounds: torch.Tensor, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    moved = torch.empty_like(log_ratio, memory_format=torch.contiguous_format)
+    return moved, torch.empty_like(moved, dtype=torch.bool)
+
+
+def _save_inside(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _backward_of_clipped(
+    ctx: Any, grad_moved: torch.Tensor, _: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    (inside,) = ctx.saved_tensors
+    return None, None, torch.where(inside, grad_moved, 0.0)
+
+
+clipped_op.register_autograd(_backward_of_clipped, setup_context=_save_inside)
 
 
 def read_table(
@@ -467,7 +562,8 @@ class TokenLoss(Protocol):
     """A backend: the loss of every token, as `bandpo.loss.policy_loss` defines it.
 
     Args:
-        old_log_prob: [B, T], float32 or float64.
+        old_log_prob: [B, T], float32 or float64; on CUDA devices the fused one reads bfloat16 and
+            float16 as well, and computes in float32, the dtype of the other arguments then.
         log_prob: [B, T], same dtype; the loss carries its gradient.
         log_ratio: Taken in place of ``log_prob - old_log_prob``, [B, T], same dtype, without
             gradient; a token's own ratio where it is None.
@@ -502,9 +598,42 @@ class TokenLoss(Protocol):
         """Returns losses, their sum, counts and sums."""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def default_backend(device: str) -> str:
-    """Returns the backend that ``"auto"`` stands for on a type of device, such as ``"cuda"``."""
+    """Returns the backend that ``"auto"`` stands for on a type of device, such as ``"cuda"``.
+
+    Warns once, with a `BackendWarning`, where the kernels for CUDA cannot run.
+    """
+    if device == "cuda":
+        return "torch" if _kernels() is None else "cuda"
     return "native" if device == "cpu" else "torch"
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    from bandpo import cuda
+
+    obstacle = cuda.obstacle()
+    if obstacle is None:
+        return cuda
+    warnings.warn(f"CUDA tensors take the torch backend: {obstacle}", BackendWarning, stacklevel=1)
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def require_kernels() -> bool:
+    """Returns True if the kernels for CUDA can run.
+
+    Raises:
+        MissingExtraError: If CuPy is not installed.
+        BrokenExtraError: If it cannot be used, or there is no CUDA driver or device.
+    """
+    from bandpo import cuda
+
+    obstacle = cuda.obstacle()
+    if obstacle is not None:
+        raise obstacle
+    return True
 
 
 def gpu_report() -> str:
@@ -634,7 +763,7 @@ def _excess(x: torch.Tensor) -> torch.Tensor:
     "Tensor valid, Tensor bounds, str surrogate, float[] parameters, bool by_probability) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _token_loss_op(
+def token_loss_op(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
     log_ratio: torch.Tensor | None,
@@ -645,6 +774,7 @@ def _token_loss_op(
     parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, gradients, counts and sums of a batch on the CPU; `bandpo.cuda` adds its kernel."""
     per_token, gradient, _, counts, sums = _in_rust(
         old_log_prob,
         log_prob,
@@ -702,7 +832,7 @@ def _in_rust(
     )
 
 
-@_token_loss_op.register_fake
+@token_loss_op.register_fake
 def _(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
@@ -714,8 +844,10 @@ def _(
     parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = compute_dtype(log_prob)
     per_token, gradient = (
-        torch.empty_like(log_prob, memory_format=torch.contiguous_format) for _ in range(2)
+        torch.empty_like(log_prob, dtype=dtype, memory_format=torch.contiguous_format)
+        for _ in range(2)
     )
     counts = log_prob.new_empty(COUNTS + 3 * PROBABILITY_BINS * by_probability, dtype=torch.int64)
     return per_token, gradient, counts, log_prob.new_empty(SUMS, dtype=torch.float64)
@@ -752,10 +884,10 @@ def _gradients(
     return None, gradient * whole, *[None] * 7
 
 
-_token_loss_op.register_autograd(_backward, setup_context=_save_gradient)
+token_loss_op.register_autograd(_backward, setup_context=_save_gradient)
 
 
-def token_loss_native(
+def token_loss_fused(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
     log_ratio: torch.Tensor | None,
@@ -766,7 +898,7 @@ def token_loss_native(
     parameters: list[float],
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`TokenLoss` in Rust, for CPU tensors: the loss and its gradient in one pass."""
+    """`TokenLoss` with its gradient in one pass: in Rust on the CPU, a kernel on CUDA devices."""
     inputs = (
         old_log_prob,
         log_prob,
@@ -778,8 +910,9 @@ def token_loss_native(
         parameters,
         by_probability,
     )
-    if type(log_prob) is not torch.Tensor or torch.compiler.is_compiling():
-        per_token, _, counts, sums = _token_loss_op(*inputs)
+    plain = type(log_prob) is torch.Tensor and log_prob.device.type == "cpu"
+    if not plain or torch.compiler.is_compiling():
+        per_token, _, counts, sums = token_loss_op(*inputs)
         return per_token, per_token.sum(), counts, sums.detach()
     # Where nobody needs the dispatcher, it costs more than the loss of a thousand tokens.
     transformed = torch._C._are_functorch_transforms_active()

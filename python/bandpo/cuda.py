@@ -1,0 +1,404 @@
+"""The CUDA backend: kernels on torch's stream and device. The one module that imports CuPy.
+
+The kernels are in ``cuda/``. CuPy compiles each at its first use on a device and keeps it on disk,
+so that call has to come before a CUDA graph is captured. Nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bandpo import _core
+from bandpo.error import BrokenExtraError, MissingExtraError
+from bandpo.region import Band, Clip, Combined, Region
+from bandpo.surrogate import NAMES
+from bandpo.torch import (
+    COUNTS,
+    PROBABILITY_BINS,
+    SUMS,
+    clipped_op,
+    compute_dtype,
+    table_log_bounds_op,
+    token_loss_op,
+    torch,
+)
+
+# As in cuda/band.cu.
+THREADS = 256
+CHUNK = 8192
+
+COMPILER_OPTIONS = ("-std=c++17", "-fmad=false")
+"""No fused multiply-adds, so that float32 has the bits that it has in Rust."""
+
+BLOCKS_A_PROCESSOR = 8
+"""More blocks than run at a time would copy the table again."""
+
+_STORED = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.float16: "bandpo::Half",
+    torch.bfloat16: "bandpo::BFloat16",
+}
+
+
+def _cupy() -> Any:
+    """CuPy, whose import takes longer than all of bandpo's."""
+    import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    return cupy
+
+
+def obstacle() -> ImportError | None:
+    """Returns the error that says why the kernels cannot run here, or None if they can."""
+    version = torch.version.cuda
+    if torch.version.hip is not None:
+        return BrokenExtraError("the kernels need CUDA, this torch is built for ROCm")
+    extra = f"cuda{version.partition('.')[0]}" if version else "cuda13"
+    try:
+        cupy = _cupy()
+    except ModuleNotFoundError as missing:
+        if missing.name == "cupy":
+            return MissingExtraError("cupy", extra)
+        return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {missing}")
+    except (ImportError, OSError) as broken:
+        return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {broken}")
+    if version is None:
+        return BrokenExtraError(
+            f"the kernels of bandpo[{extra}] need a torch built with CUDA, "
+            f"torch {torch.__version__} is not"
+        )
+    try:
+        devices = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as reason:
+        return BrokenExtraError(f"the kernels of bandpo[{extra}] need a CUDA driver: {reason}")
+    if devices == 0:
+        return BrokenExtraError(f"the kernels of bandpo[{extra}] need a CUDA device: there is none")
+    return None
+
+
+def _launch(
+    kernel: str,
+    device: torch.device,
+    blocks: int,
+    arguments: tuple[np.generic, ...],
+    shared_bytes: int = 0,
+) -> None:
+    """Enqueues a kernel on torch's current stream of a device.
+
+    Tensors that were allocated for that stream may be released at once: the allocator hands their
+    memory on in the order of the stream.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    grid = max(1, min(blocks, BLOCKS_A_PROCESSOR * processors))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = torch.cuda.current_stream(device).cuda_stream
+    of_cupy = _cupy().cuda
+    with of_cupy.Device(index), of_cupy.ExternalStream(stream, index):
+        _compiled(kernel, index)((grid,), (THREADS,), arguments, shared_mem=shared_bytes)
+
+
+@cache
+def _compiled(kernel: str, device_index: int) -> Any:
+    """The kernel for the current device, which is the one of this index."""
+    module = _cupy().RawModule(
+        code=_core.KERNEL_SOURCE, options=COMPILER_OPTIONS, name_expressions=(kernel,)
+    )
+    return module.get_function(kernel)
+
+
+def token_loss(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    log_ratio: torch.Tensor | None,
+    advantages: torch.Tensor,
+    valid: torch.Tensor,
+    bounds: torch.Tensor,
+    surrogate: str,
+    parameters: list[float],
+    by_probability: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The implementation of ``bandpo::token_loss`` for CUDA tensors, which may have any strides.
+
+    Arguments are those of `bandpo.torch.TokenLoss`; returns losses, gradients, counts and sums.
+    """
+    count, row_length = log_prob.numel(), log_prob.shape[1]
+    like: dict[str, Any] = {"device": log_prob.device}
+    per_token, gradient = (
+        torch.empty(log_prob.shape, dtype=compute_dtype(log_prob), **like) for _ in range(2)
+    )
+    chunks = -(-count // CHUNK)
+    kinds = COUNTS + 3 * PROBABILITY_BINS * by_probability
+    sums = torch.empty((SUMS, chunks), dtype=torch.float64, **like)
+    counts = torch.empty((kinds, chunks), dtype=torch.int32, **like)
+    total_sums = torch.empty(SUMS, dtype=torch.float64, **like)
+    total_counts = torch.empty(kinds, dtype=torch.int64, **like)
+
+    if count > 0:
+        inputs = [old_log_prob, log_prob, log_ratio, advantages.expand(log_prob.shape), valid]
+        in_vectors = sum(
+            1 << bit
+            for bit, tensor in enumerate([*inputs, per_token, gradient])
+            if tensor is not None and _is_whole(tensor)
+        )
+        first, second = [*parameters, math.inf, math.inf][:2]
+        kind, bounds, words = _bounds_kind(bounds)
+        _launch(
+            f"bandpo::policy_loss<{_STORED[log_prob.dtype]}, bandpo::{kind}>",
+            log_prob.device,
+            chunks,
+            (
+                *(argument for tensor in inputs for argument in _strided(tensor)),
+                np.int64(count),
+                np.int64(row_length),
+                np.uint32(in_vectors),
+                _pointer(bounds),
+                np.int32(words),
+                np.int32(NAMES.index(surrogate)),
+                np.float64(first),
+                np.float64(second),
+                np.float64(math.log(first) if surrogate == "min-clip" else 0.0),
+                np.int32(by_probability),
+                *map(_pointer, (per_token, gradient, sums, counts)),
+            ),
+            4 * words,
+        )
+    _launch(
+        "bandpo::policy_loss_totals<double>",
+        log_prob.device,
+        SUMS + kinds,
+        (
+            _pointer(sums),
+            _pointer(counts),
+            np.int64(chunks),
+            np.int32(kinds),
+            _pointer(total_sums),
+            _pointer(total_counts),
+        ),
+    )
+    return per_token, gradient, total_counts, total_sums
+
+
+def table_log_bounds(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
+    """The implementation of ``bandpo::table_log_bounds`` for CUDA tensors."""
+    old_log_prob = old_log_prob.contiguous()
+    bounds = torch.empty(
+        (2, *old_log_prob.shape),
+        dtype=compute_dtype(old_log_prob),
+        device=old_log_prob.device,
+    )
+    count = old_log_prob.numel()
+    if count > 0:
+        _, words, size = _bounds_kind(words)
+        _launch(
+            f"bandpo::band_bounds<{_STORED[old_log_prob.dtype]}>",
+            old_log_prob.device,
+            -(-count // THREADS),
+            (
+                _pointer(old_log_prob),
+                np.int64(count),
+                _pointer(words),
+                np.int32(size),
+                _pointer(bounds[0]),
+                _pointer(bounds[1]),
+            ),
+            4 * size,
+        )
+    return bounds
+
+
+def clipped(
+    bounds: torch.Tensor, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The implementation of ``bandpo::clipped`` for CUDA tensors."""
+    old_log_prob, log_ratio = old_log_prob.contiguous(), log_ratio.contiguous()
+    moved = torch.empty_like(log_ratio)
+    count = moved.numel()
+    if count > 0:
+        kind, bounds, words = _bounds_kind(bounds)
+        _launch(
+            f"bandpo::band_clip<{_STORED[old_log_prob.dtype]}, bandpo::{kind}>",
+            moved.device,
+            -(-count // THREADS),
+            (
+                _pointer(old_log_prob),
+                _pointer(log_ratio),
+                np.int64(count),
+                _pointer(bounds),
+                np.int32(words),
+                _pointer(moved),
+            ),
+            4 * words,
+        )
+    return moved, moved == log_ratio
+
+
+def log_bounds(region: Region, old_log_prob: torch.Tensor) -> torch.Tensor | None:
+    """Returns the exact log bounds of a region, float64 [2, ...], solved on the device.
+
+    In double precision: always inside, within 1e-12 of the exact bound, relatively, where its
+    condition number is at most 20, for a log-prob in [-690, -1e-300].
+
+    Returns:
+        None where the region has a part that only the CPU can solve: a divergence that is an
+        expression or a Python function, `Dcpo`, a `Region` of one's own, or radii that do not
+        broadcast to the shape of ``old_log_prob``, which the CPU reports.
+    """
+    if type(region) is Combined:
+        parts = [log_bounds(part, old_log_prob) for part in region.parts]
+        left, right = parts
+        if left is None or right is None:
+            return None
+        if region.kind == "sides":
+            return torch.stack([left[0], right[1]])
+        wider = torch.stack([torch.minimum(left[0], right[0]), torch.maximum(left[1], right[1])])
+        narrower = torch.stack([torch.maximum(left[0], right[0]), torch.minimum(left[1], right[1])])
+        return wider if region.kind == "union" else narrower
+    if isinstance(region, Clip):
+        unknown = torch.where(old_log_prob.isnan(), old_log_prob.double(), 0.0)
+        return torch.stack([unknown + region.log_lower, unknown + region.log_upper])
+    solver = _solver_of(region, old_log_prob)
+    if solver is None:
+        return None
+    old_log_prob = old_log_prob.contiguous()
+    count = old_log_prob.numel()
+    bounds = torch.empty((2, *old_log_prob.shape), dtype=torch.float64, device=old_log_prob.device)
+    if count > 0:
+        arguments, _ = solver  # which holds the radii
+        _launch(
+            f"bandpo::band_solve<{_STORED[old_log_prob.dtype]}>",
+            old_log_prob.device,
+            -(-2 * count // THREADS),
+            (_pointer(old_log_prob), np.int64(count), *arguments, _pointer(bounds)),
+        )
+    return bounds
+
+
+def contains(
+    region: Region, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+) -> torch.Tensor | None:
+    """Returns whether each log-ratio lies in a region, bool, by one evaluation of the divergence.
+
+    In double precision: a log-ratio whose divergence is within some 1e-14 of delta, relatively, may
+    be taken for either. ``log_ratio`` has the shape and dtype of ``old_log_prob``.
+
+    Returns:
+        None where the region has a part that only the CPU can decide; see `log_bounds`.
+    """
+    if type(region) is Combined:
+        left, right = (contains(part, old_log_prob, log_ratio) for part in region.parts)
+        if left is None or right is None:
+            return None
+        if region.kind == "sides":
+            return torch.where(log_ratio < 0.0, left, right)
+        return left | right if region.kind == "union" else left & right
+    if isinstance(region, Clip):
+        within = (log_ratio >= region.log_lower) & (log_ratio <= region.log_upper)
+        return within & ~old_log_prob.isnan()
+    solver = _solver_of(region, old_log_prob)
+    if solver is None:
+        return None
+    old_log_prob, log_ratio = old_log_prob.contiguous(), log_ratio.contiguous()
+    inside = torch.empty(old_log_prob.shape, dtype=torch.bool, device=old_log_prob.device)
+    count = inside.numel()
+    if count > 0:
+        arguments, _ = solver  # which holds the radii
+        _launch(
+            f"bandpo::band_contains<{_STORED[old_log_prob.dtype]}>",
+            old_log_prob.device,
+            -(-count // THREADS),
+            (
+                _pointer(old_log_prob),
+                _pointer(log_ratio),
+                np.int64(count),
+                *arguments,
+                _pointer(inside),
+            ),
+        )
+    return inside
+
+
+def _solver_of(
+    region: Region, old_log_prob: torch.Tensor
+) -> tuple[tuple[np.generic, ...], list[torch.Tensor]] | None:
+    """Generator and radii as kernels take them, with the tensors that the arguments point to."""
+    if type(region) is not Band or not isinstance(region.divergence._solver, _core.Divergence):
+        return None
+    divergence = region.divergence._solver
+    if divergence.kernel_generator is None:
+        return None
+    shape = tuple(old_log_prob.shape)
+    if isinstance(region.delta_low, np.ndarray):
+        try:
+            if np.broadcast_shapes(region.delta_low.shape, shape) != shape:
+                return None
+        except ValueError:
+            return None
+        radii = _to_device(divergence, region.delta_low, old_log_prob.device)
+        radii = radii.expand(shape).contiguous()
+        low = high = radii
+        stride = 1
+    else:
+        low, high = (
+            _to_device(divergence, np.array(delta), old_log_prob.device)
+            for delta in (region.delta_low, region.delta_high)
+        )
+        stride = 0
+    kind, parameter = divergence.kernel_generator
+    arguments = (
+        np.int32(kind),
+        np.float64(parameter),
+        _pointer(low),
+        _pointer(high),
+        np.int64(stride),
+    )
+    return arguments, [low, high]
+
+
+def _to_device(
+    divergence: _core.Divergence, delta: NDArray[np.float64], device: torch.device
+) -> torch.Tensor:
+    """Radii of the generator, by a copy that the host does not wait for."""
+    flat = divergence.generator_radii(np.ascontiguousarray(delta).reshape(-1))
+    if flat.size == 1:
+        return torch.full(delta.shape, float(flat[0]), dtype=torch.float64, device=device)
+    radii = torch.from_numpy(flat.reshape(delta.shape))
+    if device.type == "cuda":
+        radii = radii.pin_memory()
+    return radii.to(device, non_blocking=True)
+
+
+def _bounds_kind(bounds: torch.Tensor) -> tuple[str, torch.Tensor, int]:
+    """What the kernels call bounds of this kind, the bounds, and the words of a table."""
+    bounds = bounds.contiguous()
+    if bounds.dtype == torch.int32:
+        if bounds.is_cuda:
+            # A table outlives streams: one that is dropped must not be reused under this one.
+            bounds.record_stream(torch.cuda.current_stream(bounds.device))
+        return "Table", bounds, bounds.numel()
+    return ("Constant" if bounds.ndim == 1 else "PerToken"), bounds, 0
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether it can be read as vectors of four."""
+    alignment = min(16, 4 * tensor.element_size())
+    return tensor.is_contiguous() and tensor.data_ptr() % alignment == 0
+
+
+def _strided(tensor: torch.Tensor | None) -> tuple[np.generic, ...]:
+    rows, columns = (0, 0) if tensor is None else tensor.stride()
+    return _pointer(tensor), np.int64(rows), np.int64(columns)
+
+
+def _pointer(tensor: torch.Tensor | None) -> np.uint64:
+    pointer: np.uint64 = np.uint64(0 if tensor is None else tensor.data_ptr())
+    return pointer
+
+
+token_loss_op.register_kernel("cuda")(token_loss)
+table_log_bounds_op.register_kernel("cuda")(table_log_bounds)
+clipped_op.register_kernel("cuda")(clipped)

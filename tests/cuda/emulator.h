@@ -1,0 +1,199 @@
+// Runs CUDA kernels on the CPU: every thread of a block is a fiber, and blocks run one after another.
+//
+// Include it before the kernels. What it has: 1-D grids and blocks, __syncthreads, __shfl_down_sync on full
+// warps, __shared__ arrays and one array of dynamic shared memory. A barrier that not all threads of its block
+// (or warp) reach at the same place ends the program with a message. It finds wrong indices, tails, strides,
+// reductions and barriers (more with the sanitizers); it says nothing of races, speed, or CUDA's own maths.
+
+#ifndef BANDPO_EMULATOR
+#define BANDPO_EMULATOR
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define BAND_TABLE_IN_SHARED_MEMORY(name) unsigned* name = emulator::shared.get()
+
+namespace emulator {
+
+struct Place {
+  unsigned x;
+};
+
+constexpr int WARP = 32;
+constexpr size_t STACK = 256 * 1024;
+
+enum class State { RUNNING, AT_BLOCK_BARRIER, AT_WARP_BARRIER, DONE };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  State state = State::DONE;
+  int line = 0;           // of the barrier that it waits at
+  unsigned exchanges = 0;  // shuffles so far
+  void* fake_stack = nullptr;
+};
+
+inline Place grid, block, of_block, of_thread;
+inline std::unique_ptr<unsigned[]> shared;
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline std::vector<unsigned long long> exchanged;  // by parity of the shuffle and thread
+inline ucontext_t scheduler;
+inline void* scheduler_stack = nullptr;
+inline const void* scheduler_bottom = nullptr;
+inline size_t scheduler_size = 0;
+inline void (*kernel)(void**) = nullptr;
+inline void** arguments = nullptr;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, of_block.x, of_thread.x);
+  std::abort();
+}
+
+inline void leave(Fiber& fiber, bool forever) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(forever ? nullptr : &fiber.fake_stack, scheduler_bottom, scheduler_size);
+#else
+  (void)forever;
+#endif
+  swapcontext(&fiber.context, &scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void wait(State barrier, int line) {
+  Fiber& fiber = *fibers[of_thread.x];
+  fiber.state = barrier;
+  fiber.line = line;
+  leave(fiber, false);
+}
+
+inline void run_thread() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
+#endif
+  Fiber& fiber = *fibers[of_thread.x];
+  kernel(arguments);
+  fiber.state = State::DONE;
+  leave(fiber, true);
+}
+
+// Lets go of those among `count` threads from `first` on that wait at a barrier which all of them have reached.
+inline bool release(unsigned first, unsigned count, State barrier) {
+  const int line = fibers[first]->line;
+  for (unsigned t = first; t < first + count; ++t) {
+    if (fibers[t]->state != barrier || fibers[t]->line != line) return false;
+  }
+  for (unsigned t = first; t < first + count; ++t) fibers[t]->state = State::RUNNING;
+  return true;
+}
+
+inline void resume(unsigned t) {
+  of_thread.x = t;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&scheduler_stack, fibers[t]->stack.get(), STACK);
+#endif
+  swapcontext(&scheduler, &fibers[t]->context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(scheduler_stack, nullptr, nullptr);
+#endif
+}
+
+inline void run_block() {
+  const unsigned threads = block.x;
+  for (unsigned t = 0; t < threads; ++t) {
+    Fiber& fiber = *fibers[t];
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = STACK;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_thread, 0);
+    fiber.state = State::RUNNING;
+    fiber.exchanges = 0;
+  }
+  for (;;) {
+    bool ran = false;
+    for (unsigned t = 0; t < threads; ++t) {
+      if (fibers[t]->state != State::RUNNING) continue;
+      ran = true;
+      resume(t);
+    }
+    if (release(0, threads, State::AT_BLOCK_BARRIER)) continue;
+    bool released = false;
+    for (unsigned first = 0; first < threads; first += WARP) {
+      released |= release(first, WARP, State::AT_WARP_BARRIER);
+    }
+    if (released || ran) continue;
+    for (unsigned t = 0; t < threads; ++t) {
+      if (fibers[t]->state != State::DONE) fail("a barrier that not all threads reach");
+    }
+    return;
+  }
+}
+
+template <class T>
+T shuffle_down(T value, unsigned distance, int line) {
+  static_assert(sizeof(T) <= sizeof(unsigned long long), "wider than a slot");
+  const unsigned thread = of_thread.x, lane = thread % WARP;
+  // Two sets of slots in turn: a thread that is ahead writes where nobody reads any more.
+  unsigned long long* slots = &exchanged[fibers[thread]->exchanges++ % 2 * block.x];
+  std::memcpy(&slots[thread], &value, sizeof value);
+  wait(State::AT_WARP_BARRIER, line);
+  const unsigned from = lane + distance < WARP ? thread + distance : thread;
+  std::memcpy(&value, &slots[from], sizeof value);
+  return value;
+}
+
+inline void launch(void (*of)(void**), unsigned blocks, unsigned threads, unsigned shared_bytes, void** with) {
+  if (threads % WARP != 0) fail("blocks must be made of whole warps");
+  kernel = of;
+  arguments = with;
+  grid.x = blocks;
+  block.x = threads;
+  shared.reset(new unsigned[shared_bytes / sizeof(unsigned)]);  // exactly, for the address sanitizer
+  exchanged.assign(2 * threads, 0);
+  while (fibers.size() < threads) fibers.emplace_back(new Fiber);
+  for (of_block.x = 0; of_block.x < blocks; ++of_block.x) run_block();
+}
+
+// Calls a kernel with arguments that are pointed to, as a driver launches it.
+template <auto Kernel>
+struct Call;
+template <class... Parameters, void (*Kernel)(Parameters...)>
+struct Call<Kernel> {
+  template <size_t... K>
+  static void with(void** pointers, std::index_sequence<K...>) {
+    Kernel(*static_cast<std::remove_const_t<Parameters>*>(pointers[K])...);
+  }
+  static void run(void** pointers) { with(pointers, std::index_sequence_for<Parameters...>()); }
+  static constexpr int COUNT = sizeof...(Parameters);
+};
+
+}  // namespace emulator
+
+#define gridDim emulator::grid
+#define blockDim emulator::block
+#define blockIdx emulator::of_block
+#define threadIdx emulator::of_thread
+#define __syncthreads() emulator::wait(emulator::State::AT_BLOCK_BARRIER, __LINE__)
+#define __shfl_down_sync(mask, value, distance)                              \
+  ((mask) == 0xffffffffu ? emulator::shuffle_down(value, distance, __LINE__) \
+                         : (emulator::fail("a shuffle of a part of a warp"), value))
+
+#endif

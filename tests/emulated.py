@@ -1,0 +1,131 @@
+"""The CUDA kernels on the CPU: the source that is shipped, with tests/cuda/emulator.h."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bandpo import _core
+
+EMULATOR = Path(__file__).parent / "cuda" / "emulator.h"
+
+STORED = ("float", "double", "bandpo::Half", "bandpo::BFloat16")
+BOUNDS = ("bandpo::Constant", "bandpo::Table", "bandpo::PerToken")
+KERNELS = (
+    *(f"bandpo::policy_loss<{stored}, {bounds}>" for stored, bounds in product(STORED, BOUNDS)),
+    "bandpo::policy_loss_totals<double>",
+    *(f"bandpo::band_bounds<{stored}>" for stored in STORED),
+    *(f"bandpo::band_clip<{stored}, {bounds}>" for stored, bounds in product(STORED[:2], BOUNDS)),
+    *(f"bandpo::band_solve<{stored}>" for stored in STORED[:2]),
+    *(f"bandpo::band_contains<{stored}>" for stored in STORED[:2]),
+)
+"""Every kernel that `bandpo.cuda` can ask for."""
+
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+FLAGS = (
+    "-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-Wno-clobbered", "-ffp-contract=off",
+)  # fmt: skip
+"""No pragma for loops is known, and getcontext is taken to return twice. A fused multiply-add would
+change the last bit, which -fmad=false prevents on a device."""
+
+_DRIVER = """
+#include "{emulator}"
+#include <xmmintrin.h>
+{source}
+#line 1 "driver"
+{more}
+struct Entry {{ const char* name; void (*run)(void**); int parameters; }};
+static const Entry ENTRIES[] = {{ {entries} }};
+
+// Returns the number of parameters, or -1 for a kernel that is not there.
+extern "C" int parameters_of(const char* name) {{
+  for (const Entry& entry : ENTRIES) if (!std::strcmp(entry.name, name)) return entry.parameters;
+  return -1;
+}}
+
+// Flushes subnormal float32 to 0, as CuPy has it on a device, and float64, which a device does not.
+extern "C" void launch(const char* name, unsigned blocks, unsigned threads, unsigned shared,
+                       void** arguments, int flush_to_zero) {{
+  const unsigned before = _mm_getcsr();
+  if (flush_to_zero) _mm_setcsr(before | 0x8040);
+  for (const Entry& entry : ENTRIES) {{
+    if (std::strcmp(entry.name, name)) continue;
+    emulator::launch(entry.run, blocks, threads, shared, arguments);
+  }}
+  _mm_setcsr(before);
+}}
+"""
+
+
+def missing_compiler() -> str | None:
+    """Why no kernel can be compiled here, or None if one can."""
+    return None if shutil.which("g++") else "needs g++"
+
+
+def build(
+    folder: Path,
+    *,
+    flags: Sequence[str] = (),
+    kernels: Sequence[str] = KERNELS,
+    more: str = "",
+) -> Path:
+    """Compiles kernels, those in `more` C++ among them, to a shared library."""
+    entries = ", ".join(
+        f'{{"{name}", &emulator::Call<&{name}>::run, emulator::Call<&{name}>::COUNT}}'
+        for name in kernels
+    )
+    source = folder / "driver.cpp"
+    source.write_text(
+        _DRIVER.format(emulator=EMULATOR, source=_core.KERNEL_SOURCE, entries=entries, more=more)
+    )
+    library = folder / "kernels.so"
+    command = ["g++", *FLAGS, *flags, "-shared", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+class Emulator:
+    """Launches kernels of a library that `build` made.
+
+    Attributes:
+        grid: The most blocks of a launch, like what fits a device.
+        flush_to_zero: Whether subnormal numbers become 0.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self.grid = 3
+        self.flush_to_zero = True
+
+    def launch(
+        self,
+        kernel: str,
+        device: object,
+        blocks: int,
+        arguments: tuple[Any, ...],
+        shared_bytes: int = 0,
+    ) -> None:
+        """Takes the place of `bandpo.cuda._launch`."""
+        name = kernel.encode()
+        wanted = self._library.parameters_of(name)
+        if wanted != len(arguments):
+            raise ValueError(f"{kernel} takes {wanted} arguments, got {len(arguments)}")
+        held = [np.array([argument]) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(held))(*(array.ctypes.data for array in held))
+        self._library.launch(
+            name,
+            ctypes.c_uint(max(1, min(blocks, self.grid))),
+            ctypes.c_uint(256),
+            ctypes.c_uint(shared_bytes),
+            pointers,
+            ctypes.c_int(self.flush_to_zero),
+        )

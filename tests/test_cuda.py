@@ -1,0 +1,604 @@
+"""The CUDA kernels: against Rust, plain torch and 60-digit references, on the CPU and on a GPU.
+
+On the CPU they run in an emulator (tests/cuda/emulator.h), once more under the address and the
+undefined-behaviour sanitizer. Tests of a GPU are skipped, with the reason, where there is none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bandpo
+import bandpo.loss
+from bandpo import _core, cuda
+from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
+from bandpo.surrogate import NAMES
+from bandpo.torch import (
+    _kernels,
+    bounds_of,
+    clip,
+    default_backend,
+    read_table,
+    token_loss_op,
+    torch,
+)
+from conftest import REFERENCE_FILES, SANITIZED, Reference, read_reference
+from emulated import SANITIZERS, Emulator, build, missing_compiler
+
+KL = bandpo.Band("kl", 0.05)
+REGIONS = (
+    KL,
+    bandpo.Band("jeffreys", 1e-4),
+    bandpo.Band("reverse-kl", 0.3),
+    (bandpo.Band("tv", 0.1) | bandpo.Clip(0.2, 0.28)).cap(10),
+    bandpo.Clip(0.2, 0.28),
+    bandpo.Clip(1.0, float("inf")),
+)
+RULES: tuple[tuple[str, list[float]], ...] = (
+    ("min-clip", []),
+    ("min-clip", [3.0]),
+    ("mask", []),
+    ("mask", [1.5]),
+    ("weight", []),
+    ("gradient-preserving", [0.75, 0.5]),
+)
+
+SMALLEST_NORMAL = 2.0**-126
+"""Results below it may be flushed to 0."""
+
+FLUSHED = 8.0 * 2.0**30 * SMALLEST_NORMAL
+"""A derivative of a node below the smallest normal number is lost, with the width of its cell, at
+most 2^30, in one of the eight terms of a cubic."""
+UNMOVED = FLUSHED * 2.0**24
+"""That does not reach the last bit of lower bounds above it, e^-47, far beyond the clamp, e^-20."""
+
+TOTALS = 4e-7
+"""Relative, of sums in float32: Rust adds 32 vectors, a thread 32 tokens, before float64 takes
+over; a partial sum of 32 terms of one sign is off by 31 roundings of 6e-8 at most."""
+
+LIBM = 8 * 2.0**-52
+"""Relative, of float64: exponentials of different libraries differ by an ulp each, in products."""
+
+WELL_CONDITIONED = 20.0
+SOLVED = 1e-12
+"""Relative error that `bandpo.cuda.log_bounds` states where the condition number is at most 20."""
+CONVERTED = 1e-10
+"""The same for renyi and bhattacharyya next to their greatest value: rounding the radius of their
+generator moves the bound by more than its condition number says."""
+
+FAR = (-690.0, -1e-300)
+"""Beyond these log-probs bounds are inside, but not as accurate."""
+
+
+@pytest.fixture(params=["emulator", "gpu"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where kernels run: tensors of the CPU go to the emulator."""
+    found = request.getfixturevalue(request.param)
+    return found if isinstance(found, torch.device) else torch.device("cpu")
+
+
+def batch(
+    shape: tuple[int, int], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[torch.Tensor]:
+    """Old and new log-probs, advantages and which tokens count: all kinds, some of them extreme."""
+    rng = np.random.default_rng(seed)
+    old = -rng.exponential(3.0, shape)
+    new = old + rng.normal(0.0, 0.5, shape)
+    advantages = rng.normal(0.0, 1.0, shape)
+    special = rng.integers(0, 40, shape)
+    old[special == 0] = 0.0
+    new[special == 1] = old[special == 1] - 30.0
+    new[special == 2] += 25.0
+    old[special == 3] = -200.0
+    advantages[special == 4] = 0.0
+    old[special == 5] *= 1e-6
+    valid = rng.random(shape) < 0.8
+    # What is masked may hold anything.
+    for column in (old, new, advantages):
+        column[~valid & (special > 20)] = np.nan
+    tensors = [torch.from_numpy(column).to(dtype) for column in (old, new, advantages)]
+    return [*tensors, torch.from_numpy(valid)]
+
+
+def equal(actual: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """The same bits, but for the sign of 0 and the kind of a NaN."""
+    return torch.equal(actual.cpu().nan_to_num(nan=12345.0), wanted.nan_to_num(nan=12345.0))
+
+
+def on(device: torch.device, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.to(device) for tensor in tensors]
+
+
+def check_as_rust(
+    device: torch.device,
+    tokens: list[torch.Tensor],
+    bounds: torch.Tensor,
+    rule: tuple[str, list[float]],
+    log_ratio: torch.Tensor | None = None,
+) -> None:
+    """Loss, gradient, counts and sums are those of rust/loss.rs."""
+    old, new, advantages, valid = tokens
+    wanted = token_loss_op(old, new, log_ratio, advantages, valid, bounds, *rule, True)
+    old, new, advantages, valid, bounds = on(device, [*tokens, bounds])
+    moved = None if log_ratio is None else log_ratio.to(device)
+    actual = cuda.token_loss(old, new, moved, advantages, valid, bounds, *rule, True)
+    wide = old.dtype == torch.float64
+    for mine, rusts in zip(actual[:2], wanted[:2], strict=True):
+        assert mine.dtype == rusts.dtype
+        if wide and device.type == "cuda":  # with CUDA's exp and expm1
+            torch.testing.assert_close(mine.cpu(), rusts, rtol=LIBM, atol=0.0, equal_nan=True)
+        else:
+            assert equal(mine, rusts)
+    assert torch.equal(actual[2].cpu(), wanted[2])
+    tolerance = LIBM if wide else TOTALS
+    # Sums of x cancel: what is rounded are its terms.
+    scale = wanted[3].abs()
+    finite = torch.where(valid.cpu(), (tokens[1] - tokens[0]).clamp(-20.0, 20.0), 0.0)
+    scale[0] = torch.maximum(scale[0], finite.abs().sum().double())
+    difference = (actual[3].cpu() - wanted[3]).abs()
+    same = (actual[3].cpu() == wanted[3]) | (actual[3].cpu().isnan() & wanted[3].isnan())
+    assert (same | (difference <= tolerance * scale)).all(), (actual[3], wanted[3])
+
+
+class TestLoss:
+    @pytest.mark.parametrize("region", REGIONS, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_is_that_of_rust(
+        self, dtype: torch.dtype, region: bandpo.Region, device: torch.device
+    ) -> None:
+        tokens = batch((37, 421), dtype)
+        bounds = bounds_of(region, tokens[0])
+        for rule in RULES:
+            check_as_rust(device, tokens, bounds, rule)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_of_bounds_of_each_token(self, dtype: torch.dtype, device: torch.device) -> None:
+        tokens = batch((5, 97), dtype)
+        low, high = KL.log_bounds(np.nan_to_num(tokens[0].numpy()))
+        bounds = torch.from_numpy(np.stack([low, high])).to(dtype)
+        for rule in RULES:
+            check_as_rust(device, tokens, bounds, rule)
+
+    def test_of_log_ratios_that_are_given(self, device: torch.device) -> None:
+        tokens = batch((6, 50))
+        mean = (tokens[1] - tokens[0]).nanmean(1, keepdim=True).clamp(-1.0, 1.0).expand(6, 50)
+        for rule in RULES:
+            check_as_rust(device, tokens, bounds_of(REGIONS[4], tokens[0]), rule, mean)
+
+    @pytest.mark.parametrize(
+        "shape", [(0, 7), (3, 0), (1, 1), (1, 31), (33, 1), (1, 8191), (3, 2731), (2, 12289)]
+    )
+    def test_of_any_size(self, shape: tuple[int, int], device: torch.device) -> None:
+        """None, fewer than a vector, next to a warp, to a chunk (8192), and several of them."""
+        tokens = batch(shape, seed=shape[1])
+        for region in (KL, REGIONS[4]):
+            check_as_rust(device, tokens, bounds_of(region, tokens[0]), RULES[1])
+
+    def test_of_no_token_that_counts(self, device: torch.device) -> None:
+        tokens = batch((3, 50))
+        tokens[3] = torch.zeros_like(tokens[3])
+        check_as_rust(device, tokens, bounds_of(KL, tokens[0]), RULES[0])
+
+    @pytest.mark.parametrize("column", range(3))
+    def test_a_nan_stays_with_its_token(self, column: int, device: torch.device) -> None:
+        tokens = batch((4, 100))
+        row, token = torch.nonzero(tokens[3])[17].tolist()
+        for value in (float("nan"), float("inf"), -float("inf")):
+            tokens[column][row, token] = value
+            for region in (KL, REGIONS[4]):
+                check_as_rust(device, tokens, bounds_of(region, tokens[0]), RULES[1])
+
+    @pytest.mark.parametrize("rows", [1, 3, 4])
+    def test_reads_any_strides(self, rows: int, device: torch.device) -> None:
+        """Slices, transposes and advantages of a row are read where they are."""
+        whole = batch((rows, 65))
+        bounds = bounds_of(KL, whole[0])
+        tokens = [tensor.clone() for tensor in whole]
+        tokens[2] = tokens[2][:, :1].nan_to_num().expand(rows, 65).contiguous()
+        wanted = cuda.token_loss(*self._arguments(device, tokens, bounds))
+        for change in (
+            lambda tensor: torch.cat([tensor, tensor], 1)[:, :65],
+            lambda tensor: torch.cat([tensor[:, :1], tensor], 1)[:, 1:],
+            lambda tensor: tensor.t().contiguous().t(),
+        ):
+            changed = [change(tensor) for tensor in on(device, tokens)]
+            changed[2] = on(device, tokens)[2][:, :1]  # [B, 1]
+            actual = cuda.token_loss(*self._arguments(device, changed, bounds))
+            for mine, other in zip(actual, wanted, strict=True):
+                assert equal(mine, other.cpu())
+
+    @staticmethod
+    def _arguments(
+        device: torch.device, tokens: list[torch.Tensor], bounds: torch.Tensor
+    ) -> tuple[Any, ...]:
+        old, new, advantages, valid, bounds = on(device, [*tokens, bounds])
+        return old, new, None, advantages, valid, bounds, "min-clip", [3.0], True
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_of_half_precision_is_that_of_the_same_numbers(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        old, new, advantages, valid = batch((9, 333), dtype)
+        old.view(torch.int16)[0, :100] = torch.arange(0, 100).to(torch.int16)  # subnormal ones
+        advantages = advantages.float()
+        for region in (KL, REGIONS[4]):
+            wide = [old.float(), new.float(), advantages, valid]
+            bounds = bounds_of(region, wide[0])
+            narrow = [old, new, advantages, valid]
+            actual = cuda.token_loss(*self._arguments(device, narrow, bounds))
+            wanted = cuda.token_loss(*self._arguments(device, wide, bounds))
+            assert actual[0].dtype == torch.float32
+            for mine, other in zip(actual, wanted, strict=True):
+                assert equal(mine, other.cpu())
+
+    def test_depends_on_no_grid(self, emulator: Emulator) -> None:
+        tokens = batch((5, 8192))
+        results = []
+        for emulator.grid in (1, 2, 5, 1000):
+            arguments = self._arguments(torch.device("cpu"), tokens, bounds_of(KL, tokens[0]))
+            results.append(cuda.token_loss(*arguments))
+        for result in results[1:]:
+            for mine, first in zip(result, results[0], strict=True):
+                assert equal(mine, first)
+
+
+def every_kind_of_float() -> torch.Tensor:
+    """All exponents and signs, infinities and NaN, subnormal numbers, and log-probs closely."""
+    high = np.arange(1 << 16, dtype=np.uint32) << 16
+    bits = high | (np.arange(1 << 16, dtype=np.uint32) * 40503 & 0xFFFF)
+    spread = -np.arange(1 << 16, dtype=np.float32) * np.float32(1e-3)
+    return torch.from_numpy(np.concatenate([bits.astype(np.uint32).view(np.float32), spread]))
+
+
+class TestTable:
+    @pytest.mark.parametrize("region", REGIONS[:4], ids=str)
+    @pytest.mark.parametrize("flush_to_zero", [True, False])
+    def test_is_that_of_rust(
+        self, region: bandpo.Region, flush_to_zero: bool, device: torch.device,
+        request: pytest.FixtureRequest,
+    ) -> None:  # fmt: skip
+        """Also where a log-prob is subnormal, though arithmetic flushes it to 0."""
+        if device.type == "cpu":
+            request.getfixturevalue("emulator").flush_to_zero = flush_to_zero
+        elif not flush_to_zero:
+            pytest.skip("CuPy always flushes")
+        logp = every_kind_of_float()
+        words = torch.from_numpy(region.table().words)
+        lower, upper = (
+            read_table(words, logp, torch.tensor(side)).numpy() for side in (True, False)
+        )
+        [log_lower, log_upper] = cuda.table_log_bounds(*on(device, [words, logp])).cpu().numpy()
+        np.testing.assert_array_equal(
+            np.where(np.abs(upper) < SMALLEST_NORMAL, 0.0, upper),
+            np.where(np.abs(log_upper) < SMALLEST_NORMAL, 0.0, log_upper),
+        )
+        self.check_logarithms(log_lower, lower)
+
+    @staticmethod
+    def check_logarithms(log_lower: Any, lower: Any) -> None:
+        """Within an ulp of those of the lower bounds; near 0, where terms are flushed, as ratios,
+        of which logarithms at -87 keep 17 bits.
+        """
+        np.testing.assert_array_equal(np.isnan(log_lower), np.isnan(lower))
+        apart = lower > UNMOVED
+        exact = np.log(lower[apart].astype(np.float64))
+        np.testing.assert_array_max_ulp(log_lower[apart], exact.astype(log_lower.dtype), 1)
+        ratio = np.exp(log_lower[lower <= UNMOVED].astype(np.float64))
+        np.testing.assert_allclose(ratio, lower[lower <= UNMOVED], rtol=2.0**-17, atol=FLUSHED)
+        assert apart.sum() > 10_000
+        assert ratio.size > 100
+
+    def test_of_float64_log_probs(self, device: torch.device) -> None:
+        logp = torch.cat([every_kind_of_float().double(), torch.tensor([-1e-40, -1e-46, -1e-300])])
+        words = torch.from_numpy(KL.table().words)
+        with np.errstate(over="ignore"):
+            lower, upper = (
+                read_table(words, logp, torch.tensor(side)).numpy() for side in (True, False)
+            )
+        log_lower, log_upper = cuda.table_log_bounds(*on(device, [words, logp])).cpu().numpy()
+        np.testing.assert_allclose(log_upper, upper, rtol=0.0, atol=SMALLEST_NORMAL)
+        self.check_logarithms(log_lower, lower)
+
+    @pytest.mark.parametrize("region", REGIONS, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_clip(self, dtype: torch.dtype, region: bandpo.Region, device: torch.device) -> None:
+        old, new, _, _ = batch((13, 61), dtype)
+        x = new - old
+        wanted = clip(region, old, x)
+        bounds = bounds_of(region, old)
+        moved, inside = cuda.clipped(*on(device, [bounds, old, x]))
+        torch.testing.assert_close(
+            moved.cpu(), wanted, rtol=LIBM if dtype == torch.float64 else 1.2e-7, atol=0.0,
+            equal_nan=True,
+        )  # fmt: skip
+        assert torch.equal(inside.cpu(), moved.cpu() == x)
+        assert 0 < inside.sum() < inside.numel() or region == REGIONS[5]
+
+
+class TestOperators:
+    """As `torch.compile`, autograd and fake tensors see them; their kernels are tested above."""
+
+    @pytest.fixture
+    def in_place_of_rust(self, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Makes the emulated kernel that of the operator for tensors of the CPU."""
+        monkeypatch.setitem(token_loss_op._backend_fns, "cpu", cuda.token_loss)
+
+    @pytest.mark.usefixtures("in_place_of_rust")
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_the_gradient_of_half_precision(self, dtype: torch.dtype) -> None:
+        tokens = batch((3, 40), dtype)
+        slopes: list[torch.Tensor] = []
+        for stored in (dtype, torch.float32):
+            old, new, advantages = (tensor.to(stored) for tensor in tokens[:3])
+            new.requires_grad_()
+            loss, *_ = token_loss_op(
+                old,
+                new,
+                None,
+                advantages.float(),
+                tokens[3],
+                bounds_of(KL, old),
+                "min-clip",
+                [],
+                False,
+            )
+            slopes += torch.autograd.grad(loss.sum(), new)
+        assert [slope.dtype for slope in slopes] == [dtype, torch.float32]
+        assert equal(slopes[0], slopes[1].to(dtype))
+
+    @pytest.mark.usefixtures("in_place_of_rust")
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    def test_compiled_without_a_break(self) -> None:
+        torch.compiler.reset()
+        tokens = [tensor.nan_to_num() for tensor in batch((5, 30))]
+        module = bandpo.loss.PolicyLoss(KL, dual_clip=3.0, metrics_by_probability=True)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        found = []
+        for run in (module, compiled):
+            new = tokens[1].clone().requires_grad_()
+            result = run(tokens[0], new, *tokens[2:])
+            found.append([result.loss, *torch.autograd.grad(result.loss, new)])
+            found[-1] += [result.metrics[name] for name in sorted(result.metrics)]
+        for eager, traced in zip(*found, strict=True):
+            assert torch.equal(eager, traced)
+
+    @pytest.mark.parametrize("region", [KL, REGIONS[4]], ids=str)
+    def test_opcheck(self, region: bandpo.Region) -> None:
+        old, new, *_ = batch((4, 9), torch.float64)
+        old, x = old.nan_to_num(), (new - old).nan_to_num().requires_grad_()
+        bounds = bounds_of(region, old)
+        if bounds.dtype == torch.int32:
+            torch.library.opcheck(torch.ops.bandpo.table_log_bounds.default, (bounds, old))
+        torch.library.opcheck(torch.ops.bandpo.clipped.default, (bounds, old, x))
+
+    @pytest.mark.parametrize(
+        "region", [KL, REGIONS[4], bandpo.Band("tv", np.full(9, 0.1))], ids=str
+    )
+    def test_clip_by_the_operator_is_clip(
+        self, region: bandpo.Region, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        old, new, _, _ = batch((4, 9), torch.float64)
+        x = (new - old).requires_grad_()
+        wanted = clip(region, old, x)
+        [slope] = torch.autograd.grad(wanted.nansum(), x)
+        monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "cuda")
+        moved = clip(region, old, x)
+        torch.testing.assert_close(moved, wanted, equal_nan=True)
+        torch.testing.assert_close(torch.autograd.grad(moved.nansum(), x)[0], slope)
+
+
+@pytest.fixture(params=REFERENCE_FILES, ids=lambda path: path.name.removesuffix(".csv.gz"))
+def solved(request: pytest.FixtureRequest) -> Reference:
+    return read_reference(request.param)
+
+
+class TestExact:
+    def test_bounds_are_the_reference_and_inside(
+        self, solved: Reference, device: torch.device, request: pytest.FixtureRequest
+    ) -> None:
+        if device.type == "cpu":
+            request.getfixturevalue("emulator").flush_to_zero = False  # never of float64
+        logp = torch.from_numpy(solved.logp).to(device)
+        bounds = cuda.log_bounds(bandpo.Band(solved.spec, solved.delta), logp)
+        assert bounds is not None
+        near = (solved.logp >= FAR[0]) & (solved.logp <= FAR[1])
+        sides = (
+            (bounds[0], solved.log_lower, solved.log_lower_rest, solved.kappa_lower),
+            (bounds[1], solved.log_upper, solved.log_upper_rest, solved.kappa_upper),
+        )
+        converted = solved.spec.startswith(("renyi", "bhattacharyya"))
+        tolerance = CONVERTED if converted else SOLVED
+        for bound, exact, rest, kappa in sides:
+            actual = bound.cpu().numpy()
+            with np.errstate(invalid="ignore"):
+                beyond = np.abs(actual) - np.abs(exact) - np.sign(exact) * rest
+                error = np.where(exact == actual, 0.0, np.abs(beyond) / np.abs(exact))
+            tie = np.isinf(actual) & np.isinf(exact)
+            assert (tie | (actual == exact) | (beyond <= 0.0)).all()
+            well = near & (kappa <= WELL_CONDITIONED)
+            assert well.sum() > 300
+            assert (error[well] <= tolerance).all(), error[well].max()
+
+    @pytest.mark.parametrize("spec", ["kl", "alpha:0.5", "renyi:2", "hockey-stick:1.2", "tv"])
+    def test_contains_is_that_of_the_cpu(self, spec: str, device: torch.device) -> None:
+        rng = np.random.default_rng(3)
+        logp = -rng.exponential(3.0, 2000) * 10.0 ** rng.uniform(-6.0, 1.0, 2000)
+        delta = 10.0 ** rng.uniform(-4.0, 0.0, 2000)
+        region = bandpo.Band(spec, delta)
+        bound = np.where(rng.random(2000) < 0.5, *region.log_bounds(logp))
+        bound = np.where(np.isfinite(bound), bound, -3.0)
+        x = bound * (1.0 + rng.choice([-1.0, 1.0], 2000) * 10.0 ** rng.uniform(-8.0, 1.0, 2000))
+        # Next to an ill-conditioned bound double precision cannot tell.
+        outer, inner = (region.contains(logp, x * (1.0 + step)) for step in (1e-9, -1e-9))
+        clear = outer == inner
+        tensors = on(device, [torch.from_numpy(logp), torch.from_numpy(x)])
+        inside = cuda.contains(region, *tensors)
+        assert inside is not None
+        wanted = region.contains(logp, x)
+        assert clear.sum() > 1500
+        assert 500 < wanted.sum() < 1700
+        np.testing.assert_array_equal(inside.cpu().numpy()[clear], wanted[clear])
+
+    @pytest.mark.parametrize("spec", ["kl", "jensen-shannon", "pearson-chi2", "hockey-stick:4"])
+    def test_what_is_solved_is_contained(self, spec: str, device: torch.device) -> None:
+        rng = np.random.default_rng(4)
+        old = torch.from_numpy(-rng.exponential(3.0, 500)).to(device)
+        old[:4] = torch.tensor([0.0, 1.0, -float("inf"), -700.0])
+        region = bandpo.Band(spec, (0.02, 0.3))
+        bounds = cuda.log_bounds(region, old)
+        assert bounds is not None
+        for bound in bounds:
+            inside = cuda.contains(region, old, bound)
+            assert inside is not None
+            assert inside.all()
+
+    @pytest.mark.parametrize("spec", ["kl", "tv", "reverse-kl", "alpha:0.5", "bwcs:0.3", "vajda:1"])
+    def test_limits_are_those_of_the_cpu(self, spec: str, device: torch.device) -> None:
+        logp = np.array([0.0, 3.0, -np.inf, np.nan])
+        region = bandpo.Band(spec, (0.02, 0.3))
+        bounds = cuda.log_bounds(region, torch.from_numpy(logp).to(device))
+        assert bounds is not None
+        np.testing.assert_allclose(bounds.cpu().numpy(), region.log_bounds(logp), rtol=SOLVED)
+
+    def test_sets_of_regions(self, device: torch.device) -> None:
+        logp = -np.random.default_rng(5).exponential(3.0, 300)
+        band = bandpo.Band("kl", np.full(300, 0.05))
+        x = np.linspace(-1.0, 1.0, 300)
+        old, ratio = on(device, [torch.from_numpy(logp), torch.from_numpy(x)])
+        for region in (
+            (band | bandpo.Clip(0.2, 0.28)).cap(10),
+            bandpo.sides(lower=bandpo.Clip(0.2), upper=band),
+        ):
+            bounds, inside = cuda.log_bounds(region, old), cuda.contains(region, old, ratio)
+            assert bounds is not None
+            assert inside is not None
+            np.testing.assert_allclose(bounds.cpu().numpy(), region.log_bounds(logp), rtol=SOLVED)
+            np.testing.assert_array_equal(inside.cpu().numpy(), region.contains(logp, x))
+
+    @pytest.mark.usefixtures("emulator")
+    def test_what_only_the_cpu_can_solve(self) -> None:
+        old = torch.tensor([-1.0, -2.0])
+        expression = bandpo.Divergence.from_expression("(u-1)^2")
+        for region in (
+            bandpo.Band(expression, 0.1),
+            bandpo.Dcpo() | KL,
+            bandpo.Band("kl", np.full(3, 0.1)),
+            bandpo.Band("kl", np.full((4, 2), 0.1)),
+        ):
+            assert cuda.log_bounds(region, old) is None
+            assert cuda.contains(region, old, old) is None
+
+
+def constants_of_the_source() -> Iterator[tuple[str, int]]:
+    for name, value in re.findall(r"^const int (\w+) = (\d+);", _core.KERNEL_SOURCE, re.MULTILINE):
+        yield name, int(value)
+
+
+def test_python_knows_the_sizes_and_numbers_of_the_source() -> None:
+    sizes = dict(constants_of_the_source())
+    assert sizes["THREADS"] == cuda.THREADS
+    assert sizes["THREADS"] * sizes["WIDTH"] * sizes["VECTORS"] == cuda.CHUNK
+    assert sizes["WIDTH"] * sizes["VECTORS"] < 64  # what six bits of a flag hold
+    for number, name in enumerate(NAMES):
+        assert f"{name.upper().replace('-', '_')} = {number}" in _core.KERNEL_SOURCE
+    for spec, name in (("tv", "TV"), ("le-cam", "LE_CAM"), ("hockey-stick:2", "HOCKEY_STICK")):
+        generator = _core.Divergence(spec).kernel_generator
+        assert generator is not None
+        assert f" {name} = {generator[0]}" in _core.KERNEL_SOURCE
+
+
+BROKEN = """
+__global__ void divergent(int* out) {
+  if (threadIdx.x < 100) __syncthreads();
+  out[threadIdx.x] = 1;
+}
+__global__ void outside(int* out) {
+  BAND_TABLE_IN_SHARED_MEMORY(table);
+  table[threadIdx.x] = threadIdx.x;
+  out[threadIdx.x] = table[threadIdx.x];
+}
+"""
+
+
+@pytest.mark.skipif(missing_compiler() is not None, reason=str(missing_compiler()))
+@pytest.mark.skipif(SANITIZED, reason="starts the sanitizers itself")
+class TestEmulator:
+    def run(self, tmp_path: Path, kernel: str, flags: tuple[str, ...], shared: int) -> str:
+        library = build(tmp_path, flags=flags, kernels=(kernel,), more=BROKEN)
+        code = (
+            "import numpy as np, sys; from pathlib import Path; from emulated import Emulator\n"
+            "out = np.zeros(256, np.int32)\n"
+            f"Emulator(Path({str(library)!r})).launch({kernel!r}, None, 1, "
+            f"(np.uint64(out.ctypes.data),), {shared})\n"
+            "print('fine', out.sum())"
+        )
+        return self.python(["-c", code], flags)
+
+    @staticmethod
+    def python(arguments: list[str], flags: tuple[str, ...]) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        if flags:
+            asan = subprocess.run(
+                ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+            )
+            environment |= {
+                "LD_PRELOAD": asan.stdout.strip(),
+                # Python frees nothing at its end.
+                "ASAN_OPTIONS": "detect_leaks=0",
+                "BANDPO_SANITIZED": "1",
+            }
+        done = subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        return f"{done.stdout}{done.stderr}exit {done.returncode}"
+
+    def test_ends_at_a_divergent_barrier(self, tmp_path: Path) -> None:
+        output = self.run(tmp_path, "divergent", (), 0)
+        assert "a barrier that not all threads reach" in output
+        assert "fine" not in output
+
+    def test_the_sanitizer_sees_shared_memory(self, tmp_path: Path) -> None:
+        assert "fine 32640\nexit 0" in self.run(tmp_path, "outside", (), 1024)
+        output = self.run(tmp_path, "outside", SANITIZERS, 1020)
+        assert "AddressSanitizer: heap-buffer-overflow" in output
+
+    def test_the_sanitizers_find_nothing(self) -> None:
+        """This file once more, in the emulator alone: every kernel and every way to index."""
+        some = "size or strides or each_token or half or float64_log or clip or sets"
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-k", f"not gpu and ({some})"]
+        output = self.python(["-m", "pytest", *options, __file__], SANITIZERS)
+        assert re.search(r"\d\d passed", output), output[-3000:]
+        assert output.endswith("exit 0"), output[-3000:]
+
+
+class TestWithoutAGpu:
+    @pytest.fixture(autouse=True)
+    def _no_gpu(self) -> None:
+        if cuda.obstacle() is None:
+            pytest.skip("there is a GPU")
+
+    def test_asking_for_the_kernel_names_the_extra(self) -> None:
+        old, new, advantages, valid = batch((2, 3))
+        with pytest.raises(ImportError, match=r"bandpo\[cuda1[23]\]") as raised:
+            bandpo.loss.policy_loss(old, new, advantages, valid, region=KL, backend="cuda")
+        assert isinstance(raised.value, (MissingExtraError, BrokenExtraError))
+
+    def test_auto_says_once_why_it_takes_torch(self) -> None:
+        _kernels.cache_clear()
+        with pytest.warns(BackendWarning, match="take the torch backend") as warned:
+            assert default_backend("cuda") == "torch"
+        assert len(warned) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert default_backend("cuda") == "torch"

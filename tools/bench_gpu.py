@@ -1,0 +1,188 @@
+"""Time the CUDA kernel of the loss, forward and backward, beside a copy and its neighbours.
+
+Prints a table and writes every number to build/bench_gpu.json. Needs a GPU.
+
+    python tools/bench_gpu.py [--most 28]
+
+What is timed, on N tokens in one row, float32, one advantage a token, a tenth of them masked:
+
+- copy: a device copy of as many bytes as the kernel has to move, 13 read and 8 written a token
+- bandpo: `bandpo::token_loss` with a table of Band("kl", 0.05): losses, gradients, counts and sums
+- compiled clip, eager clip: PPO's clip loss in torch with its gradient, compiled and not
+- bisection: the published scheme for the upper bound, 50 halvings in torch, in place of a table
+- liger: Liger's Triton GRPO loss, if it is installed, from logits of two tokens, the fewest
+
+Memory is what the call allocates at its peak beyond inputs and the gradient, in bytes a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from bandpo import Band, __version__, cuda
+from bandpo.torch import bounds_of, token_loss_op, torch
+
+BYTES_A_TOKEN = 4 + 4 + 4 + 1 + 4 + 4
+REPEATS = 20
+RESULTS = Path(__file__).resolve().parents[1] / "build" / "bench_gpu.json"
+KL = Band("kl", 0.05)
+ROW = 1024  # tokens of a sequence, for Liger
+Tokens: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]"
+Call: TypeAlias = Callable[[], Any]
+Make: TypeAlias = Callable[[Tokens], Call]
+
+
+def clip_loss(old: Any, new: Any, advantages: Any, valid: Any) -> Any:
+    """PPO's clip loss (arXiv 1707.06347, Eq. 7)."""
+    ratio = (new - old).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    return torch.where(valid, loss, 0.0).sum()
+
+
+def bisected_loss(old: Any, new: Any, advantages: Any, valid: Any) -> Any:
+    """The same with the upper bound of KL by 50 halvings between 1 and 1/p."""
+    p = old.exp()
+    low, high = torch.ones_like(p), 1.0 / p
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        rest = (1.0 - p * middle) / (1.0 - p)
+        inside = -p * middle.log() - (1.0 - p) * rest.log() <= 0.05
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    ratio = (new - old).exp()
+    loss = -torch.minimum(ratio * advantages, torch.minimum(ratio, low) * advantages)
+    return torch.where(valid, loss, 0.0).sum()
+
+
+def with_gradient(loss: Callable[..., Any]) -> Make:
+    """Makes a call of a loss and its gradient."""
+
+    def make(tokens: Tokens) -> Call:
+        old, new, advantages, valid = tokens
+        new = new.detach().requires_grad_()
+        return lambda: torch.autograd.grad(loss(old, new, advantages, valid), new)
+
+    return make
+
+
+def kernel(tokens: Tokens) -> Call:
+    """The kernel with its bounds from a table."""
+    old, new, advantages, valid = tokens
+    bounds = bounds_of(KL, old)
+    return lambda: token_loss_op(old, new, None, advantages, valid, bounds, "min-clip", [], False)
+
+
+def copy(tokens: Tokens) -> Call:
+    """Reads and writes half of the kernel's bytes each."""
+    count = tokens[0].numel() * BYTES_A_TOKEN // 2
+    source = torch.empty(count, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def liger() -> Make | None:
+    """Liger's Triton kernel, if it is installed. It starts from logits, here of two tokens."""
+    try:
+        from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+    except ImportError:
+        return None
+
+    def make(tokens: Tokens) -> Call:
+        old, _, advantages, valid = (tensor.reshape(-1, ROW) for tensor in tokens)
+        logits = torch.randn((old.shape[0], ROW + 1, 2), device="cuda", requires_grad=True)
+        chosen = torch.zeros_like(old, dtype=torch.int64)
+        arguments = old, None, chosen, advantages[:, 0].contiguous(), valid
+
+        def call() -> Any:
+            per_token, *_ = triton_grpo_loss(
+                logits, *arguments, temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.28,
+                inplace=False,
+            )  # fmt: skip
+            return torch.autograd.grad(per_token.sum(), logits)
+
+        return call
+
+    return make
+
+
+def seconds(call: Call) -> float:
+    """The median of single calls, by events of the device."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(REPEATS):
+        start, end = (
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        )
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(1e-3 * float(start.elapsed_time(end)))
+    return statistics.median(times)
+
+
+def extra_bytes(call: Call, count: int) -> float:
+    """What a call allocates at its peak, beyond one gradient, for each token."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    extra: float = (torch.cuda.max_memory_allocated() - before - 4 * count) / count
+    return extra
+
+
+def main() -> None:
+    """Times every size."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--most", type=int, default=28, help="binary logarithm of the most tokens")
+    most = parser.parse_args().most
+    if reason := cuda.obstacle():
+        raise SystemExit(f"needs a GPU: {reason}")
+    makers: dict[str, Make] = {
+        "bandpo": kernel,
+        "compiled clip": with_gradient(torch.compile(clip_loss)),
+        "eager clip": with_gradient(clip_loss),
+        "bisection": with_gradient(bisected_loss),
+    }
+    if (of_liger := liger()) is not None:
+        makers["liger"] = of_liger
+    rows: list[dict[str, Any]] = []
+    for exponent in range(16, most + 1, 2):
+        count = 1 << exponent
+        old = -torch.empty((1, count), device="cuda").exponential_(0.3)
+        new = old + 0.3 * torch.randn_like(old)
+        tokens = old, new, torch.randn_like(old), torch.rand_like(old) < 0.9
+        row: dict[str, Any] = {"tokens": count, "copy": seconds(copy(tokens))}
+        for name, make in makers.items():
+            try:
+                call = make(tokens)
+                row[name] = seconds(call)
+                row[f"{name}: bytes a token"] = extra_bytes(call, count)
+            except torch.cuda.OutOfMemoryError:
+                row[name] = None
+                torch.cuda.empty_cache()
+        rows.append(row)
+        share = row["copy"] / row["bandpo"]
+        times = "  ".join(
+            f"{name} {row[name] * 1e6:.0f} us" if row[name] else f"{name} out of memory"
+            for name in ("copy", *makers)
+        )
+        print(f"2^{exponent}: {times}  ({share:.0%} of the copy's bandwidth)", flush=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    about = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandpo": __version__,
+        "repeats": REPEATS, "unit": "median seconds of a call",
+    }  # fmt: skip
+    RESULTS.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
