@@ -79,7 +79,7 @@ def loss_and_gradient(
     valid = torch.ones_like(old, dtype=torch.bool)
     numbers = [float(parameter) for parameter in parameters]
     result = run(old, new, None, advantage, valid, bounds.to(device), surrogate, numbers, False)
-    if len(result) == 4:  # of the kernel itself
+    if run is cuda.token_loss:  # the kernel itself
         return result[0][0].numpy(), result[1][0].numpy()
     gradient = torch.autograd.grad(result[0].sum(), new)[0]
     return result[0][0].detach().cpu().numpy(), gradient[0].cpu().numpy()
