@@ -56,6 +56,16 @@ def compare(
     )
 
 
+def median_seconds(call: Callable[[], object], *, seconds: float = 1.0) -> float:
+    """Returns the seconds of a call, called once before anything is timed."""
+    number = _repeats(call)
+    times: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while len(times) < MIN_ROUNDS or time.perf_counter() < deadline:
+        times.append(_time(call, number))
+    return statistics.median(times)
+
+
 def _repeats(call: Callable[[], object]) -> int:
     call()  # builds, compiles or allocates what later calls find
     return max(1, round(BATCH_SECONDS / _time(call, 1)))

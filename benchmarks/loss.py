@@ -29,6 +29,7 @@ if HAS_TORCH:
 else:
     BACKENDS = ("native",)
 
+REGION = bandpo.Band("kl", DELTA)
 DTYPES = ("float32", "float64", "bfloat16")
 SURROGATES = ("min-clip", "mask", "weight", "gradient-preserving")
 FLOATS_A_TOKEN = 5
@@ -45,7 +46,7 @@ class Step:
         size: int = SIZE,
         dtype: str = "float32",
         surrogate: Any = "min-clip",
-        divergence: str = "kl",
+        region: bandpo.Region = REGION,
     ) -> None:
         need_torch(device)
         self.device = device
@@ -60,11 +61,10 @@ class Step:
             peer = peers.ppo_clip if method == EAGER_CLIP else peers.compiled_ppo_clip()
             self.loss = lambda: peer(*tensors)
             return
-        band = bandpo.Band(divergence, DELTA)
         backend: Any = "torch" if method == COMPILED else method
 
         def loss() -> torch.Tensor:
-            return policy_loss(*tensors, region=band, surrogate=surrogate, backend=backend).loss
+            return policy_loss(*tensors, region=region, surrogate=surrogate, backend=backend).loss
 
         try:
             loss()
