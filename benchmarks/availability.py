@@ -7,9 +7,8 @@ import os
 try:
     import torch as torch
 except ImportError:
-    HAS_TORCH = False
-else:
-    HAS_TORCH = True
+    torch = None  # type: ignore[assignment]
+HAS_TORCH = torch is not None
 
 DEVICES = ("cpu", "cuda")
 

@@ -15,7 +15,6 @@ from asv.benchmarks import Benchmarks
 from asv.config import Config
 from asv.results import Results, iter_results
 from asv.util import human_value
-
 from make_results import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
