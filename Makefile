@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUST := Cargo.toml Cargo.lock $(wildcard rust/*)
 
-.PHONY: check test demo lint format reference prerequisites clean
+.PHONY: check test demo lint format reference bench bench-results bench-gpu results gate gate-update \
+  prerequisites clean
 check: test lint
 
 test: $(VENV)/test.stamp
@@ -34,6 +35,35 @@ reference: $(VENV)/reference.stamp
 	$(BIN)/python tests/reference.py
 	$(BIN)/python tools/make_reference.py
 	$(BIN)/python tools/make_real_reference.py
+
+# The suite once, in .venv and with torch, then the figures in benchmarks/RESULTS.md.
+bench: $(VENV)/bench.stamp
+	$(ASV)
+	$(BIN)/python tools/make_results.py
+
+# The same for a GPU, or a line that says what is missing.
+bench-gpu: $(VENV)/bench.stamp
+	@$(BIN)/python -c 'from bandpo.torch import gpu_report as r; exit(None if r().startswith("usable") else "GPU " + r())'
+	$(ASV) --bench cuda
+	$(BIN)/python tools/make_results.py
+
+ASV = $(BIN)/asv machine --yes >/dev/null && $(BIN)/asv run --quick \
+	--environment existing:$(BIN)/python --set-commit-hash $$(git rev-parse HEAD)
+
+# What asv measured, as Markdown.
+bench-results: $(VENV)/bench.stamp
+	@$(BIN)/python tools/show_benchmarks.py
+
+# benchmarks/RESULTS.md alone.
+results: $(VENV)/bench.stamp
+	$(BIN)/python tools/make_results.py
+
+# Instructions a token, which have no noise, against benchmarks/instructions.json; needs valgrind alone.
+gate:
+	$(PYTHON) tools/count_instructions.py
+
+gate-update:
+	$(PYTHON) tools/count_instructions.py --update
 
 prerequisites:
 	@command -v $(PYTHON) >/dev/null || \
