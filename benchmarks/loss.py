@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, get_args
 
 import bandpo
+from bandpo.error import InvalidValueError
 from benchmarks import peers
 from benchmarks.availability import (
     DEVICES,
@@ -69,7 +70,7 @@ class Step:
 
         try:
             loss()
-        except bandpo.BandpoError as reason:
+        except InvalidValueError as reason:
             raise NotImplementedError(f"{backend} on {device}: {reason}") from reason
         self.loss = (
             torch.compile(loss, fullgraph=True, dynamic=False) if method == COMPILED else loss
@@ -109,6 +110,9 @@ class Loss:
 
     def setup(self, method: str, device: str, size: int) -> None:
         """Prepares the batch, or says n/a."""
+        need_torch(device)
+        if method in ("torch", COMPILED) and size > SIZE:
+            need_patience()
         self.step = Step(method, device, size)
         self.step.forward_backward()
 

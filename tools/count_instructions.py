@@ -114,7 +114,7 @@ def main() -> int:
     update = parser.parse_args().update
     for needed in ("valgrind", "cargo"):
         if shutil.which(needed) is None:
-            print(f"count_instructions: needs {needed} (on Debian: apt install {needed})")
+            print(f"count_instructions: needs {needed}, which is not on the PATH", file=sys.stderr)
             return 2
     here = counted_on()
     counted = count()
