@@ -62,7 +62,7 @@ class Row:
 
     def markdown(self) -> str:
         """Return the row of the table."""
-        verdict = "met" if self.excess <= 1.0 else f"missed, by {self.excess:.3g}x"
+        verdict = "met" if self.excess <= 1.0 else f"missed, by {digits(self.excess)}x"
         return f"| {self.columns} | {self.measured} | {self.spread} | {verdict} |"
 
 
@@ -71,8 +71,8 @@ def at_least(key: str, what: str, against: str, times: float, found: Comparison)
     return Row(
         key,
         f"{what} | {against} | >= {times:g}x faster",
-        f"{1.0 / found.ratio:.3g}x",
-        f"{1.0 / found.high:.3g} to {1.0 / found.low:.3g}",
+        f"{digits(1.0 / found.ratio)}x",
+        f"{digits(1.0 / found.high)} to {digits(1.0 / found.low)}",
         found.ratio * times,
     )
 
@@ -82,8 +82,8 @@ def at_most(key: str, what: str, against: str, share: float, found: Comparison) 
     return Row(
         key,
         f"{what} | {against} | <= {share:.1f}x its time",
-        f"{found.ratio:.3g}x",
-        f"{found.low:.3g} to {found.high:.3g}",
+        f"{digits(found.ratio)}x",
+        f"{digits(found.low)} to {digits(found.high)}",
         found.ratio / share,
     )
 
@@ -92,7 +92,7 @@ def milliseconds(key: str, what: str, against: str, allowed: float, seconds: flo
     """Return a row whose target is a time."""
     found = 1e3 * seconds
     columns = f"{what} | {against} | <= {allowed:g} ms"
-    return Row(key, columns, f"{found:.3g} ms", "", found / allowed)
+    return Row(key, columns, f"{digits(found)} ms", "", found / allowed)
 
 
 def target_rows() -> Iterator[Row]:
@@ -100,14 +100,14 @@ def target_rows() -> Iterator[Row]:
     for divergence in solver.PEER_DIVERGENCES:
         found = solver.compare_to_find_root(divergence)
         roots = solver.SIZE * solver.ROOTS_A_TOKEN
-        what = f"exact bounds, float64, {divergence}: {1e9 * found.ours / roots:.3g} ns a root"
-        peer = f"scipy find_root: {1e9 * found.peer / roots:.3g} ns"
+        what = f"exact bounds, float64, {divergence}: {digits(1e9 * found.ours / roots)} ns a root"
+        peer = f"scipy find_root: {digits(1e9 * found.peer / roots)} ns"
         yield at_least("bounds", what, peer, 50.0, found)
     for method, name in (("bandpo.torch", "torch"), ("numpy", "numpy")):
         found = table.compare_to_bisection(method)
         ours, peer_ns = (1e9 * s / table.RATIO_SIZE / 2 for s in (found.ours, found.peer))
-        what = f"bounds from a table, float32, {name}: {ours:.3g} ns a side"
-        yield at_least("table", what, f"50 bisection steps: {peer_ns:.3g} ns", 100.0, found)
+        what = f"bounds from a table, float32, {name}: {digits(ours)} ns a side"
+        yield at_least("table", what, f"50 bisection steps: {digits(peer_ns)} ns", 100.0, found)
     for size, peer, bound in (
         (SIZE, loss.COMPILED_CLIP, at_most),
         (SIZE, loss.EAGER_CLIP, at_least),
@@ -116,9 +116,9 @@ def target_rows() -> Iterator[Row]:
         found = loss.compare_to_clip("native", peer, size=size, seconds=4.0)
         key = "loss" if size == SIZE else "small loss"
         ours, peer_ns = (1e9 * s / size for s in (found.ours, found.peer))
-        what = f"CPU loss, forward + backward, {power(size)} tokens: {ours:.3g} ns a token"
+        what = f"CPU loss, forward + backward, {power(size)} tokens: {digits(ours)} ns a token"
         yield bound(
-            key, what, f"{peer}: {peer_ns:.3g} ns", 10.0 if bound is at_least else 1.0, found
+            key, what, f"{peer}: {digits(peer_ns)} ns", 10.0 if bound is at_least else 1.0, found
         )
     for divergence, allowed in (("kl", 2.0), (EXPRESSION, 50.0)):
         seconds = median_seconds(table.build(divergence))
@@ -152,13 +152,18 @@ def gpu_rows() -> Iterator[str]:
         0.9 * found.ratio,
     ).markdown()
     found = loss.compare_to_clip(method, loss.COMPILED_CLIP, "cuda", GPU_SIZE)
-    spread = f"{found.low:.3g} to {found.high:.3g}"
-    yield Row("gpu", GPU_CLIP, f"{found.ratio:.3g}x", spread, found.ratio).markdown()
+    spread = f"{digits(found.low)} to {digits(found.high)}"
+    yield Row("gpu", GPU_CLIP, f"{digits(found.ratio)}x", spread, found.ratio).markdown()
+
+
+def digits(value: float) -> str:
+    """Return three digits, or as many as there are before the point."""
+    return f"{value:.3g}" if abs(value) < 1000.0 else f"{value:.0f}"
 
 
 def nanoseconds(call: Callable[[], object], size: int) -> str:
     """Return the time of a call for each token."""
-    return f"{1e9 * median_seconds(call) / size:.3g}"
+    return f"{digits(1e9 * median_seconds(call) / size)}"
 
 
 def growth() -> Iterator[Sequence[str]]:
@@ -174,7 +179,7 @@ def divergences() -> Iterator[Sequence[str]]:
         yield [
             f"`{divergence}`",
             nanoseconds(solver.bounds("bandpo", divergence), solver.ROOTS_A_TOKEN * solver.SIZE),
-            f"{1e3 * median_seconds(table.build(divergence)):.3g}",
+            f"{digits(1e3 * median_seconds(table.build(divergence)))}",
             nanoseconds(loss.Step("native", region=region(divergence)).forward_backward, SIZE),
         ]
 
