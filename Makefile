@@ -44,7 +44,7 @@ bench: $(VENV)/bench.stamp
 # The same for a GPU, or a line that says what is missing.
 bench-gpu: $(VENV)/bench.stamp
 	@$(BIN)/python -c 'from bandpo.torch import gpu_report as r; exit(None if r().startswith("usable") else "GPU " + r())'
-	$(ASV) --bench cuda
+	$(ASV) --bench 'cuda|DeviceLoss'
 	$(BIN)/python tools/make_results.py
 
 ASV = $(BIN)/asv machine --yes >/dev/null && $(BIN)/asv run --quick \
