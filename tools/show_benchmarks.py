@@ -31,10 +31,10 @@ def rows(results: Results, benchmarks: Benchmarks) -> Iterator[list[str]]:
 
 
 def shown(value: float | None, unit: str) -> str:
-    """Return a value as asv prints it: NaN is what a benchmark does not apply to."""
+    """Return three digits and the unit, as asv does: NaN is what a benchmark does not apply to."""
     if value is None:
         return "failed"
-    return "n/a" if math.isnan(value) else str(human_value(value, unit))
+    return "n/a" if math.isnan(value) else str(human_value(float(f"{value:.3g}"), unit))
 
 
 def main() -> int:
