@@ -272,7 +272,7 @@ Nanoseconds a token of the loss, float32, forward + backward.
 
 ## Divergences
 
-The loss ({power(SIZE)} tokens, float32, forward + backward) reads a table: its cost should be the same.
+The loss ({power(SIZE)} tokens, float32, forward + backward) reads a table: it should cost the same.
 
 {markdown(["divergence", "exact, ns a root", "table build, ms", "loss, ns a token"], divergences())}
 
