@@ -6,7 +6,8 @@ CARGO_HOME ?= $(HOME)/.cargo
 RUST := Cargo.toml Cargo.lock $(wildcard rust/* cuda/*)
 CUDA ?= 13
 
-.PHONY: check test test-nvrtc test-gpu bench-gpu demo lint format reference wheel prerequisites clean
+.PHONY: check test test-nvrtc test-gpu demo lint format reference wheel bench bench-results bench-gpu results \
+  gate gate-update prerequisites clean
 check: test test-nvrtc lint
 
 test: $(VENV)/test.stamp
@@ -22,9 +23,6 @@ test-nvrtc: $(VENV)/nvrtc.stamp
 test-gpu: $(VENV)/test.stamp $(VENV)/cuda$(CUDA).stamp
 	$(BIN)/python -c 'from bandpo import cuda; raise SystemExit(cuda.obstacle())'
 	$(BIN)/python -m pytest --quiet -rs tests/test_gpu.py tests/test_cuda.py tests/test_tokens.py
-
-bench-gpu: $(VENV)/cuda$(CUDA).stamp
-	$(BIN)/python tools/bench_gpu.py
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bandpo demo
@@ -62,6 +60,36 @@ wheel: $(VENV)/release.stamp
 	  --zig --compatibility manylinux2014 --interpreter $(BIN)/python
 	$(BIN)/python tools/make_notices.py --check
 	$(BIN)/python tools/check_wheel.py dist
+
+# The suite once, in .venv and with torch, then the figures in benchmarks/RESULTS.md.
+bench: $(VENV)/bench.stamp
+	$(ASV)
+	$(BIN)/python tools/make_results.py
+
+# The same for a GPU, or a line that says what is missing.
+bench-gpu: $(VENV)/bench.stamp $(VENV)/cuda$(CUDA).stamp
+	@$(BIN)/python -c 'from bandpo.torch import gpu_report as r; exit(None if r().startswith("usable") else "GPU " + r())'
+	$(ASV) --bench 'cuda|DeviceLoss'
+	$(BIN)/python tools/bench_gpu.py
+	$(BIN)/python tools/make_results.py
+
+ASV = $(BIN)/asv machine --yes >/dev/null && $(BIN)/asv run --quick \
+	--environment existing:$(BIN)/python --set-commit-hash $$(git rev-parse HEAD)
+
+# What asv measured, as Markdown.
+bench-results: $(VENV)/bench.stamp
+	@$(BIN)/python tools/show_benchmarks.py
+
+# benchmarks/RESULTS.md alone.
+results: $(VENV)/bench.stamp
+	$(BIN)/python tools/make_results.py
+
+# Instructions a token, which have no noise, against benchmarks/instructions.json; needs valgrind alone.
+gate:
+	$(PYTHON) tools/count_instructions.py
+
+gate-update:
+	$(PYTHON) tools/count_instructions.py --update
 
 prerequisites:
 	@command -v $(PYTHON) >/dev/null || \

@@ -1,0 +1,168 @@
+"""The policy loss as a trainer calls it: `policy_loss(...).loss.backward()` on whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, get_args
+
+import bandpo
+from bandpo.error import InvalidValueError
+from benchmarks import peers
+from benchmarks.availability import (
+    DEVICES,
+    HAS_TORCH,
+    need_patience,
+    need_torch,
+    synchronize,
+    torch,
+)
+from benchmarks.interleaved import Comparison, compare
+from benchmarks.tokens import DELTA, SIZE, SIZES, batch
+
+EAGER_CLIP, COMPILED_CLIP = PEERS = ("eager PPO clip", "compiled PPO clip")
+COMPILED = "torch compiled"
+"""The backend torch under `torch.compile`."""
+
+if HAS_TORCH:
+    from bandpo.loss import Backend, policy_loss
+
+    NAMES = get_args(Backend)
+else:
+    NAMES = ("native", "torch")  # all of them n/a
+BACKENDS = (*(name for name in NAMES if name != "auto"), COMPILED)
+
+REGION = bandpo.Band("kl", DELTA)
+DTYPES = ("float32", "float64", "bfloat16")
+SURROGATES = ("min-clip", "mask", "weight", "gradient-preserving")
+FLOATS_A_TOKEN = 5
+"""Read: both log-probs and the advantage; written: the loss and its gradient. Besides, a mask."""
+
+
+class Step:
+    """One loss of one batch, forward and backward; raises NotImplementedError where it is n/a."""
+
+    def __init__(
+        self,
+        method: str,
+        device: str = "cpu",
+        size: int = SIZE,
+        dtype: str = "float32",
+        surrogate: Any = "min-clip",
+        region: bandpo.Region = REGION,
+    ) -> None:
+        need_torch(device)
+        self.device = device
+        *floats, mask = batch(size)
+        old_log_prob, log_prob, advantages = (
+            torch.tensor(array, dtype=getattr(torch, dtype), device=device) for array in floats
+        )
+        self.log_prob = log_prob.requires_grad_()
+        tensors = (old_log_prob, log_prob, advantages, torch.tensor(mask, device=device))
+        self.loss: Callable[[], torch.Tensor]
+        if method in PEERS:
+            peer = peers.ppo_clip if method == EAGER_CLIP else peers.compiled_ppo_clip()
+            self.loss = lambda: peer(*tensors)
+            return
+        backend: Any = "torch" if method == COMPILED else method
+
+        def loss() -> torch.Tensor:
+            return policy_loss(*tensors, region=region, surrogate=surrogate, backend=backend).loss
+
+        try:
+            loss()
+        except InvalidValueError as reason:
+            raise NotImplementedError(f"{backend} on {device}: {reason}") from reason
+        self.loss = (
+            torch.compile(loss, fullgraph=True, dynamic=False) if method == COMPILED else loss
+        )
+
+    def forward(self) -> None:
+        """Computes the loss."""
+        self.loss()
+        synchronize(self.device)
+
+    def forward_backward(self) -> None:
+        """Computes the loss and its gradient, as in a step."""
+        self.log_prob.grad = None
+        self.loss().backward()  # type: ignore[no-untyped-call]
+        synchronize(self.device)
+
+
+def compare_to_clip(
+    method: str,
+    peer: str,
+    device: str = "cpu",
+    size: int = SIZE,
+    dtype: str = "float32",
+    seconds: float = 2.0,
+) -> Comparison:
+    """Times forward and backward of a backend and of a PPO clip on the same batch."""
+    ours, other = (Step(name, device, size, dtype) for name in (method, peer))
+    return compare(ours.forward_backward, other.forward_backward, seconds=seconds)
+
+
+class Loss:
+    """Every size, bandpo's backends and PPO's clip."""
+
+    params: ClassVar = [(*BACKENDS, *PEERS), DEVICES, SIZES]
+    param_names: ClassVar = ["method", "device", "size"]
+    timeout = 300
+
+    def setup(self, method: str, device: str, size: int) -> None:
+        """Prepares the batch, or says n/a."""
+        need_torch(device)
+        if method in ("torch", COMPILED) and size > SIZE:
+            need_patience()
+        self.step = Step(method, device, size)
+        self.step.forward_backward()
+
+    def time_forward(self, *_: object) -> None:
+        """Times the loss."""
+        self.step.forward()
+
+    def time_forward_backward(self, *_: object) -> None:
+        """Times the loss and its gradient."""
+        self.step.forward_backward()
+
+
+class Rules:
+    """Every surrogate and dtype, at one size."""
+
+    params: ClassVar = [BACKENDS, DEVICES, DTYPES, SURROGATES]
+    param_names: ClassVar = ["backend", "device", "dtype", "surrogate"]
+    timeout = 300
+
+    def setup(self, backend: str, device: str, dtype: str, surrogate: str) -> None:
+        """Prepares the batch, or says n/a."""
+        need_torch(device)
+        if backend == COMPILED:
+            need_patience()
+        self.step = Step(backend, device, SIZE, dtype, surrogate)
+        self.step.forward_backward()
+
+    def time_forward_backward(self, *_: object) -> None:
+        """Times the loss and its gradient."""
+        self.step.forward_backward()
+
+
+class Ratio:
+    """Costs beside those of PPO's clip, in turns in one process."""
+
+    params: ClassVar = [BACKENDS, DEVICES, (min(SIZES), SIZE)]
+    param_names: ClassVar = ["backend", "device", "size"]
+    timeout = 300
+
+    def setup(self, backend: str, device: str, size: int) -> None:
+        """Says n/a where it is."""
+        Step(backend, device, min(SIZES))
+
+    def track_time_ratio_to_compiled_clip(self, backend: str, device: str, size: int) -> float:
+        """Returns the time of forward and backward over that of the compiled clip."""
+        return compare_to_clip(backend, COMPILED_CLIP, device, size).ratio
+
+    def track_time_ratio_to_eager_clip(self, backend: str, device: str, size: int) -> float:
+        """Returns the time of forward and backward over that of the eager clip."""
+        return compare_to_clip(backend, EAGER_CLIP, device, size).ratio
+
+    track_time_ratio_to_compiled_clip.unit = "ratio"  # type: ignore[attr-defined]
+    track_time_ratio_to_eager_clip.unit = "ratio"  # type: ignore[attr-defined]

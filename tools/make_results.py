@@ -1,0 +1,290 @@
+"""Measure what DESIGN's targets are about on this machine and write benchmarks/RESULTS.md.
+
+    python tools/make_results.py        about four minutes on two cores that do nothing else
+
+Both sides of a ratio are timed in turns in one process; see benchmarks/interleaved.py.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import bandpo  # noqa: E402
+from bandpo import _core  # noqa: E402
+from bandpo.torch import gpu_report, torch  # noqa: E402
+from benchmarks import loss, process, solver, table  # noqa: E402
+from benchmarks.interleaved import Comparison, compare, median_seconds  # noqa: E402
+from benchmarks.solver import EXPRESSION, region  # noqa: E402
+from benchmarks.tokens import DELTA, SIZE, SIZES  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+
+GPU_SIZE = 2**24
+GPU_LOSS = "GPU loss, forward + backward, 2^24 tokens"
+COPY = f"{GPU_LOSS} | a copy of the same bytes | >= 90 % of its speed"
+GPU_CLIP = f"{GPU_LOSS} | {loss.COMPILED_CLIP} | <= 1.0x its time"
+BYTES_A_TOKEN = 4 * loss.FLOATS_A_TOKEN + 1
+"""That a loss in float32 moves at least, with a mask of one byte."""
+
+REASONS = {
+    "bounds": "the solver goes token by token, without vector instructions",
+    "table": "`bandpo.torch.log_bounds` reads the table by dozens of torch operations, each a pass "
+    "over memory; `BandTable.log_bounds` reads it in scalar code, in float64 and with a logarithm",
+    "loss": "most of a call is torch around the pass in Rust: sums of the mask and of the losses, "
+    "and passes that spread and scale the gradient; the peer computes no metrics",
+    "small loss": "checks, metrics and dozens of small torch operations are a fixed cost of a call",
+    "build": "a table is made of exact bounds, and so is the measurement of its error",
+    "import": "bandpo's modules and what they import of the standard library",
+}
+"""What is known of the cause, printed where a target is missed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One target."""
+
+    key: str  # of REASONS
+    columns: str  # what | against | target
+    measured: str
+    spread: str
+    excess: float  # the cost over the one allowed: missed above 1
+
+    def markdown(self) -> str:
+        """Return the row of the table."""
+        verdict = "met" if self.excess <= 1.0 else f"missed, by {digits(self.excess)}x"
+        return f"| {self.columns} | {self.measured} | {self.spread} | {verdict} |"
+
+
+def at_least(key: str, what: str, against: str, times: float, found: Comparison) -> Row:
+    """Return a row whose target is to be so many times faster."""
+    return Row(
+        key,
+        f"{what} | {against} | >= {times:g}x faster",
+        f"{digits(1.0 / found.ratio)}x",
+        f"{digits(1.0 / found.high)} to {digits(1.0 / found.low)}",
+        found.ratio * times,
+    )
+
+
+def at_most(key: str, what: str, against: str, share: float, found: Comparison) -> Row:
+    """Return a row whose target is to take at most so much of the peer's time."""
+    return Row(
+        key,
+        f"{what} | {against} | <= {share:.1f}x its time",
+        f"{digits(found.ratio)}x",
+        f"{digits(found.low)} to {digits(found.high)}",
+        found.ratio / share,
+    )
+
+
+def milliseconds(key: str, what: str, against: str, allowed: float, seconds: float) -> Row:
+    """Return a row whose target is a time."""
+    found = 1e3 * seconds
+    columns = f"{what} | {against} | <= {allowed:g} ms"
+    return Row(key, columns, f"{digits(found)} ms", "", found / allowed)
+
+
+def target_rows() -> Iterator[Row]:
+    """Measure every target that needs no GPU."""
+    for divergence in solver.PEER_DIVERGENCES:
+        found = solver.compare_to_find_root(divergence)
+        roots = solver.SIZE * solver.ROOTS_A_TOKEN
+        what = f"exact bounds, float64, {divergence}: {digits(1e9 * found.ours / roots)} ns a root"
+        peer = f"scipy find_root: {digits(1e9 * found.peer / roots)} ns"
+        yield at_least("bounds", what, peer, 50.0, found)
+    for method, name in (("bandpo.torch", "torch"), ("numpy", "numpy")):
+        found = table.compare_to_bisection(method)
+        ours, peer_ns = (1e9 * s / table.RATIO_SIZE / 2 for s in (found.ours, found.peer))
+        what = f"bounds from a table, float32, {name}: {digits(ours)} ns a side"
+        yield at_least("table", what, f"50 bisection steps: {digits(peer_ns)} ns", 100.0, found)
+    for size, peer, bound in (
+        (SIZE, loss.COMPILED_CLIP, at_most),
+        (SIZE, loss.EAGER_CLIP, at_least),
+        (min(SIZES), loss.EAGER_CLIP, at_most),
+    ):
+        found = loss.compare_to_clip("native", peer, size=size, seconds=4.0)
+        key = "loss" if size == SIZE else "small loss"
+        ours, peer_ns = (1e9 * s / size for s in (found.ours, found.peer))
+        what = f"CPU loss, forward + backward, {power(size)} tokens: {digits(ours)} ns a token"
+        yield bound(
+            key, what, f"{peer}: {digits(peer_ns)} ns", 10.0 if bound is at_least else 1.0, found
+        )
+    for divergence, allowed in (("kl", 2.0), (EXPRESSION, 50.0)):
+        seconds = median_seconds(table.build(divergence))
+        yield milliseconds("build", f"table build, `{divergence}`", "", allowed, seconds)
+    found = process.compare_imports()
+    on_top = found.ours - found.peer
+    yield milliseconds("import", "import bandpo", "on top of import numpy", 30.0, on_top)
+
+
+def gpu_rows() -> Iterator[str]:
+    """Measure the targets of a GPU, or say that there is none."""
+    if not torch.cuda.is_available():
+        for columns in (COPY, GPU_CLIP):
+            yield f"| {columns} | not measured | | no GPU |"
+        return
+    method = "cuda" if "cuda" in loss.BACKENDS else "torch"
+    step = loss.Step(method, "cuda", GPU_SIZE)
+    moved = torch.empty(GPU_SIZE * BYTES_A_TOKEN // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(moved)  # what is copied is read and written
+
+    def copy() -> None:
+        target.copy_(moved)
+        torch.cuda.synchronize()
+
+    found = compare(step.forward_backward, copy)
+    yield Row(
+        "gpu",
+        COPY,
+        f"{1.0 / found.ratio:.0%}",
+        f"{1.0 / found.high:.0%} to {1.0 / found.low:.0%}",
+        0.9 * found.ratio,
+    ).markdown()
+    found = loss.compare_to_clip(method, loss.COMPILED_CLIP, "cuda", GPU_SIZE)
+    spread = f"{digits(found.low)} to {digits(found.high)}"
+    yield Row("gpu", GPU_CLIP, f"{digits(found.ratio)}x", spread, found.ratio).markdown()
+
+
+def digits(value: float) -> str:
+    """Return three digits, or as many as there are before the point."""
+    return f"{value:.3g}" if abs(value) < 1000.0 else f"{value:.0f}"
+
+
+def nanoseconds(call: Callable[[], object], size: int) -> str:
+    """Return the time of a call for each token."""
+    return f"{digits(1e9 * median_seconds(call) / size)}"
+
+
+def growth() -> Iterator[Sequence[str]]:
+    """Measure the loss at every size, beside the peers."""
+    for size in SIZES:
+        steps = (loss.Step(method, size=size) for method in ("native", *loss.PEERS))
+        yield [power(size), *(nanoseconds(step.forward_backward, size) for step in steps)]
+
+
+def divergences() -> Iterator[Sequence[str]]:
+    """Measure what depends on the divergence, and the loss, which does not."""
+    for divergence in (*solver.DIVERGENCES, EXPRESSION):
+        yield [
+            f"`{divergence}`",
+            nanoseconds(solver.bounds("bandpo", divergence), solver.ROOTS_A_TOKEN * solver.SIZE),
+            f"{digits(1e3 * median_seconds(table.build(divergence)))}",
+            nanoseconds(loss.Step("native", region=region(divergence)).forward_backward, SIZE),
+        ]
+
+
+def rules() -> Iterator[Sequence[str]]:
+    """Measure every surrogate in every dtype."""
+    for surrogate in loss.SURROGATES:
+        steps = (loss.Step("native", dtype=dtype, surrogate=surrogate) for dtype in loss.DTYPES)
+        yield [surrogate, *(nanoseconds(step.forward_backward, SIZE) for step in steps)]
+
+
+def power(size: int) -> str:
+    """Return a power of two as one."""
+    return f"2^{size.bit_length() - 1}"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table, all but the first column to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine() -> str:
+    """Return what the numbers are of."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    versions = [
+        f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "scipy", "torch")
+    ]
+    load = os.getloadavg()[0]
+    busy = f"Load at the start: {load:.1f}"
+    if load > 1.0:
+        busy += ", so other work ran and slowed both sides"
+    return f"""- Machine: {cpu}, {os.cpu_count()} cores. {busy}.
+- GPU: {gpu_report()}.
+- Threads: bandpo {_core.thread_count()}, torch {torch.get_num_threads()}, scipy 1.
+- Versions: bandpo {bandpo.__version__} at {output("git", "describe", "--always", "--dirty")}, \
+Python {platform.python_version()}, {", ".join(versions)}, {output("rustc", "--version")}.
+- Date: {datetime.datetime.now(tz=datetime.timezone.utc):%Y-%m-%d}."""
+
+
+def output(*command: str) -> str:
+    """Return what a program prints, or that it could not be asked."""
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    except (OSError, subprocess.CalledProcessError):
+        return f"unknown ({command[0]} does not say)"
+    return done.stdout.strip()
+
+
+def main() -> None:
+    """Measure everything and write the file."""
+    head = machine()
+    rows = []
+    for row in target_rows():
+        rows.append(row)
+        print(row.markdown(), flush=True)
+    gpu = list(gpu_rows())
+    missed = {row.key for row in rows if row.excess > 1.0}
+    reasons = "\n".join(f"- {key}: {reason}." for key, reason in REASONS.items() if key in missed)
+    lines = "\n".join([*(row.markdown() for row in rows), *gpu])
+    text = f"""# Results
+
+Written by `make results`; the suite behind it is run by asv, see CONTRIBUTING.md.
+
+{head}
+
+Whole calls as a user makes them, with delta {DELTA:g}. The two sides of a ratio were timed in turns
+in one process; given are the median over rounds and its quartiles. Exact bounds are compared where
+both are roots for any f (p from 0.2 to 0.8), where find_root is at its fastest.
+
+## Targets
+
+| what | against | target | measured | quartiles | |
+| --- | --- | ---: | ---: | ---: | --- |
+{lines}
+
+{"What is known of the causes:" if reasons else "None is missed."}
+
+{reasons}
+
+## Growth
+
+Nanoseconds a token of the loss, float32, forward + backward.
+
+{markdown(["tokens", "bandpo native", *loss.PEERS], growth())}
+
+## Divergences
+
+The loss ({power(SIZE)} tokens, float32, forward + backward) reads a table: it should cost the same.
+
+{markdown(["divergence", "exact, ns a root", "table build, ms", "loss, ns a token"], divergences())}
+
+## Surrogates
+
+Nanoseconds a token of the native loss, {power(SIZE)} tokens, forward + backward.
+
+{markdown(["surrogate", *loss.DTYPES], rules())}
+"""
+    RESULTS.write_text(text, encoding="utf-8")
+    print(f"written to {RESULTS.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
