@@ -350,6 +350,71 @@ pub fn scale<T: Float + std::ops::Mul<Output = T>>(
     Ok(())
 }
 
+/// Writes the tabulated `lower`, a ratio, and `log_upper` of every token; NaN gives NaN.
+///
+/// # Errors
+/// [`Error::Length`] if the slices differ in length.
+pub fn table_bounds<T: Float>(
+    image: Image<'_>,
+    old_log_prob: &[T],
+    lower: &mut [T],
+    log_upper: &mut [T],
+) -> Result<()> {
+    let expected = old_log_prob.len();
+    for (argument, actual) in [("lower", lower.len()), ("log_upper", log_upper.len())] {
+        if actual != expected {
+            return Err(Error::Length { argument, actual, expected });
+        }
+    }
+    let sides = lower.chunks_mut(CHUNK).zip(log_upper.chunks_mut(CHUNK));
+    let parts = old_log_prob.chunks(CHUNK).zip(sides);
+    let one = |(old_log_prob, (lower, log_upper))| {
+        T::run(LookUp { image, old_log_prob, lower, log_upper });
+    };
+    if expected >= PARALLEL_FROM {
+        map_parts(parts.collect(), one);
+    } else {
+        parts.for_each(one);
+    }
+    Ok(())
+}
+
+/// Both sides of a table for some tokens.
+struct LookUp<'a, T> {
+    image: Image<'a>,
+    old_log_prob: &'a [T],
+    lower: &'a mut [T],
+    log_upper: &'a mut [T],
+}
+
+impl<T: Float> Work<T> for LookUp<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes<Scalar = T>>(self, lanes: L) {
+        for index in (0..self.old_log_prob.len()).step_by(L::COUNT) {
+            let logp = if index + L::COUNT <= self.old_log_prob.len() {
+                lanes.load(&self.old_log_prob[index..])
+            } else {
+                lanes.load(&padded(&self.old_log_prob[index..], T::ZERO))
+            };
+            let unknown = lanes.is_nan(logp);
+            let every = lanes.less_or_equal(lanes.splat(0.0), lanes.splat(0.0));
+            let none = lanes.and_not(every, every);
+            for (side, to) in [(every, &mut *self.lower), (none, &mut *self.log_upper)] {
+                let bound = lanes.look_up(self.image, logp, side);
+                let bound = lanes.select(unknown, logp, bound);
+                let to = &mut to[index..];
+                if to.len() >= L::COUNT {
+                    lanes.store(bound, to);
+                } else {
+                    to.copy_from_slice(&numbers(lanes, bound)[..to.len()]);
+                }
+            }
+        }
+    }
+}
+
 /// The bounds of a vector of tokens, one side each.
 struct Edge<F> {
     bound: F,
@@ -1099,6 +1164,27 @@ mod tests {
         policy_loss(&tokens, &bounds, PLAIN, false, &mut loss, &mut slope).unwrap();
         assert_eq!(loss, [-0.05_f64.exp(), -0.1_f64.exp()]);
         assert_eq!(slope, [-0.05_f64.exp(), 0.0]);
+    }
+
+    #[test]
+    fn the_sides_of_a_table_are_its_scalar_ones() {
+        let table = table("reverse-kl", 0.05);
+        let old: Vec<f32> = (0..3 * PARALLEL_FROM + 7).map(|i| -(i as f32) * 2e-3).collect();
+        let old = [old, vec![f32::NAN, 0.5, f32::NEG_INFINITY]].concat();
+        let (mut lower, mut log_upper) = (vec![0.0; old.len()], vec![0.0; old.len()]);
+        table_bounds(table.image(), &old, &mut lower, &mut log_upper).unwrap();
+        for ((&old, &lower), &log_upper) in old.iter().zip(&lower).zip(&log_upper) {
+            let y = Image::y(old);
+            for (found, scalar) in
+                [(lower, table.image().lower(y)), (log_upper, table.image().log_upper(y))]
+            {
+                assert!(
+                    found == scalar || found.is_nan() && old.is_nan(),
+                    "{old} {found} {scalar}"
+                );
+            }
+        }
+        assert!(table_bounds(table.image(), &old, &mut lower[1..], &mut log_upper).is_err());
     }
 
     #[test]

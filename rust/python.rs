@@ -502,6 +502,39 @@ fn policy_loss_of<'py, T: Float + Element>(
     Ok((totals.loss, counts.into_pyarray(py), sums.into_pyarray(py)))
 }
 
+/// Writes the tabulated `lower`, a ratio, and `log_upper` of every token. Arrays are contiguous.
+#[pyfunction]
+#[pyo3(signature = (words, old_log_prob, lower, log_upper, /))]
+fn table_bounds<'py>(
+    py: Python<'py>,
+    words: PyReadonlyArray1<'py, u32>,
+    old_log_prob: Bound<'py, PyAny>,
+    lower: Bound<'py, PyAny>,
+    log_upper: Bound<'py, PyAny>,
+) -> PyResult<()> {
+    let image = Image::new(words.as_slice()?)?;
+    if old_log_prob.cast::<PyArrayDyn<f32>>().is_ok() {
+        table_bounds_of::<f32>(py, image, &old_log_prob, &lower, &log_upper)
+    } else {
+        table_bounds_of::<f64>(py, image, &old_log_prob, &lower, &log_upper)
+    }
+}
+
+fn table_bounds_of<T: Float + Element>(
+    py: Python<'_>,
+    image: Image<'_>,
+    old_log_prob: &Bound<'_, PyAny>,
+    lower: &Bound<'_, PyAny>,
+    log_upper: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let old_log_prob: PyReadonlyArrayDyn<'_, T> = old_log_prob.extract()?;
+    let mut lower: PyReadwriteArrayDyn<'_, T> = lower.extract()?;
+    let mut log_upper: PyReadwriteArrayDyn<'_, T> = log_upper.extract()?;
+    let (old_log_prob, lower, log_upper) =
+        (old_log_prob.as_slice()?, lower.as_slice_mut()?, log_upper.as_slice_mut()?);
+    Ok(py.detach(|| loss::table_bounds(image, old_log_prob, lower, log_upper))?)
+}
+
 /// Writes a gradient times a factor, an array without dimensions, to `scaled`.
 #[pyfunction]
 #[pyo3(signature = (gradient, factor, scaled, /))]
@@ -591,7 +624,7 @@ mod _core {
     #[pymodule_export]
     use super::{
         PyBandTable, PyDivergence, contains, diagnose, divergences, log_bounds, policy_loss, scale,
-        thread_count,
+        table_bounds, thread_count,
     };
 
     #[pymodule_export]

@@ -17,6 +17,7 @@ __all__ = [
     "log_bounds",
     "policy_loss",
     "scale",
+    "table_bounds",
     "thread_count",
 ]
 
@@ -107,6 +108,13 @@ def policy_loss(
     gradient: _FloatArray,
     /,
 ) -> tuple[float, NDArray[np.int64], NDArray[np.float64]]: ...
+def table_bounds(
+    words: NDArray[np.uint32],
+    old_log_prob: _FloatArray,
+    lower: _FloatArray,
+    log_upper: _FloatArray,
+    /,
+) -> None: ...
 def scale(gradient: _FloatArray, factor: _FloatArray, scaled: _FloatArray, /) -> None: ...
 def diagnose(
     divergence: Divergence,

@@ -164,9 +164,24 @@ def sides_of(
         if default_backend(bounds.device.type) == "cuda":
             log_lower, log_upper = table_log_bounds_op(bounds, old_log_prob).unbind()
             return log_lower, log_upper
+        if (
+            _is_in_memory(old_log_prob)
+            and old_log_prob.is_contiguous()
+            and not torch._C._are_functorch_transforms_active()
+        ):
+            lower, log_upper = (torch.empty_like(old_log_prob) for _ in range(2))
+            arrays = (tensor.numpy() for tensor in (old_log_prob, lower, log_upper))
+            _core.table_bounds(bounds.numpy().view(np.uint32), *arrays)
+            return lower.log_(), log_upper
         return _table_log_bounds(bounds, old_log_prob)
     log_lower, log_upper = bounds.unbind()
     return log_lower.expand(old_log_prob.shape), log_upper.expand(old_log_prob.shape)
+
+
+def _is_in_memory(tensor: torch.Tensor) -> bool:
+    """Whether numpy can see the tensor as it is: of the CPU, no fake and no traced one."""
+    plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+    return plain and not torch.compiler.is_compiling()
 
 
 def membership_of(
@@ -910,8 +925,7 @@ def token_loss_fused(
         parameters,
         by_probability,
     )
-    plain = type(log_prob) is torch.Tensor and log_prob.device.type == "cpu"
-    if not plain or torch.compiler.is_compiling():
+    if not _is_in_memory(log_prob):
         per_token, _, counts, sums = token_loss_op(*inputs)
         return per_token, per_token.sum(), counts, sums.detach()
     # Where nobody needs the dispatcher, it costs more than the loss of a thousand tokens.
