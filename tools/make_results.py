@@ -38,12 +38,10 @@ BYTES_A_TOKEN = 4 * loss.FLOATS_A_TOKEN + 1
 """That a loss in float32 moves at least, with a mask of one byte."""
 
 REASONS = {
-    "bounds": "the solver goes token by token, without vector instructions",
-    "table": "`bandpo.torch.log_bounds` reads the table by dozens of torch operations, each a pass "
-    "over memory; `BandTable.log_bounds` reads it in scalar code, in float64 and with a logarithm",
-    "loss": "most of a call is torch around the pass in Rust: sums of the mask and of the losses, "
-    "and passes that spread and scale the gradient; the peer computes no metrics",
-    "small loss": "checks, metrics and dozens of small torch operations are a fixed cost of a call",
+    "bounds": "a few bounds of each thousand are polished in double-double, token by token",
+    "table": "`BandTable.log_bounds` reads the table in scalar code, in float64 and with a logarithm",
+    "loss": "the peer computes no metrics, and its passes are fused by a compiler",
+    "small loss": "checks of the arguments and torch's bookkeeping of a gradient are a fixed cost",
     "build": "a table is made of exact bounds, and so is the measurement of its error",
     "import": "bandpo's modules and what they import of the standard library",
 }
