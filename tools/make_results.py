@@ -41,9 +41,9 @@ REASONS = {
     "bounds": "a few bounds of each thousand are polished in double-double, token by token",
     "table": "`BandTable.log_bounds` reads the table in scalar code, in float64 and with a "
     "logarithm",
-    "loss": "the pass in Rust takes about 1.1 ns a token on two threads, and a call writes 12 bytes "
-    "a token to fresh memory (loss and gradient of each, then the gradient scaled), the peer 4; it "
-    "also computes no metrics",
+    "loss": "the pass in Rust takes about 1.1 ns a token on two threads, and a call writes 12 "
+    "bytes a token to fresh memory (loss and gradient of each, then the gradient scaled), the "
+    "peer 4; it also computes no metrics",
     "small loss": "checks of the arguments and torch's bookkeeping of a gradient are a fixed cost",
     "build": "a table is made of exact bounds, and so is the measurement of its error",
     "import": "bandpo's modules and what they import of the standard library",
