@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 import bandpo
 import bandpo.loss
 from bandpo import _core, cuda

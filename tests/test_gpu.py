@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 import bandpo
 from bandpo import cuda
 from bandpo.loss import PolicyLoss, policy_loss

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch")
+
 from bandpo import _core, cuda
 from emulated import KERNELS
 

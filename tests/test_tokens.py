@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+pytest.importorskip("torch")
+
 import bandpo
 from bandpo import cuda
 from bandpo.torch import bounds_of, token_loss_fused, token_loss_torch, torch
