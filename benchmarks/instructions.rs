@@ -9,7 +9,8 @@ use std::process::ExitCode;
 
 use bandpo::band::{Band, Delta, log_bounds};
 use bandpo::divergence::Divergence;
-use bandpo::loss::{Advantages, BoundSource, Float, Surrogate, Tokens, policy_loss};
+use bandpo::loss::{Advantages, BoundSource, Float, Outputs, Tokens, policy_loss};
+use bandpo::surrogate::Surrogate;
 use bandpo::table::{BandTable, Image};
 
 /// Tokens of a repeat: a multiple of any vector and of the tokens of a chunk.
@@ -147,8 +148,10 @@ fn loss<T: Float>(of: impl Fn(f64) -> T, surrogate: Surrogate, repeats: u32) {
             advantages: Advantages::PerToken(&advantages),
             mask: &mask,
         };
-        let totals = policy_loss(&tokens, &bounds, surrogate, false, &mut per_token, &mut gradient)
-            .expect("equal lengths");
+        let outputs =
+            Outputs { per_token: Some(&mut per_token), gradient: &mut gradient, weight: 1.0 };
+        let totals =
+            policy_loss(&tokens, &bounds, surrogate, false, outputs).expect("equal lengths");
         black_box((totals, &per_token, &gradient));
     }
 }

@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use crate::doubles::{self, Doubles};
-use crate::lanes::{Exponentials, FloatBits, Lanes, Twice, Work, exponentials, look_up};
+use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up};
 use crate::table::Image;
 
 /// Exists only where the processor has the instructions.
@@ -23,7 +23,7 @@ impl Avx2 {
     pub fn run<W: Work<f32>>(self, work: W) -> W::Output {
         #[target_feature(enable = "avx2,popcnt")]
         fn compiled<W: Work<f32>>(lanes: Avx2, work: W) -> W::Output {
-            work.run(Twice(lanes))
+            work.run(lanes)
         }
         // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX2
         // count bits.
@@ -51,6 +51,50 @@ impl Avx2Fused {
         // count bits.
         unsafe { compiled(self, work) }
     }
+}
+
+/// For each mask of eight lanes the numbers of those that are set, one a byte.
+const SET_LANES: [u64; 256] = {
+    let mut all = [0; 256];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut lane, mut place) = (0, 0);
+        while lane < 8 {
+            if mask >> lane & 1 == 1 {
+                all[mask] |= (lane as u64) << (8 * place);
+                place += 1;
+            }
+            lane += 1;
+        }
+        mask += 1;
+    }
+    all
+};
+
+/// For each mask of eight lanes how many are set before each lane, one a byte.
+const RANKS: [u64; 256] = {
+    let mut all = [0; 256];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut lane, mut rank) = (0, 0);
+        while lane < 8 {
+            all[mask] |= rank << (8 * lane);
+            rank += (mask >> lane & 1) as u64;
+            lane += 1;
+        }
+        mask += 1;
+    }
+    all
+};
+
+/// Eight bytes as eight words.
+///
+/// # Safety
+/// The processor has the instructions.
+#[inline(always)]
+unsafe fn permutation(bytes: u64) -> __m256i {
+    // SAFETY: as the caller says.
+    unsafe { _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)) }
 }
 
 impl Lanes for Avx2 {
@@ -111,6 +155,11 @@ impl Lanes for Avx2 {
         unsafe { _mm256_min_ps(a, b) }
     }
     #[inline(always)]
+    fn greater(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm256_max_ps(a, b) }
+    }
+    #[inline(always)]
     fn at_most(self, limit: f64, a: __m256) -> __m256 {
         // Of a NaN and a number, the instruction takes the second.
         // SAFETY: the instructions are there.
@@ -160,6 +209,23 @@ impl Lanes for Avx2 {
     fn bits(self, mask: __m256) -> u32 {
         // SAFETY: the instructions are there.
         unsafe { _mm256_movemask_ps(mask) as u32 }
+    }
+    #[inline(always)]
+    fn compress(self, mask: __m256, a: __m256, to: &mut [f32]) {
+        // SAFETY: the instructions are there.
+        unsafe {
+            let lanes = permutation(SET_LANES[self.bits(mask) as usize]);
+            _mm256_storeu_ps(to[..8].as_mut_ptr(), _mm256_permutevar8x32_ps(a, lanes));
+        }
+    }
+    #[inline(always)]
+    fn expand(self, mask: __m256, from: &[f32]) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe {
+            let places = permutation(RANKS[self.bits(mask) as usize]);
+            let spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(from[..8].as_ptr()), places);
+            _mm256_and_ps(mask, spread)
+        }
     }
     #[inline(always)]
     fn exponentials(self, x: __m256) -> Exponentials<__m256> {

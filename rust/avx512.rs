@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use crate::doubles::{self, Doubles};
-use crate::lanes::{Exponentials, FloatBits, Lanes, Twice, Work, exponentials, look_up};
+use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up};
 use crate::table::Image;
 
 /// Exists only where the processor has the instructions.
@@ -27,7 +27,7 @@ impl Avx512 {
     pub fn run<W: Work<f32>>(self, work: W) -> W::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
         fn compiled<W: Work<f32>>(lanes: Avx512, work: W) -> W::Output {
-            work.run(Twice(lanes))
+            work.run(lanes)
         }
         // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX-512
         // count bits.
@@ -102,6 +102,11 @@ impl Lanes for Avx512 {
         unsafe { _mm512_min_ps(a, b) }
     }
     #[inline(always)]
+    fn greater(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
     fn at_most(self, limit: f64, a: __m512) -> __m512 {
         // Of a NaN and a number, the instruction takes the second.
         // SAFETY: the instructions are there.
@@ -147,6 +152,19 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn bits(self, mask: __mmask16) -> u32 {
         u32::from(mask)
+    }
+    #[inline(always)]
+    fn compress(self, mask: __mmask16, a: __m512, to: &mut [f32]) {
+        // Not the instruction that stores as well, which some processors do in microcode.
+        // SAFETY: the instructions are there.
+        unsafe {
+            _mm512_storeu_ps(to[..16].as_mut_ptr(), _mm512_maskz_compress_ps(mask, a));
+        }
+    }
+    #[inline(always)]
+    fn expand(self, mask: __mmask16, from: &[f32]) -> __m512 {
+        // SAFETY: the instructions are there.
+        unsafe { _mm512_maskz_expand_ps(mask, _mm512_loadu_ps(from[..16].as_ptr())) }
     }
     #[inline(always)]
     fn exponentials(self, x: __m512) -> Exponentials<__m512> {

@@ -11,7 +11,7 @@
 use crate::table::Image;
 
 /// Numbers in the widest vector.
-pub const MOST_LANES: usize = 32;
+pub const MOST_LANES: usize = 16;
 
 /// `e^x`, and `e^x - 1 - x` without cancellation.
 #[derive(Clone, Copy)]
@@ -44,8 +44,10 @@ pub trait Lanes: Copy {
     fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn abs(self, a: Self::Float) -> Self::Float;
 
-    /// The lesser of both, neither of them NaN.
+    /// The lesser of both; `b` if either is NaN.
     fn lesser(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    /// The greater of both; `b` if either is NaN.
+    fn greater(self, a: Self::Float, b: Self::Float) -> Self::Float;
     /// The lesser of both; a NaN in `a` stays.
     fn at_most(self, limit: f64, a: Self::Float) -> Self::Float;
     /// The greater of both; a NaN in `a` stays.
@@ -62,6 +64,12 @@ pub trait Lanes: Copy {
     fn select(self, mask: Self::Mask, a: Self::Float, b: Self::Float) -> Self::Float;
     /// One bit a lane, the first lane's lowest.
     fn bits(self, mask: Self::Mask) -> u32;
+    /// Stores the lanes where the mask is true, one after the other; the rest of the first [`Self::COUNT`]
+    /// elements may be overwritten.
+    fn compress(self, mask: Self::Mask, a: Self::Float, to: &mut [Self::Scalar]);
+    /// The inverse: the first elements in the lanes where the mask is true, 0 in the others. All of
+    /// [`Self::COUNT`] elements may be read.
+    fn expand(self, mask: Self::Mask, from: &[Self::Scalar]) -> Self::Float;
 
     /// For `x` within plus and minus 20; NaN gives NaN.
     fn exponentials(self, x: Self::Float) -> Exponentials<Self::Float>;
@@ -273,177 +281,6 @@ pub fn look_up<L: FloatBits>(
     lanes.at_least(0.0, lanes.lesser(value, greatest))
 }
 
-/// Two vectors as one, operation by operation: what waits in one leaves time for the other.
-#[derive(Clone, Copy)]
-pub struct Twice<L>(pub L);
-
-impl<L: FloatBits> Lanes for Twice<L> {
-    type Scalar = f32;
-    type Float = [L::Float; 2];
-    type Mask = [L::Mask; 2];
-    const COUNT: usize = 2 * L::COUNT;
-
-    #[inline(always)]
-    fn splat(self, value: f64) -> Self::Float {
-        [self.0.splat(value); 2]
-    }
-    #[inline(always)]
-    fn load(self, from: &[f32]) -> Self::Float {
-        [self.0.load(from), self.0.load(&from[L::COUNT..])]
-    }
-    #[inline(always)]
-    fn store(self, values: Self::Float, to: &mut [f32]) {
-        self.0.store(values[0], to);
-        self.0.store(values[1], &mut to[L::COUNT..]);
-    }
-    #[inline(always)]
-    fn load_mask(self, from: &[u8]) -> Self::Mask {
-        [self.0.load_mask(from), self.0.load_mask(&from[L::COUNT..])]
-    }
-    #[inline(always)]
-    fn add(self, a: Self::Float, b: Self::Float) -> Self::Float {
-        [self.0.add(a[0], b[0]), self.0.add(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn sub(self, a: Self::Float, b: Self::Float) -> Self::Float {
-        [self.0.sub(a[0], b[0]), self.0.sub(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float {
-        [self.0.mul(a[0], b[0]), self.0.mul(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn lesser(self, a: Self::Float, b: Self::Float) -> Self::Float {
-        [self.0.lesser(a[0], b[0]), self.0.lesser(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn less(self, a: Self::Float, b: Self::Float) -> Self::Mask {
-        [self.0.less(a[0], b[0]), self.0.less(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn less_or_equal(self, a: Self::Float, b: Self::Float) -> Self::Mask {
-        [self.0.less_or_equal(a[0], b[0]), self.0.less_or_equal(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn and(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
-        [self.0.and(a[0], b[0]), self.0.and(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn or(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
-        [self.0.or(a[0], b[0]), self.0.or(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn and_not(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
-        [self.0.and_not(a[0], b[0]), self.0.and_not(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn abs(self, a: Self::Float) -> Self::Float {
-        [self.0.abs(a[0]), self.0.abs(a[1])]
-    }
-    #[inline(always)]
-    fn is_nan(self, a: Self::Float) -> Self::Mask {
-        [self.0.is_nan(a[0]), self.0.is_nan(a[1])]
-    }
-    #[inline(always)]
-    fn at_most(self, limit: f64, a: Self::Float) -> Self::Float {
-        [self.0.at_most(limit, a[0]), self.0.at_most(limit, a[1])]
-    }
-    #[inline(always)]
-    fn at_least(self, limit: f64, a: Self::Float) -> Self::Float {
-        [self.0.at_least(limit, a[0]), self.0.at_least(limit, a[1])]
-    }
-    #[inline(always)]
-    fn select(self, mask: Self::Mask, a: Self::Float, b: Self::Float) -> Self::Float {
-        [self.0.select(mask[0], a[0], b[0]), self.0.select(mask[1], a[1], b[1])]
-    }
-    #[inline(always)]
-    fn bits(self, mask: Self::Mask) -> u32 {
-        self.0.bits(mask[0]) | self.0.bits(mask[1]) << L::COUNT
-    }
-    #[inline(always)]
-    fn exponentials(self, x: Self::Float) -> Exponentials<Self::Float> {
-        exponentials(self, x)
-    }
-    #[inline(always)]
-    fn look_up(
-        self,
-        image: Image<'_>,
-        old_log_prob: Self::Float,
-        lower: Self::Mask,
-    ) -> Self::Float {
-        look_up(self, image, old_log_prob, lower)
-    }
-}
-
-impl<L: FloatBits> FloatBits for Twice<L> {
-    type Words = [L::Words; 2];
-
-    #[inline(always)]
-    fn words(self, value: u32) -> Self::Words {
-        [self.0.words(value); 2]
-    }
-    #[inline(always)]
-    fn as_words(self, a: Self::Float) -> Self::Words {
-        [self.0.as_words(a[0]), self.0.as_words(a[1])]
-    }
-    #[inline(always)]
-    fn as_floats(self, a: Self::Words) -> Self::Float {
-        [self.0.as_floats(a[0]), self.0.as_floats(a[1])]
-    }
-    #[inline(always)]
-    fn add_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
-        [self.0.add_words(a[0], b[0]), self.0.add_words(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn sub_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
-        [self.0.sub_words(a[0], b[0]), self.0.sub_words(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn and_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
-        [self.0.and_words(a[0], b[0]), self.0.and_words(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn or_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
-        [self.0.or_words(a[0], b[0]), self.0.or_words(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn shift_left(self, a: Self::Words, b: Self::Words) -> Self::Words {
-        [self.0.shift_left(a[0], b[0]), self.0.shift_left(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn shift_right(self, a: Self::Words, b: Self::Words) -> Self::Words {
-        [self.0.shift_right(a[0], b[0]), self.0.shift_right(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn least(self, a: Self::Words, b: Self::Words) -> Self::Words {
-        [self.0.least(a[0], b[0]), self.0.least(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn greatest(self, a: Self::Words, b: Self::Words) -> Self::Words {
-        [self.0.greatest(a[0], b[0]), self.0.greatest(a[1], b[1])]
-    }
-    #[inline(always)]
-    fn select_words(self, mask: Self::Mask, a: Self::Words, b: Self::Words) -> Self::Words {
-        [self.0.select_words(mask[0], a[0], b[0]), self.0.select_words(mask[1], a[1], b[1])]
-    }
-    #[inline(always)]
-    fn of_row(self, row: &[u32; 16], index: Self::Words, lower: Self::Mask) -> Self::Words {
-        [self.0.of_row(row, index[0], lower[0]), self.0.of_row(row, index[1], lower[1])]
-    }
-    #[inline(always)]
-    unsafe fn gather(self, words: &[u32], index: Self::Words) -> Self::Words {
-        // SAFETY: as the caller says.
-        unsafe { [self.0.gather(words, index[0]), self.0.gather(words, index[1])] }
-    }
-    #[inline(always)]
-    unsafe fn gather_four(self, words: &[u32], index: Self::Words) -> [Self::Float; 4] {
-        // SAFETY: as the caller says.
-        let ([a, b, c, d], [e, f, g, h]) =
-            unsafe { (self.0.gather_four(words, index[0]), self.0.gather_four(words, index[1])) };
-        [[a, e], [b, f], [c, g], [d, h]]
-    }
-}
-
 /// Eight numbers at a time in whatever instructions the compiler finds for arrays.
 #[derive(Clone, Copy)]
 pub struct Portable;
@@ -514,6 +351,10 @@ impl Lanes for Portable {
         pairwise(a, b, |a, b| if a < b { a } else { b })
     }
     #[inline(always)]
+    fn greater(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        pairwise(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
     fn at_most(self, limit: f64, a: Self::Float) -> Self::Float {
         each(a, |a| if a > limit as f32 { limit as f32 } else { a })
     }
@@ -552,6 +393,23 @@ impl Lanes for Portable {
     #[inline(always)]
     fn bits(self, mask: Self::Mask) -> u32 {
         (0..EIGHT).fold(0, |bits, lane| bits | (mask[lane] & 1) << lane)
+    }
+    #[inline(always)]
+    fn compress(self, mask: Self::Mask, a: Self::Float, to: &mut [f32]) {
+        let mut place = 0;
+        for lane in 0..EIGHT {
+            to[place] = a[lane];
+            place += (mask[lane] & 1) as usize;
+        }
+    }
+    #[inline(always)]
+    fn expand(self, mask: Self::Mask, from: &[f32]) -> Self::Float {
+        let mut place = 0;
+        std::array::from_fn(|lane| {
+            let here = mask[lane] != 0;
+            place += usize::from(here);
+            if here { from[place - 1] } else { 0.0 }
+        })
     }
     #[inline(always)]
     fn exponentials(self, x: Self::Float) -> Exponentials<Self::Float> {
@@ -674,7 +532,10 @@ impl Lanes for Double {
         a.abs()
     }
     fn lesser(self, a: f64, b: f64) -> f64 {
-        a.min(b)
+        if a < b { a } else { b }
+    }
+    fn greater(self, a: f64, b: f64) -> f64 {
+        if a > b { a } else { b }
     }
     fn at_most(self, limit: f64, a: f64) -> f64 {
         if a > limit { limit } else { a }
@@ -705,6 +566,12 @@ impl Lanes for Double {
     }
     fn bits(self, mask: bool) -> u32 {
         u32::from(mask)
+    }
+    fn compress(self, _: bool, a: f64, to: &mut [f64]) {
+        to[0] = a;
+    }
+    fn expand(self, mask: bool, from: &[f64]) -> f64 {
+        if mask { from[0] } else { 0.0 }
     }
     fn exponentials(self, x: f64) -> Exponentials<f64> {
         // By its series where the difference has lost digits; the next term is 3e-15 of it.
@@ -812,6 +679,49 @@ mod tests {
                         assert_eq!(found[..2], portable[..2], "{name} {x:e}");
                     }
                 }
+            }
+        }
+    }
+
+    /// Packs and spreads the lanes of every mask of eight neighbours.
+    struct Packed;
+
+    impl Work<f32> for Packed {
+        type Output = ();
+
+        fn run<L: Lanes<Scalar = f32>>(self, lanes: L) {
+            for pattern in 0..256_u32 {
+                let bytes: [u8; MOST_LANES] =
+                    std::array::from_fn(|lane| (pattern >> (lane % 8) & 1) as u8 * 3);
+                let numbers: [f32; MOST_LANES] = std::array::from_fn(|lane| 1.0 + lane as f32);
+                let mask = lanes.load_mask(&bytes);
+                let chosen: Vec<f32> = (0..L::COUNT)
+                    .filter(|&lane| bytes[lane] > 0)
+                    .map(|lane| numbers[lane])
+                    .collect();
+                let mut packed = [-1.0; MOST_LANES];
+                lanes.compress(mask, lanes.load(&numbers), &mut packed);
+                assert_eq!(packed[..chosen.len()], chosen[..], "{pattern:b}");
+                let mut spread = [-1.0; MOST_LANES];
+                lanes.store(lanes.expand(mask, &packed), &mut spread);
+                for lane in 0..L::COUNT {
+                    let expected = if bytes[lane] > 0 { numbers[lane] } else { 0.0 };
+                    assert_eq!(spread[lane], expected, "{pattern:b} {lane}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_kind_of_vector_packs_and_spreads_what_a_mask_says() {
+        Packed.run(Portable);
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(lanes) = crate::avx2::Avx2::new() {
+                lanes.run(Packed);
+            }
+            if let Some(lanes) = crate::avx512::Avx512::new() {
+                lanes.run(Packed);
             }
         }
     }

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! The data flow is the file list: [`divergence`] (which `f`), [`band`] (its exact bounds, by
-//! [`root`]), [`table`] (the bounds as a lookup table), [`loss`] (a clipped policy loss and its
-//! gradient in one pass). [`real`] holds the number types that formulas are evaluated in. Nothing
+//! [`root`]), [`table`] (the bounds as a lookup table), [`surrogate`] (what becomes of a token that is
+//! beyond), [`loss`] (a clipped policy loss and its gradient in one pass). [`real`] holds the number types that formulas are evaluated in. Nothing
 //! here knows Python, except the one file that is compiled with the feature `python`. The same rules
 //! for a GPU are [`KERNEL_SOURCE`].
 
@@ -28,6 +28,7 @@ mod lanes;
 pub mod loss;
 pub mod real;
 mod root;
+pub mod surrogate;
 pub mod table;
 mod threads;
 mod wide;

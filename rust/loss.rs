@@ -1,18 +1,8 @@
 //! The clipped policy loss of every token and its gradient, in one pass over the batch.
 //!
-//! With the log-ratio `x = new - old` (or one that is given) clamped to `±`[`LOG_RATIO_LIMIT`],
-//! `r = e^x`, and the bounds of the token, `beyond` means `A > 0` and `r > upper`, or `A < 0` and
-//! `r < lower`; `sg` stops the gradient:
-//!
-//! | surrogate | loss | gradient with respect to `new` |
-//! |---|---|---|
-//! | min-clip (PPO; dual clip c: arXiv 1912.09729) | `-A min(r, upper)` for `A > 0`, `min(-A max(r, lower), -A c)` for `A < 0` | `-A r`; 0 beyond, where `A < 0` and `r >= c`, and where the clamp acts |
-//! | mask (DPPO, arXiv 2602.04879) | `-A sg(min(r, c)) new`; 0 beyond | `-A min(r, c)`; 0 beyond |
-//! | weight (CISPO, arXiv 2506.13585) | `-A sg(clip(r, lower, upper)) new` | `-A clip(r, lower, upper)` |
-//! | gradient-preserving (CE-GPPO, arXiv 2509.20712) | `-A r`; beyond `-A beta bound r/sg(r)` | `-A r` but 0 where the clamp acts; beyond `-A beta bound` |
-//!
-//! At `r` equal to a bound a token is not beyond it. Only one side of each token is looked up: the one
-//! that the sign of the advantage selects, and for weight the one that the sign of `x` selects.
+//! A batch is cut into blocks of tokens, and each block is taken through four steps: log-ratios, and who has
+//! moved towards a bound; the bounds of those; who is beyond; losses and gradients. What a rule makes of a
+//! token that is beyond is in [`crate::surrogate`].
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
@@ -21,6 +11,9 @@ use std::fmt::Debug;
 
 use crate::error::{Error, Result};
 use crate::lanes::{Lanes, MOST_LANES, Number, Work};
+use crate::surrogate::{
+    Applied, GradientPreserving, Mask, MinClip, Rule, Surrogate, Vector, Weight,
+};
 use crate::table::Image;
 use crate::threads::map_parts;
 
@@ -39,62 +32,14 @@ const CHUNK: usize = 8192;
 /// Fewer tokens than this are done sooner than other threads wake up.
 const PARALLEL_FROM: usize = 2 * CHUNK;
 
-/// Vectors that are added up in the precision of the tokens before f64 takes over.
-const BLOCK: usize = 32;
+/// Tokens that are taken through each step together, so that what one step leaves for the next stays near
+/// the processor; also those that are added up in their own precision before f64 takes over.
+const BLOCK: usize = 512;
 
 /// The float types that a loss is computed in: `f32` and `f64`.
 pub trait Float: Number + Send + Sync + Debug {}
 impl Float for f32 {}
 impl Float for f64 {}
-
-/// What a token's loss is, given its ratio and its bounds.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Surrogate {
-    /// PPO's.
-    MinClip {
-        /// Greatest ratio for `A < 0`, above 1.
-        dual_clip: Option<f64>,
-    },
-    /// DPPO's.
-    Mask {
-        /// Greatest weight, above 1.
-        truncation: Option<f64>,
-    },
-    /// CISPO's.
-    Weight,
-    /// CE-GPPO's.
-    GradientPreserving {
-        /// Factor of the gradient below the lower bound, finite and at least 0.
-        beta_low: f64,
-        /// Factor above the upper bound, likewise.
-        beta_high: f64,
-    },
-}
-
-impl Surrogate {
-    fn check(self) -> Result<()> {
-        let refuse = |argument, value: f64, allowed| {
-            Err(Error::Argument { argument, value: value.to_string(), allowed })
-        };
-        match self {
-            Self::MinClip { dual_clip: Some(c) } if c.is_nan() || c <= 1.0 => {
-                refuse("dual_clip", c, "above 1")
-            }
-            Self::Mask { truncation: Some(c) } if c.is_nan() || c <= 1.0 => {
-                refuse("truncation", c, "above 1")
-            }
-            Self::GradientPreserving { beta_low, beta_high } => {
-                for (argument, beta) in [("beta_low", beta_low), ("beta_high", beta_high)] {
-                    if !(0.0..f64::INFINITY).contains(&beta) {
-                        return refuse(argument, beta, "finite and at least 0");
-                    }
-                }
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
-}
 
 /// Advantages: one a token, or one for all tokens of a row.
 #[derive(Debug, Clone, Copy)]
@@ -118,25 +63,20 @@ impl<T: Float> Advantages<'_, T> {
         }
     }
 
-    /// Of the tokens from `index` on.
-    ///
-    /// # Safety
-    /// As of [`load`].
-    #[inline(always)]
-    unsafe fn load<const WHOLE: bool, L: Lanes<Scalar = T>>(
-        &self,
-        lanes: L,
-        index: usize,
-    ) -> L::Float {
+    /// Of the tokens from `start` on, as many as the buffer holds; there if they are not in a row anyway.
+    fn block<'a>(&'a self, start: usize, buffer: &'a mut [T]) -> &'a [T] {
         match self {
-            // SAFETY: as the caller says.
-            Self::PerToken(values) => unsafe { load::<WHOLE, L>(lanes, values, index) },
+            Self::PerToken(values) => &values[start..start + buffer.len()],
             Self::PerRow { values, row_length } => {
-                let (first, last) = (index / row_length, (index + L::COUNT - 1) / row_length);
-                if first == last {
-                    return lanes.splat(values[first].to_f64());
+                let mut filled = 0;
+                while filled < buffer.len() {
+                    let (row, column) =
+                        ((start + filled) / row_length, (start + filled) % row_length);
+                    let end = buffer.len().min(filled + row_length - column);
+                    buffer[filled..end].fill(values[row]);
+                    filled = end;
                 }
-                lanes.load(&of_rows(values, *row_length, index))
+                buffer
             }
         }
     }
@@ -272,7 +212,19 @@ fn smaller(a: f64, b: f64) -> f64 {
     if b < a || b.is_nan() { b } else { a }
 }
 
-/// Writes the loss of every token and its gradient with respect to `log_prob`; returns the totals.
+/// Where a loss goes, a number for each token.
+#[derive(Debug)]
+pub struct Outputs<'a, T> {
+    /// The losses, if somebody wants them.
+    pub per_token: Option<&'a mut [T]>,
+    /// Their gradients with respect to `log_prob`, times `weight`.
+    pub gradient: &'a mut [T],
+    /// What the sum of the losses is to be multiplied by.
+    pub weight: f64,
+}
+
+/// Writes the loss of every token and its gradient with respect to `log_prob`; returns the totals, which
+/// know nothing of the weight.
 ///
 /// Tokens that do not count get 0 for both, whatever they hold. A NaN makes loss and gradient of its
 /// token NaN. Results are the same bit for bit on any number of threads.
@@ -285,8 +237,7 @@ pub fn policy_loss<T: Float>(
     bounds: &BoundSource<'_, T>,
     surrogate: Surrogate,
     by_probability: bool,
-    per_token: &mut [T],
-    gradient: &mut [T],
+    outputs: Outputs<'_, T>,
 ) -> Result<Totals> {
     let count = tokens.log_prob.len();
     let bound_lengths = match bounds {
@@ -300,54 +251,41 @@ pub fn policy_loss<T: Float>(
         ("mask", tokens.mask.len()),
         ("log_lower", bound_lengths.0),
         ("log_upper", bound_lengths.1),
-        ("per_token", per_token.len()),
-        ("gradient", gradient.len()),
+        ("per_token", outputs.per_token.as_ref().map_or(count, |losses| losses.len())),
+        ("gradient", outputs.gradient.len()),
     ] {
         if actual != count {
             return Err(Error::Length { argument, actual, expected: count });
         }
     }
     surrogate.check()?;
-    let rule = Rule { tokens, surrogate, by_probability };
-    Ok(match *bounds {
-        BoundSource::Constant { log_lower, log_upper } => {
-            let [log_lower, log_upper] = [log_lower, log_upper].map(Number::to_f64);
-            batch(rule, &Constant { log_lower, log_upper }, per_token, gradient)
-        }
-        BoundSource::Table(image) => batch(rule, &image, per_token, gradient),
-        BoundSource::PerToken { log_lower, log_upper } => {
-            batch(rule, &PerToken { log_lower, log_upper }, per_token, gradient)
+    let batch = Batch { tokens, by_probability, outputs };
+    Ok(match surrogate {
+        Surrogate::MinClip { dual_clip } => batch.under(MinClip { dual_clip }, bounds),
+        Surrogate::Mask { truncation } => batch.under(Mask { truncation }, bounds),
+        Surrogate::Weight => batch.under(Weight, bounds),
+        Surrogate::GradientPreserving { beta_low, beta_high } => {
+            batch.under(GradientPreserving { beta_low, beta_high }, bounds)
         }
     })
 }
 
-/// Writes the gradient times a factor: that of a loss of which the sum over the tokens is a part.
-///
-/// # Errors
-/// [`Error::Length`] if the slices differ in length.
-pub fn scale<T: Float + std::ops::Mul<Output = T>>(
-    gradient: &[T],
-    factor: T,
-    scaled: &mut [T],
-) -> Result<()> {
-    if scaled.len() != gradient.len() {
-        return Err(Error::Length {
-            argument: "scaled",
-            actual: scaled.len(),
-            expected: gradient.len(),
-        });
-    }
-    let one = |(scaled, gradient): (&mut [T], &[T])| {
-        for (scaled, &gradient) in scaled.iter_mut().zip(gradient) {
-            *scaled = gradient * factor;
-        }
-    };
+/// How many tokens count, by the mask of [`Tokens`].
+#[must_use]
+pub fn count_valid(mask: &[u8]) -> usize {
+    // As many at a time as a byte can count: that is what the compiler finds vectors for.
+    let of_part = |part: &[u8]| part.iter().map(|&byte| u8::from(byte != 0)).sum::<u8>();
+    mask.chunks(usize::from(u8::MAX)).map(|part| usize::from(of_part(part))).sum()
+}
+
+/// Multiplies the gradient by a factor: that of a loss of which the sum over the tokens is a part.
+pub fn scale<T: Float + std::ops::MulAssign>(gradient: &mut [T], factor: T) {
+    let one = |part: &mut [T]| part.iter_mut().for_each(|gradient| *gradient *= factor);
     if gradient.len() >= PARALLEL_FROM {
-        map_parts(scaled.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK)).collect(), one);
+        map_parts(gradient.chunks_mut(CHUNK).collect(), one);
     } else {
-        one((scaled, gradient));
+        one(gradient);
     }
-    Ok(())
 }
 
 /// Writes the tabulated `lower`, a ratio, and `log_upper` of every token; NaN gives NaN.
@@ -415,24 +353,25 @@ impl<T: Float> Work<T> for LookUp<'_, T> {
     }
 }
 
-/// The bounds of a vector of tokens, one side each.
-struct Edge<F> {
-    bound: F,
-    /// Whether lower bounds are ratios. All others are log-ratios.
-    lower_is_ratio: bool,
-}
-
-/// Where the bounds of tokens are, the lower one where the mask is true.
+/// Where the bounds of tokens are. `lower` says of which side: where it is true, the lower one.
 trait Bounds<T>: Sync {
+    /// Whether lower bounds are ratios. All others are log-ratios.
+    const LOWER_IS_RATIO: bool;
+
+    /// What the bounds are found by, of the tokens from `index` on.
+    ///
     /// # Safety
     /// As of [`load`].
-    unsafe fn edge<const WHOLE: bool, L: Lanes<Scalar = T>>(
+    unsafe fn keys<const WHOLE: bool, L: Lanes<Scalar = T>>(
         &self,
         lanes: L,
         index: usize,
         old_log_prob: L::Float,
         lower: L::Mask,
-    ) -> Edge<L::Float>;
+    ) -> L::Float;
+
+    /// The bounds for such keys.
+    fn find<L: Lanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float;
 }
 
 struct Constant {
@@ -441,16 +380,22 @@ struct Constant {
 }
 
 impl<T> Bounds<T> for Constant {
+    const LOWER_IS_RATIO: bool = false;
+
     #[inline(always)]
-    unsafe fn edge<const WHOLE: bool, L: Lanes<Scalar = T>>(
+    unsafe fn keys<const WHOLE: bool, L: Lanes<Scalar = T>>(
         &self,
         lanes: L,
         _: usize,
         _: L::Float,
         lower: L::Mask,
-    ) -> Edge<L::Float> {
-        let (low, high) = (lanes.splat(self.log_lower), lanes.splat(self.log_upper));
-        Edge { bound: lanes.select(lower, low, high), lower_is_ratio: false }
+    ) -> L::Float {
+        lanes.select(lower, lanes.splat(self.log_lower), lanes.splat(self.log_upper))
+    }
+
+    #[inline(always)]
+    fn find<L: Lanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
+        keys
     }
 }
 
@@ -460,14 +405,16 @@ struct PerToken<'a, T> {
 }
 
 impl<T: Float> Bounds<T> for PerToken<'_, T> {
+    const LOWER_IS_RATIO: bool = false;
+
     #[inline(always)]
-    unsafe fn edge<const WHOLE: bool, L: Lanes<Scalar = T>>(
+    unsafe fn keys<const WHOLE: bool, L: Lanes<Scalar = T>>(
         &self,
         lanes: L,
         index: usize,
         _: L::Float,
         lower: L::Mask,
-    ) -> Edge<L::Float> {
+    ) -> L::Float {
         // SAFETY: as the caller says.
         let (low, high) = unsafe {
             (
@@ -475,20 +422,32 @@ impl<T: Float> Bounds<T> for PerToken<'_, T> {
                 load::<WHOLE, L>(lanes, self.log_upper, index),
             )
         };
-        Edge { bound: lanes.select(lower, low, high), lower_is_ratio: false }
+        lanes.select(lower, low, high)
+    }
+
+    #[inline(always)]
+    fn find<L: Lanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
+        keys
     }
 }
 
 impl<T> Bounds<T> for Image<'_> {
+    const LOWER_IS_RATIO: bool = true;
+
     #[inline(always)]
-    unsafe fn edge<const WHOLE: bool, L: Lanes<Scalar = T>>(
+    unsafe fn keys<const WHOLE: bool, L: Lanes<Scalar = T>>(
         &self,
-        lanes: L,
+        _: L,
         _: usize,
         old_log_prob: L::Float,
-        lower: L::Mask,
-    ) -> Edge<L::Float> {
-        Edge { bound: lanes.look_up(*self, old_log_prob, lower), lower_is_ratio: true }
+        _: L::Mask,
+    ) -> L::Float {
+        old_log_prob
+    }
+
+    #[inline(always)]
+    fn find<L: Lanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float {
+        lanes.look_up(*self, keys, lower)
     }
 }
 
@@ -518,304 +477,461 @@ fn padded<T: Copy>(rest: &[T], padding: T) -> [T; MOST_LANES] {
     padded
 }
 
-/// The values of the rows of a vector that reaches into several, the last of them maybe beyond its end.
-#[cold]
-fn of_rows<T: Copy>(values: &[T], row_length: usize, index: usize) -> [T; MOST_LANES] {
-    std::array::from_fn(|lane| values[((index + lane) / row_length).min(values.len() - 1)])
+/// What is done to which tokens, apart from how.
+struct Batch<'a, T> {
+    tokens: &'a Tokens<'a, T>,
+    by_probability: bool,
+    outputs: Outputs<'a, T>,
 }
 
-/// What is done to a batch, apart from where its bounds come from.
-#[derive(Clone, Copy)]
-struct Rule<'a, T> {
+impl<T: Float> Batch<'_, T> {
+    fn under<R: Rule>(self, rule: R, bounds: &BoundSource<'_, T>) -> Totals {
+        match *bounds {
+            BoundSource::Constant { log_lower, log_upper } => {
+                let [log_lower, log_upper] = [log_lower, log_upper].map(Number::to_f64);
+                self.run(rule, &Constant { log_lower, log_upper })
+            }
+            BoundSource::Table(image) => self.run(rule, &image),
+            BoundSource::PerToken { log_lower, log_upper } => {
+                self.run(rule, &PerToken { log_lower, log_upper })
+            }
+        }
+    }
+
+    /// All chunks, on several threads if there are many; totals are merged in the order of the tokens.
+    fn run<R: Rule>(self, rule: R, bounds: &impl Bounds<T>) -> Totals {
+        let Self { tokens, by_probability, outputs } = self;
+        let parallel = outputs.gradient.len() >= PARALLEL_FROM;
+        let chunks = outputs.parts(CHUNK).enumerate();
+        let one = |(number, chunk): (usize, Outputs<'_, T>)| {
+            let mut block = Block::new();
+            let mut totals = Totals::default();
+            let mut start = number * CHUNK;
+            for outputs in chunk.parts(BLOCK) {
+                let count = outputs.gradient.len();
+                let task = Task { rule, bounds, tokens, start, count, by_probability };
+                block.run(&task, outputs, &mut totals);
+                start += count;
+            }
+            totals
+        };
+        let totals: Vec<Totals> =
+            if parallel { map_parts(chunks.collect(), one) } else { chunks.map(one).collect() };
+        totals.iter().fold(Totals::default(), Totals::merge)
+    }
+}
+
+impl<T: Float> Outputs<'_, T> {
+    fn parts(self, size: usize) -> impl Iterator<Item = Self> {
+        let Self { per_token, gradient, weight } = self;
+        let mut per_token = per_token.map(|losses| losses.chunks_mut(size));
+        gradient.chunks_mut(size).map(move |gradient| Self {
+            per_token: per_token.as_mut().and_then(Iterator::next),
+            gradient,
+            weight,
+        })
+    }
+}
+
+/// The tokens from `start` on, `count` of them, and what is done to them.
+struct Task<'a, T, R, B> {
+    rule: R,
+    bounds: &'a B,
     tokens: &'a Tokens<'a, T>,
-    surrogate: Surrogate,
+    start: usize,
+    count: usize,
     by_probability: bool,
 }
 
-/// All chunks, on several threads if there are many; totals are merged in the order of the tokens.
-fn batch<T: Float>(
-    rule: Rule<'_, T>,
-    bounds: &impl Bounds<T>,
-    per_token: &mut [T],
-    gradient: &mut [T],
-) -> Totals {
-    let parallel = per_token.len() >= PARALLEL_FROM;
-    let one = |(index, (per_token, gradient)): (usize, (&mut [T], &mut [T]))| {
-        T::run(Chunk { rule, bounds, start: index * CHUNK, per_token, gradient })
-    };
-    let outputs = per_token.chunks_mut(CHUNK).zip(gradient.chunks_mut(CHUNK)).enumerate();
-    let totals: Vec<Totals> =
-        if parallel { map_parts(outputs.collect(), one) } else { outputs.map(one).collect() };
-    totals.iter().fold(Totals::default(), Totals::merge)
+/// What each step over some tokens leaves for the next. Vectors may reach beyond the last of them.
+#[repr(align(64))] // so that no vector lies across two lines of a cache
+struct Block<T> {
+    /// Not clamped; 0 where a token does not count.
+    log_ratio: [T; BLOCK + MOST_LANES],
+    /// Minus the advantage, likewise.
+    cost: [T; BLOCK + MOST_LANES],
+    moved: Moved<T>,
+    /// Where they are one a row.
+    advantages: [T; BLOCK],
+    /// Where nobody wants them.
+    losses: [T; BLOCK],
 }
 
-/// The tokens from `start` on, as many as the outputs hold.
-struct Chunk<'a, T, B> {
-    rule: Rule<'a, T>,
+/// The tokens of a block that have moved towards the bound that holds for them, one after the other: no
+/// others can be beyond it. They are few, and bounds are found much faster side by side.
+#[repr(align(64))]
+struct Moved<T> {
+    /// What their bounds are found by; then their bounds; and then where their ratios stop: at the bound if
+    /// they are beyond it, at 0, where no bound is that a ratio could be beyond, if they are not.
+    bounds: [T; BLOCK + MOST_LANES],
+    /// Clamped; negative where the lower bound holds.
+    log_ratio: [T; BLOCK + MOST_LANES],
+    count: usize,
+}
+
+impl<T: Float> Block<T> {
+    fn new() -> Self {
+        let zeros = [T::ZERO; BLOCK + MOST_LANES];
+        let moved = Moved { bounds: zeros, log_ratio: zeros, count: 0 };
+        let [advantages, losses] = [[T::ZERO; BLOCK]; 2];
+        Self { log_ratio: zeros, cost: zeros, moved, advantages, losses }
+    }
+
+    fn run<R: Rule, B: Bounds<T>>(
+        &mut self,
+        task: &Task<'_, T, R, B>,
+        outputs: Outputs<'_, T>,
+        totals: &mut Totals,
+    ) {
+        let Self { log_ratio, cost, moved, advantages, losses } = self;
+        let &Task { rule, bounds, tokens, start, count, by_probability } = task;
+        let here = start..start + count;
+        let columns = Columns {
+            old_log_prob: &tokens.old_log_prob[here.clone()],
+            log_prob: &tokens.log_prob[here.clone()],
+            given: tokens.log_ratio.map(|given| &given[here.clone()]),
+            advantages: tokens.advantages.block(start, &mut advantages[..count]),
+            mask: &tokens.mask[here],
+        };
+        T::run(Collect { rule, bounds, start, columns, log_ratio, cost, moved, totals });
+        T::run(Find { bounds, moved });
+        if B::LOWER_IS_RATIO {
+            T::run(Stop::<T, true> { moved });
+        } else {
+            T::run(Stop::<T, false> { moved });
+        }
+        let Outputs { per_token, gradient, weight } = outputs;
+        T::run(Apply {
+            rule,
+            columns,
+            by_probability,
+            log_ratio,
+            cost,
+            stops: &moved.bounds,
+            weight,
+            per_token: per_token.unwrap_or(&mut losses[..count]),
+            gradient,
+            totals,
+        });
+    }
+}
+
+/// The tokens of a block: all columns are equally long.
+#[derive(Clone, Copy)]
+struct Columns<'a, T> {
+    old_log_prob: &'a [T],
+    log_prob: &'a [T],
+    /// Log-ratios, if they are given.
+    given: Option<&'a [T]>,
+    advantages: &'a [T],
+    mask: &'a [u8],
+}
+
+impl<T: Float> Columns<'_, T> {
+    /// # Safety
+    /// As of [`load`].
+    #[inline(always)]
+    unsafe fn valid<const WHOLE: bool, L: Lanes<Scalar = T>>(
+        &self,
+        lanes: L,
+        index: usize,
+    ) -> L::Mask {
+        if WHOLE {
+            // SAFETY: as the caller says.
+            lanes.load_mask(unsafe { self.mask.get_unchecked(index..index + L::COUNT) })
+        } else {
+            lanes.load_mask(&padded(&self.mask[index..], 0))
+        }
+    }
+}
+
+/// The first step: the log-ratios, what is summed up of them, and who has moved.
+struct Collect<'a, T, R, B> {
+    rule: R,
     bounds: &'a B,
     start: usize,
-    per_token: &'a mut [T],
-    gradient: &'a mut [T],
+    columns: Columns<'a, T>,
+    log_ratio: &'a mut [T; BLOCK + MOST_LANES],
+    cost: &'a mut [T; BLOCK + MOST_LANES],
+    moved: &'a mut Moved<T>,
+    totals: &'a mut Totals,
 }
 
-impl<T: Float, B: Bounds<T>> Work<T> for Chunk<'_, T, B> {
-    type Output = Totals;
+/// Which tokens have moved towards their bound. No token does that does not count.
+#[inline(always)]
+fn moved<R: Rule, L: Lanes>(lanes: L, _: R, cost: L::Float, log_ratio: L::Float) -> L::Mask {
+    let zero = lanes.splat(0.0);
+    let (grown, shrunk) = (lanes.less(zero, log_ratio), lanes.less(log_ratio, zero));
+    if R::BY_LOG_RATIO {
+        return lanes.or(grown, shrunk);
+    }
+    let grown = lanes.and(lanes.less(cost, zero), grown);
+    lanes.or(grown, lanes.and(lanes.less(zero, cost), shrunk))
+}
+
+#[inline(always)]
+fn clamp<L: Lanes>(lanes: L, log_ratio: L::Float) -> L::Float {
+    lanes.at_least(-LOG_RATIO_LIMIT, lanes.at_most(LOG_RATIO_LIMIT, log_ratio))
+}
+
+impl<T: Float, R: Rule, B: Bounds<T>> Work<T> for Collect<'_, T, R, B> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<L: Lanes<Scalar = T>>(self, lanes: L) -> Totals {
-        let mut totals = Totals::default();
-        let mut sums = Sums::new(lanes);
-        let count = self.per_token.len();
-        for first in (0..count).step_by(BLOCK * L::COUNT) {
-            let end = count.min(first + BLOCK * L::COUNT);
-            let mut flags = [[0; BLOCK]; 5];
-            for (vector, offset) in (first..end).step_by(L::COUNT).enumerate() {
-                let index = self.start + offset;
-                let (losses, slopes) =
-                    (&mut self.per_token[offset..end], &mut self.gradient[offset..end]);
-                // SAFETY: `policy_loss` has checked that all columns are as long as the outputs, and these
-                // have a token here, or all of a vector.
-                let token = if losses.len() >= L::COUNT {
-                    let token = unsafe { self.rule.vector::<true, L>(lanes, self.bounds, index) };
-                    lanes.store(token.loss, losses);
-                    lanes.store(token.slope, slopes);
-                    token
-                } else {
-                    let token = unsafe { self.rule.vector::<false, L>(lanes, self.bounds, index) };
-                    losses.copy_from_slice(&numbers(lanes, token.loss)[..losses.len()]);
-                    slopes.copy_from_slice(&numbers(lanes, token.slope)[..slopes.len()]);
-                    token
-                };
-                for (flags, bits) in flags.iter_mut().zip(token.flags(lanes)) {
-                    flags[vector] = bits;
-                }
-                sums.add(lanes, &token);
-                if self.rule.by_probability {
-                    totals.count_by_probability(lanes, &token);
-                }
-            }
-            totals.take(&sums.numbers(lanes), &flags);
-            sums.clear(lanes);
+    fn run<L: Lanes<Scalar = T>>(mut self, lanes: L) {
+        let zero = lanes.splat(0.0);
+        let mut sums = Collected {
+            valid: 0,
+            log_ratio: zero,
+            old_log_prob: zero,
+            least: lanes.splat(f64::INFINITY),
+            most: lanes.splat(f64::NEG_INFINITY),
+        };
+        let count = self.columns.mask.len();
+        let (mut index, mut movers) = (0, 0);
+        while index + L::COUNT <= count {
+            // SAFETY: all columns have tokens up to `count`.
+            unsafe { self.step::<true, L>(lanes, index, &mut movers, &mut sums) };
+            index += L::COUNT;
         }
-        let [least, most, nan] =
-            [sums.least, sums.most, sums.nan].map(|vector| numbers(lanes, vector));
-        for lane in 0..L::COUNT {
-            totals.take_extremes(least[lane].to_f64(), most[lane].to_f64(), nan[lane].to_f64());
+        if index < count {
+            // SAFETY: likewise.
+            unsafe { self.step::<false, L>(lanes, index, &mut movers, &mut sums) };
         }
-        totals
+        self.moved.count = movers;
+        self.totals.take_collected(lanes, &sums);
     }
 }
 
-/// A vector of tokens with what was done to them. Masks are false where a token does not count.
-struct Token<L: Lanes> {
-    loss: L::Float,
-    slope: L::Float,
-    valid: L::Mask,
-    clipped_low: L::Mask,
-    clipped_high: L::Mask,
-    limited: L::Mask,
-    old_log_prob: L::Float,
+/// Sums over the vectors of a block. Tokens that do not count add 0.
+struct Collected<L: Lanes> {
+    valid: u32,
     log_ratio: L::Float,
-    kl_k3: L::Float,
-    gradient_free: L::Float,
-    gradient_removed: L::Float,
+    old_log_prob: L::Float,
+    least: L::Float,
+    most: L::Float,
 }
 
-impl<L: Lanes> Token<L> {
-    /// Which tokens of the vector count, and are not finite, clipped low, clipped high, limited; a bit each.
-    #[inline(always)]
-    fn flags(&self, lanes: L) -> [u32; 5] {
-        let finite = lanes.less(lanes.abs(self.loss), lanes.splat(f64::INFINITY));
-        let nonfinite = lanes.and_not(self.valid, finite);
-        [
-            lanes.bits(self.valid),
-            lanes.bits(nonfinite),
-            lanes.bits(self.clipped_low),
-            lanes.bits(self.clipped_high),
-            lanes.bits(self.limited),
-        ]
-    }
-}
-
-impl<T: Float> Rule<'_, T> {
-    /// The tokens from `index` on, as many as a vector holds; those beyond the last do not count.
-    ///
+impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
     /// # Safety
     /// As of [`load`], for every column.
     #[inline(always)]
-    unsafe fn vector<const WHOLE: bool, L: Lanes<Scalar = T>>(
-        &self,
+    unsafe fn step<const WHOLE: bool, L: Lanes<Scalar = T>>(
+        &mut self,
         lanes: L,
-        bounds: &impl Bounds<T>,
         index: usize,
-    ) -> Token<L> {
-        let tokens = self.tokens;
+        movers: &mut usize,
+        sums: &mut Collected<L>,
+    ) {
+        let columns = self.columns;
         let zero = lanes.splat(0.0);
-        let valid = if WHOLE {
-            // SAFETY: as the caller says.
-            lanes.load_mask(unsafe { tokens.mask.get_unchecked(index..index + L::COUNT) })
-        } else {
-            lanes.load_mask(&padded(&tokens.mask[index..], 0))
-        };
+        // SAFETY: as the caller says.
+        let valid = unsafe { columns.valid::<WHOLE, L>(lanes, index) };
         // SAFETY: as the caller says.
         let column = |column: &[T]| unsafe {
             lanes.select(valid, load::<WHOLE, L>(lanes, column, index), zero)
         };
-        let (old_log_prob, log_prob) = (column(tokens.old_log_prob), column(tokens.log_prob));
+        let old_log_prob = column(columns.old_log_prob);
+        let log_ratio = match columns.given {
+            Some(given) => column(given),
+            None => lanes.sub(column(columns.log_prob), old_log_prob),
+        };
+        let cost = lanes.sub(zero, column(columns.advantages));
+        lanes.store(log_ratio, &mut self.log_ratio[index..]);
+        lanes.store(cost, &mut self.cost[index..]);
+
+        let clamped = clamp(lanes, log_ratio);
+        let lower =
+            if R::BY_LOG_RATIO { lanes.less(log_ratio, zero) } else { lanes.less(zero, cost) };
         // SAFETY: as the caller says.
-        let advantage = unsafe { tokens.advantages.load::<WHOLE, L>(lanes, index) };
-        let cost = lanes.sub(zero, lanes.select(valid, advantage, zero));
-        let unclamped = match tokens.log_ratio {
-            Some(log_ratio) => column(log_ratio),
-            None => lanes.sub(log_prob, old_log_prob),
-        };
+        let keys =
+            unsafe { self.bounds.keys::<WHOLE, L>(lanes, self.start + index, old_log_prob, lower) };
+        let moving = moved(lanes, self.rule, cost, log_ratio);
+        lanes.compress(moving, keys, &mut self.moved.bounds[*movers..]);
+        lanes.compress(moving, clamped, &mut self.moved.log_ratio[*movers..]);
+        *movers += lanes.bits(moving).count_ones() as usize;
 
-        let clamped = lanes.less(lanes.splat(LOG_RATIO_LIMIT), lanes.abs(unclamped));
-        let log_ratio = lanes.at_most(LOG_RATIO_LIMIT, unclamped);
-        let log_ratio = lanes.at_least(-LOG_RATIO_LIMIT, log_ratio);
-        let exponentials = lanes.exponentials(log_ratio);
-        let ratio = exponentials.exp;
+        sums.valid += lanes.bits(valid).count_ones();
+        sums.log_ratio = lanes.add(sums.log_ratio, clamped);
+        sums.old_log_prob = lanes.add(sums.old_log_prob, old_log_prob);
+        // A NaN may get lost here: the sum of the log-ratios has it.
+        sums.least = lanes.lesser(lanes.select(valid, clamped, sums.least), sums.least);
+        sums.most = lanes.greater(lanes.select(valid, clamped, sums.most), sums.most);
+    }
+}
 
-        let (up, down) = match self.surrogate {
-            Surrogate::Weight => (lanes.less(zero, log_ratio), lanes.less(log_ratio, zero)),
-            _ => (lanes.less(cost, zero), lanes.less(zero, cost)),
-        };
-        // SAFETY: as the caller says.
-        let edge = unsafe { bounds.edge::<WHOLE, L>(lanes, index, old_log_prob, down) };
-        let measure = if edge.lower_is_ratio { ratio } else { log_ratio };
-        let clipped_low = lanes.and(down, lanes.less(measure, edge.bound));
-        let clipped_high = lanes.and(up, lanes.less(edge.bound, log_ratio));
-        let beyond = lanes.or(clipped_low, clipped_high);
-        // The bound as a ratio, where a token is beyond it: few are, and exponentials cost.
-        let bound = if lanes.bits(beyond) == 0 {
-            zero
-        } else {
-            let exp = lanes.exponentials(edge.bound).exp;
-            if edge.lower_is_ratio { lanes.select(down, edge.bound, exp) } else { exp }
-        };
+/// The second step: the bounds of those who have moved.
+struct Find<'a, T, B> {
+    bounds: &'a B,
+    moved: &'a mut Moved<T>,
+}
 
-        let nowhere = lanes.and(up, down);
-        let (loss, slope, limited) = match self.surrogate {
-            Surrogate::MinClip { dual_clip } => {
-                let stop = lanes.select(beyond, bound, ratio);
-                let (limited, stop) = match dual_clip {
-                    None => (nowhere, stop),
-                    Some(c) => {
-                        let reached = lanes.less_or_equal(lanes.splat(c.ln()), log_ratio);
-                        let limited = lanes.and(down, reached);
-                        (limited, lanes.select(limited, lanes.splat(c), stop))
-                    }
-                };
-                let loss = lanes.mul(cost, stop);
-                let stopped = lanes.or(clamped, lanes.or(beyond, limited));
-                (loss, lanes.select(stopped, zero, loss), limited)
-            }
-            Surrogate::Mask { truncation } => {
-                let (limited, weight) = match truncation {
-                    None => (nowhere, ratio),
-                    Some(c) => {
-                        let c = lanes.splat(c);
-                        let limited = lanes.and_not(lanes.less(c, ratio), beyond);
-                        (limited, lanes.select(limited, c, ratio))
-                    }
-                };
-                let slope = lanes.mul(cost, weight);
-                let loss = lanes.mul(slope, log_prob);
-                (lanes.select(beyond, zero, loss), lanes.select(beyond, zero, slope), limited)
-            }
-            Surrogate::Weight => {
-                let slope = lanes.mul(cost, lanes.select(beyond, bound, ratio));
-                (lanes.mul(slope, log_prob), slope, nowhere)
-            }
-            Surrogate::GradientPreserving { beta_low, beta_high } => {
-                let beta = lanes.select(down, lanes.splat(beta_low), lanes.splat(beta_high));
-                let loss = lanes.mul(cost, lanes.select(beyond, lanes.mul(beta, bound), ratio));
-                let stopped = lanes.and_not(clamped, beyond);
-                (loss, lanes.select(stopped, zero, loss), nowhere)
-            }
-        };
-        let free = lanes.mul(cost, ratio);
-        let of_valid = |mask: L::Mask| lanes.and(valid, mask);
-        Token {
-            loss: lanes.select(valid, loss, zero),
-            slope: lanes.select(valid, slope, zero),
-            valid,
-            clipped_low: of_valid(clipped_low),
-            clipped_high: of_valid(clipped_high),
-            limited: of_valid(limited),
-            old_log_prob,
-            log_ratio,
-            kl_k3: exponentials.excess,
-            gradient_free: lanes.abs(free),
-            gradient_removed: lanes.abs(lanes.sub(free, slope)),
+impl<T: Float, B: Bounds<T>> Work<T> for Find<'_, T, B> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes<Scalar = T>>(self, lanes: L) {
+        let Moved { bounds, log_ratio, count } = self.moved;
+        // Behind the last token are others, to which it does no harm.
+        for index in (0..*count).step_by(L::COUNT) {
+            let lower = lanes.less(lanes.load(&log_ratio[index..]), lanes.splat(0.0));
+            let found = self.bounds.find(lanes, lanes.load(&bounds[index..]), lower);
+            lanes.store(found, &mut bounds[index..]);
         }
     }
 }
 
-/// Sums over vectors, a number for each lane. Tokens that do not count add 0 to all of them.
+/// The third step: who is beyond. Apart from the second, because both are long chains of operations of
+/// which a processor sees more at a time if they are short.
+struct Stop<'a, T, const LOWER_IS_RATIO: bool> {
+    moved: &'a mut Moved<T>,
+}
+
+impl<T: Float, const LOWER_IS_RATIO: bool> Work<T> for Stop<'_, T, LOWER_IS_RATIO> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes<Scalar = T>>(self, lanes: L) {
+        let Moved { bounds, log_ratio, count } = self.moved;
+        let zero = lanes.splat(0.0);
+        for index in (0..*count).step_by(L::COUNT) {
+            let (log_ratio, bound) =
+                (lanes.load(&log_ratio[index..]), lanes.load(&bounds[index..]));
+            let lower = lanes.less(log_ratio, zero);
+            let above = lanes.and_not(lanes.less(bound, log_ratio), lower);
+            let (below, edge) = if LOWER_IS_RATIO {
+                let exp = lanes.exponentials(lanes.select(lower, log_ratio, bound)).exp;
+                (lanes.less(exp, bound), lanes.select(lower, bound, exp))
+            } else {
+                (lanes.less(log_ratio, bound), lanes.exponentials(bound).exp)
+            };
+            let beyond = lanes.or(above, lanes.and(lower, below));
+            lanes.store(lanes.select(beyond, edge, zero), &mut bounds[index..]);
+        }
+    }
+}
+
+/// The last step: losses and gradients.
+struct Apply<'a, T, R> {
+    rule: R,
+    columns: Columns<'a, T>,
+    by_probability: bool,
+    log_ratio: &'a [T; BLOCK + MOST_LANES],
+    cost: &'a [T; BLOCK + MOST_LANES],
+    stops: &'a [T; BLOCK + MOST_LANES],
+    weight: f64,
+    per_token: &'a mut [T],
+    gradient: &'a mut [T],
+    totals: &'a mut Totals,
+}
+
+/// Sums over the vectors of a block. Tokens that do not count add 0.
 struct Sums<L: Lanes> {
     loss: L::Float,
-    log_ratio: L::Float,
     kl_k3: L::Float,
-    old_log_prob: L::Float,
     gradient_free: L::Float,
     gradient_removed: L::Float,
-    least: L::Float,
-    most: L::Float,
-    nan: L::Float,
+    /// Those clipped low, clipped high and limited, 16 bits each.
+    counts: u64,
 }
 
-impl<L: Lanes<Scalar: Float>> Sums<L> {
+impl<T: Float, R: Rule> Work<T> for Apply<'_, T, R> {
+    type Output = ();
+
     #[inline(always)]
-    fn new(lanes: L) -> Self {
+    fn run<L: Lanes<Scalar = T>>(mut self, lanes: L) {
         let zero = lanes.splat(0.0);
-        Self {
+        let mut sums = Sums {
             loss: zero,
-            log_ratio: zero,
             kl_k3: zero,
-            old_log_prob: zero,
             gradient_free: zero,
             gradient_removed: zero,
-            least: lanes.splat(f64::INFINITY),
-            most: lanes.splat(f64::NEG_INFINITY),
-            nan: zero,
+            counts: 0,
+        };
+        let count = self.columns.mask.len();
+        let (mut index, mut stopped) = (0, 0);
+        while index + L::COUNT <= count {
+            // SAFETY: all columns and outputs have tokens up to `count`.
+            unsafe { self.step::<true, L>(lanes, index, &mut stopped, &mut sums) };
+            index += L::COUNT;
         }
+        if index < count {
+            // SAFETY: likewise.
+            unsafe { self.step::<false, L>(lanes, index, &mut stopped, &mut sums) };
+        }
+        self.totals.take(lanes, &sums, self.per_token);
     }
+}
 
+impl<T: Float, R: Rule> Apply<'_, T, R> {
+    /// # Safety
+    /// As of [`load`], for every column and output.
     #[inline(always)]
-    fn add(&mut self, lanes: L, token: &Token<L>) {
-        self.loss = lanes.add(self.loss, token.loss);
-        self.log_ratio = lanes.add(self.log_ratio, token.log_ratio);
-        self.kl_k3 = lanes.add(self.kl_k3, token.kl_k3);
-        self.old_log_prob = lanes.add(self.old_log_prob, token.old_log_prob);
-        self.gradient_free = lanes.add(self.gradient_free, token.gradient_free);
-        self.gradient_removed = lanes.add(self.gradient_removed, token.gradient_removed);
-        let x = token.log_ratio;
-        let lowest = lanes.and(token.valid, lanes.less(x, self.least));
-        let highest = lanes.and(token.valid, lanes.less(self.most, x));
-        self.least = lanes.select(lowest, x, self.least);
-        self.most = lanes.select(highest, x, self.most);
-        self.nan = lanes.select(lanes.is_nan(x), x, self.nan);
-    }
-
-    /// The sums of each lane, in the order in which `Totals::take` takes them.
-    #[inline(always)]
-    fn numbers(&self, lanes: L) -> [[L::Scalar; MOST_LANES]; 6] {
-        [
-            numbers(lanes, self.loss),
-            numbers(lanes, self.log_ratio),
-            numbers(lanes, self.kl_k3),
-            numbers(lanes, self.old_log_prob),
-            numbers(lanes, self.gradient_free),
-            numbers(lanes, self.gradient_removed),
-        ]
-    }
-
-    #[inline(always)]
-    fn clear(&mut self, lanes: L) {
+    unsafe fn step<const WHOLE: bool, L: Lanes<Scalar = T>>(
+        &mut self,
+        lanes: L,
+        index: usize,
+        stopped: &mut usize,
+        sums: &mut Sums<L>,
+    ) {
         let zero = lanes.splat(0.0);
-        (self.loss, self.log_ratio, self.kl_k3) = (zero, zero, zero);
-        (self.old_log_prob, self.gradient_free, self.gradient_removed) = (zero, zero, zero);
+        let (losses, slopes) = (&mut self.per_token[index..], &mut self.gradient[index..]);
+        // SAFETY: as the caller says.
+        let valid = unsafe { self.columns.valid::<WHOLE, L>(lanes, index) };
+        if WHOLE && lanes.bits(valid) == 0 {
+            lanes.store(zero, losses);
+            lanes.store(zero, slopes);
+            return;
+        }
+        let cost = lanes.load(&self.cost[index..]);
+        let unclamped = lanes.load(&self.log_ratio[index..]);
+        let moving = moved(lanes, self.rule, cost, unclamped);
+        let stop = lanes.expand(moving, &self.stops[*stopped..]);
+        *stopped += lanes.bits(moving).count_ones() as usize;
+
+        let log_ratio = clamp(lanes, unclamped);
+        let exponentials = lanes.exponentials(log_ratio);
+        let ratio = exponentials.exp;
+        let free = lanes.mul(cost, ratio);
+        let down =
+            if R::BY_LOG_RATIO { lanes.less(log_ratio, zero) } else { lanes.less(zero, cost) };
+        let tokens = Vector {
+            // SAFETY: as the caller says.
+            log_prob: unsafe {
+                lanes.select(valid, load::<WHOLE, L>(lanes, self.columns.log_prob, index), zero)
+            },
+            cost,
+            log_ratio,
+            ratio,
+            free,
+            clamped: lanes.less(lanes.splat(LOG_RATIO_LIMIT), lanes.abs(unclamped)),
+            beyond: lanes.less(zero, stop),
+            down,
+        };
+        let Applied { loss, slope, limited } = self.rule.apply(lanes, &tokens, stop);
+        let weighted = lanes.mul(slope, lanes.splat(self.weight));
+        if WHOLE {
+            lanes.store(loss, losses);
+            lanes.store(weighted, slopes);
+        } else {
+            losses.copy_from_slice(&numbers(lanes, loss)[..losses.len()]);
+            slopes.copy_from_slice(&numbers(lanes, weighted)[..slopes.len()]);
+        }
+        let clipped_low = lanes.and(tokens.beyond, down);
+        let clipped_high = lanes.and_not(tokens.beyond, down);
+        sums.loss = lanes.add(sums.loss, loss);
+        sums.kl_k3 = lanes.add(sums.kl_k3, exponentials.excess);
+        sums.gradient_free = lanes.add(sums.gradient_free, lanes.abs(free));
+        let removed = lanes.abs(lanes.sub(free, slope));
+        sums.gradient_removed = lanes.add(sums.gradient_removed, removed);
+        let count = |mask: L::Mask| u64::from(lanes.bits(mask).count_ones());
+        sums.counts += count(clipped_low) | count(clipped_high) << 16 | count(limited) << 32;
+        if self.by_probability {
+            // SAFETY: as the caller says.
+            let old_log_prob = unsafe { load::<WHOLE, L>(lanes, self.columns.old_log_prob, index) };
+            let kinds = [valid, clipped_low, clipped_high];
+            self.totals.count_by_probability(lanes, old_log_prob, kinds);
+        }
     }
 }
 
@@ -827,49 +943,89 @@ fn numbers<L: Lanes<Scalar: Float>>(lanes: L, vector: L::Float) -> [L::Scalar; M
     numbers
 }
 
-impl Totals {
-    /// Adds the sums of [`Sums::numbers`], and counts the bits of [`Token::flags`].
-    #[inline(never)] // once for many tokens: apart from their loop it does not get into its way
-    fn take<T: Float>(&mut self, sums: &[[T; MOST_LANES]; 6], flags: &[[u32; BLOCK]; 5]) {
-        let [loss, log_ratio, kl_k3, old_log_prob, free, removed] =
-            sums.map(|lanes| lanes.iter().map(|number| number.to_f64()).sum::<f64>());
-        self.loss += loss;
-        self.kl -= log_ratio;
-        self.kl_k3 += kl_k3;
-        self.entropy -= old_log_prob;
-        self.gradient_free += free;
-        self.gradient_removed += removed;
-        let [valid, nonfinite, clipped_low, clipped_high, limited] =
-            flags.map(|flags| flags.iter().map(|bits| u64::from(bits.count_ones())).sum::<u64>());
-        self.valid += valid;
-        self.nonfinite += nonfinite;
-        self.clipped_low += clipped_low;
-        self.clipped_high += clipped_high;
-        self.limited += limited;
-    }
+#[cold]
+fn nonfinite<T: Float>(losses: &[T]) -> u64 {
+    losses.iter().filter(|loss| !loss.to_f64().is_finite()).count() as u64
+}
 
-    /// Takes the least and the greatest log-ratio of a lane, and its NaN if it had one, else 0.
-    fn take_extremes(&mut self, least: f64, most: f64, nan: f64) {
-        self.log_ratio_min = smaller(self.log_ratio_min, least + nan);
-        self.log_ratio_max = -smaller(-self.log_ratio_max, -(most + nan));
+/// All lanes of a vector taken together, two and two.
+#[inline(always)]
+fn reduce<L: Lanes<Scalar: Float>>(
+    lanes: L,
+    vector: L::Float,
+    operation: impl Fn(f64, f64) -> f64,
+) -> f64 {
+    let mut rest = numbers(lanes, vector).map(Number::to_f64);
+    let mut count = L::COUNT;
+    while count > 1 {
+        count /= 2;
+        for lane in 0..count {
+            rest[lane] = operation(rest[lane], rest[lane + count]);
+        }
+    }
+    rest[0]
+}
+
+#[inline(always)]
+fn sum<L: Lanes<Scalar: Float>>(lanes: L, vector: L::Float) -> f64 {
+    reduce(lanes, vector, |a, b| a + b)
+}
+
+impl Totals {
+    #[inline(always)]
+    fn take_collected<L: Lanes<Scalar: Float>>(&mut self, lanes: L, sums: &Collected<L>) {
+        self.valid += u64::from(sums.valid);
+        let log_ratio = sum(lanes, sums.log_ratio);
+        self.kl -= log_ratio;
+        self.entropy -= sum(lanes, sums.old_log_prob);
+        // A NaN can have got lost in the extremes, but not in the sum.
+        let unknown = log_ratio * 0.0;
+        let least = reduce(lanes, sums.least, |a, b| if a < b { a } else { b });
+        let most = reduce(lanes, sums.most, |a, b| if a > b { a } else { b });
+        self.log_ratio_min = smaller(self.log_ratio_min, least + unknown);
+        self.log_ratio_max = -smaller(-self.log_ratio_max, -(most + unknown));
     }
 
     #[inline(always)]
-    fn count_by_probability<L: Lanes>(&mut self, lanes: L, token: &Token<L>) {
-        let above = PROBABILITY_EDGES
-            .map(|edge| lanes.less_or_equal(lanes.splat(edge.ln()), token.old_log_prob));
+    fn take<L: Lanes<Scalar: Float>>(&mut self, lanes: L, sums: &Sums<L>, losses: &[L::Scalar]) {
+        let loss = sum(lanes, sums.loss);
+        self.loss += loss;
+        self.kl_k3 += sum(lanes, sums.kl_k3);
+        self.gradient_free += sum(lanes, sums.gradient_free);
+        self.gradient_removed += sum(lanes, sums.gradient_removed);
+        let [clipped_low, clipped_high, limited] =
+            [0, 16, 32].map(|shift| sums.counts >> shift & 0xffff);
+        self.clipped_low += clipped_low;
+        self.clipped_high += clipped_high;
+        self.limited += limited;
+        if !loss.is_finite() {
+            self.nonfinite += nonfinite(losses);
+        }
+    }
+
+    /// Counts those that are valid, clipped low and clipped high.
+    #[inline(always)]
+    fn count_by_probability<L: Lanes>(
+        &mut self,
+        lanes: L,
+        old_log_prob: L::Float,
+        kinds: [L::Mask; 3],
+    ) {
+        let above =
+            PROBABILITY_EDGES.map(|edge| lanes.less_or_equal(lanes.splat(edge.ln()), old_log_prob));
         for (index, bin) in self.by_probability.iter_mut().enumerate() {
-            let mut here = token.valid;
-            if index > 0 {
-                here = lanes.and(here, above[index - 1]);
-            }
-            if index < above.len() {
-                here = lanes.and_not(here, above[index]);
-            }
-            let count = |mask: L::Mask| u64::from(lanes.bits(lanes.and(here, mask)).count_ones());
-            bin.valid += count(here);
-            bin.clipped_low += count(token.clipped_low);
-            bin.clipped_high += count(token.clipped_high);
+            let [valid, clipped_low, clipped_high] = kinds.map(|mut kind| {
+                if index > 0 {
+                    kind = lanes.and(kind, above[index - 1]);
+                }
+                if index < above.len() {
+                    kind = lanes.and_not(kind, above[index]);
+                }
+                u64::from(lanes.bits(kind).count_ones())
+            });
+            bin.valid += valid;
+            bin.clipped_low += clipped_low;
+            bin.clipped_high += clipped_high;
         }
     }
 }
@@ -884,6 +1040,10 @@ mod tests {
     fn table(spec: &str, delta: f64) -> BandTable {
         let band = Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap();
         BandTable::of_band(&band).unwrap()
+    }
+
+    fn both<'a, T>(losses: &'a mut [T], gradient: &'a mut [T]) -> Outputs<'a, T> {
+        Outputs { per_token: Some(losses), gradient, weight: 1.0 }
     }
 
     /// Loss, gradient and totals of single tokens `(old, new, advantage)`, all valid.
@@ -905,7 +1065,8 @@ mod tests {
             mask: &vec![1; old.len()],
         };
         let totals =
-            policy_loss(&tokens, bounds, surrogate, true, &mut per_token, &mut gradient).unwrap();
+            policy_loss(&tokens, bounds, surrogate, true, both(&mut per_token, &mut gradient))
+                .unwrap();
         (per_token, gradient, totals)
     }
 
@@ -1007,7 +1168,8 @@ mod tests {
             mask: &[0, 1],
         };
         let (mut loss, mut slope) = ([nan; 2], [nan; 2]);
-        let totals = policy_loss(&tokens, &bounds, PLAIN, true, &mut loss, &mut slope).unwrap();
+        let totals =
+            policy_loss(&tokens, &bounds, PLAIN, true, both(&mut loss, &mut slope)).unwrap();
         assert_eq!((loss[0], slope[0], totals.valid, totals.nonfinite), (0.0, 0.0, 1, 0));
         assert_eq!((totals.kl, totals.log_ratio_min), (0.5, -0.5));
     }
@@ -1057,11 +1219,103 @@ mod tests {
                 advantages,
                 mask: &[1; 6],
             };
-            policy_loss(&tokens, &bounds, PLAIN, false, &mut loss, &mut slope).unwrap();
+            policy_loss(&tokens, &bounds, PLAIN, false, both(&mut loss, &mut slope)).unwrap();
             (loss, slope)
         };
         let each = with(Advantages::PerToken(&[2.0, 2.0, 2.0, -3.0, -3.0, -3.0]));
         assert_eq!(each, with(Advantages::PerRow { values: &[2.0, -3.0], row_length: 3 }));
+    }
+
+    /// Every surrogate in float32, with holes in the mask, against each token by itself.
+    #[test]
+    fn a_token_does_not_see_its_neighbours() {
+        let count = BLOCK + CHUNK + 45;
+        let table = table("kl", 0.05);
+        let wave = |i: usize, frequency: f64| (i as f64 * frequency).sin() as f32;
+        let old: Vec<f32> = (0..count).map(|i| -2.0 - 2.0 * wave(i, 0.37)).collect();
+        let new: Vec<f32> = (0..count).map(|i| old[i] + wave(i, 0.11)).collect();
+        let advantages: Vec<f32> = (0..count).map(|i| wave(i, 0.73)).collect();
+        let mask: Vec<u8> =
+            (0..count).map(|i| u8::from(i % 100 < 40 || wave(i, 1.9) > 0.0)).collect();
+        let (low, high): (Vec<f32>, Vec<f32>) =
+            (0..count).map(|i| (-0.3 - 0.2 * wave(i, 0.5), 0.4 + 0.3 * wave(i, 0.6))).unzip();
+        let of = |from: usize, to: usize, per_token: bool, surrogate: Surrogate| {
+            let tokens = Tokens {
+                old_log_prob: &old[from..to],
+                log_prob: &new[from..to],
+                log_ratio: None,
+                advantages: Advantages::PerToken(&advantages[from..to]),
+                mask: &mask[from..to],
+            };
+            let bounds = if per_token {
+                BoundSource::PerToken { log_lower: &low[from..to], log_upper: &high[from..to] }
+            } else {
+                BoundSource::Table(table.image())
+            };
+            let (mut loss, mut slope) = (vec![7.0; to - from], vec![7.0; to - from]);
+            let outputs = both(&mut loss, &mut slope);
+            let totals = policy_loss(&tokens, &bounds, surrogate, true, outputs).unwrap();
+            (loss, slope, totals)
+        };
+        for surrogate in [
+            dual(1.3),
+            Surrogate::Mask { truncation: Some(1.2) },
+            Surrogate::Weight,
+            Surrogate::GradientPreserving { beta_low: 0.5, beta_high: 0.25 },
+        ] {
+            for per_token in [false, true] {
+                let (loss, slope, totals) = of(0, count, per_token, surrogate);
+                let mut sum = Totals::default();
+                for i in 0..count {
+                    let single = of(i, i + 1, per_token, surrogate);
+                    assert_eq!(
+                        (loss[i], slope[i]),
+                        (single.0[0], single.1[0]),
+                        "{surrogate:?} {i}"
+                    );
+                    sum = sum.merge(&single.2);
+                }
+                let extremes = |totals: &Totals| (totals.log_ratio_min, totals.log_ratio_max);
+                let counts = |totals: &Totals| {
+                    let Totals { valid, clipped_low, clipped_high, limited, .. } = *totals;
+                    (valid, clipped_low, clipped_high, limited, totals.by_probability)
+                };
+                assert_eq!(counts(&totals), counts(&sum));
+                assert_eq!(extremes(&totals), extremes(&sum));
+                // Up to 64 tokens are added up in float32.
+                let close = |a: f64, b: f64, scale: f64| (a - b).abs() <= 64.0 * 2e-7 * scale;
+                assert!(close(totals.loss, sum.loss, sum.gradient_free * 8.0));
+                assert!(close(totals.kl, sum.kl, totals.valid as f64));
+                assert!(close(totals.kl_k3, sum.kl_k3, sum.kl_k3));
+                assert!(close(totals.entropy, sum.entropy, sum.entropy));
+                assert!(close(totals.gradient_free, sum.gradient_free, sum.gradient_free));
+                assert!(close(totals.gradient_removed, sum.gradient_removed, sum.gradient_removed));
+            }
+        }
+    }
+
+    #[test]
+    fn a_weight_is_of_the_gradient_alone_and_losses_need_not_be_written() {
+        let count = CHUNK + 46;
+        let wave = |i: usize, frequency: f64| (i as f64 * frequency).sin() as f32;
+        let old: Vec<f32> = (0..count).map(|i| -2.0 - 2.0 * wave(i, 0.37)).collect();
+        let new: Vec<f32> = (0..count).map(|i| old[i] + wave(i, 0.11)).collect();
+        let advantages = Advantages::PerRow { values: &[1.0, -1.0, 0.5], row_length: count / 3 };
+        assert_eq!(count % 3, 0);
+        let mask: Vec<u8> = (0..count).map(|i| (i % 7) as u8).collect();
+        let tokens =
+            Tokens { old_log_prob: &old, log_prob: &new, log_ratio: None, advantages, mask: &mask };
+        let bounds = BoundSource::Constant { log_lower: -0.2, log_upper: 0.3 };
+        let (mut loss, mut slope) = (vec![7.0; count], vec![7.0; count]);
+        let totals =
+            policy_loss(&tokens, &bounds, PLAIN, true, both(&mut loss, &mut slope)).unwrap();
+        let mut weighted = vec![7.0; count];
+        let outputs = Outputs { per_token: None, gradient: &mut weighted, weight: 1.0 / 3.0 };
+        assert_eq!(policy_loss(&tokens, &bounds, PLAIN, true, outputs).unwrap(), totals);
+        let expected: Vec<f32> = slope.iter().map(|slope| slope * (1.0 / 3.0)).collect();
+        assert_eq!(weighted, expected);
+        assert_eq!(count_valid(&mask) as u64, totals.valid);
+        assert_eq!(count_valid(&[]), 0);
     }
 
     #[test]
@@ -1076,7 +1330,7 @@ mod tests {
         let bounds = BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 };
         let (mut loss, mut slope) = ([7.0], [7.0]);
         let mut refused = |tokens: &Tokens<'_, f64>, surrogate| {
-            policy_loss(tokens, &bounds, surrogate, false, &mut loss, &mut slope)
+            policy_loss(tokens, &bounds, surrogate, false, both(&mut loss, &mut slope))
                 .unwrap_err()
                 .to_string()
         };
@@ -1161,7 +1415,7 @@ mod tests {
             mask: &[1, 1],
         };
         let (mut loss, mut slope) = ([0.0; 2], [0.0; 2]);
-        policy_loss(&tokens, &bounds, PLAIN, false, &mut loss, &mut slope).unwrap();
+        policy_loss(&tokens, &bounds, PLAIN, false, both(&mut loss, &mut slope)).unwrap();
         assert_eq!(loss, [-0.05_f64.exp(), -0.1_f64.exp()]);
         assert_eq!(slope, [-0.05_f64.exp(), 0.0]);
     }

@@ -16,7 +16,8 @@ use pyo3::types::PyBytes;
 use crate::band::{self, Band, Delta, Side};
 use crate::divergence::Divergence;
 use crate::error::Error;
-use crate::loss::{self, Advantages, BoundSource, Float, Surrogate, Tokens};
+use crate::loss::{self, Advantages, BoundSource, Float, Outputs, Tokens};
+use crate::surrogate::Surrogate;
 use crate::table::{BandTable, Curve, Image, MaxError, Stretches, Verification};
 
 impl From<Error> for PyErr {
@@ -383,7 +384,7 @@ fn contains<'py>(
 #[pyfunction]
 #[pyo3(signature = (
     old_log_prob, log_prob, log_ratio, advantages, mask, bounds, row_length, surrogate, parameters,
-    by_probability, per_token, gradient, /
+    by_probability, weight, per_token, gradient, /
 ))]
 #[allow(clippy::too_many_arguments)]
 fn policy_loss<'py>(
@@ -398,7 +399,8 @@ fn policy_loss<'py>(
     surrogate: &str,
     parameters: Vec<f64>,
     by_probability: bool,
-    per_token: Bound<'py, PyAny>,
+    weight: f64,
+    per_token: Option<Bound<'py, PyAny>>,
     gradient: Bound<'py, PyAny>,
 ) -> PyResult<(f64, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
     let first = parameters.first().copied();
@@ -418,30 +420,34 @@ fn policy_loss<'py>(
             .into());
         }
     };
-    let arrays = [old_log_prob, log_prob, advantages, bounds, per_token, gradient];
+    let arrays = [old_log_prob, log_prob, advantages, bounds, gradient];
     let run = if arrays[1].cast::<PyArrayDyn<f32>>().is_ok() {
         policy_loss_of::<f32>
     } else {
         policy_loss_of::<f64>
     };
-    run(py, &arrays, log_ratio.as_ref(), &mask, row_length, surrogate, by_probability)
+    let some = [log_ratio.as_ref(), per_token.as_ref()];
+    run(py, &arrays, some, &mask, row_length, surrogate, by_probability, weight)
 }
 
+#[allow(clippy::too_many_arguments)]
 fn policy_loss_of<'py, T: Float + Element>(
     py: Python<'py>,
-    [old_log_prob, log_prob, advantages, bounds, per_token, gradient]: &[Bound<'_, PyAny>; 6],
-    log_ratio: Option<&Bound<'_, PyAny>>,
+    [old_log_prob, log_prob, advantages, bounds, gradient]: &[Bound<'_, PyAny>; 5],
+    [log_ratio, per_token]: [Option<&Bound<'_, PyAny>>; 2],
     mask: &PyReadonlyArrayDyn<'_, u8>,
     row_length: usize,
     surrogate: Surrogate,
     by_probability: bool,
+    weight: f64,
 ) -> PyResult<(f64, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
     let old_log_prob: PyReadonlyArrayDyn<'_, T> = old_log_prob.extract()?;
     let log_prob: PyReadonlyArrayDyn<'_, T> = log_prob.extract()?;
     let log_ratio: Option<PyReadonlyArrayDyn<'_, T>> =
         log_ratio.map(PyAnyMethods::extract).transpose()?;
     let advantages: PyReadonlyArrayDyn<'_, T> = advantages.extract()?;
-    let mut per_token: PyReadwriteArrayDyn<'_, T> = per_token.extract()?;
+    let mut per_token: Option<PyReadwriteArrayDyn<'_, T>> =
+        per_token.map(PyAnyMethods::extract).transpose()?;
     let mut gradient: PyReadwriteArrayDyn<'_, T> = gradient.extract()?;
 
     let log_prob = log_prob.as_slice()?;
@@ -457,11 +463,13 @@ fn policy_loss_of<'py, T: Float + Element>(
         },
         mask: mask.as_slice()?,
     };
-    let (per_token, gradient) = (per_token.as_slice_mut()?, gradient.as_slice_mut()?);
-    let mut run = |source: BoundSource<'_, T>| {
-        py.detach(|| {
-            loss::policy_loss(&tokens, &source, surrogate, by_probability, per_token, gradient)
-        })
+    let outputs = Outputs {
+        per_token: per_token.as_mut().map(|losses| losses.as_slice_mut()).transpose()?,
+        gradient: gradient.as_slice_mut()?,
+        weight,
+    };
+    let run = |source: BoundSource<'_, T>| {
+        py.detach(|| loss::policy_loss(&tokens, &source, surrogate, by_probability, outputs))
     };
     let totals = if let Ok(words) = bounds.extract::<PyReadonlyArray1<'_, u32>>() {
         run(BoundSource::Table(Image::new(words.as_slice()?)?))
@@ -535,31 +543,35 @@ fn table_bounds_of<T: Float + Element>(
     Ok(py.detach(|| loss::table_bounds(image, old_log_prob, lower, log_upper))?)
 }
 
-/// Writes a gradient times a factor, an array without dimensions, to `scaled`.
+/// How many tokens count.
 #[pyfunction]
-#[pyo3(signature = (gradient, factor, scaled, /))]
+#[pyo3(signature = (mask, /))]
+fn count_valid(mask: PyReadonlyArrayDyn<'_, u8>) -> PyResult<usize> {
+    Ok(loss::count_valid(mask.as_slice()?))
+}
+
+/// Multiplies a gradient by a factor, an array without dimensions.
+#[pyfunction]
+#[pyo3(signature = (gradient, factor, /))]
 fn scale<'py>(
     py: Python<'py>,
     gradient: Bound<'py, PyAny>,
     factor: Bound<'py, PyAny>,
-    scaled: Bound<'py, PyAny>,
 ) -> PyResult<()> {
     if gradient.cast::<PyArrayDyn<f32>>().is_ok() {
-        scale_of::<f32>(py, &gradient, &factor, &scaled)
+        scale_of::<f32>(py, &gradient, &factor)
     } else {
-        scale_of::<f64>(py, &gradient, &factor, &scaled)
+        scale_of::<f64>(py, &gradient, &factor)
     }
 }
 
-fn scale_of<T: Float + Element + std::ops::Mul<Output = T>>(
+fn scale_of<T: Float + Element + std::ops::MulAssign>(
     py: Python<'_>,
     gradient: &Bound<'_, PyAny>,
     factor: &Bound<'_, PyAny>,
-    scaled: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
-    let gradient: PyReadonlyArrayDyn<'_, T> = gradient.extract()?;
+    let mut gradient: PyReadwriteArrayDyn<'_, T> = gradient.extract()?;
     let factor: PyReadonlyArrayDyn<'_, T> = factor.extract()?;
-    let mut scaled: PyReadwriteArrayDyn<'_, T> = scaled.extract()?;
     let &[factor] = factor.as_slice()? else {
         return Err(Error::Length {
             argument: "factor",
@@ -568,8 +580,9 @@ fn scale_of<T: Float + Element + std::ops::Mul<Output = T>>(
         }
         .into());
     };
-    let (gradient, scaled) = (gradient.as_slice()?, scaled.as_slice_mut()?);
-    Ok(py.detach(|| loss::scale(gradient, factor, scaled))?)
+    let gradient = gradient.as_slice_mut()?;
+    py.detach(|| loss::scale(gradient, factor));
+    Ok(())
 }
 
 /// The bound of one side with how it was found: `(log_ratio, outside, status, evaluations)`.
@@ -623,8 +636,8 @@ fn thread_count() -> usize {
 mod _core {
     #[pymodule_export]
     use super::{
-        PyBandTable, PyDivergence, contains, diagnose, divergences, log_bounds, policy_loss, scale,
-        table_bounds, thread_count,
+        PyBandTable, PyDivergence, contains, count_valid, diagnose, divergences, log_bounds,
+        policy_loss, scale, table_bounds, thread_count,
     };
 
     #[pymodule_export]

@@ -28,6 +28,7 @@ from bandpo.loss import (
     policy_loss,
 )
 from bandpo.region import Float64Array
+from bandpo.schedule import Linear, ScheduledBand
 from bandpo.torch import torch
 
 Array: TypeAlias = NDArray[Any]
@@ -296,6 +297,99 @@ class TestMinClip:
         torch.testing.assert_close(gradient, weight * plain)
 
 
+class TestBackwardPass:
+    """The native gradient is scaled where it lies, unless somebody will ask for it again."""
+
+    def test_twice_through_a_kept_graph(self, backend: str) -> None:
+        batch = random_batch((8, 64))
+        log_prob = batch.log_prob.requires_grad_()
+        once = torch.autograd.grad(batch.loss(region=KL, backend=backend).loss, log_prob)[0]
+        loss = batch.loss(region=KL, backend=backend).loss
+        torch.autograd.backward([4.0 * loss], retain_graph=True)
+        torch.autograd.backward([loss])
+        assert log_prob.grad is not None
+        assert torch.equal(log_prob.grad, 5.0 * once)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.backward([loss])
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_factor_is_a_factor(self, mode: str, backend: str) -> None:
+        batch = random_batch((8, 64))
+        log_prob = batch.log_prob.requires_grad_()
+        options: dict[str, Any] = {"region": KL, "backend": backend, "loss_agg_mode": mode}
+        once = torch.autograd.grad(batch.loss(**options).loss, log_prob)[0]
+        torch.autograd.backward([0.25 * batch.loss(**options).loss])
+        assert log_prob.grad is not None
+        assert torch.equal(log_prob.grad, 0.25 * once)
+
+    def test_a_gradient_is_its_owners(self) -> None:
+        batch = random_batch((8, 64))
+        log_prob = batch.log_prob.requires_grad_()
+        result = batch.loss(region=KL)
+        torch.autograd.backward([result.loss], retain_graph=True)
+        assert log_prob.grad is not None
+        once = log_prob.grad.clone()
+        log_prob.grad.zero_()
+        torch.autograd.backward([result.loss])
+        assert torch.equal(log_prob.grad, once)
+
+
+class TestLossOfEachToken:
+    """It is computed when it is looked at, as if it had been there all the time."""
+
+    @pytest.mark.parametrize("surrogate", ["min-clip", "mask", "weight", "gradient-preserving"])
+    def test_it_adds_up_to_the_loss_with_its_gradient(self, surrogate: str, backend: str) -> None:
+        batch = random_batch((8, 64), dtype=torch.float64)
+        log_prob = batch.log_prob.requires_grad_()
+        result = batch.loss(region=KL, surrogate=surrogate, backend=backend)
+        assert result.per_token is result.per_token
+        mean = result.per_token.sum() / batch.response_mask.sum()
+        torch.testing.assert_close(mean, result.loss, rtol=1e-14, atol=0.0)
+        torch.testing.assert_close(
+            torch.autograd.grad(mean, log_prob, retain_graph=True)[0],
+            torch.autograd.grad(result.loss, log_prob)[0],
+            rtol=1e-15,
+            atol=0.0,
+        )
+
+    def test_a_later_step_of_a_schedule_does_not_matter(self, backend: str) -> None:
+        batch = random_batch((8, 64))
+        schedule = ScheduledBand("kl", Linear(0.05, 0.01, 2))
+        result = batch.loss(region=schedule, backend=backend)
+        schedule.step()
+        want = batch.loss(region=KL, backend=backend).per_token
+        assert torch.equal(result.per_token, want)
+
+    def test_without_gradient_it_has_none(self, backend: str) -> None:
+        batch = random_batch((8, 64))
+        batch.log_prob.requires_grad_()
+        with torch.no_grad():
+            result = batch.loss(region=KL, backend=backend)
+        assert not result.per_token.requires_grad
+        with torch.inference_mode():
+            inferred = Batch(*(tensor.clone() for tensor in batch)).loss(region=KL, backend=backend)
+        assert torch.equal(inferred.per_token, result.per_token)
+
+    @pytest.mark.parametrize("changed", Batch._fields)
+    def test_changed_inputs_are_refused(self, changed: str) -> None:
+        batch = random_batch((8, 64))
+        result = batch.loss(region=KL)
+        getattr(batch, changed).zero_()
+        with pytest.raises(bandpo.error.InvalidValueError, match="changed in place"):
+            _ = result.per_token
+        assert result.metrics["valid_tokens"] > 0
+
+    def test_a_result_is_a_sequence_and_pickles(self, backend: str) -> None:
+        result = random_batch((2, 8)).loss(region=KL, backend=backend)
+        loss, per_token, metrics = result
+        assert loss is result[0]
+        assert per_token is result[1]
+        assert metrics is result[-1]
+        copy = pickle.loads(pickle.dumps(result))  # noqa: S301
+        assert isinstance(copy, PolicyLossResult)
+        assert torch.equal(copy.per_token, per_token)
+
+
 class TestBackendsAgree:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(
@@ -335,7 +429,7 @@ class TestBackendsAgree:
         batch = random_batch((4, 8))
         with torch.profiler.profile() as profile:
             batch.loss(region=KL)
-        assert any(event.key == "_PlainTokenLoss" for event in profile.key_averages())
+        assert any(event.key == "_WeightedSum" for event in profile.key_averages())
 
     def test_mixed_dtypes_are_computed_in_the_wider(self, backend: str) -> None:
         batch = random_batch((8, 8), dtype=torch.float64)

@@ -12,6 +12,7 @@ __all__ = [
     "Divergence",
     "__version__",
     "contains",
+    "count_valid",
     "diagnose",
     "divergences",
     "log_bounds",
@@ -104,7 +105,8 @@ def policy_loss(
     surrogate: str,
     parameters: Sequence[float],
     by_probability: bool,
-    per_token: _FloatArray,
+    weight: float,
+    per_token: _FloatArray | None,
     gradient: _FloatArray,
     /,
 ) -> tuple[float, NDArray[np.int64], NDArray[np.float64]]: ...
@@ -115,7 +117,8 @@ def table_bounds(
     log_upper: _FloatArray,
     /,
 ) -> None: ...
-def scale(gradient: _FloatArray, factor: _FloatArray, scaled: _FloatArray, /) -> None: ...
+def count_valid(mask: NDArray[np.uint8], /) -> int: ...
+def scale(gradient: _FloatArray, factor: _FloatArray, /) -> None: ...
 def diagnose(
     divergence: Divergence,
     delta: float | NDArray[np.float64],

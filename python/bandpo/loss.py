@@ -6,8 +6,8 @@ Every backend turns tokens into a loss of each token, first; one reducer turns t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import numpy as np
 
@@ -27,14 +27,17 @@ from bandpo.torch import (
     check_region,
     check_tensor,
     compute_dtype,
+    count_valid,
     default_backend,
     membership_of,
+    needs_no_dispatcher,
     probability_bin,
     require_kernels,
     sides_of,
     token_loss_fused,
     token_loss_torch,
     torch,
+    weighted_sum,
 )
 
 __all__ = [
@@ -92,19 +95,53 @@ class Metrics(Mapping[str, torch.Tensor]):
         return dict, (self._all(),)
 
 
-class PolicyLossResult(NamedTuple):
-    """What `policy_loss` returns.
+class PolicyLossResult(Sequence[Any]):
+    """What `policy_loss` returns: also a sequence of its attributes, in this order.
 
     Attributes:
         loss: The aggregated loss, 0-dim, float32, or float64 where a log-prob is.
         per_token: The loss of each token before aggregation, in the shape of ``log_prob`` and the
-            dtype of ``loss``, 0 for masked tokens. It carries the gradient as well.
+            dtype of ``loss``, 0 for masked tokens. It carries the gradient as well. On a CPU it is
+            computed when it is looked at, for which the inputs must not have been changed in place.
         metrics: Detached tensors by name, on the device of the loss; see `policy_loss`.
     """
 
-    loss: torch.Tensor
-    per_token: torch.Tensor
-    metrics: Mapping[str, torch.Tensor]
+    def __init__(
+        self,
+        loss: torch.Tensor,
+        per_token: torch.Tensor | Callable[[], torch.Tensor],
+        metrics: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.loss = loss
+        self.metrics = metrics
+        self._per_token = per_token
+
+    @property
+    def per_token(self) -> torch.Tensor:
+        """See the class.
+
+        Raises:
+            InvalidValueError: If it was not computed yet and an input has been changed in place.
+        """
+        if not isinstance(self._per_token, torch.Tensor):
+            self._per_token = self._per_token()
+        return self._per_token
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Any, ...]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        return (self.loss, self.per_token, self.metrics)[index]
+
+    def __len__(self) -> int:
+        return 3
+
+    def __reduce__(self) -> tuple[object, tuple[Any, ...]]:
+        return PolicyLossResult, tuple(self)
+
+    def __repr__(self) -> str:
+        return f"PolicyLossResult(loss={self.loss!r}, metrics={self.metrics!r})"
 
 
 def policy_loss(
@@ -278,6 +315,24 @@ def policy_loss(
         valid,
         cu_seqlens,
     )
+    if (
+        backend_loss is token_loss_fused
+        and not rule.changes_tokens
+        and loss_agg_mode != "seq-mean-token-mean"
+        and needs_no_dispatcher(log_prob)
+    ):
+        divisor = _divisor(lambda: count_valid(valid), tokens, reduction)
+        if isinstance(divisor, torch.Tensor):
+            divisor = float(divisor.detach().cpu().numpy())
+        weight = dp_size / divisor
+        inputs = _inputs(rule, tokens, exact, metrics_by_probability)
+        loss, counts, sums = weighted_sum(weight, *inputs)
+        given = (old_log_prob, log_prob, advantages, response_mask, rollout_is_weights)
+        return PolicyLossResult(
+            loss,
+            _per_token_later(rule, tokens, exact, log_prob.shape, given),
+            Metrics(lambda: _metrics(rule, counts, sums, dtype)),
+        )
     per_token, total, counts, sums, more = _token_losses(
         rule, tokens, backend_loss, exact, metrics_by_probability
     )
@@ -407,6 +462,12 @@ class _Rule(NamedTuple):
         return self.surrogate if isinstance(self.surrogate, Mask) else Mask()
 
     @property
+    def changes_tokens(self) -> bool:
+        """Whether some tokens are clipped or masked before a `TokenLoss` is told of them."""
+        whole = self.mask is not None and self.mask.whole_sequence
+        return whole or self.ratio_level == "geometric-mean"
+
+    @property
     def parameters(self) -> list[float]:
         """Those of the surrogate, as a `TokenLoss` takes them."""
         if self.name == "gradient-preserving":
@@ -461,32 +522,61 @@ class _Tokens(NamedTuple):
         return torch.where(self.valid, log_ratio, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
+def _inputs(
+    rule: _Rule,
+    tokens: _Tokens,
+    exact: bool,
+    by_probability: bool,
+) -> _Inputs:
+    """The arguments of a `TokenLoss` for a rule that leaves the tokens as they are."""
+    old_log_prob, log_prob, advantages, valid, _ = tokens
+    of_sequence = rule.ratio_level == "sequence"
+    log_ratio = _sequence_mean(tokens.log_ratio(), tokens) if of_sequence else None
+    valid_tokens = _shaped(valid, old_log_prob.shape)
+    if rule.mask is None:
+        bounds = bounds_of(rule.region, old_log_prob, valid=valid_tokens, exact=exact)
+    else:
+
+        def ratio_of_tokens() -> torch.Tensor:
+            ratio = tokens.log_ratio() if log_ratio is None else log_ratio
+            return ratio.reshape(old_log_prob.shape)
+
+        bounds = membership_of(
+            rule.region, old_log_prob, ratio_of_tokens, valid_tokens, exact=exact
+        )
+    return _Inputs(
+        _shaped(old_log_prob, log_prob.shape),
+        log_prob,
+        log_ratio,
+        advantages,
+        valid,
+        bounds if bounds.ndim == 1 else bounds.reshape(2, *log_prob.shape),
+        rule.name,
+        rule.parameters,
+        by_probability,
+    )
+
+
+class _Inputs(NamedTuple):
+    """The arguments of a `TokenLoss`."""
+
+    old_log_prob: torch.Tensor
+    log_prob: torch.Tensor
+    log_ratio: torch.Tensor | None
+    advantages: torch.Tensor
+    valid: torch.Tensor
+    bounds: torch.Tensor
+    surrogate: str
+    parameters: list[float]
+    by_probability: bool
+
+
 def _token_losses(
     rule: _Rule, tokens: _Tokens, backend_loss: TokenLoss, exact: bool, by_probability: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """What a `TokenLoss` returns, and the metrics that only some rules have."""
     old_log_prob, log_prob, advantages, valid, _ = tokens
     shape = log_prob.shape
-    of_tokens = _shaped(old_log_prob, shape)
-
-    def loss_of(
-        log_prob: torch.Tensor,
-        log_ratio: torch.Tensor | None,
-        advantages: torch.Tensor,
-        bounds: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return backend_loss(
-            of_tokens,
-            log_prob,
-            log_ratio,
-            advantages,
-            valid,
-            bounds if bounds.ndim == 1 else bounds.reshape(2, *shape),
-            rule.name,
-            rule.parameters,
-            by_probability,
-        )
-
     if rule.ratio_level == "geometric-mean":
         own = tokens.log_ratio()
         lower, upper = sides_of(rule.region, old_log_prob, exact=exact)
@@ -495,35 +585,28 @@ def _token_losses(
         clipped = low | high
         bound = torch.where(low, lower.reshape(shape), upper.reshape(shape))
         mean = _sequence_mean(torch.where(clipped, bound, own), tokens)
-        bounds = bounds_of(_NO_CLIP, old_log_prob)  # clipped already
-        per_token, total, counts, sums = loss_of(
-            torch.where(clipped, log_prob.detach(), log_prob), mean, advantages, bounds
+        per_token, total, counts, sums = backend_loss(
+            _shaped(old_log_prob, shape),
+            torch.where(clipped, log_prob.detach(), log_prob),
+            mean,
+            advantages,
+            valid,
+            bounds_of(_NO_CLIP, old_log_prob),  # clipped already
+            rule.name,
+            rule.parameters,
+            by_probability,
         )
         removed = torch.where(clipped, per_token.detach(), 0.0).abs().sum()
         counts, sums = _with_clipped(counts, sums, low, high, removed, old_log_prob, valid)
         return per_token, total, counts, sums, {}
 
-    valid_tokens = _shaped(valid, old_log_prob.shape)
-    of_sequence = rule.ratio_level == "sequence"
-    log_ratio = _sequence_mean(tokens.log_ratio(), tokens) if of_sequence else None
-    if rule.mask is None:
-        bounds = bounds_of(rule.region, old_log_prob, valid=valid_tokens, exact=exact)
-        return *loss_of(log_prob, log_ratio, advantages, bounds), {}
+    inputs = _inputs(rule, tokens, exact, by_probability)
+    if rule.mask is None or not rule.mask.whole_sequence:
+        return *backend_loss(*inputs), {}
 
-    def ratio_of_tokens() -> torch.Tensor:
-        return tokens.log_ratio() if log_ratio is None else log_ratio
-
-    bounds = membership_of(
-        rule.region,
-        old_log_prob,
-        lambda: ratio_of_tokens().reshape(old_log_prob.shape),
-        valid_tokens,
-        exact=exact,
-    )
-    if not rule.mask.whole_sequence:
-        return *loss_of(log_prob, log_ratio, advantages, bounds), {}
-
-    ratio = ratio_of_tokens()
+    ratio = tokens.log_ratio() if inputs.log_ratio is None else inputs.log_ratio
+    bounds = inputs.bounds
+    bounds = bounds if bounds.ndim == 1 else bounds.reshape(2, *old_log_prob.shape)
     lower, upper = sides_of(rule.region, old_log_prob, bounds=bounds)
     below = valid & (ratio < lower.reshape(shape))
     above = valid & (ratio > upper.reshape(shape))
@@ -532,9 +615,8 @@ def _token_losses(
     # A NaN is not outside, and is not to be hidden by a neighbour that is.
     masked = sequences.spread(dropped) & valid & ~(ratio.isnan() | advantages.isnan())
     advantages = advantages.expand(shape)
-    per_token, total, counts, sums = loss_of(
-        log_prob, log_ratio, torch.where(masked, 0.0, advantages), bounds
-    )
+    kept = inputs._replace(advantages=torch.where(masked, 0.0, advantages))
+    per_token, total, counts, sums = backend_loss(*kept)
     removed = torch.where(masked, advantages.abs() * ratio.exp(), 0.0).sum()
     low, high = below & (advantages < 0.0), above & (advantages > 0.0)
     counts, sums = _with_clipped(counts, sums, low, high, removed, old_log_prob, valid)
@@ -545,6 +627,37 @@ def _token_losses(
     nonempty = (sequences.lengths > 0).sum().clamp(min=1)
     share = dropped.sum().to(log_prob.dtype) / nonempty
     return per_token, total, counts, sums, {"masked_sequence_fraction": share}
+
+
+def _per_token_later(
+    rule: _Rule,
+    tokens: _Tokens,
+    exact: bool,
+    shape: torch.Size,
+    given: tuple[torch.Tensor | None, ...],
+) -> Callable[[], torch.Tensor]:
+    """Returns what computes the losses of the tokens, as of now, when it is called.
+
+    Few look at them, and to write them costs as much as the gradient.
+    """
+    # The region of a schedule may be another one by then.
+    now = rule.region.region if isinstance(rule.region, RegionSource) else rule.region
+    rule = rule._replace(region=now)
+    tracked = [tensor for tensor in given if tensor is not None and not tensor.is_inference()]
+    versions = [tensor._version for tensor in tracked]
+    with_gradient = torch.is_grad_enabled()
+
+    def compute() -> torch.Tensor:
+        if [tensor._version for tensor in tracked] != versions:
+            raise InvalidValueError(
+                "per_token must be looked at before a tensor that was given to policy_loss is "
+                "changed in place"
+            )
+        with torch.set_grad_enabled(with_gradient):
+            per_token = _token_losses(rule, tokens, token_loss_fused, exact, False)[0]
+            return _shaped(per_token, shape)
+
+    return compute
 
 
 def _sequence_mean(values: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
@@ -642,21 +755,26 @@ def _aggregate(
     reduction: _Reduction,
 ) -> torch.Tensor:
     """Every mode is a sum over tokens, 0 where masked, with one weight for each sequence."""
-    mode, dp_size, tokens, sequences, scale = reduction
-    if mode == "seq-mean-token-mean":
+    if reduction.mode == "seq-mean-token-mean":
         of_batch = batch.sequences()
         total = (per_token / of_batch.spread(of_batch.lengths).clamp(min=1)).sum()
-    total = total if dp_size == 1 else total * dp_size
+    total = total if reduction.dp_size == 1 else total * reduction.dp_size
+    return total / _divisor(lambda: valid_tokens, batch, reduction)
+
+
+def _divisor(valid_tokens: Callable[[], Count], batch: _Tokens, reduction: _Reduction) -> Count:
+    """What the sum is divided by, before ranks are taken into account."""
+    mode, _, tokens, sequences, scale = reduction
     if mode == "token-sum":
-        return total
+        return 1
     if mode == "token-mean":
-        return total / _at_least_one(valid_tokens if tokens is None else tokens)
+        return _at_least_one(valid_tokens() if tokens is None else tokens)
     if sequences is None:
         sequences = (batch.sequences().lengths > 0).sum()
-    loss = total / _at_least_one(sequences)
+    divisor = _at_least_one(sequences)
     if mode == "seq-mean-token-sum-norm":
-        loss = loss / (max(per_token.shape[1], 1) if scale is None else scale)
-    return loss
+        divisor = divisor * (max(batch.valid.shape[1], 1) if scale is None else scale)
+    return divisor
 
 
 def _at_least_one(count: Count) -> Count:

@@ -790,7 +790,7 @@ def token_loss_op(
     by_probability: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses, gradients, counts and sums of a batch on the CPU; `bandpo.cuda` adds its kernel."""
-    per_token, gradient, _, counts, sums = _in_rust(
+    per_token, gradient, _, counts, sums = _all_in_rust(
         old_log_prob,
         log_prob,
         log_ratio,
@@ -804,6 +804,19 @@ def token_loss_op(
     return per_token, gradient, counts, sums
 
 
+def _all_in_rust(
+    old_log_prob: torch.Tensor, log_prob: torch.Tensor, *others: Any
+) -> tuple[torch.Tensor, ...]:
+    """Losses, gradients, their sum, counts and sums."""
+    per_token = _empty_like(log_prob)
+    found = _in_rust(old_log_prob, log_prob, *others, per_token=per_token)
+    return per_token, *found
+
+
+def _empty_like(log_prob: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(log_prob.detach(), memory_format=torch.contiguous_format)
+
+
 def _in_rust(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
@@ -814,11 +827,16 @@ def _in_rust(
     surrogate: str,
     parameters: list[float],
     by_probability: bool,
+    weight: float = 1.0,
+    *,
+    per_token: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
+    """Gradients and sum of the losses, both times the weight, counts and sums.
+
+    The losses themselves are written to ``per_token``.
+    """
     log_prob = log_prob.detach()
-    per_token, gradient = (
-        torch.empty_like(log_prob, memory_format=torch.contiguous_format) for _ in range(2)
-    )
+    gradient = _empty_like(log_prob)
 
     def array(tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.contiguous().numpy()
@@ -835,13 +853,13 @@ def _in_rust(
         surrogate,
         parameters,
         by_probability,
-        per_token.numpy(),
+        weight,
+        None if per_token is None else per_token.numpy(),
         gradient.numpy(),
     )
     return (
-        per_token,
         gradient,
-        torch.tensor(total, dtype=log_prob.dtype),
+        torch.tensor(weight * total, dtype=log_prob.dtype),
         torch.from_numpy(counts),
         torch.from_numpy(sums),
     )
@@ -868,11 +886,15 @@ def _(
     return per_token, gradient, counts, log_prob.new_empty(SUMS, dtype=torch.float64)
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.save_for_backward(output[1])
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], gradient: torch.Tensor) -> None:
+    ctx.save_for_backward(gradient)
     ctx.set_materialize_grads(False)
     # The gradient of the other two does not depend on log_prob: its ratio is a constant.
     ctx.carries_ratio = inputs[6] in ("min-clip", "gradient-preserving")
+
+
+def _save_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _save_gradient(ctx, inputs, output[1])
 
 
 def _backward(
@@ -899,7 +921,7 @@ def _gradients(
     return None, gradient * whole, *[None] * 7
 
 
-token_loss_op.register_autograd(_backward, setup_context=_save_gradient)
+token_loss_op.register_autograd(_backward, setup_context=_save_of_op)
 
 
 def token_loss_fused(
@@ -928,32 +950,59 @@ def token_loss_fused(
     if not _is_in_memory(log_prob):
         per_token, _, counts, sums = token_loss_op(*inputs)
         return per_token, per_token.sum(), counts, sums.detach()
-    # Where nobody needs the dispatcher, it costs more than the loss of a thousand tokens.
-    transformed = torch._C._are_functorch_transforms_active()
-    run: Any = _TransformedTokenLoss.apply if transformed else _PlainTokenLoss.apply
-    per_token, _, total, counts, sums = run(*inputs)
+    per_token, _, total, counts, sums = _TokenLossFunction.apply(*inputs)  # type: ignore[no-untyped-call]
     return per_token, total, counts, sums
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _save_gradient(ctx, inputs, output)
-    ctx.save_for_forward(output[1])
-    ctx.mark_non_differentiable(*output[3:])
+def count_valid(valid: torch.Tensor) -> int:
+    """Returns how many tokens count, of a bool tensor of the CPU."""
+    return _core.count_valid(valid.contiguous().numpy().view(np.uint8))
 
 
-def _forward_mode(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def needs_no_dispatcher(log_prob: torch.Tensor) -> bool:
+    """Whether `weighted_sum` can take a tensor of the CPU: nothing traces or transforms it."""
+    return _is_in_memory(log_prob) and not torch._C._are_functorch_transforms_active()
+
+
+def weighted_sum(weight: float, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the sum of the losses times a weight, counts and sums of a `TokenLoss`.
+
+    Nothing but the gradient is written, already weighted: for a loss that is a mean, neither it nor
+    its gradient needs another pass over the tokens. And without the dispatcher, which costs more
+    than the loss of a thousand tokens.
+
+    Args:
+        weight: What the sum is multiplied by.
+        inputs: The arguments of a `TokenLoss`, for which `needs_no_dispatcher`.
+    """
+    _, loss, counts, sums = _WeightedSum.apply(*inputs, weight)  # type: ignore[no-untyped-call]
+    return loss, counts, sums
+
+
+def _forward_mode(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tangents of the losses and of their gradients."""
     (gradient,) = ctx.saved_tensors
     moved = gradient * tangents[1]
-    of_gradient = moved if ctx.carries_ratio else torch.zeros_like(moved)
-    return moved, of_gradient, moved.sum(), None, None
+    return moved, moved if ctx.carries_ratio else torch.zeros_like(moved)
 
 
-class _TransformedTokenLoss(torch.autograd.Function):
+class _TokenLossFunction(torch.autograd.Function):
     """The operator in the form that `torch.func` takes, with the sum of the losses."""
 
-    forward = staticmethod(_in_rust)
-    setup_context = staticmethod(_save)
-    jvp = staticmethod(_forward_mode)
+    forward = staticmethod(_all_in_rust)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Saves the gradient."""
+        _save_gradient(ctx, inputs, output[1])
+        ctx.save_for_forward(output[1])
+        ctx.mark_non_differentiable(*output[3:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Returns the tangents of the outputs."""
+        moved, of_gradient = _forward_mode(ctx, *tangents)
+        return moved, of_gradient, moved.sum(), None, None
 
     @staticmethod
     def backward(
@@ -971,33 +1020,44 @@ class _TransformedTokenLoss(torch.autograd.Function):
         return _gradients(ctx, whole, grad_gradient)
 
 
-class _PlainTokenLoss(torch.autograd.Function):
-    """The same where nobody inspects it."""
-
-    jvp = staticmethod(_forward_mode)
-
+class _WeightedSum(torch.autograd.Function):
     # Not in the newer form with setup_context: for that torch inspects signatures at every call.
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
         output = _in_rust(*inputs)
-        _save(ctx, inputs, output)
+        _save_gradient(ctx, inputs, output[0])
+        ctx.save_for_forward(output[0])
+        ctx.mark_non_differentiable(*output[2:])
         return output
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Returns the tangents of the outputs."""
+        moved, of_gradient = _forward_mode(ctx, *tangents)
+        return of_gradient, moved.sum(), None, None
 
     @staticmethod
     def backward(
         ctx: Any,
-        grad_per_token: torch.Tensor | None,
         grad_gradient: torch.Tensor | None,
-        grad_total: torch.Tensor | None,
+        grad_loss: torch.Tensor | None,
         *_: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         """Returns the gradients of the inputs."""
-        others = (grad_per_token, grad_gradient, grad_total)
-        if others[:2] != (None, None) or grad_total is None or torch.is_grad_enabled():
-            return _TransformedTokenLoss.backward(ctx, *others)
-        # In Rust as well: the threads of torch would go on to spin for a while, where those of
-        # the next loss are to run.
-        (gradient,) = ctx.saved_tensors
-        scaled = torch.empty_like(gradient)
-        _core.scale(gradient.detach().numpy(), grad_total.numpy(), scaled.numpy())
-        return None, scaled, *[None] * 7
+        if grad_gradient is not None or grad_loss is None or torch.is_grad_enabled():
+            return *_gradients(ctx, grad_loss, grad_gradient), None
+        (saved,) = ctx.saved_tensors
+        # Where the graph is about to be freed nobody needs the gradient as it was, and memory that
+        # is new to the process costs more than all the rest.
+        gradient = saved.clone() if _keeps_graph() else saved.detach()
+        if grad_loss.numpy() != 1.0:
+            # In Rust as well: the threads of torch would go on to spin for a while, where those of
+            # the next loss are to run.
+            _core.scale(gradient.numpy(), grad_loss.numpy())
+        return None, gradient, *[None] * 8
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward pass that is running leaves its graph for another one."""
+    known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return known is None or bool(known())
