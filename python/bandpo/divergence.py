@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bandpo import _core
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.generator import CallableGenerator, checked_limit
+
+if TYPE_CHECKING:
+    from bandpo.generator import CallableGenerator
 
 
 class Divergence:
@@ -119,6 +121,8 @@ class Divergence:
         """
         if not isinstance(text, str):
             raise InvalidTypeError(f"text must be an expression (str), got {type(text).__name__}")
+        from bandpo.generator import checked_limit  # half of the package, and few need it
+
         at_zero = checked_limit("at_zero", at_zero)
         slope_at_infinity = checked_limit("slope_at_infinity", slope_at_infinity)
         divergence = cls.__new__(cls)
@@ -152,6 +156,8 @@ class Divergence:
             InvalidValueError: If it raises, returns another shape or NaN, or the function is not
                 convex, not finite on (0, inf) or not 0 at 1 (with where and by how much).
         """
+        from bandpo.generator import CallableGenerator
+
         divergence = cls.__new__(cls)
         divergence._solver = CallableGenerator(
             fn, at_zero=at_zero, slope_at_infinity=slope_at_infinity

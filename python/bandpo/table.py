@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bandpo import _core
-from bandpo.error import InvalidTypeError, InvalidValueError, OutputPathError
+from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Band, Float64Array, Region, as_float64, from_description
 
 TARGET = 1e-6
@@ -170,7 +167,9 @@ class BandTable(Region):
         if region is not None and not isinstance(region, Region):
             raise InvalidTypeError(f"region must be a Region, got {type(region).__name__}")
         exact = _exact(self.region if region is None else region)
-        state = _Checkpoint(checkpoint, self._core.to_bytes(), count)
+        from bandpo.checkpoint import Checkpoint  # its imports take longer than a table
+
+        state = Checkpoint(checkpoint, self._core.to_bytes(), count)
         saved = time.monotonic()
         while state.done < count:
             stop = min(state.done + _BLOCK, count)
@@ -231,49 +230,3 @@ def _exact(region: Region) -> object:
     if isinstance(region, Band) and isinstance(region.divergence._solver, _core.Divergence):
         return region.divergence._solver, region.delta_low, region.delta_high
     return region.log_bounds
-
-
-class _Checkpoint:
-    """How far a verification got, in memory and in a file."""
-
-    def __init__(self, path: str | os.PathLike[str] | None, table: bytes, count: int) -> None:
-        self.path = None if path is None else Path(path)
-        self.key = {"table": hashlib.sha256(table).hexdigest(), "count": count}
-        self.done = 0
-        self.max_error = MaxError(0.0, 0.0)
-        if self.path is None:
-            return
-        if not self.path.exists():
-            self.save()  # now, rather than after minutes, if it cannot be written
-            return
-        try:
-            kept = json.loads(self.path.read_text())
-            ours = all(kept[name] == value for name, value in self.key.items())
-            done, max_error = int(kept["done"]), MaxError(*map(float, kept["max_error"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InvalidValueError(f"checkpoint {self.path} cannot be used: {error}") from None
-        if not ours or not 0 <= done <= count:
-            raise InvalidValueError(f"checkpoint {self.path} belongs to another verification")
-        if not all(error >= 0.0 for error in max_error):
-            raise InvalidValueError(f"checkpoint {self.path} holds impossible errors {max_error}")
-        self.done, self.max_error = done, max_error
-
-    def merge(self, found: tuple[float, float], done: int) -> None:
-        self.max_error = MaxError(*map(max, self.max_error, found))
-        self.done = done
-
-    def save(self) -> None:
-        if self.path is None:
-            return
-        content = {**self.key, "done": self.done, "max_error": list(self.max_error)}
-        try:
-            with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".bandpo-") as folder:
-                whole = Path(folder, "checkpoint")
-                whole.write_text(json.dumps(content))
-                whole.replace(self.path)
-        except OSError as error:
-            raise OutputPathError(f"cannot write {self.path}: {error.strerror}") from None
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
