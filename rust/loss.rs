@@ -317,6 +317,51 @@ pub fn table_bounds<T: Float>(
     Ok(())
 }
 
+/// Writes what [`BandTable::log_bounds`](crate::table::BandTable::log_bounds) says of every token.
+///
+/// # Errors
+/// [`Error::Length`] if the slices differ in length.
+pub fn table_log_bounds(
+    image: Image<'_>,
+    logp: &[f64],
+    log_lower: &mut [f64],
+    log_upper: &mut [f64],
+) -> Result<()> {
+    let expected = logp.len();
+    for (argument, actual) in [("log_lower", log_lower.len()), ("log_upper", log_upper.len())] {
+        if actual != expected {
+            return Err(Error::Length { argument, actual, expected });
+        }
+    }
+    let block = |(logp, (log_lower, log_upper)): (&[f64], (&mut [f64], &mut [f64]))| {
+        let [mut old, mut lower, mut upper] = [[0.0_f32; BLOCK]; 3];
+        let old_log_prob = &mut old[..logp.len()];
+        for (narrow, &logp) in old_log_prob.iter_mut().zip(logp) {
+            *narrow = logp as f32;
+        }
+        let (lower, upper) = (&mut lower[..logp.len()], &mut upper[..logp.len()]);
+        f32::run(LookUp { image, old_log_prob, lower, log_upper: upper });
+        for (log_lower, &lower) in log_lower.iter_mut().zip(&*lower) {
+            *log_lower = f64::from(lower).ln();
+        }
+        for (log_upper, &upper) in log_upper.iter_mut().zip(&*upper) {
+            *log_upper = f64::from(upper);
+        }
+    };
+    let sides = log_lower.chunks_mut(CHUNK).zip(log_upper.chunks_mut(CHUNK));
+    let one = |(logp, (log_lower, log_upper)): (&[f64], (&mut [f64], &mut [f64]))| {
+        let sides = log_lower.chunks_mut(BLOCK).zip(log_upper.chunks_mut(BLOCK));
+        logp.chunks(BLOCK).zip(sides).for_each(block);
+    };
+    let parts = logp.chunks(CHUNK).zip(sides);
+    if expected >= PARALLEL_FROM {
+        map_parts(parts.collect(), one);
+    } else {
+        parts.for_each(one);
+    }
+    Ok(())
+}
+
 /// Both sides of a table for some tokens.
 struct LookUp<'a, T> {
     image: Image<'a>,
@@ -1439,6 +1484,20 @@ mod tests {
             }
         }
         assert!(table_bounds(table.image(), &old, &mut lower[1..], &mut log_upper).is_err());
+
+        let old: Vec<f64> = old.into_iter().map(|old| 1.000_000_01 * f64::from(old)).collect();
+        let (mut log_lower, mut log_upper) = (vec![0.0; old.len()], vec![0.0; old.len()]);
+        table_log_bounds(table.image(), &old, &mut log_lower, &mut log_upper).unwrap();
+        for ((&old, lower), upper) in old.iter().zip(&log_lower).zip(&log_upper) {
+            let scalar = table.log_bounds(old);
+            if old.is_nan() {
+                assert!(lower.is_nan() && upper.is_nan());
+            } else {
+                assert_eq!((*lower, *upper), scalar, "{old}");
+            }
+        }
+        let (log_lower, log_upper) = (&mut log_lower[1..], &mut log_upper);
+        assert!(table_log_bounds(table.image(), &old, log_lower, log_upper).is_err());
     }
 
     #[test]

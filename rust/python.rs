@@ -259,15 +259,17 @@ impl PyBandTable {
         Ok(self.0.save(&path)?)
     }
 
-    fn log_bounds<'py>(
+    fn log_bounds(
         &self,
-        py: Python<'py>,
-        logp: PyReadonlyArray1<'py, f64>,
-    ) -> PyResult<(Bound<'py, PyArray1<f64>>, Bound<'py, PyArray1<f64>>)> {
+        py: Python<'_>,
+        logp: PyReadonlyArrayDyn<'_, f64>,
+        mut log_lower: PyReadwriteArrayDyn<'_, f64>,
+        mut log_upper: PyReadwriteArrayDyn<'_, f64>,
+    ) -> PyResult<()> {
         let logp = logp.as_slice()?;
-        let (lower, upper): (Vec<f64>, Vec<f64>) =
-            py.detach(|| logp.iter().map(|&logp| self.0.log_bounds(logp)).unzip());
-        Ok((lower.into_pyarray(py), upper.into_pyarray(py)))
+        let (log_lower, log_upper) = (log_lower.as_slice_mut()?, log_upper.as_slice_mut()?);
+        let image = self.0.image();
+        Ok(py.detach(|| loss::table_log_bounds(image, logp, log_lower, log_upper))?)
     }
 
     fn words<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i32>> {

@@ -59,8 +59,9 @@ class BandTable(Region):
         an absolute error in ``exp(log_lower)``.
         """
         tokens = as_float64("logp", logp)
-        log_lower, log_upper = self._core.log_bounds(np.ascontiguousarray(tokens).reshape(-1))
-        return log_lower.reshape(tokens.shape), log_upper.reshape(tokens.shape)
+        log_lower, log_upper = np.empty(tokens.shape), np.empty(tokens.shape)
+        self._core.log_bounds(np.ascontiguousarray(tokens), log_lower, log_upper)
+        return log_lower, log_upper
 
     @property
     def per_token(self) -> bool:
