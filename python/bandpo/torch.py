@@ -323,24 +323,84 @@ def _source(region: AnyRegion, dtype: torch.dtype, device: torch.device, exact: 
     return _Source(None, id(region))
 
 
-_BOUNDS: dict[tuple[int, torch.dtype | None, torch.device], torch.Tensor] = {}
+class _Kept:
+    """A tensor that outlives the call which fills it, for whichever stream is current later."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._filled: torch.cuda.Event | None = None
+        self.note_filled()
+
+    def note_filled(self) -> None:
+        """Marks where the current stream has filled the tensor; the host does not wait for it."""
+        if self.tensor.is_cuda:
+            self._filled = torch.cuda.current_stream(self.tensor.device).record_event()
+
+    def ready(self) -> torch.Tensor:
+        """The tensor, filled before the current stream reads it and not freed before it has."""
+        # A graph has no such event outside of it, and nothing is in flight when its capture begins.
+        if self._filled is not None and not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(self.tensor.device)
+            stream.wait_event(self._filled)
+            self.tensor.record_stream(stream)
+        return self.tensor
+
+
+_KEPT: dict[tuple[int, object, torch.device], _Kept] = {}
+
+
+def keep(
+    region: Region, what: object, device: torch.device, make: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """Returns a tensor that is made once for a region on a device and kept as long as it lives.
+
+    Args:
+        region: What the tensor says something of.
+        what: What that is, hashable.
+        device: Where the tensor is.
+        make: Returns it; called at the first use.
+
+    Raises:
+        InvalidValueError: If the first use is in the capture of a CUDA graph.
+    """
+    # By identity: a look-up by value would hash the region at every call.
+    key = id(region), what, device
+    kept = _KEPT.get(key)
+    if kept is None:
+        check_no_capture(device)
+        with torch.inference_mode(False):  # or autograd could not save it outside of it
+            tensor = make()
+        if type(tensor) is not torch.Tensor:  # a fake one would outlive its mode
+            return tensor
+        kept = _KEPT[key] = _Kept(tensor)
+        weakref.finalize(region, _KEPT.pop, key, None)
+    return kept.ready()
+
+
+def check_no_capture(device: torch.device) -> None:
+    """Raises InvalidValueError where the current stream is captured to a CUDA graph."""
+    if device.type != "cuda" or not torch.cuda.is_available():  # but fake tensors say so
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise InvalidValueError(
+            f"region must be used on {device} once before a CUDA graph is captured: what is copied "
+            f"there at its first use would become a part of the graph"
+        )
+
+
+def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Returns an array on a device, by a copy that the host does not wait for."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda" and type(tensor) is torch.Tensor:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _kept_bounds(region: Region, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The constants or the table of a region, as long as it lives."""
-    # By identity: a look-up by value would hash the region at every call.
-    key = id(region), dtype if isinstance(region, Clip) else None, device
-    bounds = _BOUNDS.get(key)
-    if bounds is None:
-        with torch.inference_mode(False):  # or autograd could not save it outside of it
-            if isinstance(region, Clip):
-                bounds = _constants(region, dtype, device)
-            else:
-                bounds = torch.from_numpy(region.table().words).to(device)
-        if type(bounds) is torch.Tensor:  # a fake one would outlive its mode
-            _BOUNDS[key] = bounds
-            weakref.finalize(region, _BOUNDS.pop, key, None)
-    return bounds
+    """The constants or the table of a region."""
+    if isinstance(region, Clip):
+        return keep(region, dtype, device, lambda: _constants(region, dtype, device))
+    return keep(region, "table", device, lambda: upload(region.table().words, device))
 
 
 class _LiveBounds:
@@ -348,12 +408,13 @@ class _LiveBounds:
 
     def __init__(self, source: RegionSource) -> None:
         self._region = source.region
-        self._tensors: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        self._tensors: dict[tuple[torch.dtype, torch.device], _Kept] = {}
         source.subscribe(self.change)
 
     def on(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        tensor = self._tensors.get((dtype, device))
-        if tensor is None:
+        kept = self._tensors.get((dtype, device))
+        if kept is None:
+            check_no_capture(device)
             with torch.inference_mode(False):  # or it could not be filled anew outside of it
                 if isinstance(self._region, Clip):
                     tensor = torch.empty(2, dtype=dtype, device=device)
@@ -361,9 +422,9 @@ class _LiveBounds:
                     tensor = torch.zeros(MOST_TABLE_WORDS, dtype=torch.int32, device=device)
             if type(tensor) is not torch.Tensor:  # a fake one would outlive its mode
                 return tensor
-            self._tensors[dtype, device] = tensor
-            self._fill(tensor)
-        return tensor
+            kept = self._tensors[dtype, device] = _Kept(tensor)
+            self._fill(kept)
+        return kept.ready()
 
     def change(self, region: Region) -> None:
         if isinstance(region, Clip) is not isinstance(self._region, Clip):
@@ -372,15 +433,17 @@ class _LiveBounds:
                 f"and is {region!r}"
             )
         self._region = region
-        for tensor in self._tensors.values():
-            self._fill(tensor)
+        for kept in self._tensors.values():
+            self._fill(kept)
 
-    def _fill(self, tensor: torch.Tensor) -> None:
+    def _fill(self, kept: _Kept) -> None:
+        tensor = kept.tensor
         if isinstance(self._region, Clip):
             tensor.copy_(_constants(self._region, tensor.dtype, tensor.device))
-            return
-        words = torch.from_numpy(self._region.table().words)
-        tensor[: words.shape[0]].copy_(words)
+        else:
+            words = upload(self._region.table().words, tensor.device)
+            tensor[: words.shape[0]].copy_(words)
+        kept.note_filled()
 
 
 _LIVE: weakref.WeakKeyDictionary[RegionSource, _LiveBounds] = weakref.WeakKeyDictionary()
