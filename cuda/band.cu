@@ -328,11 +328,11 @@ __global__ void __launch_bounds__(THREADS, 1) band_bounds(const Stored* old_log_
   }
 }
 
-// Log-ratios, moved to the nearest bound where they lie outside.
+// Log-ratios, or ratios, moved to the nearest bound where they lie outside.
 template <class Stored, template <class> class Bounds>
 __global__ void __launch_bounds__(THREADS, 1) band_clip(const Stored* old_log_prob,
-                                                     const typename Computed<Stored>::Type* log_ratio, Index count,
-                                                     const void* bounds, int table_words,
+                                                     const typename Computed<Stored>::Type* values, Index count,
+                                                     int of_ratio, const void* bounds, int table_words,
                                                      typename Computed<Stored>::Type* moved) {
   typedef typename Computed<Stored>::Type T;
   BAND_TABLE_IN_SHARED_MEMORY(table);
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(THREADS, 1) band_clip(const Stored* old_log_pr
   const Index stride = static_cast<Index>(gridDim.x) * THREADS;
   for (Index i = static_cast<Index>(blockIdx.x) * THREADS + threadIdx.x; i < count; i += stride) {
     const T logp = widened(old_log_prob[i]);
-    moved[i] = clipped(region, i, logp, log_ratio[i]);
+    moved[i] = clipped(region, i, logp, values[i], of_ratio != 0);
   }
 }
 

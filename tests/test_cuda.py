@@ -29,6 +29,7 @@ from bandpo.torch import (
     _kernels,
     bounds_of,
     clip,
+    clip_ratio,
     default_backend,
     read_table,
     token_loss_op,
@@ -70,6 +71,10 @@ over; a partial sum of 32 terms of one sign is off by 31 roundings of 6e-8 at mo
 
 LIBM = 8 * 2.0**-52
 """Relative, of float64: exponentials of different libraries differ by an ulp each, in products."""
+
+EXPONENTIATED = {torch.float32: 4 * 2.0**-24, torch.float64: LIBM}
+"""Relative: exp of a float32 within 2 ulp, as CUDA documents it; of x <= 0 itself rounded, as
+log(lower) is, an ulp of 1 at most, because x e^x is below 1."""
 
 WELL_CONDITIONED = 20.0
 SOLVED = 1e-12
@@ -318,13 +323,44 @@ class TestTable:
         x = new - old
         wanted = clip(region, old, x)
         bounds = bounds_of(region, old)
-        moved, inside = cuda.clipped(*on(device, [bounds, old, x]))
+        tensors = on(device, [bounds, old, x])
+        moved, inside = cuda.clipped(tensors[0], tensors[1], tensors[2], of_ratio=False)
         torch.testing.assert_close(
             moved.cpu(), wanted, rtol=LIBM if dtype == torch.float64 else 1.2e-7, atol=0.0,
             equal_nan=True,
         )  # fmt: skip
         assert torch.equal(inside.cpu(), moved.cpu() == x)
         assert 0 < inside.sum() < inside.numel() or region == REGIONS[5]
+
+    @pytest.mark.parametrize("region", REGIONS, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_clip_of_ratios(
+        self, dtype: torch.dtype, region: bandpo.Region, device: torch.device
+    ) -> None:
+        old, new, _, _ = batch((13, 61), dtype)
+        ratio = (new - old).exp()
+        ratio[0, :4] = torch.tensor([0.0, float("inf"), -1.0, 1.0])
+        old[0, :4] = -1.0
+        bounds = bounds_of(region, old)
+        if bounds.dtype == torch.int32:
+            lower = read_table(bounds, old, torch.tensor(True)).double()
+            upper = read_table(bounds, old, torch.tensor(False)).double().exp()
+        else:
+            lower, upper = bounds.double().exp()
+        wanted = torch.where(old.isnan(), old.double(), ratio.double().clamp(lower, upper))
+        wanted = wanted.to(dtype)
+        tensors = on(device, [bounds, old, ratio])
+        moved, inside = cuda.clipped(tensors[0], tensors[1], tensors[2], of_ratio=True)
+        torch.testing.assert_close(
+            moved.cpu(), wanted, rtol=EXPONENTIATED[dtype], atol=0.0, equal_nan=True
+        )
+        assert torch.equal(inside.cpu(), moved.cpu() == ratio)
+        assert 0 < inside.sum() < inside.numel()
+        # Plain torch takes the lower bound of a table through its logarithm.
+        torch.testing.assert_close(
+            clip_ratio(region, old, ratio), wanted, equal_nan=True,
+            rtol=EXPONENTIATED[dtype], atol=torch.finfo(dtype).eps,
+        )  # fmt: skip
 
 
 class TestOperators:
@@ -385,7 +421,9 @@ class TestOperators:
         bounds = bounds_of(region, old)
         if bounds.dtype == torch.int32:
             torch.library.opcheck(torch.ops.bandpo.table_log_bounds.default, (bounds, old))
-        torch.library.opcheck(torch.ops.bandpo.clipped.default, (bounds, old, x))
+        for of_ratio in (False, True):
+            arguments = bounds, old, x, of_ratio
+            torch.library.opcheck(torch.ops.bandpo.clipped.default, arguments)
 
     @pytest.mark.parametrize(
         "region", [KL, REGIONS[4], bandpo.Band("tv", np.full(9, 0.1))], ids=str
@@ -395,12 +433,15 @@ class TestOperators:
     ) -> None:
         old, new, _, _ = batch((4, 9), torch.float64)
         x = (new - old).requires_grad_()
-        wanted = clip(region, old, x)
-        [slope] = torch.autograd.grad(wanted.nansum(), x)
-        monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "cuda")
-        moved = clip(region, old, x)
-        torch.testing.assert_close(moved, wanted, equal_nan=True)
-        torch.testing.assert_close(torch.autograd.grad(moved.nansum(), x)[0], slope)
+        for function, values in ((clip, x), (clip_ratio, x.exp())):
+            monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "torch")
+            wanted = function(region, old, values)
+            [slope] = torch.autograd.grad(wanted.nansum(), x, retain_graph=True)
+            monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "cuda")
+            moved = function(region, old, values)
+            torch.testing.assert_close(moved, wanted, equal_nan=True)
+            [moved_slope] = torch.autograd.grad(moved.nansum(), x)
+            torch.testing.assert_close(moved_slope, slope, equal_nan=True)
 
 
 @pytest.fixture(params=REFERENCE_FILES, ids=lambda path: path.name.removesuffix(".csv.gz"))

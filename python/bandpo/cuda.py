@@ -236,11 +236,11 @@ def table_log_bounds(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.T
 
 
 def clipped(
-    bounds: torch.Tensor, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+    bounds: torch.Tensor, old_log_prob: torch.Tensor, values: torch.Tensor, of_ratio: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The implementation of ``bandpo::clipped`` for CUDA tensors."""
-    old_log_prob, log_ratio = old_log_prob.contiguous(), log_ratio.contiguous()
-    moved = torch.empty_like(log_ratio)
+    old_log_prob, values = old_log_prob.contiguous(), values.contiguous()
+    moved = torch.empty_like(values)
     count = moved.numel()
     if count > 0:
         kind, bounds, words = _bounds_kind(bounds)
@@ -250,15 +250,16 @@ def clipped(
             -(-count // THREADS),
             (
                 _pointer(old_log_prob),
-                _pointer(log_ratio),
+                _pointer(values),
                 np.int64(count),
+                np.int32(of_ratio),
                 _pointer(bounds),
                 np.int32(words),
                 _pointer(moved),
             ),
             4 * words,
         )
-    return moved, moved == log_ratio
+    return moved, moved == values
 
 
 def log_bounds(region: Region, old_log_prob: torch.Tensor) -> torch.Tensor | None:

@@ -37,7 +37,7 @@ except ModuleNotFoundError as missing:
 except (ImportError, OSError) as broken:
     raise BrokenExtraError(f"torch is installed but cannot be imported: {broken}") from broken
 
-__all__ = ["clip", "contains", "log_bounds"]
+__all__ = ["clip", "clip_ratio", "contains", "log_bounds"]
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to plus and minus this before they are exponentiated."""
@@ -93,7 +93,7 @@ def contains(
         InvalidTypeError: If an argument has the wrong type or dtype.
         InvalidValueError: If an array of radii does not broadcast to the shape.
     """
-    old_log_prob, log_ratio = _precise(region, old_log_prob, log_ratio)
+    old_log_prob, log_ratio = _precise(region, old_log_prob, log_ratio, "log_ratio")
     log_lower, log_upper = _log_bounds(region, old_log_prob, exact)
     return (log_lower <= log_ratio) & (log_ratio <= log_upper)
 
@@ -110,28 +110,53 @@ def clip(
         InvalidTypeError: If an argument has the wrong type or dtype.
         InvalidValueError: If an array of radii does not broadcast to the shape.
     """
-    old_log_prob, precise = _precise(region, old_log_prob, log_ratio)
+    return _clip(region, old_log_prob, log_ratio, "log_ratio", exact)
+
+
+def clip_ratio(
+    region: AnyRegion, old_log_prob: torch.Tensor, ratio: torch.Tensor, *, exact: bool = False
+) -> torch.Tensor:
+    """Returns the ratios new/old moved to the nearest bound where they lie outside.
+
+    It takes the place of ``torch.clamp(ratio, 1 - eps_low, 1 + eps_high)``. All else is as `clip`
+    has it.
+
+    Raises:
+        InvalidTypeError: If an argument has the wrong type or dtype.
+        InvalidValueError: If an array of radii does not broadcast to the shape.
+    """
+    return _clip(region, old_log_prob, ratio, "ratio", exact)
+
+
+def _clip(
+    region: AnyRegion, old_log_prob: torch.Tensor, values: torch.Tensor, argument: str, exact: bool
+) -> torch.Tensor:
+    """Log-ratios or ratios, as the argument is called, within the bounds."""
+    of_ratio = argument == "ratio"
+    old_log_prob, precise = _precise(region, old_log_prob, values, argument)
     if default_backend(precise.device.type) == "cuda":
         shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
             old_log_prob.shape, precise.shape
         )
         old_log_prob, precise = old_log_prob.expand(shape), precise.expand(shape)
         bounds = bounds_of(region, old_log_prob, exact=exact)
-        moved: torch.Tensor = clipped_op(bounds, old_log_prob, precise)[0]
-        return moved.to(log_ratio.dtype)
-    log_lower, log_upper = _log_bounds(region, old_log_prob, exact)
-    return precise.clamp(log_lower, log_upper).to(log_ratio.dtype)
+        moved: torch.Tensor = clipped_op(bounds, old_log_prob, precise, of_ratio)[0]
+        return moved.to(values.dtype)
+    lower, upper = _log_bounds(region, old_log_prob, exact)
+    if of_ratio:
+        lower, upper = lower.exp(), upper.exp()
+    return precise.clamp(lower, upper).to(values.dtype)
 
 
 def _precise(
-    region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+    region: AnyRegion, old_log_prob: torch.Tensor, values: torch.Tensor, argument: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Old log-probs without gradient and log-ratios, checked, in the dtype to compute in."""
+    """Old log-probs without gradient and an argument, checked, in the dtype to compute in."""
     check_region(region)
     check_float("old_log_prob", old_log_prob)
-    check_float("log_ratio", log_ratio)
-    dtype = compute_dtype(old_log_prob, log_ratio)
-    return old_log_prob.detach().to(dtype), log_ratio.to(dtype)
+    check_float(argument, values)
+    dtype = compute_dtype(old_log_prob, values)
+    return old_log_prob.detach().to(dtype), values.to(dtype)
 
 
 def _log_bounds(
@@ -554,26 +579,29 @@ def _(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op(
     "bandpo::clipped",
     mutates_args=(),
-    schema="(Tensor bounds, Tensor old_log_prob, Tensor log_ratio) -> (Tensor, Tensor)",
+    schema="(Tensor bounds, Tensor old_log_prob, Tensor values, bool of_ratio) -> (Tensor, Tensor)",
 )
 def clipped_op(
-    bounds: torch.Tensor, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+    bounds: torch.Tensor, old_log_prob: torch.Tensor, values: torch.Tensor, of_ratio: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-ratios moved to the nearest bound where they lie outside, and which ones do not."""
+    """Log-ratios or ratios moved to the nearest bound where they lie outside, and which do not."""
     if bounds.dtype == torch.int32:
         log_lower, log_upper = _table_log_bounds(bounds, old_log_prob)
     else:
         log_lower, log_upper = bounds.unbind()
     unknown = torch.where(old_log_prob.isnan(), old_log_prob, 0.0)
-    moved = log_ratio.clamp(unknown + log_lower, unknown + log_upper)
-    return moved, moved == log_ratio
+    lower, upper = unknown + log_lower, unknown + log_upper
+    if of_ratio:
+        lower, upper = lower.exp(), upper.exp()
+    moved = values.clamp(lower, upper)
+    return moved, moved == values
 
 
 @clipped_op.register_fake
 def _(
-    bounds: torch.Tensor, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+    bounds: torch.Tensor, old_log_prob: torch.Tensor, values: torch.Tensor, of_ratio: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    moved = torch.empty_like(log_ratio, memory_format=torch.contiguous_format)
+    moved = torch.empty_like(values, memory_format=torch.contiguous_format)
     return moved, torch.empty_like(moved, dtype=torch.bool)
 
 
@@ -585,7 +613,7 @@ def _backward_of_clipped(
     ctx: Any, grad_moved: torch.Tensor, _: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     (inside,) = ctx.saved_tensors
-    return None, None, torch.where(inside, grad_moved, 0.0)
+    return None, None, torch.where(inside, grad_moved, 0.0), None
 
 
 clipped_op.register_autograd(_backward_of_clipped, setup_context=_save_inside)
