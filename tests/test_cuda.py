@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +257,68 @@ class TestLoss:
         for result in results[1:]:
             for mine, first in zip(result, results[0], strict=True):
                 assert equal(mine, first)
+
+
+@pytest.mark.skipif(SANITIZED, reason="the address sanitizer sets memory aside for every byte")
+class TestManyTokens:
+    """Their last block alone: of all that memory no more than that is ever touched."""
+
+    @pytest.fixture(autouse=True)
+    def _last_block(self, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+        emulator.grid = 2**31 - 1
+        whole = emulator.launch
+
+        def launch(kernel: str, device: object, blocks: int, *arguments: Any) -> None:
+            emulator.skipped = 0 if kernel == cuda.TOTALS else blocks - 1
+            whole(kernel, device, blocks, *arguments)
+
+        monkeypatch.setattr(cuda, "_launch", launch)
+
+    @staticmethod
+    def untouched(count: int, dtype: type) -> torch.Tensor:
+        """One more than `count` zeros, in pages that nobody has looked at."""
+        try:
+            return torch.from_numpy(np.zeros(count + 1, dtype))
+        except MemoryError as reason:
+            pytest.skip(str(reason))
+
+    @staticmethod
+    def run(kernel: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return kernel(*arguments)
+        except RuntimeError as reason:
+            if "allocate memory" in str(reason):
+                pytest.skip(str(reason))
+            raise
+
+    @pytest.mark.parametrize("count", [2**31 + 1, 2**32 + 5])
+    @pytest.mark.parametrize(("in_vectors", "rows"), [(True, 3), (False, 3), (False, 1)])
+    def test_of_the_loss(self, count: int, in_vectors: bool, rows: int) -> None:
+        here = count % cuda.CHUNK
+        old, new, advantages, _ = batch((rows, here), torch.float16, seed=1)
+        advantages = advantages[:, :1].nan_to_num().float()
+        bounds = bounds_of(KL, old)
+        rule = bounds, "min-clip", [3.0], True
+        wanted = cuda.token_loss(old, new, None, advantages, torch.ones_like(old) > 0, *rule)
+        assert wanted[0][-1].count_nonzero() > 0
+        tokens = []
+        for end in (old, new, torch.ones(rows, here, dtype=torch.bool)):
+            dtype = np.bool_ if end.dtype == torch.bool else np.float16
+            # Next to a boundary of vectors, unless they are wanted.
+            whole = self.untouched(count, dtype)[0 if in_vectors else 1 :][:count]
+            tokens.append(whole.view(rows, count // rows))
+            tokens[-1][-1, -here:] = end[-1]
+        found = self.run(cuda.token_loss, tokens[0], tokens[1], None, advantages, tokens[2], *rule)
+        for mine, other in zip(found[:2], wanted[:2], strict=True):
+            assert equal(mine[-1, -here:], other[-1])
+
+    def test_of_bounds(self) -> None:
+        count = 2**31 + 1
+        old = self.untouched(count, np.float16)[:count]
+        old[-1] = -3.0
+        words = bounds_of(KL, old[-1:])
+        found = self.run(cuda.table_log_bounds, words, old)
+        assert equal(found[:, -1:], cuda.table_log_bounds(words, old[-1:]))
 
 
 def every_kind_of_float() -> torch.Tensor:

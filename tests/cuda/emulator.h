@@ -160,7 +160,9 @@ T shuffle_down(T value, unsigned distance, int line) {
   return value;
 }
 
-inline void launch(void (*of)(void**), unsigned blocks, unsigned threads, unsigned shared_bytes, void** with) {
+// Of so many blocks, those before `first` are left out.
+inline void launch(void (*of)(void**), unsigned blocks, unsigned first, unsigned threads, unsigned shared_bytes,
+                   void** with) {
   if (threads % WARP != 0) fail("blocks must be made of whole warps");
   kernel = of;
   arguments = with;
@@ -169,7 +171,7 @@ inline void launch(void (*of)(void**), unsigned blocks, unsigned threads, unsign
   shared.reset(new unsigned[shared_bytes / sizeof(unsigned)]);  // exactly, for the address sanitizer
   exchanged.assign(2 * threads, 0);
   while (fibers.size() < threads) fibers.emplace_back(new Fiber);
-  for (of_block.x = 0; of_block.x < blocks; ++of_block.x) run_block();
+  for (of_block.x = first; of_block.x < blocks; ++of_block.x) run_block();
 }
 
 // Calls a kernel with arguments that are pointed to, as a driver launches it.
