@@ -12,7 +12,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,9 +27,15 @@ import bandpo
 import bandpo.loss
 from bandpo import _core, cuda
 from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
+from bandpo.schedule import Constant, ScheduledBand
 from bandpo.surrogate import NAMES
 from bandpo.torch import (
+    COUNTS,
+    PROBABILITY_BINS,
+    SUMS,
+    _Kept,
     _kernels,
+    _source,
     bounds_of,
     clip,
     clip_ratio,
@@ -34,6 +43,7 @@ from bandpo.torch import (
     read_table,
     token_loss_op,
     torch,
+    upload,
 )
 from conftest import REFERENCE_FILES, SANITIZED, Reference, read_reference
 from emulated import SANITIZERS, Emulator, build, missing_compiler
@@ -689,6 +699,178 @@ class TestEmulator:
         output = self.python(["-m", "pytest", *options, __file__], SANITIZERS)
         assert re.search(r"\d\d passed", output), output[-3000:]
         assert output.endswith("exit 0"), output[-3000:]
+
+
+class FakeCupy:
+    """The part of CuPy 14 that launches take, in the emulator; `log` says what was current."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator = emulator
+        self.log: list[tuple[Any, ...]] = []
+        self.devices: list[int] = []
+        self.streams: list[int] = []
+        self.broken: Exception | None = None
+        self.cuda = SimpleNamespace(
+            Device=lambda index: self._current(self.devices, index),
+            Stream=SimpleNamespace(from_external=self._from_external),
+            runtime=SimpleNamespace(getDeviceCount=lambda: 2, CUDARuntimeError=RuntimeError),
+        )
+
+    @staticmethod
+    @contextmanager
+    def _current(stack: list[int], one: int) -> Iterator[None]:
+        stack.append(one)
+        yield
+        stack.pop()
+
+    def _from_external(self, stream: Any) -> Any:
+        version, pointer = stream.__cuda_stream__()
+        assert version == 0
+        return self._current(self.streams, pointer)
+
+    def RawModule(self, *, code: str, options: tuple[str, ...], name_expressions: Any) -> Any:  # noqa: N802
+        if self.broken is not None:
+            raise self.broken
+        assert code == _core.KERNEL_SOURCE
+        assert options == cuda.COMPILER_OPTIONS
+        [kernel] = name_expressions
+        device = self.devices[-1]
+        self.log.append(("compiled", kernel, device))
+
+        def launch(grid: Any, block: Any, arguments: Any, *, shared_mem: int) -> None:
+            assert self.devices[-1] == device
+            assert block == (cuda.THREADS,)
+            assert all(isinstance(argument, np.generic) for argument in arguments)
+            self.log.append(("launched", kernel, device, self.streams[-1], *grid))
+            self.emulator.grid = grid[0]
+            self.emulator.launch(kernel, None, grid[0], arguments, shared_mem)
+
+        return SimpleNamespace(get_function=lambda name: {kernel: launch}[name])
+
+
+class TestLaunch:
+    PROCESSORS = 2
+    LOSS = "bandpo::policy_loss<float, bandpo::Table>"
+
+    @pytest.fixture
+    def cupy(self, library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
+        cupy = FakeCupy(Emulator(library))
+        monkeypatch.setattr(cuda, "_cupy", lambda: cupy)
+        monkeypatch.setattr(cuda, "_compiled", cache(cuda._compiled.__wrapped__))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77)
+        )
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda device: SimpleNamespace(multi_processor_count=self.PROCESSORS),
+        )
+        return cupy
+
+    def test_is_on_the_device_and_stream_of_torch(self, cupy: FakeCupy) -> None:
+        tokens = batch((5, 8192))
+        check_as_rust(torch.device("cpu"), tokens, bounds_of(KL, tokens[0]), RULES[1])
+        totals = SUMS + COUNTS + 3 * PROBABILITY_BINS
+        most = cuda.BLOCKS_A_PROCESSOR * self.PROCESSORS
+        launches = [("launched", self.LOSS, 1, 77, 5), ("launched", cuda.TOTALS, 1, 77, most)]
+        compiled = [("compiled", self.LOSS, 1), ("compiled", cuda.TOTALS, 1)]
+        assert totals > most
+        assert cupy.log == [compiled[0], launches[0], compiled[1], launches[1]]
+        assert (cupy.devices, cupy.streams) == ([], [])
+
+    def test_compiles_once_for_each_device(
+        self, cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tokens = batch((1, 9))
+        old, new, advantages, valid = tokens
+        bounds = bounds_of(KL, old)
+        for index in (0, 1, 0, 1):
+            monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+            cuda.token_loss(old, new, None, advantages, valid, bounds, "mask", [], False)
+        assert [entry[2] for entry in cupy.log if entry[0] == "compiled"] == [0, 0, 1, 1]
+        assert [entry[2] for entry in cupy.log if entry[0] == "launched"] == [0, 0, 1, 1] * 2
+
+    def test_a_compiler_that_fails_is_an_obstacle(self, cupy: FakeCupy) -> None:
+        assert cuda.obstacle() is None
+        assert cupy.log == [("compiled", cuda.TOTALS, 1)]
+        cuda._compiled.cache_clear()
+        cupy.broken = RuntimeError("Failed to find CUDA headers.\nTry this")
+        obstacle = cuda.obstacle()
+        assert isinstance(obstacle, BrokenExtraError)
+        wanted = "bandpo[cuda13] cannot be compiled: Failed to find CUDA headers."
+        assert str(obstacle).endswith(wanted)
+
+
+class FakeStream:
+    """A stream that can do as much as one of torch when no GPU looks."""
+
+    def __init__(self) -> None:
+        self.events: list[object] = []
+        self.waited: list[object] = []
+
+    def record_event(self) -> object:
+        self.events.append(object())
+        return self.events[-1]
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+
+class TestKept:
+    """What outlives a call: constants, tables, radii."""
+
+    def test_no_stream_reads_before_another_has_filled(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one, other = FakeStream(), FakeStream()
+        recorded: list[object] = []
+        tensor: Any = SimpleNamespace(is_cuda=True, device="cuda:0", record_stream=recorded.append)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: one)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        kept = _Kept(tensor)
+        assert len(one.events) == 1
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: other)
+        assert kept.ready() is tensor
+        assert other.waited == one.events
+        assert recorded == [other]
+        kept.note_filled()  # now there
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: one)
+        kept.ready()
+        assert one.waited == other.events
+        # In a capture nothing outside may be waited for.
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        kept.ready()
+        assert len(one.waited) == 1
+
+    def test_the_first_use_must_not_be_in_a_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        device = torch.device("cuda:0")
+        for region in (KL, bandpo.Clip(0.2), ScheduledBand("kl", Constant(0.1))):
+            with pytest.raises(ValueError, match="on cuda:0 once before a CUDA graph"):
+                _source(region, torch.float32, device, exact=False)
+
+    @pytest.mark.parametrize("delta", [0.1, (0.02, 0.3), np.full((3, 1), 0.1)], ids=str)
+    @pytest.mark.usefixtures("emulator")
+    def test_radii_are_copied_once(self, delta: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        copies: list[object] = []
+
+        def counted(array: Any, device: torch.device) -> torch.Tensor:
+            copies.append(array)
+            return upload(array, device)
+
+        monkeypatch.setattr(cuda, "upload", counted)
+        old = torch.full((3, 50), -1.0, dtype=torch.float64)
+        for band in (bandpo.Band("renyi:2", delta), bandpo.Band("renyi:2", delta)):
+            for _ in range(2):
+                bounds = cuda.log_bounds(band, old)
+                assert bounds is not None
+                assert cuda.contains(band, old, bounds[0]) is not None
+                exact = band.log_bounds(old.numpy())
+                np.testing.assert_allclose(bounds.numpy(), exact, rtol=SOLVED)
+        assert len(copies) == 2  # with each band its own
 
 
 class TestWithoutAGpu:
