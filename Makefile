@@ -21,7 +21,7 @@ test: $(VENV)/test.stamp
 	cargo test --locked --quiet
 	$(BIN)/python -m pytest --quiet
 
-# NVIDIA's compiler runs anywhere; its wheels, 360 MB, are more than the other tests need.
+# NVIDIA's compiler runs anywhere; with CuPy it takes 550 MB, more than the other tests need.
 test-nvrtc: $(VENV)/nvrtc.stamp
 	$(BIN)/python -m pytest --quiet tests/test_nvrtc.py
 

@@ -6,6 +6,7 @@ undefined-behaviour sanitizer. Tests of a GPU are skipped, with the reason, wher
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -258,15 +260,57 @@ class TestLoss:
             for mine, other in zip(actual, wanted, strict=True):
                 assert equal(mine, other.cpu())
 
-    def test_depends_on_no_grid(self, emulator: Emulator) -> None:
+    def test_depends_on_no_grid_and_no_order(self, emulator: Emulator) -> None:
         tokens = batch((5, 8192))
         results = []
-        for emulator.grid in (1, 2, 5, 1000):
+        for emulator.grid, emulator.last_warp_first in product((1, 2, 5, 1000), (False, True)):
             arguments = self._arguments(torch.device("cpu"), tokens, bounds_of(KL, tokens[0]))
             results.append(cuda.token_loss(*arguments))
         for result in results[1:]:
             for mine, first in zip(result, results[0], strict=True):
                 assert equal(mine, first)
+
+
+class TestTotals:
+    """The second stage alone, of more chunks than a block has threads."""
+
+    @pytest.mark.parametrize("last_warp_first", [False, True])
+    @pytest.mark.parametrize("chunks", [0, 1, 255, 257, 1000])
+    def test_are_those_of_all_chunks(
+        self, chunks: int, last_warp_first: bool, emulator: Emulator
+    ) -> None:
+        rng = np.random.default_rng(chunks)
+        sums = rng.normal(0.0, 1.0, (SUMS, chunks)) + 5.0
+        counts = rng.integers(0, 8193, (COUNTS, chunks)).astype(np.int32)
+        emulator.last_warp_first = last_warp_first
+        for emulator.grid in (1, 5):
+            total_sums, total_counts = np.full(SUMS, np.nan), np.full(COUNTS, -1)
+            arrays = sums, counts, total_sums, total_counts
+            pointers = [np.uint64(array.ctypes.data) for array in arrays]
+            sizes = np.int64(chunks), np.int32(COUNTS)
+            arguments = (*pointers[:2], *sizes, *pointers[2:])
+            emulator.launch(cuda.TOTALS, None, SUMS + COUNTS, arguments)
+            np.testing.assert_array_equal(total_counts, counts.sum(1, dtype=np.int64))
+            # In double precision, of terms of one sign mostly.
+            wanted = [math.fsum(row) for row in sums[:-2]]
+            np.testing.assert_allclose(total_sums[:-2], wanted, rtol=1e-13)
+            extremes = [sums[-2].min(initial=np.inf), sums[-1].max(initial=-np.inf)]
+            assert total_sums[-2:].tolist() == extremes
+
+    def test_a_nan_is_kept(self, emulator: Emulator) -> None:
+        sums = np.zeros((SUMS, 300))
+        for row in range(SUMS):
+            sums[row, 41 * row] = np.nan
+        counts, total_sums, total_counts = (
+            np.zeros(shape, dtype)
+            for shape, dtype in (((1, 300), np.int32), (SUMS, np.float64), (1, np.int64))
+        )
+        pointers = [
+            np.uint64(array.ctypes.data) for array in (sums, counts, total_sums, total_counts)
+        ]
+        arguments = (*pointers[:2], np.int64(300), np.int32(1), *pointers[2:])
+        emulator.launch(cuda.TOTALS, None, SUMS + 1, arguments)
+        assert np.isnan(total_sums).all()
 
 
 @pytest.mark.skipif(SANITIZED, reason="the address sanitizer sets memory aside for every byte")
@@ -694,8 +738,8 @@ class TestEmulator:
 
     def test_the_sanitizers_find_nothing(self) -> None:
         """This file once more, in the emulator alone: every kernel and every way to index."""
-        some = "size or strides or each_token or half or float64_log or clip or sets"
-        options = ["-q", "-x", "-p", "no:cacheprovider", "-k", f"not gpu and ({some})"]
+        some = "size or strides or each_token or half or float64_log or clip or sets or limits"
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-k", f"not gpu and ({some} or Totals)"]
         output = self.python(["-m", "pytest", *options, __file__], SANITIZERS)
         assert re.search(r"\d\d passed", output), output[-3000:]
         assert output.endswith("exit 0"), output[-3000:]
