@@ -662,6 +662,15 @@ class TestExact:
             assert cuda.contains(region, old, old) is None
 
 
+def test_nothing_is_initialised_before_the_first_use() -> None:
+    """So that a process may be forked after all imports."""
+    program = (
+        "import sys, torch, bandpo.cuda, bandpo.loss\n"
+        "assert 'cupy' not in sys.modules and not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def constants_of_the_source() -> Iterator[tuple[str, int]]:
     for name, value in re.findall(r"^const int (\w+) = (\d+);", _core.KERNEL_SOURCE, re.MULTILINE):
         yield name, int(value)

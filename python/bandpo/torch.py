@@ -311,7 +311,8 @@ def bounds_of(
         exact: Use the solver even where there is a table.
 
     Raises:
-        InvalidValueError: If an array of radii does not broadcast to the shape.
+        InvalidValueError: If an array of radii does not broadcast to the shape, or the region is
+            first used on a device in the capture of a CUDA graph.
     """
     dtype = compute_dtype(old_log_prob)
     source: _Source = _source(region, dtype, old_log_prob.device, exact)
