@@ -767,6 +767,8 @@ class TestEmulator:
 class FakeCupy:
     """The part of CuPy 14 that launches take, in the emulator; `log` says what was current."""
 
+    __version__ = "14.0.0"
+
     def __init__(self, emulator: Emulator) -> None:
         self.emulator = emulator
         self.log: list[tuple[Any, ...]] = []
@@ -864,6 +866,12 @@ class TestLaunch:
         assert isinstance(obstacle, BrokenExtraError)
         wanted = "bandpo[cuda13] cannot be compiled: Failed to find CUDA headers."
         assert str(obstacle).endswith(wanted)
+
+    def test_an_old_cupy_is_an_obstacle(self, cupy: FakeCupy) -> None:
+        cupy.cuda.Stream = SimpleNamespace()
+        cupy.__version__ = "13.6.0"
+        wanted = "bandpo[cuda13] needs CuPy 14 or newer, got 13.6.0"
+        assert str(cuda.obstacle()) == wanted
 
 
 class FakeStream:

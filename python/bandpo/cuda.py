@@ -73,6 +73,8 @@ def obstacle() -> ImportError | None:
         return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {missing}")
     except (ImportError, OSError) as broken:
         return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {broken}")
+    if not hasattr(cupy.cuda.Stream, "from_external"):
+        return BrokenExtraError(f"bandpo[{extra}] needs CuPy 14 or newer, got {cupy.__version__}")
     if version is None:
         return BrokenExtraError(
             f"the kernels of bandpo[{extra}] need a torch built with CUDA, "
