@@ -37,6 +37,14 @@ SHARED_BYTES = 48 * 1024
 """Of a block, without asking for more: those of the kernel and a table of the largest size."""
 
 
+class Compiled(NamedTuple):
+    """What is known of kernels in a binary."""
+
+    log: str
+    names: list[str]  # in the binary
+    ptx: str
+
+
 class Nvrtc:
     """The compiler of one major version of CUDA, from the library in its wheel."""
 
@@ -46,10 +54,8 @@ class Nvrtc:
             ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(library))
 
-    def compile(
-        self, source: str, kernels: Sequence[str], options: list[str]
-    ) -> tuple[str, list[str]]:
-        """Returns the log of kernels that were compiled to a binary, and their names in it."""
+    def compile(self, source: str, kernels: Sequence[str], options: list[str]) -> Compiled:
+        """Compiles kernels to a binary."""
         program = ctypes.c_void_p()
         given = ctypes.byref(program), source.encode(), b"band.cuh", 0, None, None
         self._call("nvrtcCreateProgram", *given)
@@ -71,7 +77,10 @@ class Nvrtc:
                 self._call("nvrtcGetLoweredName", program, kernel.encode(), ctypes.byref(name))
                 assert name.value is not None
                 names.append(name.value.decode())
-            return log.value.decode(), names
+            self._call("nvrtcGetPTXSize", program, ctypes.byref(size))
+            ptx = ctypes.create_string_buffer(size.value)
+            self._call("nvrtcGetPTX", program, ptx)
+            return Compiled(log.value.decode(), names, ptx.value.decode())
         finally:
             self._call("nvrtcDestroyProgram", ctypes.byref(program))
 
@@ -126,7 +135,7 @@ def test_every_kernel_compiles_everywhere_without_spills(major: int, architectur
     options = [
         *cuda.COMPILER_OPTIONS, *ADDED_BY_CUPY, f"-arch=sm_{architecture}", "--ptxas-options=-v",
     ]  # fmt: skip
-    log, names = nvrtc.compile(_core.KERNEL_SOURCE, KERNELS, options)
+    log, names, _ = nvrtc.compile(_core.KERNEL_SOURCE, KERNELS, options)
     warned = [line for line in log.splitlines() if "warning" in line]
     # NVRTC 12 says of sm_70 that it is old.
     assert [line for line in warned if "deprecated" not in line] == []
@@ -149,8 +158,25 @@ def test_a_spill_is_seen() -> None:
     one, eight = (f"__launch_bounds__(THREADS, {blocks}) band_solve" for blocks in (1, 8))
     assert one in _core.KERNEL_SOURCE
     source = _core.KERNEL_SOURCE.replace(one, eight)  # of which each has 32 registers
-    log, [name] = nvrtc.compile(source, ["bandpo::band_solve<double>"], options)
+    log, [name], _ = nvrtc.compile(source, ["bandpo::band_solve<double>"], options)
     assert max(resources(log)[name].spilled) > 0
+
+
+@pytest.mark.parametrize(
+    ("stored", "loads", "stores"), [("float", 5, 2), ("bandpo::Half", 5, 2), ("double", 9, 4)]
+)
+def test_tokens_are_read_and_written_in_vectors(stored: str, loads: int, stores: int) -> None:
+    """Log-probs, log-ratios, advantages and mask; losses and gradients: four tokens by one
+    instruction, of float64 by two. Else a warp would write 4 of every 16 bytes at a time.
+    """
+    nvrtc = compiler(13)
+    if nvrtc is None:
+        pytest.skip("needs NVRTC 13: pip install '.[nvrtc]'")
+    options = [*cuda.COMPILER_OPTIONS, *ADDED_BY_CUPY, "-arch=sm_90"]
+    kernel = f"bandpo::policy_loss<{stored}, bandpo::Table>"
+    ptx = nvrtc.compile(_core.KERNEL_SOURCE, [kernel], options).ptx
+    for instruction, wanted in (("ld", loads), ("st", stores)):
+        assert len(re.findall(rf"\b{instruction}\.global\.v\d", ptx)) == wanted
 
 
 class TestCupy:
