@@ -5,8 +5,15 @@ BIN := $(VENV)/bin
 CARGO_HOME ?= $(HOME)/.cargo
 RUST := Cargo.toml Cargo.lock $(wildcard rust/* cuda/*)
 CUDA ?= 13
+ifdef WHEELS
+ON_GPU := build/wheels.stamp
+ON_GPU_PYTHON := PYTHONPATH=$(CURDIR)/build/wheels $(PYTHON)
+else
+ON_GPU := $(VENV)/test.stamp $(VENV)/cuda$(CUDA).stamp
+ON_GPU_PYTHON := $(BIN)/python
+endif
 
-.PHONY: check test test-nvrtc test-gpu demo lint format reference wheel bench bench-results bench-gpu results \
+.PHONY: check test test-nvrtc test-gpu gpu demo lint format reference wheel bench bench-results bench-gpu results \
   gate gate-update prerequisites clean
 check: test test-nvrtc lint
 
@@ -14,15 +21,28 @@ test: $(VENV)/test.stamp
 	cargo test --locked --quiet
 	$(BIN)/python -m pytest --quiet
 
-# NVIDIA's compiler runs anywhere; its wheels, 360 MB, are more than the other tests need.
+# NVIDIA's compiler runs anywhere; with CuPy it takes 550 MB, more than the other tests need.
 test-nvrtc: $(VENV)/nvrtc.stamp
 	$(BIN)/python -m pytest --quiet tests/test_nvrtc.py
 
-# On a machine with a GPU; `make test-gpu CUDA=12` where its driver or its torch is older. The tests run
-# once more under NVIDIA's sanitizer, if it is installed.
-test-gpu: $(VENV)/test.stamp $(VENV)/cuda$(CUDA).stamp
-	$(BIN)/python -c 'from bandpo import cuda; raise SystemExit(cuda.obstacle())'
-	$(BIN)/python -m pytest --quiet -rs tests/test_gpu.py tests/test_cuda.py tests/test_tokens.py
+# On a machine with a GPU; `make test-gpu CUDA=12` where its driver or its torch is older. Where no registry
+# can be reached, `make test-gpu WHEELS=folder` needs neither Rust nor a compiler: it takes all wheels in the
+# folder, that of `make wheel` among them, and the rest, torch and CuPy say, as $(PYTHON) has it. The tests
+# run once more under NVIDIA's sanitizer, if it is installed. Warnings of other versions are no failures.
+test-gpu: gpu $(ON_GPU)
+	$(ON_GPU_PYTHON) -c 'from bandpo import cuda; raise SystemExit(cuda.obstacle())'
+	$(ON_GPU_PYTHON) -m pytest --quiet -rs -W default tests/test_gpu.py tests/test_cuda.py tests/test_tokens.py
+
+# Before anything is installed.
+gpu:
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \
+	  { echo "needs a GPU: there is no driver of NVIDIA here (libcuda.so.1)"; exit 1; }
+
+build/wheels.stamp: $(wildcard $(WHEELS)/*.whl)
+	@test -n "$^" || { echo "there is no wheel in $(WHEELS)"; exit 1; }
+	rm -rf build/wheels
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --target build/wheels $^
+	@touch $@
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/bandpo demo
@@ -66,12 +86,14 @@ bench: $(VENV)/bench.stamp
 	$(ASV)
 	$(BIN)/python tools/make_results.py
 
-# The same for a GPU, or a line that says what is missing.
-bench-gpu: $(VENV)/bench.stamp $(VENV)/cuda$(CUDA).stamp
-	@$(BIN)/python -c 'from bandpo.torch import gpu_report as r; exit(None if r().startswith("usable") else "GPU " + r())'
+# The same for a GPU, or a line that says what is missing. With WHEELS, as for test-gpu, the kernels alone:
+# benchmarks/gpu.json.
+bench-gpu: gpu $(if $(WHEELS),,$(VENV)/bench.stamp) $(ON_GPU)
+	$(ON_GPU_PYTHON) tools/bench_gpu.py
+ifndef WHEELS
 	$(ASV) --bench 'cuda|DeviceLoss'
-	$(BIN)/python tools/bench_gpu.py
 	$(BIN)/python tools/make_results.py
+endif
 
 ASV = $(BIN)/asv machine --yes >/dev/null && $(BIN)/asv run --quick \
 	--environment existing:$(BIN)/python --set-commit-hash $$(git rev-parse HEAD)

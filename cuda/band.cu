@@ -87,13 +87,33 @@ __device__ __forceinline__ void load(const Source<Stored>& from, Index first, in
   }
 }
 
+// In assembly: the compiler takes a store of a Vector, and of its own float4, apart.
+__device__ __forceinline__ void store_vector(float* to, const float (&from)[WIDTH]) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3])
+               : "memory");
+#else
+  *reinterpret_cast<Vector<float>*>(to) = {{from[0], from[1], from[2], from[3]}};
+#endif
+}
+
+__device__ __forceinline__ void store_vector(double* to, const double (&from)[WIDTH]) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v2.f64 [%0], {%1, %2}; st.global.v2.f64 [%0+16], {%3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "d"(from[0]), "d"(from[1]), "d"(from[2]), "d"(from[3])
+               : "memory");
+#else
+  *reinterpret_cast<Vector<double>*>(to) = {{from[0], from[1], from[2], from[3]}};
+#endif
+}
+
 template <class T>
 __device__ __forceinline__ void store(T* to, Index first, int count, bool whole, const T (&from)[WIDTH]) {
   if (whole && count == WIDTH) {
-    Vector<T> vector;
-#pragma unroll
-    for (int k = 0; k < WIDTH; ++k) vector.item[k] = from[k];
-    *reinterpret_cast<Vector<T>*>(to + first) = vector;
+    store_vector(to + first, from);
     return;
   }
 #pragma unroll
@@ -328,11 +348,11 @@ __global__ void __launch_bounds__(THREADS, 1) band_bounds(const Stored* old_log_
   }
 }
 
-// Log-ratios, moved to the nearest bound where they lie outside.
+// Log-ratios, or ratios, moved to the nearest bound where they lie outside.
 template <class Stored, template <class> class Bounds>
 __global__ void __launch_bounds__(THREADS, 1) band_clip(const Stored* old_log_prob,
-                                                     const typename Computed<Stored>::Type* log_ratio, Index count,
-                                                     const void* bounds, int table_words,
+                                                     const typename Computed<Stored>::Type* values, Index count,
+                                                     int of_ratio, const void* bounds, int table_words,
                                                      typename Computed<Stored>::Type* moved) {
   typedef typename Computed<Stored>::Type T;
   BAND_TABLE_IN_SHARED_MEMORY(table);
@@ -344,7 +364,7 @@ __global__ void __launch_bounds__(THREADS, 1) band_clip(const Stored* old_log_pr
   const Index stride = static_cast<Index>(gridDim.x) * THREADS;
   for (Index i = static_cast<Index>(blockIdx.x) * THREADS + threadIdx.x; i < count; i += stride) {
     const T logp = widened(old_log_prob[i]);
-    moved[i] = clipped(region, i, logp, log_ratio[i]);
+    moved[i] = clipped(region, i, logp, values[i], of_ratio != 0);
   }
 }
 

@@ -345,14 +345,15 @@ BAND_FUNCTION T smaller(T a, T b) {
   return b < a || is_nan(b) ? b : a;
 }
 
-// A log-ratio moved to the nearest bound where it lies outside; NaN in either gives NaN.
+// A log-ratio, or a ratio, moved to the nearest bound where it lies outside; NaN in either gives NaN.
 template <class T, class Bounds>
-BAND_FUNCTION T clipped(const Bounds& bounds, Index index, T old_log_prob, T log_ratio) {
-  const bool lower = log_ratio < T(0);
+BAND_FUNCTION T clipped(const Bounds& bounds, Index index, T old_log_prob, T value, bool of_ratio) {
+  const bool lower = value < T(of_ratio ? 1 : 0);
+  const bool is_ratio = lower && Bounds::LOWER_IS_RATIO;
   T bound = bounds.at(index, old_log_prob, lower);
-  if (lower && Bounds::LOWER_IS_RATIO) bound = log(bound);
+  if (is_ratio != of_ratio) bound = of_ratio ? exp(bound) : log(bound);
   if (is_nan(bound) || is_nan(old_log_prob)) return bound + old_log_prob;
-  return (lower ? log_ratio < bound : bound < log_ratio) ? bound : log_ratio;
+  return (lower ? value < bound : bound < value) ? bound : value;
 }
 
 // ---------------------------------------------------------------------------------------------------------

@@ -53,13 +53,14 @@ extern "C" int parameters_of(const char* name) {{
 }}
 
 // Flushes subnormal float32 to 0, as CuPy has it on a device, and float64, which a device does not.
-extern "C" void launch(const char* name, unsigned blocks, unsigned threads, unsigned shared,
-                       void** arguments, int flush_to_zero) {{
+extern "C" void launch(const char* name, unsigned blocks, unsigned first, unsigned threads,
+                       unsigned shared, void** arguments, int flush_to_zero, int last_warp_first) {{
+  emulator::last_warp_first = last_warp_first;
   const unsigned before = _mm_getcsr();
   if (flush_to_zero) _mm_setcsr(before | 0x8040);
   for (const Entry& entry : ENTRIES) {{
     if (std::strcmp(entry.name, name)) continue;
-    emulator::launch(entry.run, blocks, threads, shared, arguments);
+    emulator::launch(entry.run, blocks, first, threads, shared, arguments);
   }}
   _mm_setcsr(before);
 }}
@@ -98,13 +99,17 @@ class Emulator:
 
     Attributes:
         grid: The most blocks of a launch, like what fits a device.
+        skipped: How many of them are left out, from the first on.
         flush_to_zero: Whether subnormal numbers become 0.
+        last_warp_first: Whether the warps of a block run in this order.
     """
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self.grid = 3
+        self.skipped = 0
         self.flush_to_zero = True
+        self.last_warp_first = False
 
     def launch(
         self,
@@ -124,8 +129,10 @@ class Emulator:
         self._library.launch(
             name,
             ctypes.c_uint(max(1, min(blocks, self.grid))),
+            ctypes.c_uint(self.skipped),
             ctypes.c_uint(256),
             ctypes.c_uint(shared_bytes),
             pointers,
             ctypes.c_int(self.flush_to_zero),
+            ctypes.c_int(self.last_warp_first),
         )

@@ -6,13 +6,18 @@ undefined-behaviour sanitizer. Tests of a GPU are skipped, with the reason, wher
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,15 +29,23 @@ import bandpo
 import bandpo.loss
 from bandpo import _core, cuda
 from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
+from bandpo.schedule import Constant, ScheduledBand
 from bandpo.surrogate import NAMES
 from bandpo.torch import (
+    COUNTS,
+    PROBABILITY_BINS,
+    SUMS,
+    _Kept,
     _kernels,
+    _source,
     bounds_of,
     clip,
+    clip_ratio,
     default_backend,
     read_table,
     token_loss_op,
     torch,
+    upload,
 )
 from conftest import REFERENCE_FILES, SANITIZED, Reference, read_reference
 from emulated import SANITIZERS, Emulator, build, missing_compiler
@@ -70,6 +83,13 @@ over; a partial sum of 32 terms of one sign is off by 31 roundings of 6e-8 at mo
 
 LIBM = 8 * 2.0**-52
 """Relative, of float64: exponentials of different libraries differ by an ulp each, in products."""
+
+LOGARITHM = {torch.float32: 2.0**-23, torch.float64: LIBM}
+"""Relative: an ulp, as CUDA documents log of a float32."""
+
+EXPONENTIATED = {torch.float32: 4 * 2.0**-24, torch.float64: LIBM}
+"""Relative: exp of a float32 within 2 ulp, as CUDA documents it; of x <= 0 itself rounded, as
+log(lower) is, an ulp of 1 at most, because x e^x is below 1."""
 
 WELL_CONDITIONED = 20.0
 SOLVED = 1e-12
@@ -243,15 +263,119 @@ class TestLoss:
             for mine, other in zip(actual, wanted, strict=True):
                 assert equal(mine, other.cpu())
 
-    def test_depends_on_no_grid(self, emulator: Emulator) -> None:
+    def test_depends_on_no_grid_and_no_order(self, emulator: Emulator) -> None:
         tokens = batch((5, 8192))
         results = []
-        for emulator.grid in (1, 2, 5, 1000):
+        for emulator.grid, emulator.last_warp_first in product((1, 2, 5, 1000), (False, True)):
             arguments = self._arguments(torch.device("cpu"), tokens, bounds_of(KL, tokens[0]))
             results.append(cuda.token_loss(*arguments))
         for result in results[1:]:
             for mine, first in zip(result, results[0], strict=True):
                 assert equal(mine, first)
+
+
+class TestTotals:
+    """The second stage alone, of more chunks than a block has threads."""
+
+    @pytest.mark.parametrize("last_warp_first", [False, True])
+    @pytest.mark.parametrize("chunks", [0, 1, 255, 257, 1000])
+    def test_are_those_of_all_chunks(
+        self, chunks: int, last_warp_first: bool, emulator: Emulator
+    ) -> None:
+        rng = np.random.default_rng(chunks)
+        sums = rng.normal(0.0, 1.0, (SUMS, chunks)) + 5.0
+        counts = rng.integers(0, 8193, (COUNTS, chunks)).astype(np.int32)
+        emulator.last_warp_first = last_warp_first
+        for emulator.grid in (1, 5):
+            total_sums, total_counts = np.full(SUMS, np.nan), np.full(COUNTS, -1)
+            arrays = sums, counts, total_sums, total_counts
+            pointers = [np.uint64(array.ctypes.data) for array in arrays]
+            sizes = np.int64(chunks), np.int32(COUNTS)
+            arguments = (*pointers[:2], *sizes, *pointers[2:])
+            emulator.launch(cuda.TOTALS, None, SUMS + COUNTS, arguments)
+            np.testing.assert_array_equal(total_counts, counts.sum(1, dtype=np.int64))
+            # In double precision, of terms of one sign mostly.
+            wanted = [math.fsum(row) for row in sums[:-2]]
+            np.testing.assert_allclose(total_sums[:-2], wanted, rtol=1e-13)
+            extremes = [sums[-2].min(initial=np.inf), sums[-1].max(initial=-np.inf)]
+            assert total_sums[-2:].tolist() == extremes
+
+    def test_a_nan_is_kept(self, emulator: Emulator) -> None:
+        sums = np.zeros((SUMS, 300))
+        for row in range(SUMS):
+            sums[row, 41 * row] = np.nan
+        counts, total_sums, total_counts = (
+            np.zeros(shape, dtype)
+            for shape, dtype in (((1, 300), np.int32), (SUMS, np.float64), (1, np.int64))
+        )
+        pointers = [
+            np.uint64(array.ctypes.data) for array in (sums, counts, total_sums, total_counts)
+        ]
+        arguments = (*pointers[:2], np.int64(300), np.int32(1), *pointers[2:])
+        emulator.launch(cuda.TOTALS, None, SUMS + 1, arguments)
+        assert np.isnan(total_sums).all()
+
+
+@pytest.mark.skipif(SANITIZED, reason="the address sanitizer sets memory aside for every byte")
+class TestManyTokens:
+    """Their last block alone: of all that memory no more than that is ever touched."""
+
+    @pytest.fixture(autouse=True)
+    def _last_block(self, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+        emulator.grid = 2**31 - 1
+        whole = emulator.launch
+
+        def launch(kernel: str, device: object, blocks: int, *arguments: Any) -> None:
+            emulator.skipped = 0 if kernel == cuda.TOTALS else blocks - 1
+            whole(kernel, device, blocks, *arguments)
+
+        monkeypatch.setattr(cuda, "_launch", launch)
+
+    @staticmethod
+    def untouched(count: int, dtype: type) -> torch.Tensor:
+        """One more than `count` zeros, in pages that nobody has looked at."""
+        try:
+            return torch.from_numpy(np.zeros(count + 1, dtype))
+        except MemoryError as reason:
+            pytest.skip(str(reason))
+
+    @staticmethod
+    def run(kernel: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return kernel(*arguments)
+        except RuntimeError as reason:
+            if "allocate memory" in str(reason):
+                pytest.skip(str(reason))
+            raise
+
+    @pytest.mark.parametrize("count", [2**31 + 1, 2**32 + 5])
+    @pytest.mark.parametrize(("in_vectors", "rows"), [(True, 3), (False, 3), (False, 1)])
+    def test_of_the_loss(self, count: int, in_vectors: bool, rows: int) -> None:
+        here = count % cuda.CHUNK
+        old, new, advantages, _ = batch((rows, here), torch.float16, seed=1)
+        advantages = advantages[:, :1].nan_to_num().float()
+        bounds = bounds_of(KL, old)
+        rule = bounds, "min-clip", [3.0], True
+        wanted = cuda.token_loss(old, new, None, advantages, torch.ones_like(old) > 0, *rule)
+        assert wanted[0][-1].count_nonzero() > 0
+        tokens = []
+        for end in (old, new, torch.ones(rows, here, dtype=torch.bool)):
+            dtype = np.bool_ if end.dtype == torch.bool else np.float16
+            # Next to a boundary of vectors, unless they are wanted.
+            whole = self.untouched(count, dtype)[0 if in_vectors else 1 :][:count]
+            tokens.append(whole.view(rows, count // rows))
+            tokens[-1][-1, -here:] = end[-1]
+        found = self.run(cuda.token_loss, tokens[0], tokens[1], None, advantages, tokens[2], *rule)
+        for mine, other in zip(found[:2], wanted[:2], strict=True):
+            assert equal(mine[-1, -here:], other[-1])
+
+    def test_of_bounds(self) -> None:
+        count = 2**31 + 1
+        old = self.untouched(count, np.float16)[:count]
+        old[-1] = -3.0
+        words = bounds_of(KL, old[-1:])
+        found = self.run(cuda.table_log_bounds, words, old)
+        assert equal(found[:, -1:], cuda.table_log_bounds(words, old[-1:]))
 
 
 def every_kind_of_float() -> torch.Tensor:
@@ -294,7 +418,9 @@ class TestTable:
         np.testing.assert_array_equal(np.isnan(log_lower), np.isnan(lower))
         apart = lower > UNMOVED
         exact = np.log(lower[apart].astype(np.float64))
-        np.testing.assert_array_max_ulp(log_lower[apart], exact.astype(log_lower.dtype), 1)
+        # In float64 numpy's logarithm is off by as much as CUDA's.
+        ulps = 1 if log_lower.dtype == np.float32 else 2
+        np.testing.assert_array_max_ulp(log_lower[apart], exact.astype(log_lower.dtype), ulps)
         ratio = np.exp(log_lower[lower <= UNMOVED].astype(np.float64))
         np.testing.assert_allclose(ratio, lower[lower <= UNMOVED], rtol=2.0**-17, atol=FLUSHED)
         assert apart.sum() > 10_000
@@ -316,15 +442,51 @@ class TestTable:
     def test_clip(self, dtype: torch.dtype, region: bandpo.Region, device: torch.device) -> None:
         old, new, _, _ = batch((13, 61), dtype)
         x = new - old
-        wanted = clip(region, old, x)
         bounds = bounds_of(region, old)
-        moved, inside = cuda.clipped(*on(device, [bounds, old, x]))
-        torch.testing.assert_close(
-            moved.cpu(), wanted, rtol=LIBM if dtype == torch.float64 else 1.2e-7, atol=0.0,
-            equal_nan=True,
-        )  # fmt: skip
+        if bounds.dtype == torch.int32:
+            lower = read_table(bounds, old, torch.tensor(True)).double().log()
+            upper = read_table(bounds, old, torch.tensor(False)).double()
+        else:
+            lower, upper = bounds.double()
+        wanted = torch.where(old.isnan(), old.double(), x.double().clamp(lower, upper)).to(dtype)
+        tensors = on(device, [bounds, old, x])
+        moved, inside = cuda.clipped(tensors[0], tensors[1], tensors[2], of_ratio=False)
+        for found in (moved.cpu(), clip(region, old, x)):
+            torch.testing.assert_close(
+                found, wanted, rtol=LOGARITHM[dtype], atol=0.0, equal_nan=True
+            )
         assert torch.equal(inside.cpu(), moved.cpu() == x)
         assert 0 < inside.sum() < inside.numel() or region == REGIONS[5]
+
+    @pytest.mark.parametrize("region", REGIONS, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_clip_of_ratios(
+        self, dtype: torch.dtype, region: bandpo.Region, device: torch.device
+    ) -> None:
+        old, new, _, _ = batch((13, 61), dtype)
+        ratio = (new - old).exp()
+        ratio[0, :4] = torch.tensor([0.0, float("inf"), -1.0, 1.0])
+        old[0, :4] = -1.0
+        bounds = bounds_of(region, old)
+        if bounds.dtype == torch.int32:
+            lower = read_table(bounds, old, torch.tensor(True)).double()
+            upper = read_table(bounds, old, torch.tensor(False)).double().exp()
+        else:
+            lower, upper = bounds.double().exp()
+        wanted = torch.where(old.isnan(), old.double(), ratio.double().clamp(lower, upper))
+        wanted = wanted.to(dtype)
+        tensors = on(device, [bounds, old, ratio])
+        moved, inside = cuda.clipped(tensors[0], tensors[1], tensors[2], of_ratio=True)
+        torch.testing.assert_close(
+            moved.cpu(), wanted, rtol=EXPONENTIATED[dtype], atol=0.0, equal_nan=True
+        )
+        assert torch.equal(inside.cpu(), moved.cpu() == ratio)
+        assert 0 < inside.sum() < inside.numel()
+        # Plain torch takes the lower bound of a table through its logarithm.
+        torch.testing.assert_close(
+            clip_ratio(region, old, ratio), wanted, equal_nan=True,
+            rtol=EXPONENTIATED[dtype], atol=torch.finfo(dtype).eps,
+        )  # fmt: skip
 
 
 class TestOperators:
@@ -385,7 +547,9 @@ class TestOperators:
         bounds = bounds_of(region, old)
         if bounds.dtype == torch.int32:
             torch.library.opcheck(torch.ops.bandpo.table_log_bounds.default, (bounds, old))
-        torch.library.opcheck(torch.ops.bandpo.clipped.default, (bounds, old, x))
+        for of_ratio in (False, True):
+            arguments = bounds, old, x, of_ratio
+            torch.library.opcheck(torch.ops.bandpo.clipped.default, arguments)
 
     @pytest.mark.parametrize(
         "region", [KL, REGIONS[4], bandpo.Band("tv", np.full(9, 0.1))], ids=str
@@ -395,12 +559,15 @@ class TestOperators:
     ) -> None:
         old, new, _, _ = batch((4, 9), torch.float64)
         x = (new - old).requires_grad_()
-        wanted = clip(region, old, x)
-        [slope] = torch.autograd.grad(wanted.nansum(), x)
-        monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "cuda")
-        moved = clip(region, old, x)
-        torch.testing.assert_close(moved, wanted, equal_nan=True)
-        torch.testing.assert_close(torch.autograd.grad(moved.nansum(), x)[0], slope)
+        for function, values in ((clip, x), (clip_ratio, x.exp())):
+            monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "torch")
+            wanted = function(region, old, values)
+            [slope] = torch.autograd.grad(wanted.nansum(), x, retain_graph=True)
+            monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "cuda")
+            moved = function(region, old, values)
+            torch.testing.assert_close(moved, wanted, equal_nan=True)
+            [moved_slope] = torch.autograd.grad(moved.nansum(), x)
+            torch.testing.assert_close(moved_slope, slope, equal_nan=True)
 
 
 @pytest.fixture(params=REFERENCE_FILES, ids=lambda path: path.name.removesuffix(".csv.gz"))
@@ -505,6 +672,15 @@ class TestExact:
             assert cuda.contains(region, old, old) is None
 
 
+def test_nothing_is_initialised_before_the_first_use() -> None:
+    """So that a process may be forked after all imports."""
+    program = (
+        "import sys, torch, bandpo.cuda, bandpo.loss\n"
+        "assert 'cupy' not in sys.modules and not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def constants_of_the_source() -> Iterator[tuple[str, int]]:
     for name, value in re.findall(r"^const int (\w+) = (\d+);", _core.KERNEL_SOURCE, re.MULTILINE):
         yield name, int(value)
@@ -581,11 +757,192 @@ class TestEmulator:
 
     def test_the_sanitizers_find_nothing(self) -> None:
         """This file once more, in the emulator alone: every kernel and every way to index."""
-        some = "size or strides or each_token or half or float64_log or clip or sets"
-        options = ["-q", "-x", "-p", "no:cacheprovider", "-k", f"not gpu and ({some})"]
+        some = "size or strides or each_token or half or float64_log or clip or sets or limits"
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-k", f"not gpu and ({some} or Totals)"]
         output = self.python(["-m", "pytest", *options, __file__], SANITIZERS)
         assert re.search(r"\d\d passed", output), output[-3000:]
         assert output.endswith("exit 0"), output[-3000:]
+
+
+class FakeCupy:
+    """The part of CuPy 14 that launches take, in the emulator; `log` says what was current."""
+
+    __version__ = "14.0.0"
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator = emulator
+        self.log: list[tuple[Any, ...]] = []
+        self.devices: list[int] = []
+        self.streams: list[int] = []
+        self.broken: Exception | None = None
+        self.cuda = SimpleNamespace(
+            Device=lambda index: self._current(self.devices, index),
+            Stream=SimpleNamespace(from_external=self._from_external),
+            runtime=SimpleNamespace(getDeviceCount=lambda: 2, CUDARuntimeError=RuntimeError),
+        )
+
+    @staticmethod
+    @contextmanager
+    def _current(stack: list[int], one: int) -> Iterator[None]:
+        stack.append(one)
+        yield
+        stack.pop()
+
+    def _from_external(self, stream: Any) -> Any:
+        version, pointer = stream.__cuda_stream__()
+        assert version == 0
+        return self._current(self.streams, pointer)
+
+    def RawModule(self, *, code: str, options: tuple[str, ...], name_expressions: Any) -> Any:  # noqa: N802
+        if self.broken is not None:
+            raise self.broken
+        assert code == _core.KERNEL_SOURCE
+        assert options == cuda.COMPILER_OPTIONS
+        [kernel] = name_expressions
+        device = self.devices[-1]
+        self.log.append(("compiled", kernel, device))
+
+        def launch(grid: Any, block: Any, arguments: Any, *, shared_mem: int) -> None:
+            assert self.devices[-1] == device
+            assert block == (cuda.THREADS,)
+            assert all(isinstance(argument, np.generic) for argument in arguments)
+            self.log.append(("launched", kernel, device, self.streams[-1], *grid))
+            self.emulator.grid = grid[0]
+            self.emulator.launch(kernel, None, grid[0], arguments, shared_mem)
+
+        return SimpleNamespace(get_function=lambda name: {kernel: launch}[name])
+
+
+class TestLaunch:
+    PROCESSORS = 2
+    LOSS = "bandpo::policy_loss<float, bandpo::Table>"
+
+    @pytest.fixture
+    def cupy(self, library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
+        cupy = FakeCupy(Emulator(library))
+        monkeypatch.setattr(cuda, "_cupy", lambda: cupy)
+        monkeypatch.setattr(cuda, "_compiled", cache(cuda._compiled.__wrapped__))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77)
+        )
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda device: SimpleNamespace(multi_processor_count=self.PROCESSORS),
+        )
+        return cupy
+
+    def test_is_on_the_device_and_stream_of_torch(self, cupy: FakeCupy) -> None:
+        tokens = batch((5, 8192))
+        check_as_rust(torch.device("cpu"), tokens, bounds_of(KL, tokens[0]), RULES[1])
+        totals = SUMS + COUNTS + 3 * PROBABILITY_BINS
+        most = cuda.BLOCKS_A_PROCESSOR * self.PROCESSORS
+        launches = [("launched", self.LOSS, 1, 77, 5), ("launched", cuda.TOTALS, 1, 77, most)]
+        compiled = [("compiled", self.LOSS, 1), ("compiled", cuda.TOTALS, 1)]
+        assert totals > most
+        assert cupy.log == [compiled[0], launches[0], compiled[1], launches[1]]
+        assert (cupy.devices, cupy.streams) == ([], [])
+
+    def test_compiles_once_for_each_device(
+        self, cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tokens = batch((1, 9))
+        old, new, advantages, valid = tokens
+        bounds = bounds_of(KL, old)
+        for index in (0, 1, 0, 1):
+            monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
+            cuda.token_loss(old, new, None, advantages, valid, bounds, "mask", [], False)
+        assert [entry[2] for entry in cupy.log if entry[0] == "compiled"] == [0, 0, 1, 1]
+        assert [entry[2] for entry in cupy.log if entry[0] == "launched"] == [0, 0, 1, 1] * 2
+
+    def test_a_compiler_that_fails_is_an_obstacle(self, cupy: FakeCupy) -> None:
+        assert cuda.obstacle() is None
+        assert cupy.log == [("compiled", cuda.TOTALS, 1)]
+        cuda._compiled.cache_clear()
+        cupy.broken = RuntimeError("Failed to find CUDA headers.\nTry this")
+        obstacle = cuda.obstacle()
+        assert isinstance(obstacle, BrokenExtraError)
+        wanted = "bandpo[cuda13] cannot be compiled: Failed to find CUDA headers."
+        assert str(obstacle).endswith(wanted)
+
+    def test_an_old_cupy_is_an_obstacle(self, cupy: FakeCupy) -> None:
+        cupy.cuda.Stream = SimpleNamespace()
+        cupy.__version__ = "13.6.0"
+        wanted = "bandpo[cuda13] needs CuPy 14 or newer, got 13.6.0"
+        assert str(cuda.obstacle()) == wanted
+
+
+class FakeStream:
+    """A stream that can do as much as one of torch when no GPU looks."""
+
+    def __init__(self) -> None:
+        self.events: list[object] = []
+        self.waited: list[object] = []
+
+    def record_event(self) -> object:
+        self.events.append(object())
+        return self.events[-1]
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+
+class TestKept:
+    """What outlives a call: constants, tables, radii."""
+
+    def test_no_stream_reads_before_another_has_filled(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one, other = FakeStream(), FakeStream()
+        recorded: list[object] = []
+        tensor: Any = SimpleNamespace(is_cuda=True, device="cuda:0", record_stream=recorded.append)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: one)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        kept = _Kept(tensor)
+        assert len(one.events) == 1
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: other)
+        assert kept.ready() is tensor
+        assert other.waited == one.events
+        assert recorded == [other]
+        kept.note_filled()  # now there
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: one)
+        kept.ready()
+        assert one.waited == other.events
+        # In a capture nothing outside may be waited for.
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        kept.ready()
+        assert len(one.waited) == 1
+
+    def test_the_first_use_must_not_be_in_a_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        device = torch.device("cuda:0")
+        fresh = bandpo.Band("kl", 0.05), bandpo.Clip(0.2), ScheduledBand("kl", Constant(0.1))
+        for region in fresh:
+            with pytest.raises(ValueError, match="on cuda:0 once before a CUDA graph"):
+                _source(region, torch.float32, device, exact=False)
+
+    @pytest.mark.parametrize("delta", [0.1, (0.02, 0.3), np.full((3, 1), 0.1)], ids=str)
+    @pytest.mark.usefixtures("emulator")
+    def test_radii_are_copied_once(self, delta: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        copies: list[object] = []
+
+        def counted(array: Any, device: torch.device) -> torch.Tensor:
+            copies.append(array)
+            return upload(array, device)
+
+        monkeypatch.setattr(cuda, "upload", counted)
+        old = torch.full((3, 50), -1.0, dtype=torch.float64)
+        for band in (bandpo.Band("renyi:2", delta), bandpo.Band("renyi:2", delta)):
+            for _ in range(2):
+                bounds = cuda.log_bounds(band, old)
+                assert bounds is not None
+                assert cuda.contains(band, old, bounds[0]) is not None
+                exact = band.log_bounds(old.numpy())
+                np.testing.assert_allclose(bounds.numpy(), exact, rtol=SOLVED)
+        assert len(copies) == 2  # with each band its own
 
 
 class TestWithoutAGpu:

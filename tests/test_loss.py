@@ -1140,10 +1140,24 @@ class TestBoundsOnTensors:
         assert torch.equal(gradient.bool(), inside)
         assert bandpo.torch.contains(KL, old, bandpo.torch.log_bounds(KL, old)[1]).all()
 
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_clip_of_ratios_follows_the_bounds(self, exact: bool) -> None:
+        batch = random_batch((20, 30), dtype=torch.float64)
+        old, ratio = batch.old_log_prob, (batch.log_prob - batch.old_log_prob).exp()
+        lower, upper = KL.bounds(old.numpy())
+        ratio.requires_grad_()
+        clipped = bandpo.torch.clip_ratio(KL, old, ratio, exact=exact)
+        wanted = np.clip(ratio.detach().numpy(), lower, upper)
+        assert_close(clipped, wanted, 1e-12 if exact else 1e-5)
+        (gradient,) = torch.autograd.grad(clipped.sum(), ratio)
+        assert torch.equal(gradient.bool(), clipped == ratio)
+        assert 0 < gradient.sum() < gradient.numel()
+
     def test_nan_lies_nowhere_and_stays(self) -> None:
         nan = torch.tensor([math.nan, -1.0]), torch.tensor([0.0, math.nan])
         assert not bandpo.torch.contains(KL, *nan).any()
         assert bandpo.torch.clip(KL, *nan).isnan().all()
+        assert bandpo.torch.clip_ratio(KL, *nan).isnan().all()
 
     def test_half_precision_is_clipped_in_float32(self) -> None:
         old = torch.tensor([-3.0, -0.125], dtype=torch.bfloat16)
@@ -1157,6 +1171,8 @@ class TestBoundsOnTensors:
         for function in (bandpo.torch.contains, bandpo.torch.clip):
             with pytest.raises(TypeError, match=r"log_ratio must be a torch\.Tensor, got float"):
                 function(KL, torch.zeros(2), 0.0)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"^ratio must be a torch\.Tensor, got float"):
+            bandpo.torch.clip_ratio(KL, torch.zeros(2), 1.0)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"old_log_prob must be float32, .* got torch\.int64"):
             bandpo.torch.log_bounds(KL, torch.zeros(2, dtype=torch.int64))
         with pytest.raises(TypeError, match=r"region must be .* got Divergence"):

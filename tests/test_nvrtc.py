@@ -8,14 +8,18 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 
 pytest.importorskip("torch")
 
 from bandpo import _core, cuda
+from bandpo.torch import MOST_TABLE_WORDS
 from emulated import KERNELS
 
 ARCHITECTURES = {12: (70, 75, 80, 86, 89, 90, 100, 120), 13: (75, 80, 86, 89, 90, 100, 120)}
@@ -29,6 +33,17 @@ THREADS_THAT_HIDE_MEMORY = 768
 """Threads of a multiprocessor: with 52 bytes on their way for each, 40 KB, more than twice the
 product of its share of the bandwidth (3.4 TB/s by 132 on an H100) and some 600 ns of latency."""
 
+SHARED_BYTES = 48 * 1024
+"""Of a block, without asking for more: those of the kernel and a table of the largest size."""
+
+
+class Compiled(NamedTuple):
+    """What is known of kernels in a binary."""
+
+    log: str
+    names: list[str]  # in the binary
+    ptx: str
+
 
 class Nvrtc:
     """The compiler of one major version of CUDA, from the library in its wheel."""
@@ -39,13 +54,14 @@ class Nvrtc:
             ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(library))
 
-    def compile(self, source: str, kernel: str, options: list[str]) -> str:
-        """Returns the log of a kernel that was compiled to a binary."""
+    def compile(self, source: str, kernels: Sequence[str], options: list[str]) -> Compiled:
+        """Compiles kernels to a binary."""
         program = ctypes.c_void_p()
         given = ctypes.byref(program), source.encode(), b"band.cuh", 0, None, None
         self._call("nvrtcCreateProgram", *given)
         try:
-            self._call("nvrtcAddNameExpression", program, kernel.encode())
+            for kernel in kernels:
+                self._call("nvrtcAddNameExpression", program, kernel.encode())
             strings = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             status = self._library.nvrtcCompileProgram(program, len(options), strings)
             size = ctypes.c_size_t()
@@ -55,7 +71,16 @@ class Nvrtc:
             assert status == 0, log.value.decode()
             self._call("nvrtcGetCUBINSize", program, ctypes.byref(size))
             assert size.value > 1000
-            return log.value.decode()
+            names = []
+            for kernel in kernels:
+                name = ctypes.c_char_p()
+                self._call("nvrtcGetLoweredName", program, kernel.encode(), ctypes.byref(name))
+                assert name.value is not None
+                names.append(name.value.decode())
+            self._call("nvrtcGetPTXSize", program, ctypes.byref(size))
+            ptx = ctypes.create_string_buffer(size.value)
+            self._call("nvrtcGetPTX", program, ptx)
+            return Compiled(log.value.decode(), names, ptx.value.decode())
         finally:
             self._call("nvrtcDestroyProgram", ctypes.byref(program))
 
@@ -74,58 +99,120 @@ def compiler(major: int) -> Nvrtc | None:
     return None
 
 
-def log_of(major: int, architecture: int, kernel: str) -> str:
+class Resources(NamedTuple):
+    """What a thread of a kernel, and its block, take."""
+
+    registers: int
+    shared_bytes: int
+    spilled: list[int]  # bytes stored and loaded, by the kernel and by functions that it calls
+
+
+def resources(log: str) -> dict[str, Resources]:
+    """Those of each kernel by its name in the binary."""
+    found = {}
+    for text in log.split("Compiling entry function '")[1:]:
+        name = text.partition("'")[0]
+        [registers] = re.findall(r"Used (\d+) registers", text)
+        shared = re.findall(r"(\d+) bytes smem", text)
+        spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        assert spilled
+        found[name] = Resources(
+            int(registers),
+            sum(map(int, shared)),
+            [int(size) for pair in spilled for size in pair],
+        )
+    return found
+
+
+TARGETS = [(major, arch) for major, archs in ARCHITECTURES.items() for arch in archs]
+
+
+@pytest.mark.parametrize(("major", "architecture"), TARGETS)
+def test_every_kernel_compiles_everywhere_without_spills(major: int, architecture: int) -> None:
     nvrtc = compiler(major)
     if nvrtc is None:
         pytest.skip(f"needs NVRTC {major}: pip install '.[nvrtc]'")
     options = [
         *cuda.COMPILER_OPTIONS, *ADDED_BY_CUPY, f"-arch=sm_{architecture}", "--ptxas-options=-v",
     ]  # fmt: skip
-    return nvrtc.compile(_core.KERNEL_SOURCE, kernel, options)
-
-
-def resources(log: str) -> tuple[int, int, int]:
-    """Registers of a thread, and bytes spilled and loaded again, in functions that it calls too."""
-    [registers] = re.findall(r"Used (\d+) registers", log)
-    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    stores, loads = (sum(int(pair[side]) for pair in spilled) for side in (0, 1))
-    assert spilled
-    return int(registers), stores, loads
-
-
-def check_warnings(log: str) -> None:
-    """None, but that NVRTC 12 says of sm_70 that it is old."""
+    log, names, _ = nvrtc.compile(_core.KERNEL_SOURCE, KERNELS, options)
     warned = [line for line in log.splitlines() if "warning" in line]
+    # NVRTC 12 says of sm_70 that it is old.
     assert [line for line in warned if "deprecated" not in line] == []
+    found = resources(log)
+    assert len(set(names)) == len(KERNELS) == len(found)
+    for kernel, name in zip(KERNELS, names, strict=True):
+        registers, shared_bytes, spilled = found[name]
+        assert set(spilled) == {0}, kernel
+        assert registers * cuda.THREADS <= REGISTERS_OF_AN_SM, kernel
+        assert shared_bytes + 4 * MOST_TABLE_WORDS <= SHARED_BYTES, kernel
+        if "policy_loss<" in kernel and "double" not in kernel:
+            assert registers * THREADS_THAT_HIDE_MEMORY <= REGISTERS_OF_AN_SM, kernel
 
 
-TARGETS = [(major, arch) for major, archs in ARCHITECTURES.items() for arch in archs]
-FLOAT32 = "bandpo::policy_loss<float, bandpo::Table>"
+def test_a_spill_is_seen() -> None:
+    nvrtc = compiler(13)
+    if nvrtc is None:
+        pytest.skip("needs NVRTC 13: pip install '.[nvrtc]'")
+    options = [*cuda.COMPILER_OPTIONS, "-arch=sm_90", "--ptxas-options=-v"]
+    one, eight = (f"__launch_bounds__(THREADS, {blocks}) band_solve" for blocks in (1, 8))
+    assert one in _core.KERNEL_SOURCE
+    source = _core.KERNEL_SOURCE.replace(one, eight)  # of which each has 32 registers
+    log, [name], _ = nvrtc.compile(source, ["bandpo::band_solve<double>"], options)
+    assert max(resources(log)[name].spilled) > 0
 
 
-@pytest.mark.parametrize(("major", "architecture"), TARGETS)
-@pytest.mark.parametrize("kernel", [FLOAT32, "bandpo::band_solve<double>"])
-def test_compiles_everywhere_without_spills(major: int, architecture: int, kernel: str) -> None:
-    log = log_of(major, architecture, kernel)
-    registers, *spilled = resources(log)
-    assert spilled == [0, 0], log
-    check_warnings(log)
-    if kernel == FLOAT32:
-        assert registers * THREADS_THAT_HIDE_MEMORY <= REGISTERS_OF_AN_SM
+@pytest.mark.parametrize(
+    ("stored", "loads", "stores"), [("float", 5, 2), ("bandpo::Half", 5, 2), ("double", 9, 4)]
+)
+def test_tokens_are_read_and_written_in_vectors(stored: str, loads: int, stores: int) -> None:
+    """Log-probs, log-ratios, advantages and mask; losses and gradients: four tokens by one
+    instruction, of float64 by two. Else a warp would write 4 of every 16 bytes at a time.
+    """
+    nvrtc = compiler(13)
+    if nvrtc is None:
+        pytest.skip("needs NVRTC 13: pip install '.[nvrtc]'")
+    options = [*cuda.COMPILER_OPTIONS, *ADDED_BY_CUPY, "-arch=sm_90"]
+    kernel = f"bandpo::policy_loss<{stored}, bandpo::Table>"
+    ptx = nvrtc.compile(_core.KERNEL_SOURCE, [kernel], options).ptx
+    for instruction, wanted in (("ld", loads), ("st", stores)):
+        assert len(re.findall(rf"\b{instruction}\.global\.v\d", ptx)) == wanted
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_each_kernel_compiles_without_spills(kernel: str) -> None:
-    log = log_of(13, 90, kernel)
-    registers, *spilled = resources(log)
-    assert spilled == [0, 0], log
-    check_warnings(log)
-    if "policy_loss<" in kernel and "double" not in kernel:
-        assert registers * THREADS_THAT_HIDE_MEMORY <= REGISTERS_OF_AN_SM
+class TestCupy:
+    """What CuPy itself would do, as far as it can without a device."""
 
+    @pytest.fixture(autouse=True)
+    def _cupy(self) -> None:
+        pytest.importorskip("cupy", reason="needs CuPy: pip install '.[nvrtc]'")
 
-def test_the_options_are_those_of_cupy() -> None:
-    core = pytest.importorskip("cupy._core.core", reason="needs CuPy")
-    own = core.assemble_cupy_compiler_options(cuda.COMPILER_OPTIONS)
-    added = [option for option in own if not option.startswith("-I")]
-    assert set(added) <= {*cuda.COMPILER_OPTIONS, *ADDED_BY_CUPY}
+    def test_the_options_are_those_of_cupy(self) -> None:
+        from cupy._core import core
+
+        own = core.assemble_cupy_compiler_options(cuda.COMPILER_OPTIONS)
+        added = [option for option in own if not option.startswith("-I")]
+        assert set(added) <= {*cuda.COMPILER_OPTIONS, *ADDED_BY_CUPY}
+
+    def test_it_compiles_the_string_with_its_headers(self) -> None:
+        from cupy._core import core
+        from cupy.cuda import nvrtc
+
+        assert nvrtc.getVersion()[0] == 13
+        kernel = "bandpo::policy_loss<bandpo::Half, bandpo::Table>"
+        options = (*core.assemble_cupy_compiler_options(cuda.COMPILER_OPTIONS), *ADDED_BY_CUPY)
+        program = nvrtc.createProgram(_core.KERNEL_SOURCE, "band.cu", (), ())
+        nvrtc.addNameExpression(program, kernel)
+        nvrtc.compileProgram(program, (*options, "-arch=sm_90"))
+        assert nvrtc.getLoweredName(program, kernel).startswith("_ZN6bandpo11policy_loss")
+        assert len(nvrtc.getCUBIN(program)) > 1000
+        nvrtc.destroyProgram(program)
+
+    def test_it_has_what_a_launch_asks_of_it(self) -> None:
+        """And does not call it deprecated: warnings are errors here."""
+        import cupy
+
+        assert cuda._cupy() is cupy
+        assert issubclass(cupy.cuda.runtime.CUDARuntimeError, Exception)
+        with pytest.raises(TypeError, match="2-tuple"):
+            cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: 77))
+        assert callable(cupy.cuda.Device)

@@ -1,6 +1,7 @@
 """Time the CUDA kernel of the loss, forward and backward, beside a copy and its neighbours.
 
-Prints a table and writes every number to build/bench_gpu.json. Needs a GPU.
+Prints a line for each size, then the targets, and writes every single time to benchmarks/gpu.json.
+Needs a GPU.
 
     python tools/bench_gpu.py [--most 28]
 
@@ -8,19 +9,28 @@ What is timed, on N tokens in one row, float32, one advantage a token, a tenth o
 
 - copy: a device copy of as many bytes as the kernel has to move, 13 read and 8 written a token
 - bandpo: `bandpo::token_loss` with a table of Band("kl", 0.05): losses, gradients, counts and sums
-- compiled clip, eager clip: PPO's clip loss in torch with its gradient, compiled and not
+- compiled clip, eager clip: PPO's clip loss in torch with its gradient, compiled for each size anew
+  and not compiled
 - bisection: the published scheme for the upper bound, 50 halvings in torch, in place of a table
 - liger: Liger's Triton GRPO loss, if it is installed, from logits of two tokens, the fewest
 
-Memory is what the call allocates at its peak beyond inputs and the gradient, in bytes a token.
+A time is that between two events of the device. Before the first of them a GiB is written, which
+empties the cache and lets the host run ahead, so that it is not what is timed.
+
+Memory is what the call allocates at its peak beyond inputs and the gradient, in bytes a token (so
+-4 for the copy, which has none).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
+import shutil
 import statistics
+import subprocess
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,7 +39,8 @@ from bandpo.torch import bounds_of, token_loss_op, torch
 
 BYTES_A_TOKEN = 4 + 4 + 4 + 1 + 4 + 4
 REPEATS = 20
-RESULTS = Path(__file__).resolve().parents[1] / "build" / "bench_gpu.json"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.json"
+TARGET_SIZE = 1 << 24
 KL = Band("kl", 0.05)
 ROW = 1024  # tokens of a sequence, for Liger
 Tokens: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]"
@@ -67,6 +78,12 @@ def with_gradient(loss: Callable[..., Any]) -> Make:
         return lambda: torch.autograd.grad(loss(old, new, advantages, valid), new)
 
     return make
+
+
+def compiled_clip(tokens: Tokens) -> Call:
+    """The clip loss, compiled for this size: one for all sizes may be slower."""
+    torch.compiler.reset()
+    return with_gradient(torch.compile(clip_loss, dynamic=False))(tokens)
 
 
 def kernel(tokens: Tokens) -> Call:
@@ -109,8 +126,8 @@ def liger() -> Make | None:
     return make
 
 
-def seconds(call: Call) -> float:
-    """The median of single calls, by events of the device."""
+def seconds(call: Call, before: torch.Tensor) -> list[float]:
+    """Those of single calls, each after `before` was written."""
     for _ in range(3):
         call()
     times = []
@@ -119,12 +136,13 @@ def seconds(call: Call) -> float:
             torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             for _ in range(2)
         )
+        before.zero_()
         start.record()
         call()
         end.record()
         end.synchronize()
         times.append(1e-3 * float(start.elapsed_time(end)))
-    return statistics.median(times)
+    return times
 
 
 def extra_bytes(call: Call, count: int) -> float:
@@ -138,6 +156,70 @@ def extra_bytes(call: Call, count: int) -> float:
     return extra
 
 
+def about() -> dict[str, Any]:
+    """What the numbers are of."""
+    properties = torch.cuda.get_device_properties("cuda")
+    driver = None
+    if (program := shutil.which("nvidia-smi")) is not None:
+        query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    packages = "torch", "triton", "numpy", "cupy-cuda12x", "cupy-cuda13x", "liger-kernel"
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "driver": driver,
+        "cuda of torch": torch.version.cuda,
+        "python": platform.python_version(),
+        "bandpo": __version__,
+        **versions,
+        "bytes a token": BYTES_A_TOKEN,
+        "unit": "seconds of single calls",
+    }
+
+
+def of_call(make: Make, tokens: Tokens, before: torch.Tensor) -> tuple[list[float], float]:
+    """The times and the extra bytes a token of one method, which leaves no tensor behind."""
+    call = make(tokens)
+    return seconds(call, before), extra_bytes(call, tokens[0].numel())
+
+
+def measure(count: int, makers: dict[str, Make], before: torch.Tensor) -> dict[str, Any]:
+    """Times everything on so many tokens; what does not fit the memory is None."""
+    old = -torch.empty((1, count), device="cuda").exponential_(0.3)
+    new = old + 0.3 * torch.randn_like(old)
+    tokens = old, new, torch.randn_like(old), torch.rand_like(old) < 0.9
+    row: dict[str, Any] = {"tokens": count, "seconds": {}, "extra bytes a token": {}}
+    for name, make in makers.items():
+        try:
+            row["seconds"][name], row["extra bytes a token"][name] = of_call(make, tokens, before)
+        except torch.cuda.OutOfMemoryError:
+            row["seconds"][name] = row["extra bytes a token"][name] = None
+        torch.cuda.empty_cache()
+    return row
+
+
+def targets(row: dict[str, Any]) -> str:
+    """The targets of the size that they are set for."""
+    median = {name: statistics.median(times) for name, times in row["seconds"].items() if times}
+    mine = median["bandpo"]
+    speed = BYTES_A_TOKEN * row["tokens"] / mine
+    lines = [f"bandpo: {mine * 1e6:.0f} us, {speed:.3g} bytes a second"]
+    wanted = {"copy": " (target >= 0.9)", "compiled clip": " (>= 1)", "bisection": " (>= 100)"}
+    for peer in ("copy", "compiled clip", "eager clip", "bisection", "liger"):
+        found = f"{median[peer] / mine:.3g} of that" if peer in median else "not measured"
+        lines.append(f"{peer}: {found}{wanted.get(peer, '')}")
+    extra = row["extra bytes a token"]["bandpo"]
+    return "\n".join([*lines, f"extra bytes a token: {extra:.3g} (target <= 8)"])
+
+
 def main() -> None:
     """Times every size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -146,41 +228,28 @@ def main() -> None:
     if reason := cuda.obstacle():
         raise SystemExit(f"needs a GPU: {reason}")
     makers: dict[str, Make] = {
+        "copy": copy,
         "bandpo": kernel,
-        "compiled clip": with_gradient(torch.compile(clip_loss)),
+        "compiled clip": compiled_clip,
         "eager clip": with_gradient(clip_loss),
         "bisection": with_gradient(bisected_loss),
     }
     if (of_liger := liger()) is not None:
         makers["liger"] = of_liger
+    before = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     rows: list[dict[str, Any]] = []
     for exponent in range(16, most + 1, 2):
-        count = 1 << exponent
-        old = -torch.empty((1, count), device="cuda").exponential_(0.3)
-        new = old + 0.3 * torch.randn_like(old)
-        tokens = old, new, torch.randn_like(old), torch.rand_like(old) < 0.9
-        row: dict[str, Any] = {"tokens": count, "copy": seconds(copy(tokens))}
-        for name, make in makers.items():
-            try:
-                call = make(tokens)
-                row[name] = seconds(call)
-                row[f"{name}: bytes a token"] = extra_bytes(call, count)
-            except torch.cuda.OutOfMemoryError:
-                row[name] = None
-                torch.cuda.empty_cache()
+        row = measure(1 << exponent, makers, before)
         rows.append(row)
-        share = row["copy"] / row["bandpo"]
         times = "  ".join(
-            f"{name} {row[name] * 1e6:.0f} us" if row[name] else f"{name} out of memory"
-            for name in ("copy", *makers)
+            f"{name} {statistics.median(times) * 1e6:.0f} us" if times else f"{name} out of memory"
+            for name, times in row["seconds"].items()
         )
-        print(f"2^{exponent}: {times}  ({share:.0%} of the copy's bandwidth)", flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    about = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandpo": __version__,
-        "repeats": REPEATS, "unit": "median seconds of a call",
-    }  # fmt: skip
-    RESULTS.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        print(f"2^{exponent}: {times}", flush=True)
+    for row in rows:
+        if row["tokens"] == TARGET_SIZE and row["seconds"]["bandpo"]:
+            print(targets(row))
+    RESULTS.write_text(json.dumps({**about(), "rows": rows}, indent=1) + "\n")
     print(f"written to {RESULTS}")
 
 

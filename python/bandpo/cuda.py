@@ -1,17 +1,18 @@
 """The CUDA backend: kernels on torch's stream and device. The one module that imports CuPy.
 
 The kernels are in ``cuda/``. CuPy compiles each at its first use on a device and keeps it on disk,
-so that call has to come before a CUDA graph is captured. Nothing here waits for a device.
+and what a region needs there is copied at its first use. So a call with the same region and dtypes
+has to come before a CUDA graph is captured; the graph reads what belongs to the region at every
+replay, so keep the region as well. Nothing here waits for a device.
 """
 
 from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bandpo import _core
 from bandpo.error import BrokenExtraError, MissingExtraError
@@ -23,9 +24,11 @@ from bandpo.torch import (
     SUMS,
     clipped_op,
     compute_dtype,
+    keep,
     table_log_bounds_op,
     token_loss_op,
     torch,
+    upload,
 )
 
 # As in cuda/band.cu.
@@ -37,6 +40,9 @@ COMPILER_OPTIONS = ("-std=c++17", "-fmad=false")
 
 BLOCKS_A_PROCESSOR = 8
 """More blocks than run at a time would copy the table again."""
+
+TOTALS = "bandpo::policy_loss_totals<double>"
+"""The kernel that every loss needs."""
 
 _STORED = {
     torch.float32: "float",
@@ -67,6 +73,8 @@ def obstacle() -> ImportError | None:
         return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {missing}")
     except (ImportError, OSError) as broken:
         return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {broken}")
+    if not hasattr(cupy.cuda.Stream, "from_external"):
+        return BrokenExtraError(f"bandpo[{extra}] needs CuPy 14 or newer, got {cupy.__version__}")
     if version is None:
         return BrokenExtraError(
             f"the kernels of bandpo[{extra}] need a torch built with CUDA, "
@@ -78,6 +86,11 @@ def obstacle() -> ImportError | None:
         return BrokenExtraError(f"the kernels of bandpo[{extra}] need a CUDA driver: {reason}")
     if devices == 0:
         return BrokenExtraError(f"the kernels of bandpo[{extra}] need a CUDA device: there is none")
+    try:
+        _compiled(TOTALS, torch.cuda.current_device())
+    except Exception as reason:  # CuPy has one of its own for each of its parts
+        line = str(reason).strip().partition("\n")[0]
+        return BrokenExtraError(f"the kernels of bandpo[{extra}] cannot be compiled: {line}")
     return None
 
 
@@ -96,19 +109,32 @@ def _launch(
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     grid = max(1, min(blocks, BLOCKS_A_PROCESSOR * processors))
     index = torch.cuda.current_device() if device.index is None else device.index
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
+    function = _compiled(kernel, index)
     of_cupy = _cupy().cuda
-    with of_cupy.Device(index), of_cupy.ExternalStream(stream, index):
-        _compiled(kernel, index)((grid,), (THREADS,), arguments, shared_mem=shared_bytes)
+    with of_cupy.Device(index), of_cupy.Stream.from_external(stream):
+        function((grid,), (THREADS,), arguments, shared_mem=shared_bytes)
+
+
+class _Stream(NamedTuple):
+    """A stream of torch as CuPy takes it; those of old versions of torch do not say it."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """The version of the protocol, and the handle."""
+        return 0, self.pointer
 
 
 @cache
 def _compiled(kernel: str, device_index: int) -> Any:
-    """The kernel for the current device, which is the one of this index."""
-    module = _cupy().RawModule(
-        code=_core.KERNEL_SOURCE, options=COMPILER_OPTIONS, name_expressions=(kernel,)
-    )
-    return module.get_function(kernel)
+    """The kernel, compiled and loaded, for the device of this index."""
+    cupy = _cupy()
+    with cupy.cuda.Device(device_index):
+        module = cupy.RawModule(
+            code=_core.KERNEL_SOURCE, options=COMPILER_OPTIONS, name_expressions=(kernel,)
+        )
+        return module.get_function(kernel)
 
 
 def token_loss(
@@ -168,7 +194,7 @@ def token_loss(
             4 * words,
         )
     _launch(
-        "bandpo::policy_loss_totals<double>",
+        TOTALS,
         log_prob.device,
         SUMS + kinds,
         (
@@ -212,11 +238,11 @@ def table_log_bounds(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.T
 
 
 def clipped(
-    bounds: torch.Tensor, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+    bounds: torch.Tensor, old_log_prob: torch.Tensor, values: torch.Tensor, of_ratio: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The implementation of ``bandpo::clipped`` for CUDA tensors."""
-    old_log_prob, log_ratio = old_log_prob.contiguous(), log_ratio.contiguous()
-    moved = torch.empty_like(log_ratio)
+    old_log_prob, values = old_log_prob.contiguous(), values.contiguous()
+    moved = torch.empty_like(values)
     count = moved.numel()
     if count > 0:
         kind, bounds, words = _bounds_kind(bounds)
@@ -226,15 +252,16 @@ def clipped(
             -(-count // THREADS),
             (
                 _pointer(old_log_prob),
-                _pointer(log_ratio),
+                _pointer(values),
                 np.int64(count),
+                np.int32(of_ratio),
                 _pointer(bounds),
                 np.int32(words),
                 _pointer(moved),
             ),
             4 * words,
         )
-    return moved, moved == log_ratio
+    return moved, moved == values
 
 
 def log_bounds(region: Region, old_log_prob: torch.Tensor) -> torch.Tensor | None:
@@ -324,8 +351,8 @@ def contains(
 
 def _solver_of(
     region: Region, old_log_prob: torch.Tensor
-) -> tuple[tuple[np.generic, ...], list[torch.Tensor]] | None:
-    """Generator and radii as kernels take them, with the tensors that the arguments point to."""
+) -> tuple[tuple[np.generic, ...], torch.Tensor] | None:
+    """Generator and radii as kernels take them, with the tensor that the arguments point to."""
     if type(region) is not Band or not isinstance(region.divergence._solver, _core.Divergence):
         return None
     divergence = region.divergence._solver
@@ -338,47 +365,39 @@ def _solver_of(
                 return None
         except ValueError:
             return None
-        radii = _to_device(divergence, region.delta_low, old_log_prob.device)
+    radii = _radii_of(region, divergence, old_log_prob.device)
+    if region.per_token:
         radii = radii.expand(shape).contiguous()
-        low = high = radii
-        stride = 1
+        low = high = _pointer(radii)
     else:
-        low, high = (
-            _to_device(divergence, np.array(delta), old_log_prob.device)
-            for delta in (region.delta_low, region.delta_high)
-        )
-        stride = 0
+        low, high = _pointer(radii), _pointer(radii[1:])
     kind, parameter = divergence.kernel_generator
     arguments = (
         np.int32(kind),
         np.float64(parameter),
-        _pointer(low),
-        _pointer(high),
-        np.int64(stride),
+        low,
+        high,
+        np.int64(region.per_token),  # the stride
     )
-    return arguments, [low, high]
+    return arguments, radii
 
 
-def _to_device(
-    divergence: _core.Divergence, delta: NDArray[np.float64], device: torch.device
-) -> torch.Tensor:
-    """Radii of the generator, by a copy that the host does not wait for."""
-    flat = divergence.generator_radii(np.ascontiguousarray(delta).reshape(-1))
-    if flat.size == 1:
-        return torch.full(delta.shape, float(flat[0]), dtype=torch.float64, device=device)
-    radii = torch.from_numpy(flat.reshape(delta.shape))
-    if device.type == "cuda":
-        radii = radii.pin_memory()
-    return radii.to(device, non_blocking=True)
+def _radii_of(region: Band, divergence: _core.Divergence, device: torch.device) -> torch.Tensor:
+    """Radii of the generator on a device: of every token, or the low and the high one."""
+
+    def make() -> torch.Tensor:
+        sides = region.delta_low, region.delta_high
+        deltas = sides[0] if isinstance(sides[0], np.ndarray) else np.array(sides)
+        radii = divergence.generator_radii(np.ascontiguousarray(deltas).reshape(-1))
+        return upload(radii.reshape(deltas.shape), device)
+
+    return keep(region, "radii", device, make)
 
 
 def _bounds_kind(bounds: torch.Tensor) -> tuple[str, torch.Tensor, int]:
     """What the kernels call bounds of this kind, the bounds, and the words of a table."""
     bounds = bounds.contiguous()
     if bounds.dtype == torch.int32:
-        if bounds.is_cuda:
-            # A table outlives streams: one that is dropped must not be reused under this one.
-            bounds.record_stream(torch.cuda.current_stream(bounds.device))
         return "Table", bounds, bounds.numel()
     return ("Constant" if bounds.ndim == 1 else "PerToken"), bounds, 0
 

@@ -37,7 +37,7 @@ except ModuleNotFoundError as missing:
 except (ImportError, OSError) as broken:
     raise BrokenExtraError(f"torch is installed but cannot be imported: {broken}") from broken
 
-__all__ = ["clip", "contains", "log_bounds"]
+__all__ = ["clip", "clip_ratio", "contains", "log_bounds"]
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to plus and minus this before they are exponentiated."""
@@ -93,7 +93,7 @@ def contains(
         InvalidTypeError: If an argument has the wrong type or dtype.
         InvalidValueError: If an array of radii does not broadcast to the shape.
     """
-    old_log_prob, log_ratio = _precise(region, old_log_prob, log_ratio)
+    old_log_prob, log_ratio = _precise(region, old_log_prob, log_ratio, "log_ratio")
     log_lower, log_upper = _log_bounds(region, old_log_prob, exact)
     return (log_lower <= log_ratio) & (log_ratio <= log_upper)
 
@@ -110,28 +110,53 @@ def clip(
         InvalidTypeError: If an argument has the wrong type or dtype.
         InvalidValueError: If an array of radii does not broadcast to the shape.
     """
-    old_log_prob, precise = _precise(region, old_log_prob, log_ratio)
+    return _clip(region, old_log_prob, log_ratio, "log_ratio", exact)
+
+
+def clip_ratio(
+    region: AnyRegion, old_log_prob: torch.Tensor, ratio: torch.Tensor, *, exact: bool = False
+) -> torch.Tensor:
+    """Returns the ratios new/old moved to the nearest bound where they lie outside.
+
+    It takes the place of ``torch.clamp(ratio, 1 - eps_low, 1 + eps_high)``. All else is as `clip`
+    has it.
+
+    Raises:
+        InvalidTypeError: If an argument has the wrong type or dtype.
+        InvalidValueError: If an array of radii does not broadcast to the shape.
+    """
+    return _clip(region, old_log_prob, ratio, "ratio", exact)
+
+
+def _clip(
+    region: AnyRegion, old_log_prob: torch.Tensor, values: torch.Tensor, argument: str, exact: bool
+) -> torch.Tensor:
+    """Log-ratios or ratios, as the argument is called, within the bounds."""
+    of_ratio = argument == "ratio"
+    old_log_prob, precise = _precise(region, old_log_prob, values, argument)
     if default_backend(precise.device.type) == "cuda":
         shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
             old_log_prob.shape, precise.shape
         )
         old_log_prob, precise = old_log_prob.expand(shape), precise.expand(shape)
         bounds = bounds_of(region, old_log_prob, exact=exact)
-        moved: torch.Tensor = clipped_op(bounds, old_log_prob, precise)[0]
-        return moved.to(log_ratio.dtype)
-    log_lower, log_upper = _log_bounds(region, old_log_prob, exact)
-    return precise.clamp(log_lower, log_upper).to(log_ratio.dtype)
+        moved: torch.Tensor = clipped_op(bounds, old_log_prob, precise, of_ratio)[0]
+        return moved.to(values.dtype)
+    lower, upper = _log_bounds(region, old_log_prob, exact)
+    if of_ratio:
+        lower, upper = lower.exp(), upper.exp()
+    return precise.clamp(lower, upper).to(values.dtype)
 
 
 def _precise(
-    region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+    region: AnyRegion, old_log_prob: torch.Tensor, values: torch.Tensor, argument: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Old log-probs without gradient and log-ratios, checked, in the dtype to compute in."""
+    """Old log-probs without gradient and an argument, checked, in the dtype to compute in."""
     check_region(region)
     check_float("old_log_prob", old_log_prob)
-    check_float("log_ratio", log_ratio)
-    dtype = compute_dtype(old_log_prob, log_ratio)
-    return old_log_prob.detach().to(dtype), log_ratio.to(dtype)
+    check_float(argument, values)
+    dtype = compute_dtype(old_log_prob, values)
+    return old_log_prob.detach().to(dtype), values.to(dtype)
 
 
 def _log_bounds(
@@ -286,7 +311,8 @@ def bounds_of(
         exact: Use the solver even where there is a table.
 
     Raises:
-        InvalidValueError: If an array of radii does not broadcast to the shape.
+        InvalidValueError: If an array of radii does not broadcast to the shape, or the region is
+            first used on a device in the capture of a CUDA graph.
     """
     dtype = compute_dtype(old_log_prob)
     source: _Source = _source(region, dtype, old_log_prob.device, exact)
@@ -323,24 +349,84 @@ def _source(region: AnyRegion, dtype: torch.dtype, device: torch.device, exact: 
     return _Source(None, id(region))
 
 
-_BOUNDS: dict[tuple[int, torch.dtype | None, torch.device], torch.Tensor] = {}
+class _Kept:
+    """A tensor that outlives the call which fills it, for whichever stream is current later."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._filled: torch.cuda.Event | None = None
+        self.note_filled()
+
+    def note_filled(self) -> None:
+        """Marks where the current stream has filled the tensor; the host does not wait for it."""
+        if self.tensor.is_cuda:
+            self._filled = torch.cuda.current_stream(self.tensor.device).record_event()
+
+    def ready(self) -> torch.Tensor:
+        """The tensor, filled before the current stream reads it and not freed before it has."""
+        # A graph has no such event outside of it, and nothing is in flight when its capture begins.
+        if self._filled is not None and not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(self.tensor.device)
+            stream.wait_event(self._filled)
+            self.tensor.record_stream(stream)
+        return self.tensor
+
+
+_KEPT: dict[tuple[int, object, torch.device], _Kept] = {}
+
+
+def keep(
+    region: Region, what: object, device: torch.device, make: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """Returns a tensor that is made once for a region on a device and kept as long as it lives.
+
+    Args:
+        region: What the tensor says something of.
+        what: What that is, hashable.
+        device: Where the tensor is.
+        make: Returns it; called at the first use.
+
+    Raises:
+        InvalidValueError: If the first use is in the capture of a CUDA graph.
+    """
+    # By identity: a look-up by value would hash the region at every call.
+    key = id(region), what, device
+    kept = _KEPT.get(key)
+    if kept is None:
+        check_no_capture(device)
+        with torch.inference_mode(False):  # or autograd could not save it outside of it
+            tensor = make()
+        if type(tensor) is not torch.Tensor:  # a fake one would outlive its mode
+            return tensor
+        kept = _KEPT[key] = _Kept(tensor)
+        weakref.finalize(region, _KEPT.pop, key, None)
+    return kept.ready()
+
+
+def check_no_capture(device: torch.device) -> None:
+    """Raises InvalidValueError where the current stream is captured to a CUDA graph."""
+    if device.type != "cuda" or not torch.cuda.is_available():  # but fake tensors say so
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise InvalidValueError(
+            f"region must be used on {device} once before a CUDA graph is captured: what is copied "
+            f"there at its first use would become a part of the graph"
+        )
+
+
+def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Returns an array on a device, by a copy that the host does not wait for."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda" and type(tensor) is torch.Tensor:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _kept_bounds(region: Region, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The constants or the table of a region, as long as it lives."""
-    # By identity: a look-up by value would hash the region at every call.
-    key = id(region), dtype if isinstance(region, Clip) else None, device
-    bounds = _BOUNDS.get(key)
-    if bounds is None:
-        with torch.inference_mode(False):  # or autograd could not save it outside of it
-            if isinstance(region, Clip):
-                bounds = _constants(region, dtype, device)
-            else:
-                bounds = torch.from_numpy(region.table().words).to(device)
-        if type(bounds) is torch.Tensor:  # a fake one would outlive its mode
-            _BOUNDS[key] = bounds
-            weakref.finalize(region, _BOUNDS.pop, key, None)
-    return bounds
+    """The constants or the table of a region."""
+    if isinstance(region, Clip):
+        return keep(region, dtype, device, lambda: _constants(region, dtype, device))
+    return keep(region, "table", device, lambda: upload(region.table().words, device))
 
 
 class _LiveBounds:
@@ -348,12 +434,13 @@ class _LiveBounds:
 
     def __init__(self, source: RegionSource) -> None:
         self._region = source.region
-        self._tensors: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        self._tensors: dict[tuple[torch.dtype, torch.device], _Kept] = {}
         source.subscribe(self.change)
 
     def on(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        tensor = self._tensors.get((dtype, device))
-        if tensor is None:
+        kept = self._tensors.get((dtype, device))
+        if kept is None:
+            check_no_capture(device)
             with torch.inference_mode(False):  # or it could not be filled anew outside of it
                 if isinstance(self._region, Clip):
                     tensor = torch.empty(2, dtype=dtype, device=device)
@@ -361,9 +448,9 @@ class _LiveBounds:
                     tensor = torch.zeros(MOST_TABLE_WORDS, dtype=torch.int32, device=device)
             if type(tensor) is not torch.Tensor:  # a fake one would outlive its mode
                 return tensor
-            self._tensors[dtype, device] = tensor
-            self._fill(tensor)
-        return tensor
+            kept = self._tensors[dtype, device] = _Kept(tensor)
+            self._fill(kept)
+        return kept.ready()
 
     def change(self, region: Region) -> None:
         if isinstance(region, Clip) is not isinstance(self._region, Clip):
@@ -372,15 +459,17 @@ class _LiveBounds:
                 f"and is {region!r}"
             )
         self._region = region
-        for tensor in self._tensors.values():
-            self._fill(tensor)
+        for kept in self._tensors.values():
+            self._fill(kept)
 
-    def _fill(self, tensor: torch.Tensor) -> None:
+    def _fill(self, kept: _Kept) -> None:
+        tensor = kept.tensor
         if isinstance(self._region, Clip):
             tensor.copy_(_constants(self._region, tensor.dtype, tensor.device))
-            return
-        words = torch.from_numpy(self._region.table().words)
-        tensor[: words.shape[0]].copy_(words)
+        else:
+            words = upload(self._region.table().words, tensor.device)
+            tensor[: words.shape[0]].copy_(words)
+        kept.note_filled()
 
 
 _LIVE: weakref.WeakKeyDictionary[RegionSource, _LiveBounds] = weakref.WeakKeyDictionary()
@@ -491,26 +580,29 @@ def _(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op(
     "bandpo::clipped",
     mutates_args=(),
-    schema="(Tensor bounds, Tensor old_log_prob, Tensor log_ratio) -> (Tensor, Tensor)",
+    schema="(Tensor bounds, Tensor old_log_prob, Tensor values, bool of_ratio) -> (Tensor, Tensor)",
 )
 def clipped_op(
-    bounds: torch.Tensor, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+    bounds: torch.Tensor, old_log_prob: torch.Tensor, values: torch.Tensor, of_ratio: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-ratios moved to the nearest bound where they lie outside, and which ones do not."""
+    """Log-ratios or ratios moved to the nearest bound where they lie outside, and which do not."""
     if bounds.dtype == torch.int32:
         log_lower, log_upper = _table_log_bounds(bounds, old_log_prob)
     else:
         log_lower, log_upper = bounds.unbind()
     unknown = torch.where(old_log_prob.isnan(), old_log_prob, 0.0)
-    moved = log_ratio.clamp(unknown + log_lower, unknown + log_upper)
-    return moved, moved == log_ratio
+    lower, upper = unknown + log_lower, unknown + log_upper
+    if of_ratio:
+        lower, upper = lower.exp(), upper.exp()
+    moved = values.clamp(lower, upper)
+    return moved, moved == values
 
 
 @clipped_op.register_fake
 def _(
-    bounds: torch.Tensor, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
+    bounds: torch.Tensor, old_log_prob: torch.Tensor, values: torch.Tensor, of_ratio: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    moved = torch.empty_like(log_ratio, memory_format=torch.contiguous_format)
+    moved = torch.empty_like(values, memory_format=torch.contiguous_format)
     return moved, torch.empty_like(moved, dtype=torch.bool)
 
 
@@ -522,7 +614,7 @@ def _backward_of_clipped(
     ctx: Any, grad_moved: torch.Tensor, _: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     (inside,) = ctx.saved_tensors
-    return None, None, torch.where(inside, grad_moved, 0.0)
+    return None, None, torch.where(inside, grad_moved, 0.0), None
 
 
 clipped_op.register_autograd(_backward_of_clipped, setup_context=_save_inside)

@@ -3,7 +3,7 @@
 // Include it before the kernels. What it has: 1-D grids and blocks, __syncthreads, __shfl_down_sync on full
 // warps, __shared__ arrays and one array of dynamic shared memory. A barrier that not all threads of its block
 // (or warp) reach at the same place ends the program with a message. It finds wrong indices, tails, strides,
-// reductions and barriers (more with the sanitizers); it says nothing of races, speed, or CUDA's own maths.
+// reductions and barriers (more with the sanitizers); it says nothing of speed or CUDA's own maths.
 
 #ifndef BANDPO_EMULATOR
 #define BANDPO_EMULATOR
@@ -59,6 +59,7 @@ inline const void* scheduler_bottom = nullptr;
 inline size_t scheduler_size = 0;
 inline void (*kernel)(void**) = nullptr;
 inline void** arguments = nullptr;
+inline bool last_warp_first = false;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, of_block.x, of_thread.x);
@@ -127,19 +128,18 @@ inline void run_block() {
     fiber.state = State::RUNNING;
     fiber.exchanges = 0;
   }
+  // A warp runs as far as it can before the next one starts, so that a barrier which is missing shows: with
+  // the first warp ahead in one order, and the last in the other.
   for (;;) {
-    bool ran = false;
-    for (unsigned t = 0; t < threads; ++t) {
-      if (fibers[t]->state != State::RUNNING) continue;
-      ran = true;
-      resume(t);
+    for (unsigned k = 0; k < threads; k += WARP) {
+      const unsigned first = last_warp_first ? threads - WARP - k : k;
+      do {
+        for (unsigned t = first; t < first + WARP; ++t) {
+          if (fibers[t]->state == State::RUNNING) resume(t);
+        }
+      } while (release(first, WARP, State::AT_WARP_BARRIER));
     }
     if (release(0, threads, State::AT_BLOCK_BARRIER)) continue;
-    bool released = false;
-    for (unsigned first = 0; first < threads; first += WARP) {
-      released |= release(first, WARP, State::AT_WARP_BARRIER);
-    }
-    if (released || ran) continue;
     for (unsigned t = 0; t < threads; ++t) {
       if (fibers[t]->state != State::DONE) fail("a barrier that not all threads reach");
     }
@@ -160,7 +160,9 @@ T shuffle_down(T value, unsigned distance, int line) {
   return value;
 }
 
-inline void launch(void (*of)(void**), unsigned blocks, unsigned threads, unsigned shared_bytes, void** with) {
+// Of so many blocks, those before `first` are left out.
+inline void launch(void (*of)(void**), unsigned blocks, unsigned first, unsigned threads, unsigned shared_bytes,
+                   void** with) {
   if (threads % WARP != 0) fail("blocks must be made of whole warps");
   kernel = of;
   arguments = with;
@@ -169,7 +171,7 @@ inline void launch(void (*of)(void**), unsigned blocks, unsigned threads, unsign
   shared.reset(new unsigned[shared_bytes / sizeof(unsigned)]);  // exactly, for the address sanitizer
   exchanged.assign(2 * threads, 0);
   while (fibers.size() < threads) fibers.emplace_back(new Fiber);
-  for (of_block.x = 0; of_block.x < blocks; ++of_block.x) run_block();
+  for (of_block.x = first; of_block.x < blocks; ++of_block.x) run_block();
 }
 
 // Calls a kernel with arguments that are pointed to, as a driver launches it.
