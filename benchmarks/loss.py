@@ -34,8 +34,6 @@ BACKENDS = (*(name for name in NAMES if name != "auto"), COMPILED)
 REGION = bandpo.Band("kl", DELTA)
 DTYPES = ("float32", "float64", "bfloat16")
 SURROGATES = ("min-clip", "mask", "weight", "gradient-preserving")
-FLOATS_A_TOKEN = 5
-"""Read: both log-probs and the advantage; written: the loss and its gradient. Besides, a mask."""
 
 
 class Step:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,26 +27,28 @@ import bandpo  # noqa: E402
 from bandpo import _core  # noqa: E402
 from bandpo.torch import gpu_report, torch  # noqa: E402
 from benchmarks import loss, process, solver, table  # noqa: E402
-from benchmarks.interleaved import Comparison, compare, median_seconds  # noqa: E402
+from benchmarks.interleaved import Comparison, median_seconds  # noqa: E402
 from benchmarks.solver import EXPRESSION, region  # noqa: E402
 from benchmarks.tokens import DELTA, SIZE, SIZES  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 
+GPU = ROOT / "benchmarks" / "gpu.json"
+"""What tools/bench_gpu.py measured on a GPU, if anybody has run it on one."""
+
 GPU_SIZE = 2**24
-GPU_LOSS = "GPU loss, forward + backward, 2^24 tokens"
-COPY = f"{GPU_LOSS} | a copy of the same bytes | >= 90 % of its speed"
-GPU_CLIP = f"{GPU_LOSS} | {loss.COMPILED_CLIP} | <= 1.0x its time"
-BYTES_A_TOKEN = 4 * loss.FLOATS_A_TOKEN + 1
-"""That a loss in float32 moves at least, with a mask of one byte."""
+GPU_TARGETS = (
+    ("copy", "a copy of the same bytes", ">= 90 % of its speed", 1.0 / 0.9),
+    ("compiled clip", "compiled PPO clip", "<= 1.0x its time", 1.0),
+    ("bisection", "50 bisection steps", ">= 100x faster", 0.01),
+)
+"""Peer, what it is, the target, and the share of its time that is allowed."""
 
 REASONS = {
     "bounds": "a few bounds of each thousand are polished in double-double, token by token",
-    "table": "`BandTable.log_bounds` reads the table in scalar code, in float64 and with a "
-    "logarithm",
-    "loss": "the pass in Rust takes about 1.1 ns a token on two threads, and a call writes 12 "
-    "bytes a token to fresh memory (loss and gradient of each, then the gradient scaled), the "
-    "peer 4; it also computes no metrics",
+    "table": "numpy's floats are float64, so tokens are converted and `lower` takes a logarithm",
+    "loss": "a call reads as much as the peer and writes as much, but looks bounds up and adds up "
+    "metrics, which the peer has not",
     "small loss": "checks of the arguments and torch's bookkeeping of a gradient are a fixed cost",
     "build": "a table is made of exact bounds, and so is the measurement of its error",
     "import": "bandpo's modules and what they import of the standard library",
@@ -130,31 +135,42 @@ def target_rows() -> Iterator[Row]:
 
 
 def gpu_rows() -> Iterator[str]:
-    """Measure the targets of a GPU, or say that there is none."""
-    if not torch.cuda.is_available():
-        for columns in (COPY, GPU_CLIP):
+    """Return the targets of a GPU from what was measured on one, or say that nothing was."""
+    of_size = {row["tokens"]: row["seconds"] for row in gpu().get("rows", ())}.get(GPU_SIZE, {})
+    what = f"GPU loss, forward + backward, {power(GPU_SIZE)} tokens"
+    for peer, against, target, allowed in GPU_TARGETS:
+        columns = f"{what} | {against} | {target}"
+        if not of_size.get(peer) or not of_size.get("bandpo"):
             yield f"| {columns} | not measured | | no GPU |"
-        return
-    method = "cuda" if "cuda" in loss.BACKENDS else "torch"
-    step = loss.Step(method, "cuda", GPU_SIZE)
-    moved = torch.empty(GPU_SIZE * BYTES_A_TOKEN // 2, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(moved)  # what is copied is read and written
+            continue
+        low, ours, high = statistics.quantiles(of_size["bandpo"], n=4)
+        ratios = [time / statistics.median(of_size[peer]) for time in (ours, low, high)]
+        found, *spread = (f"{digits(ratio)}x its time" for ratio in ratios)
+        yield Row("gpu", columns, found, " to ".join(spread), ratios[0] / allowed).markdown()
 
-    def copy() -> None:
-        target.copy_(moved)
-        torch.cuda.synchronize()
 
-    found = compare(step.forward_backward, copy)
-    yield Row(
-        "gpu",
-        COPY,
-        f"{1.0 / found.ratio:.0%}",
-        f"{1.0 / found.high:.0%} to {1.0 / found.low:.0%}",
-        0.9 * found.ratio,
-    ).markdown()
-    found = loss.compare_to_clip(method, loss.COMPILED_CLIP, "cuda", GPU_SIZE)
-    spread = f"{digits(found.low)} to {digits(found.high)}"
-    yield Row("gpu", GPU_CLIP, f"{digits(found.ratio)}x", spread, found.ratio).markdown()
+def gpu() -> dict[str, Any]:
+    """Return what was measured on a GPU; nothing if nobody has measured."""
+    return json.loads(GPU.read_text(encoding="utf-8")) if GPU.exists() else {}
+
+
+def gpu_section() -> str:
+    """Return the times on a GPU at every size, and of what they are."""
+    measured = gpu()
+    rows = measured.pop("rows", [])
+    if not rows:
+        return "Not measured: `make bench-gpu` writes benchmarks/gpu.json on a machine with one."
+    methods = list(rows[0]["seconds"])
+    about = ", ".join(f"{name} {value}" for name, value in measured.items())
+
+    def nanoseconds_of(row: dict[str, Any], method: str) -> str:
+        times = row["seconds"][method]
+        return digits(1e9 * statistics.median(times) / row["tokens"]) if times else "no memory"
+
+    lines = (
+        [power(row["tokens"]), *(nanoseconds_of(row, name) for name in methods)] for row in rows
+    )
+    return f"Of benchmarks/gpu.json: {about}.\n\n{markdown(['tokens', *methods], lines)}"
 
 
 def digits(value: float) -> str:
@@ -241,10 +257,9 @@ def main() -> None:
     for row in target_rows():
         rows.append(row)
         print(row.markdown(), flush=True)
-    gpu = list(gpu_rows())
     missed = {row.key for row in rows if row.excess > 1.0}
     reasons = "\n".join(f"- {key}: {reason}." for key, reason in REASONS.items() if key in missed)
-    lines = "\n".join([*(row.markdown() for row in rows), *gpu])
+    lines = "\n".join([*(row.markdown() for row in rows), *gpu_rows()])
     text = f"""# Results
 
 Written by `make results`; the suite behind it is run by asv, see CONTRIBUTING.md.
@@ -270,6 +285,12 @@ both are roots for any f (p from 0.2 to 0.8), where find_root is at its fastest.
 Nanoseconds a token of the loss, float32, forward + backward.
 
 {markdown(["tokens", "bandpo native", *loss.PEERS], growth())}
+
+## GPU
+
+Nanoseconds a token, forward + backward, medians of single calls.
+
+{gpu_section()}
 
 ## Divergences
 
