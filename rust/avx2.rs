@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use crate::doubles::{self, Doubles};
-use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up};
+use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up, reach};
 use crate::table::Image;
 
 /// Exists only where the processor has the instructions.
@@ -211,6 +211,15 @@ impl Lanes for Avx2 {
         unsafe { _mm256_movemask_ps(mask) as u32 }
     }
     #[inline(always)]
+    fn mask_of(self, bits: u32) -> __m256 {
+        // SAFETY: the instructions are there.
+        unsafe {
+            let each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let here = _mm256_and_si256(_mm256_set1_epi32(bits as i32), each);
+            _mm256_castsi256_ps(_mm256_cmpeq_epi32(here, each))
+        }
+    }
+    #[inline(always)]
     fn compress(self, mask: __m256, a: __m256, to: &mut [f32]) {
         // SAFETY: the instructions are there.
         unsafe {
@@ -230,6 +239,10 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn exponentials(self, x: __m256) -> Exponentials<__m256> {
         exponentials(self, x)
+    }
+    #[inline(always)]
+    fn reach(self, image: Image<'_>, old_log_prob: __m256, lower: __m256) -> __m256 {
+        reach(self, image, old_log_prob, lower)
     }
     #[inline(always)]
     fn look_up(self, image: Image<'_>, old_log_prob: __m256, lower: __m256) -> __m256 {

@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use crate::doubles::{self, Doubles};
-use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up};
+use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up, reach};
 use crate::table::Image;
 
 /// Exists only where the processor has the instructions.
@@ -154,6 +154,10 @@ impl Lanes for Avx512 {
         u32::from(mask)
     }
     #[inline(always)]
+    fn mask_of(self, bits: u32) -> __mmask16 {
+        bits as __mmask16
+    }
+    #[inline(always)]
     fn compress(self, mask: __mmask16, a: __m512, to: &mut [f32]) {
         // Not the instruction that stores as well, which some processors do in microcode.
         // SAFETY: the instructions are there.
@@ -169,6 +173,10 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn exponentials(self, x: __m512) -> Exponentials<__m512> {
         exponentials(self, x)
+    }
+    #[inline(always)]
+    fn reach(self, image: Image<'_>, old_log_prob: __m512, lower: __mmask16) -> __m512 {
+        reach(self, image, old_log_prob, lower)
     }
     #[inline(always)]
     fn look_up(self, image: Image<'_>, old_log_prob: __m512, lower: __mmask16) -> __m512 {

@@ -8,7 +8,7 @@
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
-use crate::table::Image;
+use crate::table::{BANDS, FIRST_BAND, Image};
 
 /// Numbers in the widest vector.
 pub const MOST_LANES: usize = 16;
@@ -64,6 +64,8 @@ pub trait Lanes: Copy {
     fn select(self, mask: Self::Mask, a: Self::Float, b: Self::Float) -> Self::Float;
     /// One bit a lane, the first lane's lowest.
     fn bits(self, mask: Self::Mask) -> u32;
+    /// The inverse.
+    fn mask_of(self, bits: u32) -> Self::Mask;
     /// Stores the lanes where the mask is true, one after the other; the rest of the first [`Self::COUNT`]
     /// elements may be overwritten.
     fn compress(self, mask: Self::Mask, a: Self::Float, to: &mut [Self::Scalar]);
@@ -73,6 +75,8 @@ pub trait Lanes: Copy {
 
     /// For `x` within plus and minus 20; NaN gives NaN.
     fn exponentials(self, x: Self::Float) -> Exponentials<Self::Float>;
+    /// The log-ratio up to which a token does not reach the tabulated bound of its side, or 0.
+    fn reach(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask) -> Self::Float;
     /// The tabulated side of each token: `lower`, a ratio, where the mask is true, else `log_upper`. What a
     /// NaN gives does not count: no ratio can be beyond its bound.
     fn look_up(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask)
@@ -206,6 +210,25 @@ pub fn exponentials<L: FloatBits>(lanes: L, x: L::Float) -> Exponentials<L::Floa
     let far = lanes.sub(lanes.add(scaled, lanes.sub(scale, lanes.splat(1.0))), x);
     let near = lanes.less(lanes.abs(k), lanes.splat(0.5));
     Exponentials { exp: lanes.add(scaled, scale), excess: lanes.select(near, excess, far) }
+}
+
+/// [`Lanes::reach`] in float32.
+#[inline(always)]
+pub fn reach<L: FloatBits>(
+    lanes: L,
+    image: Image<'_>,
+    old_log_prob: L::Float,
+    lower: L::Mask,
+) -> L::Float {
+    let zero = lanes.splat(0.0);
+    let y = lanes.select(lanes.less(zero, old_log_prob), zero, lanes.sub(zero, old_log_prob));
+    let last = lanes.words(FIRST_BAND + BANDS.len() as u32 - 1);
+    let high_bits = lanes.shift_right(lanes.as_words(y), lanes.words(24));
+    let band = lanes.least(lanes.greatest(high_bits, lanes.words(FIRST_BAND)), last);
+    let first = lanes.select_words(lower, lanes.words(8), lanes.words(4));
+    let index = lanes.add_words(lanes.sub_words(band, lanes.words(FIRST_BAND)), first);
+    let limit = lanes.as_floats(lanes.of_row(image.reaches(), index, lower));
+    lanes.select(lower, limit, lanes.mul(limit, y))
 }
 
 /// [`Lanes::look_up`] in float32: the steps of [`Image`], in the same order, on a vector.
@@ -395,6 +418,10 @@ impl Lanes for Portable {
         (0..EIGHT).fold(0, |bits, lane| bits | (mask[lane] & 1) << lane)
     }
     #[inline(always)]
+    fn mask_of(self, bits: u32) -> Self::Mask {
+        std::array::from_fn(|lane| all_bits(bits >> lane & 1 != 0))
+    }
+    #[inline(always)]
     fn compress(self, mask: Self::Mask, a: Self::Float, to: &mut [f32]) {
         let mut place = 0;
         for lane in 0..EIGHT {
@@ -414,6 +441,10 @@ impl Lanes for Portable {
     #[inline(always)]
     fn exponentials(self, x: Self::Float) -> Exponentials<Self::Float> {
         exponentials(self, x)
+    }
+    #[inline(always)]
+    fn reach(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask) -> Self::Float {
+        reach(self, image, old_log_prob, lower)
     }
     #[inline(always)]
     fn look_up(
@@ -567,6 +598,9 @@ impl Lanes for Double {
     fn bits(self, mask: bool) -> u32 {
         u32::from(mask)
     }
+    fn mask_of(self, bits: u32) -> bool {
+        bits != 0
+    }
     fn compress(self, _: bool, a: f64, to: &mut [f64]) {
         to[0] = a;
     }
@@ -581,6 +615,9 @@ impl Lanes for Double {
             x.exp_m1() - x
         };
         Exponentials { exp: x.exp(), excess }
+    }
+    fn reach(self, _: Image<'_>, _: f64, _: bool) -> f64 {
+        0.0 // it is in float32
     }
     fn look_up(self, image: Image<'_>, old_log_prob: f64, lower: bool) -> f64 {
         let y = Image::y(old_log_prob as f32);
@@ -683,6 +720,72 @@ mod tests {
         }
     }
 
+    /// No token within its reach may be beyond its bound, whatever the table.
+    struct Reaches<'a> {
+        logp: &'a [f32],
+        image: Image<'a>,
+    }
+
+    impl Work<f32> for Reaches<'_> {
+        /// How many tokens have a reach that is not 0, of each side.
+        type Output = [usize; 2];
+
+        fn run<L: Lanes<Scalar = f32>>(self, lanes: L) -> [usize; 2] {
+            let mut useful = [0; 2];
+            for part in
+                self.logp.chunks_exact(MOST_LANES).flat_map(|part| part.chunks_exact(L::COUNT))
+            {
+                let logp = lanes.load(part);
+                for (side, lower) in [lanes.less(logp, logp), lanes.less_or_equal(logp, logp)]
+                    .into_iter()
+                    .enumerate()
+                {
+                    let (mut reach, mut bound, mut ratio) =
+                        ([0.0; MOST_LANES], [0.0; MOST_LANES], [0.0; MOST_LANES]);
+                    let reached = lanes.reach(self.image, logp, lower);
+                    lanes.store(reached, &mut reach);
+                    lanes.store(lanes.look_up(self.image, logp, lower), &mut bound);
+                    let within = lanes.at_most(20.0, lanes.at_least(-20.0, reached));
+                    lanes.store(lanes.exponentials(within).exp, &mut ratio);
+                    for lane in 0..L::COUNT {
+                        let (logp, reach) = (part[lane], reach[lane]);
+                        let holds = if side == 0 {
+                            (0.0..=bound[lane]).contains(&reach.min(20.0))
+                        } else {
+                            reach <= 0.0 && (reach <= -20.0 || ratio[lane] >= bound[lane])
+                        };
+                        assert!(holds, "side {side} logp {logp:e} {reach:e} {:e}", bound[lane]);
+                        useful[side] += usize::from(reach != 0.0);
+                    }
+                }
+            }
+            useful
+        }
+    }
+
+    #[test]
+    fn what_is_within_reach_is_within_bounds() {
+        let logp: Vec<f32> = numbers().into_iter().filter(|logp| *logp <= 0.0).collect();
+        for delta in [1e-4, 0.05, 1.0] {
+            for spec in ["kl", "reverse-kl", "tv", "jeffreys", "hockey-stick:1.2", "renyi:3.5"] {
+                let band = Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap();
+                let table = BandTable::of_band(&band).unwrap();
+                let work = || Reaches { logp: &logp, image: table.image() };
+                let useful = work().run(Portable);
+                assert!(useful[0] > logp.len() / 2 && useful[1] > 0, "{spec} {useful:?}");
+                #[cfg(target_arch = "x86_64")]
+                {
+                    if let Some(lanes) = crate::avx2::Avx2::new() {
+                        assert_eq!(lanes.run(work()), useful);
+                    }
+                    if let Some(lanes) = crate::avx512::Avx512::new() {
+                        assert_eq!(lanes.run(work()), useful);
+                    }
+                }
+            }
+        }
+    }
+
     /// Packs and spreads the lanes of every mask of eight neighbours.
     struct Packed;
 
@@ -695,6 +798,7 @@ mod tests {
                     std::array::from_fn(|lane| (pattern >> (lane % 8) & 1) as u8 * 3);
                 let numbers: [f32; MOST_LANES] = std::array::from_fn(|lane| 1.0 + lane as f32);
                 let mask = lanes.load_mask(&bytes);
+                assert_eq!(lanes.bits(lanes.mask_of(lanes.bits(mask))), lanes.bits(mask));
                 let chosen: Vec<f32> = (0..L::COUNT)
                     .filter(|&lane| bytes[lane] > 0)
                     .map(|lane| numbers[lane])

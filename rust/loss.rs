@@ -8,6 +8,7 @@
 #![allow(clippy::inline_always)]
 
 use std::fmt::Debug;
+use std::marker::PhantomData;
 
 use crate::error::{Error, Result};
 use crate::lanes::{Lanes, MOST_LANES, Number, Work};
@@ -415,6 +416,9 @@ trait Bounds<T>: Sync {
         lower: L::Mask,
     ) -> L::Float;
 
+    /// The log-ratio up to which a token is surely not beyond its bound, of at least 0 or at most 0.
+    fn reach<L: Lanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float;
+
     /// The bounds for such keys.
     fn find<L: Lanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float;
 }
@@ -436,6 +440,11 @@ impl<T> Bounds<T> for Constant {
         lower: L::Mask,
     ) -> L::Float {
         lanes.select(lower, lanes.splat(self.log_lower), lanes.splat(self.log_upper))
+    }
+
+    #[inline(always)]
+    fn reach<L: Lanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
+        keys
     }
 
     #[inline(always)]
@@ -471,6 +480,11 @@ impl<T: Float> Bounds<T> for PerToken<'_, T> {
     }
 
     #[inline(always)]
+    fn reach<L: Lanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
+        keys
+    }
+
+    #[inline(always)]
     fn find<L: Lanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
         keys
     }
@@ -488,6 +502,11 @@ impl<T> Bounds<T> for Image<'_> {
         _: L::Mask,
     ) -> L::Float {
         old_log_prob
+    }
+
+    #[inline(always)]
+    fn reach<L: Lanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float {
+        lanes.reach(*self, keys, lower)
     }
 
     #[inline(always)]
@@ -602,8 +621,8 @@ struct Block<T> {
     losses: [T; BLOCK],
 }
 
-/// The tokens of a block that have moved towards the bound that holds for them, one after the other: no
-/// others can be beyond it. They are few, and bounds are found much faster side by side.
+/// The tokens of a block that have moved so far towards the bound that holds for them that they may be beyond
+/// it, one after the other: they are few, and bounds are found much faster side by side.
 #[repr(align(64))]
 struct Moved<T> {
     /// What their bounds are found by; then their bounds; and then where their ratios stop: at the bound if
@@ -612,12 +631,14 @@ struct Moved<T> {
     /// Clamped; negative where the lower bound holds.
     log_ratio: [T; BLOCK + MOST_LANES],
     count: usize,
+    /// Which tokens they are, a bit each, vector by vector.
+    who: [u32; BLOCK],
 }
 
 impl<T: Float> Block<T> {
     fn new() -> Self {
         let zeros = [T::ZERO; BLOCK + MOST_LANES];
-        let moved = Moved { bounds: zeros, log_ratio: zeros, count: 0 };
+        let moved = Moved { bounds: zeros, log_ratio: zeros, count: 0, who: [0; BLOCK] };
         let [advantages, losses] = [[T::ZERO; BLOCK]; 2];
         Self { log_ratio: zeros, cost: zeros, moved, advantages, losses }
     }
@@ -638,7 +659,16 @@ impl<T: Float> Block<T> {
             advantages: tokens.advantages.block(start, &mut advantages[..count]),
             mask: &tokens.mask[here],
         };
-        T::run(Collect { rule, bounds, start, columns, log_ratio, cost, moved, totals });
+        T::run(Collect::<T, R, B> {
+            rule: PhantomData,
+            bounds,
+            start,
+            columns,
+            log_ratio,
+            cost,
+            moved,
+            totals,
+        });
         T::run(Find { bounds, moved });
         if B::LOWER_IS_RATIO {
             T::run(Stop::<T, true> { moved });
@@ -652,7 +682,7 @@ impl<T: Float> Block<T> {
             by_probability,
             log_ratio,
             cost,
-            stops: &moved.bounds,
+            moved,
             weight,
             per_token: per_token.unwrap_or(&mut losses[..count]),
             gradient,
@@ -690,9 +720,9 @@ impl<T: Float> Columns<'_, T> {
     }
 }
 
-/// The first step: the log-ratios, what is summed up of them, and who has moved.
+/// The first step: the log-ratios, what is summed up of them, and who has moved far.
 struct Collect<'a, T, R, B> {
-    rule: R,
+    rule: PhantomData<R>,
     bounds: &'a B,
     start: usize,
     columns: Columns<'a, T>,
@@ -700,18 +730,6 @@ struct Collect<'a, T, R, B> {
     cost: &'a mut [T; BLOCK + MOST_LANES],
     moved: &'a mut Moved<T>,
     totals: &'a mut Totals,
-}
-
-/// Which tokens have moved towards their bound. No token does that does not count.
-#[inline(always)]
-fn moved<R: Rule, L: Lanes>(lanes: L, _: R, cost: L::Float, log_ratio: L::Float) -> L::Mask {
-    let zero = lanes.splat(0.0);
-    let (grown, shrunk) = (lanes.less(zero, log_ratio), lanes.less(log_ratio, zero));
-    if R::BY_LOG_RATIO {
-        return lanes.or(grown, shrunk);
-    }
-    let grown = lanes.and(lanes.less(cost, zero), grown);
-    lanes.or(grown, lanes.and(lanes.less(zero, cost), shrunk))
 }
 
 #[inline(always)]
@@ -786,12 +804,20 @@ impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
         lanes.store(cost, &mut self.cost[index..]);
 
         let clamped = clamp(lanes, log_ratio);
-        let lower =
-            if R::BY_LOG_RATIO { lanes.less(log_ratio, zero) } else { lanes.less(zero, cost) };
+        let (upper, lower) = if R::BY_LOG_RATIO {
+            (lanes.less(zero, log_ratio), lanes.less(log_ratio, zero))
+        } else {
+            (lanes.less(cost, zero), lanes.less(zero, cost))
+        };
         // SAFETY: as the caller says.
         let keys =
             unsafe { self.bounds.keys::<WHOLE, L>(lanes, self.start + index, old_log_prob, lower) };
-        let moving = moved(lanes, self.rule, cost, log_ratio);
+        let reach = self.bounds.reach(lanes, keys, lower);
+        let moving = lanes.or(
+            lanes.and(upper, lanes.less(reach, log_ratio)),
+            lanes.and(lower, lanes.less(log_ratio, reach)),
+        );
+        self.moved.who[index / L::COUNT] = lanes.bits(moving);
         lanes.compress(moving, keys, &mut self.moved.bounds[*movers..]);
         lanes.compress(moving, clamped, &mut self.moved.log_ratio[*movers..]);
         *movers += lanes.bits(moving).count_ones() as usize;
@@ -805,7 +831,7 @@ impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
     }
 }
 
-/// The second step: the bounds of those who have moved.
+/// The second step: the bounds of those who have.
 struct Find<'a, T, B> {
     bounds: &'a B,
     moved: &'a mut Moved<T>,
@@ -816,7 +842,7 @@ impl<T: Float, B: Bounds<T>> Work<T> for Find<'_, T, B> {
 
     #[inline(always)]
     fn run<L: Lanes<Scalar = T>>(self, lanes: L) {
-        let Moved { bounds, log_ratio, count } = self.moved;
+        let Moved { bounds, log_ratio, count, .. } = self.moved;
         // Behind the last token are others, to which it does no harm.
         for index in (0..*count).step_by(L::COUNT) {
             let lower = lanes.less(lanes.load(&log_ratio[index..]), lanes.splat(0.0));
@@ -837,7 +863,7 @@ impl<T: Float, const LOWER_IS_RATIO: bool> Work<T> for Stop<'_, T, LOWER_IS_RATI
 
     #[inline(always)]
     fn run<L: Lanes<Scalar = T>>(self, lanes: L) {
-        let Moved { bounds, log_ratio, count } = self.moved;
+        let Moved { bounds, log_ratio, count, .. } = self.moved;
         let zero = lanes.splat(0.0);
         for index in (0..*count).step_by(L::COUNT) {
             let (log_ratio, bound) =
@@ -863,7 +889,7 @@ struct Apply<'a, T, R> {
     by_probability: bool,
     log_ratio: &'a [T; BLOCK + MOST_LANES],
     cost: &'a [T; BLOCK + MOST_LANES],
-    stops: &'a [T; BLOCK + MOST_LANES],
+    moved: &'a Moved<T>,
     weight: f64,
     per_token: &'a mut [T],
     gradient: &'a mut [T],
@@ -930,9 +956,9 @@ impl<T: Float, R: Rule> Apply<'_, T, R> {
         }
         let cost = lanes.load(&self.cost[index..]);
         let unclamped = lanes.load(&self.log_ratio[index..]);
-        let moving = moved(lanes, self.rule, cost, unclamped);
-        let stop = lanes.expand(moving, &self.stops[*stopped..]);
-        *stopped += lanes.bits(moving).count_ones() as usize;
+        let who = self.moved.who[index / L::COUNT];
+        let stop = lanes.expand(lanes.mask_of(who), &self.moved.bounds[*stopped..]);
+        *stopped += who.count_ones() as usize;
 
         let log_ratio = clamp(lanes, unclamped);
         let exponentials = lanes.exponentials(log_ratio);

@@ -18,7 +18,9 @@
 //! | 80..96 | u32 | bits of the greatest `z` of the grid |
 //! | 96, 97 | f32 | the value of each side at `y = 0` |
 //! | 98, 99 | f32 | the value of each side for `y >= 128` |
-//! | 100..112 | | 0 |
+//! | 100..104 | f32 | `log_upper` is at least this times `y`, for `y` in each of [`BANDS`] |
+//! | 104..108 | f32 | `ln lower` is at most this, likewise |
+//! | 108..112 | | 0 |
 //!
 //! Unused pieces repeat the grid of the last one, so that whatever piece a lookup takes is sound.
 //!
@@ -56,6 +58,7 @@ use sha2::{Digest, Sha256};
 
 use crate::band::{Band, Side};
 use crate::error::{Error, Result};
+use crate::loss::LOG_RATIO_LIMIT;
 
 /// Pieces a side may have.
 const PIECES: usize = 8;
@@ -71,6 +74,8 @@ const HIGHEST: usize = 5 * LANES;
 /// Where the values at `y = 0` and at `y >= 128` begin, one a side.
 const AT_ZERO: usize = 6 * LANES;
 const AT_FAR: usize = AT_ZERO + 2;
+/// See [`reaches`].
+const REACHES: usize = AT_ZERO + 4;
 /// Where the octave entries begin.
 const ENTRIES: usize = 7 * LANES;
 /// `y` from which the limit holds.
@@ -156,6 +161,11 @@ impl<'a> Image<'a> {
     /// The bits of the values at `y = 0`, `log_upper` and `lower`, and of those at `y >= 128`.
     pub(crate) fn ends(self) -> [u32; 4] {
         *self.0[AT_ZERO..].first_chunk().expect("the header is there")
+    }
+
+    /// The row with what [`reaches`] finds: of `log_upper` from word 4, of `lower` from word 8 on.
+    pub(crate) fn reaches(self) -> &'a [u32; LANES] {
+        self.row(AT_ZERO / LANES)
     }
 
     /// `-logp`, 0 where `logp` is above 0, NaN where it is.
@@ -1211,7 +1221,94 @@ fn image(sides: &[SidePlan<'_>; 2], tolerance: f64) -> Vec<u32> {
             }
         }
     }
+    let reaches = reaches(Image(&words)).map(f32::to_bits);
+    words[REACHES..REACHES + reaches.len()].copy_from_slice(&reaches);
     words
+}
+
+/// Ranges of `y` for which [`reaches`] are stated: each begins here and ends where the next one does. Two
+/// octaves each, so that the high bits of a float, less [`FIRST_BAND`], are its range.
+pub(crate) const BANDS: [f32; 4] = [0.0, 0.125, 0.5, 2.0];
+
+/// The upper 8 bits of the floats of the first range; all above those of the last belong to that as well.
+pub(crate) const FIRST_BAND: u32 = 61;
+
+/// How far a ratio may be from 1 and yet surely not reach its bound: `log_upper` is at least `y` times the
+/// first four, `ln lower` at most the other four. So most bounds need not be looked up.
+fn reaches(image: Image<'_>) -> [f32; 8] {
+    /// Far more than what float32 makes of a cubic, as a part of its coefficients, and of an exponential.
+    const SLACK: f64 = 1e-6;
+    let words = image.words();
+    let float = |at: usize| f64::from(f32::from_bits(words[at]));
+    let (mut shares, mut greatest) = ([1.0_f64; 4], [0.0_f64; 4]);
+    for lane in 0..LANES {
+        let (start, side) = (float(START + lane), lane / PIECES);
+        if start == f64::INFINITY {
+            continue;
+        }
+        let next = if lane % PIECES + 1 == PIECES { FAR } else { float(START + lane + 1).min(FAR) };
+        let (lowest, highest) = (words[LOWEST + lane], words[HIGHEST + lane]);
+        for exponent in lowest >> 23..=highest >> 23 {
+            let entry = words[words[ENTRY_BASE + lane].wrapping_add(exponent) as usize];
+            let (node, halvings) = ((entry >> 4) as usize, entry & 15);
+            let size = 1 << (23 - halvings);
+            // What lies outside the grid takes the cell that is next to it.
+            let mut bits = lowest.max(exponent << 23) / size * size;
+            while bits <= highest && bits >> 23 == exponent {
+                let left = if bits <= lowest { 0.0 } else { f64::from(f32::from_bits(bits)) };
+                let right = if bits + size > highest {
+                    f64::INFINITY
+                } else {
+                    f64::from(f32::from_bits(bits + size))
+                };
+                let cell = 2 * (node + ((bits & MANTISSA) / size) as usize);
+                let width = f64::from(f32::from_bits((exponent - halvings) << 23));
+                let (v0, v1) = (float(cell), float(cell + 2));
+                // Between the control points lies the cubic.
+                let (c0, c1) =
+                    (v0 + width * float(cell + 1) / 3.0, v1 - width * float(cell + 3) / 3.0);
+                let least = v0.min(v1).min(c0).min(c1);
+                let most = v0.max(v1).max(c0).max(c1);
+                let slack = SLACK * most.abs().max(least.abs());
+                for direction in [1.0, -1.0] {
+                    let y = |z: f64| float(ORIGIN + lane) + direction * z / float(SCALE + lane);
+                    let (low, high) = (y(left).min(y(right)), y(left).max(y(right)));
+                    for band in 0..BANDS.len() {
+                        let band_end = BANDS.get(band + 1).map_or(FAR, |&end| f64::from(end));
+                        let low = low.max(start).max(f64::from(BANDS[band]));
+                        let high = high.min(next).min(band_end);
+                        if low > high || high == 0.0 {
+                            continue;
+                        }
+                        if side == 0 {
+                            shares[band] = shares[band].min((least - slack) / high);
+                        } else {
+                            greatest[band] = greatest[band].max(most + slack);
+                        }
+                    }
+                }
+                bits += size;
+            }
+        }
+    }
+    // From `FAR` on the bound is the same, for any y; but log-ratios are not, beyond a limit.
+    if float(AT_FAR) < LOG_RATIO_LIMIT {
+        shares[3] = 0.0;
+    }
+    greatest[0] = greatest[0].max(float(AT_ZERO + 1));
+    greatest[3] = greatest[3].max(float(AT_FAR + 1));
+    std::array::from_fn(|index| {
+        if index < 4 {
+            ((1.0 - SLACK) * shares[index].max(0.0)) as f32
+        } else {
+            let log = greatest[index - 4].ln();
+            if log.is_finite() {
+                (log + SLACK * (1.0 + log.abs())).min(0.0) as f32
+            } else {
+                log as f32
+            }
+        }
+    })
 }
 
 // ---------------------------------------------------------------------------------------------------
