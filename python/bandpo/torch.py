@@ -91,7 +91,8 @@ def contains(
 
     Raises:
         InvalidTypeError: If an argument has the wrong type or dtype.
-        InvalidValueError: If an array of radii does not broadcast to the shape.
+        InvalidValueError: If an array of radii does not broadcast to the shape, or the tensors are
+            on different devices.
     """
     old_log_prob, log_ratio = _precise(region, old_log_prob, log_ratio, "log_ratio")
     log_lower, log_upper = _log_bounds(region, old_log_prob, exact)
@@ -108,7 +109,8 @@ def clip(
 
     Raises:
         InvalidTypeError: If an argument has the wrong type or dtype.
-        InvalidValueError: If an array of radii does not broadcast to the shape.
+        InvalidValueError: If an array of radii does not broadcast to the shape, or the tensors are
+            on different devices.
     """
     return _clip(region, old_log_prob, log_ratio, "log_ratio", exact)
 
@@ -123,7 +125,8 @@ def clip_ratio(
 
     Raises:
         InvalidTypeError: If an argument has the wrong type or dtype.
-        InvalidValueError: If an array of radii does not broadcast to the shape.
+        InvalidValueError: If an array of radii does not broadcast to the shape, or the tensors are
+            on different devices.
     """
     return _clip(region, old_log_prob, ratio, "ratio", exact)
 
@@ -155,6 +158,11 @@ def _precise(
     check_region(region)
     check_float("old_log_prob", old_log_prob)
     check_float(argument, values)
+    if values.device != old_log_prob.device:  # which a kernel would not notice
+        raise InvalidValueError(
+            f"{argument} must be on old_log_prob's device {old_log_prob.device}, "
+            f"got {values.device}"
+        )
     dtype = compute_dtype(old_log_prob, values)
     return old_log_prob.detach().to(dtype), values.to(dtype)
 
