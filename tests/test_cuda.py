@@ -874,6 +874,26 @@ class TestLaunch:
         assert str(cuda.obstacle()) == wanted
 
 
+@pytest.mark.parametrize(
+    ("version", "extra"),
+    [("11.8", "cuda12"), ("12.9", "cuda12"), ("13.0", "cuda13"), ("14.1", "cuda13"),
+     (None, "cuda13")],
+)  # fmt: skip
+def test_a_missing_cupy_names_an_extra_that_exists(
+    version: str | None, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ModuleNotFoundError("No module named 'cupy'", name="cupy")
+
+    monkeypatch.setattr(cuda, "_cupy", missing)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    obstacle = cuda.obstacle()
+    assert isinstance(obstacle, MissingExtraError)
+    assert obstacle.extra == extra
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    assert f"\n{extra} = [" in project.read_text(encoding="utf-8")
+
+
 class FakeStream:
     """A stream that can do as much as one of torch when no GPU looks."""
 

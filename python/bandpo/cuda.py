@@ -64,7 +64,8 @@ def obstacle() -> ImportError | None:
     version = torch.version.cuda
     if torch.version.hip is not None:
         return BrokenExtraError("the kernels need CUDA, this torch is built for ROCm")
-    extra = f"cuda{version.partition('.')[0]}" if version else "cuda13"
+    # Of an older CUDA there is no CuPy 14; a newer one runs what was made for 13.
+    extra = "cuda12" if version and int(version.partition(".")[0]) <= 12 else "cuda13"
     try:
         cupy = _cupy()
     except ModuleNotFoundError as missing:
