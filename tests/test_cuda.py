@@ -546,7 +546,9 @@ class TestOperators:
         old, x = old.nan_to_num(), (new - old).nan_to_num().requires_grad_()
         bounds = bounds_of(region, old)
         if bounds.dtype == torch.int32:
-            torch.library.opcheck(torch.ops.bandpo.table_log_bounds.default, (bounds, old))
+            for log_prob in (old, old.half()):
+                inputs = bounds, log_prob
+                torch.library.opcheck(torch.ops.bandpo.table_log_bounds.default, inputs)
         for of_ratio in (False, True):
             arguments = bounds, old, x, of_ratio
             torch.library.opcheck(torch.ops.bandpo.clipped.default, arguments)

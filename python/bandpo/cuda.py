@@ -269,7 +269,8 @@ def log_bounds(region: Region, old_log_prob: torch.Tensor) -> torch.Tensor | Non
     """Returns the exact log bounds of a region, float64 [2, ...], solved on the device.
 
     In double precision: always inside, within 1e-12 of the exact bound, relatively, where its
-    condition number is at most 20, for a log-prob in [-690, -1e-300].
+    condition number is at most 20, for a log-prob in [-690, -1e-300]. Log-probs are float32
+    or float64.
 
     Returns:
         None where the region has a part that only the CPU can solve: a divergence that is an

@@ -576,13 +576,14 @@ def _table_log_bounds(
     schema="(Tensor words, Tensor old_log_prob) -> Tensor",
 )
 def table_log_bounds_op(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
-    """Both log bounds of every token from a table, [2, ...]."""
-    return torch.stack(_table_log_bounds(words, old_log_prob))
+    """Both log bounds of every token from a table, [2, ...], in the dtype that is computed in."""
+    precise = old_log_prob.to(compute_dtype(old_log_prob))
+    return torch.stack(_table_log_bounds(words, precise))
 
 
 @table_log_bounds_op.register_fake
 def _(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
-    return old_log_prob.new_empty((2, *old_log_prob.shape))
+    return old_log_prob.new_empty((2, *old_log_prob.shape), dtype=compute_dtype(old_log_prob))
 
 
 @torch.library.custom_op(
