@@ -137,7 +137,7 @@ def _clip(
     """Log-ratios or ratios, as the argument is called, within the bounds."""
     of_ratio = argument == "ratio"
     old_log_prob, precise = _precise(region, old_log_prob, values, argument)
-    if default_backend(precise.device.type) == "cuda":
+    if default_backend(precise.device.type) == "cuda" and not _is_transformed():
         shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
             old_log_prob.shape, precise.shape
         )
@@ -215,6 +215,13 @@ def _is_in_memory(tensor: torch.Tensor) -> bool:
     """Whether numpy can see the tensor as it is: of the CPU, no fake and no traced one."""
     plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
     return plain and not torch.compiler.is_compiling()
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward mode looks on, which would take an operator for a constant."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def membership_of(
@@ -1048,7 +1055,7 @@ def token_loss_fused(
         parameters,
         by_probability,
     )
-    if not _is_in_memory(log_prob):
+    if not (_is_in_memory(log_prob) or _is_transformed()):
         per_token, _, counts, sums = token_loss_op(*inputs)
         return per_token, per_token.sum(), counts, sums.detach()
     per_token, _, total, counts, sums = _TokenLossFunction.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -1090,7 +1097,13 @@ def _forward_mode(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tenso
 class _TokenLossFunction(torch.autograd.Function):
     """The operator in the form that `torch.func` takes, with the sum of the losses."""
 
-    forward = staticmethod(_all_in_rust)
+    @staticmethod
+    def forward(old_log_prob: torch.Tensor, log_prob: torch.Tensor, *others: Any) -> Any:
+        """Returns losses, gradients, the sum of the losses, counts and sums."""
+        if _is_in_memory(log_prob):
+            return _all_in_rust(old_log_prob, log_prob, *others)
+        per_token, gradient, counts, sums = token_loss_op(old_log_prob, log_prob, *others)
+        return per_token, gradient, per_token.sum(), counts, sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
