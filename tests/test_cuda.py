@@ -542,6 +542,7 @@ class TestOperators:
             torch.testing.assert_close(eager, traced, rtol=1e-6, atol=0.0)
 
     @pytest.mark.usefixtures("in_place_of_rust")
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, by a loop
     @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("rule", [RULES[1], RULES[2], RULES[5]], ids=str)
@@ -574,6 +575,13 @@ class TestOperators:
         rounding = 4.0 * torch.finfo(dtype).eps * terms.abs().sum()
         assert (by_func.double() - terms.sum()).abs() <= rounding
         assert by_func.abs() > rounding
+
+        def per_token(log_prob: torch.Tensor) -> torch.Tensor:
+            return token_loss_fused(old, log_prob, None, *arguments)[0]
+
+        several = torch.stack([new, new + tangent])
+        wanted = torch.stack([per_token(log_prob) for log_prob in several])
+        assert torch.equal(torch.vmap(per_token)(several), wanted)
 
     @pytest.mark.parametrize("region", [KL, REGIONS[4]], ids=str)
     def test_opcheck(self, region: bandpo.Region) -> None:

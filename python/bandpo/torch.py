@@ -1068,7 +1068,7 @@ def count_valid(valid: torch.Tensor) -> int:
 
 
 def needs_no_dispatcher(log_prob: torch.Tensor) -> bool:
-    """Whether `weighted_sum` can take a tensor of the CPU: nothing traces or transforms it."""
+    """Whether Rust can take a tensor, one of the CPU: nothing traces or transforms it."""
     return _is_in_memory(log_prob) and not torch._C._are_functorch_transforms_active()
 
 
@@ -1097,10 +1097,12 @@ def _forward_mode(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tenso
 class _TokenLossFunction(torch.autograd.Function):
     """The operator in the form that `torch.func` takes, with the sum of the losses."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(old_log_prob: torch.Tensor, log_prob: torch.Tensor, *others: Any) -> Any:
         """Returns losses, gradients, the sum of the losses, counts and sums."""
-        if _is_in_memory(log_prob):
+        if needs_no_dispatcher(log_prob):
             return _all_in_rust(old_log_prob, log_prob, *others)
         per_token, gradient, counts, sums = token_loss_op(old_log_prob, log_prob, *others)
         return per_token, gradient, per_token.sum(), counts, sums
