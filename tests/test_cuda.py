@@ -43,6 +43,7 @@ from bandpo.torch import (
     clip_ratio,
     default_backend,
     read_table,
+    token_loss_fused,
     token_loss_op,
     torch,
     upload,
@@ -540,13 +541,57 @@ class TestOperators:
         for eager, traced in zip(found[0][1], found[1][1], strict=True):
             torch.testing.assert_close(eager, traced, rtol=1e-6, atol=0.0)
 
+    @pytest.mark.usefixtures("in_place_of_rust")
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, by a loop
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("rule", [RULES[1], RULES[2], RULES[5]], ids=str)
+    def test_forward_mode_and_transforms_see_the_gradient(
+        self, rule: tuple[str, list[float]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An operator alone would be a constant for them."""
+        monkeypatch.setattr(bandpo.torch, "_is_in_memory", lambda tensor: False)
+        tokens = [tensor.nan_to_num() for tensor in batch((3, 40))]
+        old, new = (tensor.to(dtype) for tensor in tokens[:2])
+        advantages = tokens[2].to(torch.float64 if dtype == torch.float64 else torch.float32)
+        arguments = advantages, tokens[3], bounds_of(KL, old), *rule, False
+        weights = torch.linspace(0.5, 1.5, 40, dtype=advantages.dtype)
+
+        def loss(log_prob: torch.Tensor) -> torch.Tensor:
+            per_token, total, *_ = token_loss_fused(old, log_prob, None, *arguments)
+            return (weights * per_token).sum() + total
+
+        leaf = new.clone().requires_grad_()
+        [slope] = torch.autograd.grad(loss(leaf), leaf)
+        assert torch.equal(torch.func.grad(loss)(new), slope)
+        tangent = torch.randn(new.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        forward_ad: Any = torch.autograd.forward_ad
+        with forward_ad.dual_level():
+            by_dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(new, tangent))).tangent
+        by_func = torch.func.jvp(loss, (new,), (tangent,))[1]
+        assert torch.equal(by_dual, by_func)
+        # Slopes were rounded to the dtype of the log-probs, and cancel in the sum.
+        terms = slope.double() * tangent.double()
+        rounding = 4.0 * torch.finfo(dtype).eps * terms.abs().sum()
+        assert (by_func.double() - terms.sum()).abs() <= rounding
+        assert by_func.abs() > rounding
+
+        def per_token(log_prob: torch.Tensor) -> torch.Tensor:
+            return token_loss_fused(old, log_prob, None, *arguments)[0]
+
+        several = torch.stack([new, new + tangent])
+        wanted = torch.stack([per_token(log_prob) for log_prob in several])
+        assert torch.equal(torch.vmap(per_token)(several), wanted)
+
     @pytest.mark.parametrize("region", [KL, REGIONS[4]], ids=str)
     def test_opcheck(self, region: bandpo.Region) -> None:
         old, new, *_ = batch((4, 9), torch.float64)
         old, x = old.nan_to_num(), (new - old).nan_to_num().requires_grad_()
         bounds = bounds_of(region, old)
         if bounds.dtype == torch.int32:
-            torch.library.opcheck(torch.ops.bandpo.table_log_bounds.default, (bounds, old))
+            for log_prob in (old, old.half()):
+                inputs = bounds, log_prob
+                torch.library.opcheck(torch.ops.bandpo.table_log_bounds.default, inputs)
         for of_ratio in (False, True):
             arguments = bounds, old, x, of_ratio
             torch.library.opcheck(torch.ops.bandpo.clipped.default, arguments)
@@ -568,6 +613,29 @@ class TestOperators:
             torch.testing.assert_close(moved, wanted, equal_nan=True)
             [moved_slope] = torch.autograd.grad(moved.nansum(), x)
             torch.testing.assert_close(moved_slope, slope, equal_nan=True)
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    @pytest.mark.parametrize("function", [clip, clip_ratio])
+    def test_clip_by_the_operator_is_transformed(
+        self, function: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "cuda")
+        old, new, _, _ = (tensor.nan_to_num() for tensor in batch((4, 9), torch.float64))
+        values = new - old if function is clip else (new - old).exp()
+        inside = function(KL, old, values) == values
+        assert 0 < inside.sum() < inside.numel()
+
+        def moved(values: torch.Tensor) -> torch.Tensor:
+            return function(KL, old, values)
+
+        tangent = torch.linspace(1.0, 2.0, 36, dtype=torch.float64).view(4, 9)
+        wanted = torch.where(inside, tangent, 0.0)
+        assert torch.equal(torch.func.vjp(moved, values)[1](tangent)[0], wanted)
+        assert torch.equal(torch.func.jvp(moved, (values,), (tangent,))[1], wanted)
+        forward_ad: Any = torch.autograd.forward_ad
+        with forward_ad.dual_level():
+            dual = moved(forward_ad.make_dual(values, tangent))
+            assert torch.equal(forward_ad.unpack_dual(dual).tangent, wanted)
 
 
 @pytest.fixture(params=REFERENCE_FILES, ids=lambda path: path.name.removesuffix(".csv.gz"))
@@ -872,6 +940,26 @@ class TestLaunch:
         cupy.__version__ = "13.6.0"
         wanted = "bandpo[cuda13] needs CuPy 14 or newer, got 13.6.0"
         assert str(cuda.obstacle()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("version", "extra"),
+    [("11.8", "cuda12"), ("12.9", "cuda12"), ("13.0", "cuda13"), ("14.1", "cuda13"),
+     (None, "cuda13")],
+)  # fmt: skip
+def test_a_missing_cupy_names_an_extra_that_exists(
+    version: str | None, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ModuleNotFoundError("No module named 'cupy'", name="cupy")
+
+    monkeypatch.setattr(cuda, "_cupy", missing)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    obstacle = cuda.obstacle()
+    assert isinstance(obstacle, MissingExtraError)
+    assert obstacle.extra == extra
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    assert f"\n{extra} = [" in project.read_text(encoding="utf-8")
 
 
 class FakeStream:

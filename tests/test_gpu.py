@@ -284,6 +284,33 @@ def test_compiles_without_a_break() -> None:
     assert torch.equal(slopes[0], slopes[1])
 
 
+def test_forward_mode_agrees_with_backward_mode() -> None:
+    tokens = batch((8, 64))
+    old, new, advantages, valid = tokens
+    tangent = torch.linspace(0.5, 1.5, 64, device="cuda").expand(8, 64)
+
+    def loss(log_prob: torch.Tensor) -> torch.Tensor:
+        return policy_loss(old, log_prob, advantages, valid, region=KL, backend="cuda").loss
+
+    slope = gradient(tokens, region=KL, backend="cuda")[1]
+    forward = torch.func.jvp(loss, (new,), (tangent,))[1].cpu()
+    # Terms of both signs.
+    terms = slope * tangent.cpu()
+    assert (forward - terms.sum()).abs() <= FLOAT32 * terms.abs().sum()
+    assert terms.abs().sum() > 0.0
+    torch.testing.assert_close(torch.func.grad(loss)(new).cpu(), slope, rtol=FLOAT32, atol=0.0)
+    inside = clip(KL, old, new - old) == new - old
+    moved = torch.func.jvp(lambda x: clip(KL, old, x), (new - old,), (tangent,))[1]
+    assert torch.equal(moved, torch.where(inside, tangent, 0.0))
+
+
+def test_tensors_of_the_host_are_refused() -> None:
+    old, new, _, _ = batch((4, 64))
+    for pair in ((old.cpu(), new), (old, new.cpu())):
+        with pytest.raises(ValueError, match="must be on old_log_prob's device"):
+            clip(KL, *pair)
+
+
 def test_more_tokens_than_an_int32_counts() -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < 50 * 2**30:

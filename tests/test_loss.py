@@ -1173,6 +1173,13 @@ class TestBoundsOnTensors:
                 function(KL, torch.zeros(2), 0.0)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"^ratio must be a torch\.Tensor, got float"):
             bandpo.torch.clip_ratio(KL, torch.zeros(2), 1.0)  # type: ignore[arg-type]
+        elsewhere = torch.zeros(2), torch.zeros(2, device="meta")
+        wanted = "must be on old_log_prob's device cpu, got meta"
+        for function in (bandpo.torch.contains, bandpo.torch.clip):
+            with pytest.raises(ValueError, match=f"log_ratio {wanted}"):
+                function(KL, *elsewhere)
+        with pytest.raises(ValueError, match=f"ratio {wanted}"):
+            bandpo.torch.clip_ratio(KL, *elsewhere)
         with pytest.raises(TypeError, match=r"old_log_prob must be float32, .* got torch\.int64"):
             bandpo.torch.log_bounds(KL, torch.zeros(2, dtype=torch.int64))
         with pytest.raises(TypeError, match=r"region must be .* got Divergence"):

@@ -64,7 +64,8 @@ def obstacle() -> ImportError | None:
     version = torch.version.cuda
     if torch.version.hip is not None:
         return BrokenExtraError("the kernels need CUDA, this torch is built for ROCm")
-    extra = f"cuda{version.partition('.')[0]}" if version else "cuda13"
+    # Of an older CUDA there is no CuPy 14; a newer one runs what was made for 13.
+    extra = "cuda12" if version and int(version.partition(".")[0]) <= 12 else "cuda13"
     try:
         cupy = _cupy()
     except ModuleNotFoundError as missing:
@@ -268,7 +269,8 @@ def log_bounds(region: Region, old_log_prob: torch.Tensor) -> torch.Tensor | Non
     """Returns the exact log bounds of a region, float64 [2, ...], solved on the device.
 
     In double precision: always inside, within 1e-12 of the exact bound, relatively, where its
-    condition number is at most 20, for a log-prob in [-690, -1e-300].
+    condition number is at most 20, for a log-prob in [-690, -1e-300]. Log-probs are float32
+    or float64.
 
     Returns:
         None where the region has a part that only the CPU can solve: a divergence that is an

@@ -91,7 +91,8 @@ def contains(
 
     Raises:
         InvalidTypeError: If an argument has the wrong type or dtype.
-        InvalidValueError: If an array of radii does not broadcast to the shape.
+        InvalidValueError: If an array of radii does not broadcast to the shape, or the tensors are
+            on different devices.
     """
     old_log_prob, log_ratio = _precise(region, old_log_prob, log_ratio, "log_ratio")
     log_lower, log_upper = _log_bounds(region, old_log_prob, exact)
@@ -108,7 +109,8 @@ def clip(
 
     Raises:
         InvalidTypeError: If an argument has the wrong type or dtype.
-        InvalidValueError: If an array of radii does not broadcast to the shape.
+        InvalidValueError: If an array of radii does not broadcast to the shape, or the tensors are
+            on different devices.
     """
     return _clip(region, old_log_prob, log_ratio, "log_ratio", exact)
 
@@ -123,7 +125,8 @@ def clip_ratio(
 
     Raises:
         InvalidTypeError: If an argument has the wrong type or dtype.
-        InvalidValueError: If an array of radii does not broadcast to the shape.
+        InvalidValueError: If an array of radii does not broadcast to the shape, or the tensors are
+            on different devices.
     """
     return _clip(region, old_log_prob, ratio, "ratio", exact)
 
@@ -134,7 +137,7 @@ def _clip(
     """Log-ratios or ratios, as the argument is called, within the bounds."""
     of_ratio = argument == "ratio"
     old_log_prob, precise = _precise(region, old_log_prob, values, argument)
-    if default_backend(precise.device.type) == "cuda":
+    if default_backend(precise.device.type) == "cuda" and not _is_transformed():
         shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
             old_log_prob.shape, precise.shape
         )
@@ -155,6 +158,11 @@ def _precise(
     check_region(region)
     check_float("old_log_prob", old_log_prob)
     check_float(argument, values)
+    if values.device != old_log_prob.device:  # which a kernel would not notice
+        raise InvalidValueError(
+            f"{argument} must be on old_log_prob's device {old_log_prob.device}, "
+            f"got {values.device}"
+        )
     dtype = compute_dtype(old_log_prob, values)
     return old_log_prob.detach().to(dtype), values.to(dtype)
 
@@ -207,6 +215,13 @@ def _is_in_memory(tensor: torch.Tensor) -> bool:
     """Whether numpy can see the tensor as it is: of the CPU, no fake and no traced one."""
     plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
     return plain and not torch.compiler.is_compiling()
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward mode looks on, which would take an operator for a constant."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def membership_of(
@@ -568,13 +583,14 @@ def _table_log_bounds(
     schema="(Tensor words, Tensor old_log_prob) -> Tensor",
 )
 def table_log_bounds_op(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
-    """Both log bounds of every token from a table, [2, ...]."""
-    return torch.stack(_table_log_bounds(words, old_log_prob))
+    """Both log bounds of every token from a table, [2, ...], in the dtype that is computed in."""
+    precise = old_log_prob.to(compute_dtype(old_log_prob))
+    return torch.stack(_table_log_bounds(words, precise))
 
 
 @table_log_bounds_op.register_fake
 def _(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
-    return old_log_prob.new_empty((2, *old_log_prob.shape))
+    return old_log_prob.new_empty((2, *old_log_prob.shape), dtype=compute_dtype(old_log_prob))
 
 
 @torch.library.custom_op(
@@ -1039,7 +1055,7 @@ def token_loss_fused(
         parameters,
         by_probability,
     )
-    if not _is_in_memory(log_prob):
+    if not (_is_in_memory(log_prob) or _is_transformed()):
         per_token, _, counts, sums = token_loss_op(*inputs)
         return per_token, per_token.sum(), counts, sums.detach()
     per_token, _, total, counts, sums = _TokenLossFunction.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -1052,7 +1068,7 @@ def count_valid(valid: torch.Tensor) -> int:
 
 
 def needs_no_dispatcher(log_prob: torch.Tensor) -> bool:
-    """Whether `weighted_sum` can take a tensor of the CPU: nothing traces or transforms it."""
+    """Whether Rust can take a tensor, one of the CPU: nothing traces or transforms it."""
     return _is_in_memory(log_prob) and not torch._C._are_functorch_transforms_active()
 
 
@@ -1081,7 +1097,15 @@ def _forward_mode(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tenso
 class _TokenLossFunction(torch.autograd.Function):
     """The operator in the form that `torch.func` takes, with the sum of the losses."""
 
-    forward = staticmethod(_all_in_rust)
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(old_log_prob: torch.Tensor, log_prob: torch.Tensor, *others: Any) -> Any:
+        """Returns losses, gradients, the sum of the losses, counts and sums."""
+        if needs_no_dispatcher(log_prob):
+            return _all_in_rust(old_log_prob, log_prob, *others)
+        per_token, gradient, counts, sums = token_loss_op(old_log_prob, log_prob, *others)
+        return per_token, gradient, per_token.sum(), counts, sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
