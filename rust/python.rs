@@ -644,23 +644,11 @@ fn thread_count() -> usize {
 /// The compiled half of bandpo. Private: use `bandpo` itself.
 #[pymodule(gil_used = false)]
 mod _core {
-    use pyo3::prelude::*;
-
-    use super::threads;
-
     #[pymodule_export]
     use super::{
         PyBandTable, PyDivergence, contains, count_valid, diagnose, divergences, log_bounds,
         policy_loss, scale, table_bounds, thread_count,
     };
-
-    /// Before anybody can fork the process.
-    #[pymodule_init]
-    #[allow(clippy::unnecessary_wraps)] // pyo3 asks for a result
-    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
-        threads::home();
-        Ok(())
-    }
 
     #[pymodule_export]
     const KERNEL_SOURCE: &str = crate::KERNEL_SOURCE;

@@ -43,14 +43,11 @@ pub(crate) fn map_parts<I: Send, O: Send>(
     results.collect()
 }
 
-/// The process that the threads belong to: the one that asks first, and at best before any of them is at work.
-pub(crate) fn home() -> u32 {
-    static HOME: OnceLock<u32> = OnceLock::new();
-    *HOME.get_or_init(std::process::id)
-}
-
+/// Whether the threads belong to another process: to the one that was the first to need any.
 fn is_forked() -> bool {
-    home() != std::process::id()
+    static HOME: OnceLock<u32> = OnceLock::new();
+    let process = std::process::id();
+    *HOME.get_or_init(|| process) != process
 }
 
 /// Runs work that may be spread over rayon's threads.
