@@ -19,6 +19,7 @@ use crate::error::Error;
 use crate::loss::{self, Advantages, BoundSource, Float, Outputs, Tokens};
 use crate::surrogate::Surrogate;
 use crate::table::{BandTable, Curve, Image, MaxError, Stretches, Verification};
+use crate::threads;
 
 impl From<Error> for PyErr {
     /// Each kind of error becomes the class of `bandpo.error` that callers expect.
@@ -232,7 +233,7 @@ impl PyBandTable {
                 .collect()
         };
         let (lower, upper) = (own(lower)?, own(upper)?);
-        py.detach(|| {
+        spread(py, || {
             BandTable::build(&borrowed(&lower), &borrowed(&upper), region, &|logp| {
                 exact.bounds(logp, &raised)
             })
@@ -288,9 +289,11 @@ impl PyBandTable {
     ) -> PyResult<(f64, f64)> {
         py.check_signals()?;
         let raised = Raised::default();
-        py.detach(|| self.0.errors_between(start, stop, count, &|logp| exact.bounds(logp, &raised)))
-            .map(|error| (error.log_upper, error.lower))
-            .map_err(|error| raised.or(error))
+        spread(py, || {
+            self.0.errors_between(start, stop, count, &|logp| exact.bounds(logp, &raised))
+        })
+        .map(|error| (error.log_upper, error.lower))
+        .map_err(|error| raised.or(error))
     }
 
     /// The largest errors at some values in every cell; see [`BandTable::errors_in_cells`].
@@ -298,7 +301,7 @@ impl PyBandTable {
         py.check_signals()?;
         let raised = Raised::default();
         let samples = BandTable::SAMPLES_A_CELL;
-        py.detach(|| self.0.errors_in_cells(samples, &|logp| exact.bounds(logp, &raised)))
+        spread(py, || self.0.errors_in_cells(samples, &|logp| exact.bounds(logp, &raised)))
             .map(|error| (error.log_upper, error.lower))
             .map_err(|error| raised.or(error))
     }
@@ -353,7 +356,7 @@ fn log_bounds<'py>(
     let (low, high, logp) = (delta_low.as_delta()?, delta_high.as_delta()?, logp.as_slice()?);
     let mut lower = vec![0.0; logp.len()];
     let mut upper = vec![0.0; logp.len()];
-    py.detach(|| band::log_bounds(&divergence.0, low, high, logp, &mut lower, &mut upper))?;
+    spread(py, || band::log_bounds(&divergence.0, low, high, logp, &mut lower, &mut upper))?;
     Ok((lower.into_pyarray(py), upper.into_pyarray(py)))
 }
 
@@ -370,7 +373,7 @@ fn contains<'py>(
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
     let (low, high) = (delta_low.as_delta()?, delta_high.as_delta()?);
     let (logp, log_ratio) = (logp.as_slice()?, log_ratio.as_slice()?);
-    let inside = py.detach(|| band::contains(&divergence.0, low, high, logp, log_ratio))?;
+    let inside = spread(py, || band::contains(&divergence.0, low, high, logp, log_ratio))?;
     Ok(inside.into_pyarray(py))
 }
 
@@ -604,7 +607,7 @@ fn diagnose<'py>(
 )> {
     let side = if upper { Side::Upper } else { Side::Lower };
     let (delta, logp) = (delta.as_delta()?, logp.as_slice()?);
-    let found = py.detach(|| band::diagnose(&divergence.0, delta, logp, side))?;
+    let found = spread(py, || band::diagnose(&divergence.0, delta, logp, side))?;
     Ok((
         found.iter().map(|bound| bound.log_ratio).collect::<Vec<_>>().into_pyarray(py),
         found.iter().map(|bound| bound.outside).collect::<Vec<_>>().into_pyarray(py),
@@ -623,8 +626,13 @@ fn divergences<'py>(
     log_ratio: PyReadonlyArray1<'py, f64>,
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let (logp, log_ratio) = (logp.as_slice()?, log_ratio.as_slice()?);
-    let values = py.detach(|| band::divergences(&divergence.0, logp, log_ratio))?;
+    let values = spread(py, || band::divergences(&divergence.0, logp, log_ratio))?;
     Ok(values.into_pyarray(py))
+}
+
+/// Runs work without the interpreter, on threads that this process has even if it was forked.
+fn spread<O: Send>(py: Python<'_>, work: impl FnOnce() -> O + Send) -> O {
+    py.detach(|| threads::with_living_threads(work))
 }
 
 /// How many threads batches are spread over.

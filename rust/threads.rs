@@ -6,8 +6,8 @@
 //! Elsewhere they are rayon's.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rayon::prelude::*;
 
@@ -16,8 +16,9 @@ pub(crate) fn map_parts<I: Send, O: Send>(
     parts: Vec<I>,
     work: impl Fn(I) -> O + Send + Sync,
 ) -> Vec<O> {
-    let Some(team) = team::find() else {
-        return parts.into_par_iter().map(work).collect();
+    // A team of one is the thread that calls it, which a fork takes along.
+    let Some(team) = team::find().filter(|team| team.size() == 1 || !is_forked()) else {
+        return with_living_threads(|| parts.into_par_iter().map(work).collect());
     };
     let next = AtomicUsize::new(0);
     let slots: Vec<Mutex<(Option<I>, Option<O>)>> =
@@ -25,7 +26,7 @@ pub(crate) fn map_parts<I: Send, O: Send>(
     // Every thread takes the next part until none is left. Nobody else locks a slot at that time.
     let take_turns = || {
         while let Some(slot) = slots.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let mut slot = slot.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(part) = slot.0.take() {
                 slot.1 = Some(work(part));
             }
@@ -36,10 +37,44 @@ pub(crate) fn map_parts<I: Send, O: Send>(
         let _ = catch_unwind(AssertUnwindSafe(take_turns));
     });
     let results = slots.into_iter().map(|slot| {
-        let slot = slot.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let slot = slot.into_inner().unwrap_or_else(PoisonError::into_inner);
         slot.1.expect("a part panicked")
     });
     results.collect()
+}
+
+/// Whether the threads belong to another process: to the one that was the first to need any.
+fn is_forked() -> bool {
+    static HOME: OnceLock<u32> = OnceLock::new();
+    let process = std::process::id();
+    *HOME.get_or_init(|| process) != process
+}
+
+/// Runs work that may be spread over rayon's threads.
+///
+/// A process that was forked has none of the threads of its parent and would wait for them for ever; it is
+/// given threads of its own.
+pub(crate) fn with_living_threads<O: Send>(work: impl FnOnce() -> O + Send) -> O {
+    static OWN: Mutex<Option<(u32, Arc<rayon::ThreadPool>)>> = Mutex::new(None);
+    if !is_forked() {
+        return work();
+    }
+    let pool = {
+        let mut own = OWN.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*own {
+            Some((process, pool)) if *process == std::process::id() => Arc::clone(pool),
+            _ => {
+                // Nobody may wait for the end of threads that a parent had.
+                std::mem::forget(own.take());
+                let Ok(pool) = rayon::ThreadPoolBuilder::new().build().map(Arc::new) else {
+                    return work(); // as rayon does, whose own pool fails as well
+                };
+                *own = Some((std::process::id(), Arc::clone(&pool)));
+                pool
+            }
+        }
+    };
+    pool.install(work)
 }
 
 #[cfg(target_os = "linux")]
@@ -76,6 +111,10 @@ mod team {
     }
 
     impl Team {
+        pub fn size(&self) -> c_uint {
+            self.threads
+        }
+
         /// Calls `body`, which does not panic, once on every thread, and waits for all of them.
         pub fn run(&self, body: &(dyn Fn() + Sync)) {
             unsafe extern "C" fn call(body: *mut c_void) {
@@ -100,6 +139,10 @@ mod team {
     }
 
     impl Team {
+        pub fn size(&self) -> u32 {
+            match *self {}
+        }
+
         pub fn run(&self, _: &(dyn Fn() + Sync)) {
             match *self {}
         }

@@ -379,6 +379,30 @@ class TestLossOfEachToken:
             _ = result.per_token
         assert result.metrics["valid_tokens"] > 0
 
+    def test_tensors_of_inference_mode_which_do_not_tell_of_changes_are_no_trap(self) -> None:
+        want = random_batch((8, 64)).loss(region=KL).per_token
+        with torch.inference_mode():
+            batch = Batch(*(tensor.clone() for tensor in random_batch((8, 64))))
+            result = batch.loss(region=KL)
+            batch.log_prob.zero_()
+        assert torch.equal(result.per_token, want)
+
+    def test_it_keeps_its_gradient_where_others_look(self, backend: str) -> None:
+        batch = random_batch((8, 64))
+        batch.log_prob.requires_grad_()
+        for mode in (torch.no_grad(), torch.inference_mode()):
+            result = batch.loss(region=KL, backend=backend)
+            with mode:
+                per_token = result.per_token
+            assert per_token.requires_grad
+
+    def test_the_rest_of_a_result_does_not_need_it(self) -> None:
+        batch = random_batch((8, 64))
+        result = batch.loss(region=KL)
+        batch.log_prob.zero_()
+        assert result[0] is result.loss
+        assert result[::2] == (result.loss, result.metrics)
+
     def test_a_result_is_a_sequence_and_pickles(self, backend: str) -> None:
         result = random_batch((2, 8)).loss(region=KL, backend=backend)
         loss, per_token, metrics = result
@@ -388,6 +412,96 @@ class TestLossOfEachToken:
         copy = pickle.loads(pickle.dumps(result))  # noqa: S301
         assert isinstance(copy, PolicyLossResult)
         assert torch.equal(copy.per_token, per_token)
+
+
+class TestGradientIsNobodyElses:
+    """It is scaled where it lies, unless somebody could see that."""
+
+    def test_a_graph_that_is_kept_gives_the_same_again(self, backend: str) -> None:
+        batch = random_batch((8, 64))
+        log_prob = batch.log_prob.requires_grad_()
+        loss = 3.0 * batch.loss(region=KL, backend=backend).loss
+        first = torch.autograd.grad(loss, log_prob, retain_graph=True)[0]
+        copy = first.clone()
+        second = torch.autograd.grad(loss, log_prob)[0]
+        assert torch.equal(first, copy)
+        assert torch.equal(second, copy)
+
+    def test_hooks_may_keep_what_was_saved(self, backend: str) -> None:
+        batch = random_batch((8, 64))
+        log_prob = batch.log_prob.requires_grad_()
+        kept: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = 3.0 * batch.loss(region=KL, backend=backend).loss
+        copies = [tensor.clone() for tensor in kept]
+        gradient = torch.autograd.grad(loss, log_prob)[0]
+        assert kept
+        assert all(torch.equal(*pair) for pair in zip(kept, copies, strict=True))
+        torch.testing.assert_close(gradient, 3.0 * batch.gradient(region=KL))
+
+    def test_many_gradients_of_the_loss_at_a_time(self, backend: str) -> None:
+        batch = random_batch((4, 8))
+        log_prob = batch.log_prob.requires_grad_()
+        factors = torch.tensor([1.0, -2.0, 3.0])
+        wanted = batch.gradient(region=KL, backend=backend) * factors[:, None, None]
+
+        def new_loss() -> Tensor:
+            return batch.loss(region=KL, backend=backend).loss
+
+        batched = torch.autograd.grad(new_loss(), log_prob, factors, is_grads_batched=True)[0]
+        torch.testing.assert_close(batched, wanted)
+        loss = new_loss()
+        batched = torch.func.vmap(
+            lambda factor: torch.autograd.grad(loss, log_prob, factor, retain_graph=True)[0]
+        )(factors)
+        torch.testing.assert_close(batched, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32], ids=str)
+def test_a_count_of_any_dtype_leaves_the_loss_its_own(dtype: torch.dtype, backend: str) -> None:
+    batch = random_batch((8, 64))
+    count = torch.tensor(64, dtype=dtype)
+    loss = batch.loss(region=KL, backend=backend, batch_num_tokens=count).loss
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, batch.loss(region=KL, backend=backend, batch_num_tokens=64).loss)
+
+
+FORKED = """
+import os, signal
+import numpy as np
+import bandpo
+from bandpo.loss import policy_loss
+from bandpo.torch import torch
+
+band = bandpo.Band("kl", 0.05)
+torch.set_num_threads(2)
+
+def work():
+    band.log_bounds(np.linspace(-9.0, -0.1, 20_000))
+    # Below the size from which torch takes threads: it would wait in vain for its own.
+    old = torch.full((2, 12_000), -1.0)
+    new = old.clone().requires_grad_()
+    (3.0 * policy_loss(old, new, old, old < 0.0, region=band).loss).backward()
+
+work()
+for generation in range(2):
+    child = os.fork()
+    if child:
+        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    signal.alarm(30)
+    work()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """It would wait for ever for those of its parent."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True)
 
 
 class TestBackendsAgree:

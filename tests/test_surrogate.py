@@ -232,6 +232,24 @@ def packed(batch: Batch) -> tuple[Batch, torch.Tensor]:
     return Batch(*(tensor.reshape(-1)[kept] for tensor in batch)), offsets
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("surrogate", ["min-clip", "mask", "weight", "gradient-preserving"])
+def test_backends_agree_on_what_is_not_finite(surrogate: Any, level: Any) -> None:
+    """An infinite advantage has no gradient where its token is clipped; a NaN is not hidden."""
+    batch = random_batch((4, 32), dtype=torch.float64)
+    batch.response_mask[:] = True
+    batch.log_prob[1, 3] = math.nan
+    for row, infinity in ((2, math.inf), (3, -math.inf)):
+        batch.advantages[row, ::2] = infinity
+    for region in (bandpo.Clip(0.2, 0.2), bandpo.Clip(0.0, 0.0)):
+        options = {"region": region, "surrogate": surrogate, "ratio_level": level}
+        native, plain = (batch.gradient(backend=backend, **options) for backend in BACKENDS)
+        assert bool(native[1, 3].isnan())
+        torch.testing.assert_close(native, plain, rtol=1e-13, atol=0.0, equal_nan=True)
+        native, plain = (batch.loss(backend=backend, **options).per_token for backend in BACKENDS)
+        torch.testing.assert_close(native, plain, rtol=1e-13, atol=0.0, equal_nan=True)
+
+
 class TestLevels:
     # Bounds so near that the means of random sequences reach them.
     near = bandpo.Clip(0.05, 0.04)

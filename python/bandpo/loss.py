@@ -102,7 +102,8 @@ class PolicyLossResult(Sequence[Any]):
         loss: The aggregated loss, 0-dim, float32, or float64 where a log-prob is.
         per_token: The loss of each token before aggregation, in the shape of ``log_prob`` and the
             dtype of ``loss``, 0 for masked tokens. It carries the gradient as well. On a CPU it is
-            computed when it is looked at, for which the inputs must not have been changed in place.
+            computed when it is looked at, for which the inputs must not have been changed in place;
+            at once for tensors of `torch.inference_mode`, which do not tell.
         metrics: Detached tensors by name, on the device of the loss; see `policy_loss`.
     """
 
@@ -132,7 +133,10 @@ class PolicyLossResult(Sequence[Any]):
     @overload
     def __getitem__(self, index: slice) -> tuple[Any, ...]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        return (self.loss, self.per_token, self.metrics)[index]
+        names = ("loss", "per_token", "metrics")[index]
+        if isinstance(names, str):  # and per_token is left alone unless it is meant
+            return getattr(self, names)
+        return tuple(getattr(self, name) for name in names)
 
     def __len__(self) -> int:
         return 3
@@ -323,7 +327,7 @@ def policy_loss(
     ):
         divisor = _divisor(lambda: count_valid(valid), tokens, reduction)
         if isinstance(divisor, torch.Tensor):
-            divisor = float(divisor.detach().cpu().numpy())
+            divisor = float(divisor.detach().cpu().double().numpy())  # which knows no bfloat16
         weight = dp_size / divisor
         inputs = _inputs(rule, tokens, exact, metrics_by_probability)
         loss, counts, sums = weighted_sum(weight, *inputs)
@@ -635,29 +639,32 @@ def _per_token_later(
     exact: bool,
     shape: torch.Size,
     given: tuple[torch.Tensor | None, ...],
-) -> Callable[[], torch.Tensor]:
+) -> torch.Tensor | Callable[[], torch.Tensor]:
     """Returns what computes the losses of the tokens, as of now, when it is called.
 
-    Few look at them, and to write them costs as much as the gradient.
+    Few look at them, and to write them costs as much as the gradient. If nobody could say whether
+    what was given is still the same, it returns the losses.
     """
     # The region of a schedule may be another one by then.
     now = rule.region.region if isinstance(rule.region, RegionSource) else rule.region
     rule = rule._replace(region=now)
-    tracked = [tensor for tensor in given if tensor is not None and not tensor.is_inference()]
-    versions = [tensor._version for tensor in tracked]
+    tensors = [tensor for tensor in given if tensor is not None]
+    untracked = any(tensor.is_inference() for tensor in tensors)
+    versions = [] if untracked else [tensor._version for tensor in tensors]
     with_gradient = torch.is_grad_enabled()
+    inference = torch.is_inference_mode_enabled()
 
     def compute() -> torch.Tensor:
-        if [tensor._version for tensor in tracked] != versions:
+        if not untracked and [tensor._version for tensor in tensors] != versions:
             raise InvalidValueError(
                 "per_token must be looked at before a tensor that was given to policy_loss is "
                 "changed in place"
             )
-        with torch.set_grad_enabled(with_gradient):
+        with torch.inference_mode(inference), torch.set_grad_enabled(with_gradient):
             per_token = _token_losses(rule, tokens, token_loss_fused, exact, False)[0]
             return _shaped(per_token, shape)
 
-    return compute
+    return compute() if untracked else compute
 
 
 def _sequence_mean(values: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
@@ -759,7 +766,8 @@ def _aggregate(
         of_batch = batch.sequences()
         total = (per_token / of_batch.spread(of_batch.lengths).clamp(min=1)).sum()
     total = total if reduction.dp_size == 1 else total * reduction.dp_size
-    return total / _divisor(lambda: valid_tokens, batch, reduction)
+    loss = total / _divisor(lambda: valid_tokens, batch, reduction)
+    return loss.to(total.dtype)  # a count in float64 has no say in it
 
 
 def _divisor(valid_tokens: Callable[[], Count], batch: _Tokens, reduction: _Reduction) -> Count:

@@ -829,7 +829,8 @@ def token_loss_torch(
             limited = ~beyond & (r > truncation)
             weight = torch.where(limited, truncation, r)
         slope = torch.where(beyond, 0.0, cost * weight)
-        per_token = torch.where(beyond, 0.0, cost * weight * log_prob)
+        # Beyond, an infinite cost must not meet the 0.
+        per_token = slope * torch.where(beyond, 0.0, log_prob)
     elif weighs:
         slope = cost * torch.where(beyond, edge, r)
         per_token = slope * log_prob
@@ -864,8 +865,8 @@ def probability_bin(old_log_prob: torch.Tensor) -> torch.Tensor:
 
 
 def _gradient_of(log_prob: torch.Tensor) -> torch.Tensor:
-    """Zero, with the gradient of the log-prob."""
-    return torch.where(log_prob.isfinite(), log_prob - log_prob.detach(), 0.0)
+    """Zero, with the gradient of the log-prob, which an infinite one has not; a NaN stays."""
+    return torch.where(log_prob.isinf(), 0.0, log_prob - log_prob.detach())
 
 
 def _excess(x: torch.Tensor) -> torch.Tensor:
@@ -1067,9 +1068,13 @@ def count_valid(valid: torch.Tensor) -> int:
     return _core.count_valid(valid.contiguous().numpy().view(np.uint8))
 
 
-def needs_no_dispatcher(log_prob: torch.Tensor) -> bool:
+def needs_no_dispatcher(tensor: torch.Tensor) -> bool:
     """Whether Rust can take a tensor, one of the CPU: nothing traces or transforms it."""
-    return _is_in_memory(log_prob) and not torch._C._are_functorch_transforms_active()
+    return (
+        _is_in_memory(tensor)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # of torch.autograd itself
+    )
 
 
 def weighted_sum(weight: float, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -1142,6 +1147,7 @@ class _WeightedSum(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
         output = _in_rust(*inputs)
         _save_gradient(ctx, inputs, output[0])
+        ctx.is_shared = _has_hooks_on_saved_tensors()
         ctx.save_for_forward(output[0])
         ctx.mark_non_differentiable(*output[2:])
         return output
@@ -1160,12 +1166,17 @@ class _WeightedSum(torch.autograd.Function):
         *_: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         """Returns the gradients of the inputs."""
-        if grad_gradient is not None or grad_loss is None or torch.is_grad_enabled():
+        if (
+            grad_gradient is not None
+            or grad_loss is None
+            or torch.is_grad_enabled()
+            or not needs_no_dispatcher(grad_loss)
+        ):
             return *_gradients(ctx, grad_loss, grad_gradient), None
         (saved,) = ctx.saved_tensors
         # Where the graph is about to be freed nobody needs the gradient as it was, and memory that
         # is new to the process costs more than all the rest.
-        gradient = saved.clone() if _keeps_graph() else saved.detach()
+        gradient = saved.clone() if ctx.is_shared or _keeps_graph() else saved.detach()
         if grad_loss.numpy() != 1.0:
             # In Rust as well: the threads of torch would go on to spin for a while, where those of
             # the next loss are to run.
@@ -1177,3 +1188,9 @@ def _keeps_graph() -> bool:
     """Whether the backward pass that is running leaves its graph for another one."""
     known = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return known is None or bool(known())
+
+
+def _has_hooks_on_saved_tensors() -> bool:
+    """Whether others are shown what is saved now, who may keep it or give the same out twice."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
