@@ -55,6 +55,7 @@ lint: $(VENV)/lint.stamp $(VENV)/test.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest bandpo --allowlist tests/stubtest-allowed.txt
+	$(BIN)/zizmor --offline --quiet --min-severity medium .github
 
 format:
 	cargo fmt

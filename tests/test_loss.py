@@ -953,6 +953,10 @@ class TestCompile:
             torch.testing.assert_close(fused.metrics[name], metric)
 
     def test_inductor(self, backend: str) -> None:
+        try:
+            torch.compile(torch.sin, backend="inductor")(torch.ones(2))
+        except RuntimeError as reason:  # PyTorch alone: it wants a C++ compiler, which we do not
+            pytest.skip(f"inductor does not work here: {str(reason).splitlines()[0]}")
         batch = random_batch((16, 32))
         options: dict[str, Any] = {
             "region": KL, "backend": backend, "dual_clip": 3.0, "metrics_by_probability": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 
@@ -28,8 +29,9 @@ PARAMETERS = {
 
 def rows(heading: str) -> dict[str, list[str]]:
     """The rows below a heading of the docstring, by name."""
-    text = re.search(rf"\n +name +{re.escape(heading)}.*?\n +=+.*?\n(.*?)\n +=+ ",
-                     Divergence.__doc__ or "", re.DOTALL)  # fmt: skip
+    # Python 3.13 takes the indentation out of a docstring, those before leave it in.
+    document = inspect.cleandoc(Divergence.__doc__ or "")
+    text = re.search(rf"\nname +{re.escape(heading)}.*?\n=+.*?\n(.*?)\n=+ ", document, re.DOTALL)
     assert text is not None, heading
     cells = (re.split(r" {2,}|(?<=k==\d) ", line.strip()) for line in text[1].split("\n"))
     return {name: values for name, *values in cells}

@@ -64,8 +64,13 @@ class Interpreter:
     @staticmethod
     def at(path: str) -> Interpreter | None:
         """Returns None where the file is no Python that runs."""
+        try:
+            outcome = subprocess.run(
+                [path, "-c", FOUND], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return None
         # A shim of a version manager is on the PATH also where its Python is not selected.
-        outcome = subprocess.run([path, "-c", FOUND], capture_output=True, text=True, check=False)
         if outcome.returncode != 0:
             return None
         version, threads = json.loads(outcome.stdout)
