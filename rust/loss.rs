@@ -322,9 +322,9 @@ pub fn table_bounds<T: Float>(
 ///
 /// # Errors
 /// [`Error::Length`] if the slices differ in length.
-pub fn table_log_bounds(
+pub fn table_log_bounds<T: Float>(
     image: Image<'_>,
-    logp: &[f64],
+    logp: &[T],
     log_lower: &mut [f64],
     log_upper: &mut [f64],
 ) -> Result<()> {
@@ -334,11 +334,11 @@ pub fn table_log_bounds(
             return Err(Error::Length { argument, actual, expected });
         }
     }
-    let block = |(logp, (log_lower, log_upper)): (&[f64], (&mut [f64], &mut [f64]))| {
+    let block = |(logp, (log_lower, log_upper)): (&[T], (&mut [f64], &mut [f64]))| {
         let [mut old, mut lower, mut upper] = [[0.0_f32; BLOCK]; 3];
         let old_log_prob = &mut old[..logp.len()];
         for (narrow, &logp) in old_log_prob.iter_mut().zip(logp) {
-            *narrow = logp as f32;
+            *narrow = logp.to_f64() as f32;
         }
         let (lower, upper) = (&mut lower[..logp.len()], &mut upper[..logp.len()]);
         f32::run(LookUp { image, old_log_prob, lower, log_upper: upper });
@@ -350,7 +350,7 @@ pub fn table_log_bounds(
         }
     };
     let sides = log_lower.chunks_mut(CHUNK).zip(log_upper.chunks_mut(CHUNK));
-    let one = |(logp, (log_lower, log_upper)): (&[f64], (&mut [f64], &mut [f64]))| {
+    let one = |(logp, (log_lower, log_upper)): (&[T], (&mut [f64], &mut [f64]))| {
         let sides = log_lower.chunks_mut(BLOCK).zip(log_upper.chunks_mut(BLOCK));
         logp.chunks(BLOCK).zip(sides).for_each(block);
     };

@@ -263,13 +263,18 @@ impl PyBandTable {
     fn log_bounds(
         &self,
         py: Python<'_>,
-        logp: PyReadonlyArrayDyn<'_, f64>,
+        logp: &Bound<'_, PyAny>,
         mut log_lower: PyReadwriteArrayDyn<'_, f64>,
         mut log_upper: PyReadwriteArrayDyn<'_, f64>,
     ) -> PyResult<()> {
-        let logp = logp.as_slice()?;
         let (log_lower, log_upper) = (log_lower.as_slice_mut()?, log_upper.as_slice_mut()?);
         let image = self.0.image();
+        if let Ok(logp) = logp.extract::<PyReadonlyArrayDyn<'_, f32>>() {
+            let logp = logp.as_slice()?;
+            return Ok(py.detach(|| loss::table_log_bounds(image, logp, log_lower, log_upper))?);
+        }
+        let logp: PyReadonlyArrayDyn<'_, f64> = logp.extract()?;
+        let logp = logp.as_slice()?;
         Ok(py.detach(|| loss::table_log_bounds(image, logp, log_lower, log_upper))?)
     }
 

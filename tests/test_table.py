@@ -7,6 +7,7 @@ import operator
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,20 @@ def test_limits_and_nan() -> None:
     log_lower, log_upper = table.log_bounds([0.0, 1.0, -np.inf, np.nan])
     np.testing.assert_array_equal(log_upper, [0.0, 0.0, np.inf, np.nan])
     np.testing.assert_array_equal(log_lower, [0.0, 0.0, -np.inf, np.nan])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_precisions_of_log_probs_are_all_read_in_float32(dtype: Any) -> None:
+    table = bandpo.Band("kl", 0.05).table()
+    logp = -np.linspace(0.0, 30.0, 40_000).reshape(2, 20_000).astype(dtype)
+    found = table.log_bounds(logp)
+    rounded = logp.astype(np.float32)
+    for bound, same in zip(found, table.log_bounds(rounded.astype(np.float64)), strict=True):
+        assert bound.dtype == np.float64
+        np.testing.assert_array_equal(bound, same)
+    strided = table.log_bounds(logp[:, ::3])
+    for bound, same in zip(strided, found, strict=True):
+        np.testing.assert_array_equal(bound, same[:, ::3])
 
 
 def test_a_table_is_a_region_and_is_cached() -> None:

@@ -59,7 +59,7 @@ class BandTable:
     def save(self, path: str) -> None: ...
     def log_bounds(
         self,
-        logp: NDArray[np.float64],
+        logp: _FloatArray,
         log_lower: NDArray[np.float64],
         log_upper: NDArray[np.float64],
     ) -> None: ...

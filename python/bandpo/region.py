@@ -42,6 +42,15 @@ def as_float64(argument: str, values: ArrayLike) -> Float64Array:
     Raises:
         InvalidTypeError: If ``values`` is not made of real numbers; the message names ``argument``.
     """
+    return as_real(argument, values).astype(np.float64, copy=False)
+
+
+def as_real(argument: str, values: ArrayLike) -> NDArray[Any]:
+    """Returns real numbers as an array of their own type.
+
+    Raises:
+        InvalidTypeError: If ``values`` is not made of real numbers; the message names ``argument``.
+    """
     try:
         array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as reason:
@@ -49,7 +58,7 @@ def as_float64(argument: str, values: ArrayLike) -> Float64Array:
         raise InvalidTypeError(f"{argument} must be an array of real numbers: {reason}") from None
     if array.dtype.kind not in "fiu":
         raise InvalidTypeError(f"{argument} must hold real numbers, got dtype {array.dtype}")
-    return array.astype(np.float64, copy=False)
+    return array
 
 
 class Region(ABC):

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bandpo import _core
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.region import Band, Float64Array, Region, as_float64, from_description
+from bandpo.region import Band, Float64Array, Region, as_real, from_description
 
 TARGET = 1e-6
 """What the error of a table may be: absolute, beyond one float32 ulp of the bound."""
@@ -58,7 +58,9 @@ class BandTable(Region):
         ``logp`` is rounded to float32 first. ``lower`` is what is tabulated, so ``log_lower`` has
         an absolute error in ``exp(log_lower)``.
         """
-        tokens = as_float64("logp", logp)
+        tokens = as_real("logp", logp)
+        if tokens.dtype != np.float32:
+            tokens = tokens.astype(np.float64, copy=False)
         log_lower, log_upper = np.empty(tokens.shape), np.empty(tokens.shape)
         self._core.log_bounds(np.ascontiguousarray(tokens), log_lower, log_upper)
         return log_lower, log_upper

@@ -170,7 +170,10 @@ def _precise(
 def _log_bounds(
     region: AnyRegion, old_log_prob: torch.Tensor, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    log_lower, log_upper = sides_of(region, old_log_prob, exact=exact)
+    bounds = bounds_of(region, old_log_prob, exact=exact)
+    log_lower, log_upper = sides_of(region, old_log_prob, bounds=bounds)
+    if bounds.dtype == torch.int32 or bounds.ndim > 1:
+        return log_lower, log_upper
     # A constant does not know which tokens are NaN.
     unknown = torch.where(old_log_prob.isnan(), old_log_prob, 0.0)
     return unknown + log_lower, unknown + log_upper
