@@ -259,6 +259,9 @@ def main() -> None:
         print(row.markdown(), flush=True)
     missed = {row.key for row in rows if row.excess > 1.0}
     reasons = "\n".join(f"- {key}: {reason}." for key, reason in REASONS.items() if key in missed)
+    causes = "None that was measured is missed."
+    if reasons:
+        causes = f"What is known of the causes:\n\n{reasons}"
     lines = "\n".join([*(row.markdown() for row in rows), *gpu_rows()])
     text = f"""# Results
 
@@ -276,9 +279,7 @@ both are roots for any f (p from 0.2 to 0.8), where find_root is at its fastest.
 | --- | --- | ---: | ---: | ---: | --- |
 {lines}
 
-{"What is known of the causes:" if reasons else "None is missed."}
-
-{reasons}
+{causes}
 
 ## Growth
 
