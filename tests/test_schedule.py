@@ -16,7 +16,6 @@ from bandpo import Band, Clip, Region
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Float64Array
 from bandpo.schedule import (
-    _LOG_RATIO_LIMIT,
     Bapo,
     Constant,
     Cosine,
@@ -356,10 +355,3 @@ def test_bapo_finds_the_same_bounds_on_every_rank() -> None:
         rank = Bapo()
         rank.step(advantages[part], log_ratio[part], logp[part], all_reduce=lambda _: total)
         assert rank.region == whole.region
-
-
-def test_bapo_clamps_log_ratios_as_the_loss_does() -> None:
-    pytest.importorskip("torch")
-    from bandpo.torch import LOG_RATIO_LIMIT
-
-    assert LOG_RATIO_LIMIT == _LOG_RATIO_LIMIT

@@ -14,10 +14,16 @@ import numpy as np
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Clip
 from bandpo.schedule import RegionSource
-from bandpo.surrogate import NAMES, GradientPreserving, Mask, Surrogate, check_number
+from bandpo.surrogate import (
+    LOG_RATIO_LIMIT,
+    NAMES,
+    GradientPreserving,
+    Mask,
+    Surrogate,
+    check_number,
+)
 from bandpo.torch import (
     COUNTS,
-    LOG_RATIO_LIMIT,
     PROBABILITY_BINS,
     PROBABILITY_EDGES,
     AnyRegion,

@@ -19,9 +19,7 @@ from numpy.typing import ArrayLike
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Band, Clip, Float64Array, Region, as_float64
-from bandpo.surrogate import check_number
-
-_LOG_RATIO_LIMIT = 20.0  # as in the loss
+from bandpo.surrogate import LOG_RATIO_LIMIT, check_number
 
 
 class Schedule(ABC):
@@ -452,7 +450,7 @@ class Bapo(RegionSource):
                 finite |= values == -np.inf
             if not finite.all():
                 raise InvalidValueError(f"{name} must be finite, got {values[~finite].flat[0]}")
-        ratio = np.exp(np.clip(given["log_ratio"], -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT))
+        ratio = np.exp(np.clip(given["log_ratio"], -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
         weight = np.exp(np.minimum(given["old_log_prob"], 0.0)) * np.abs(given["advantages"])
         positive, negative = given["advantages"] > 0.0, given["advantages"] < 0.0
 

@@ -13,6 +13,9 @@ from typing import ClassVar, Literal, TypeAlias
 
 from bandpo.error import InvalidTypeError, InvalidValueError
 
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to plus and minus this before they are exponentiated."""
+
 
 @dataclass(frozen=True)
 class Mask:

@@ -26,6 +26,7 @@ from bandpo.error import (
 )
 from bandpo.region import Clip, Region
 from bandpo.schedule import RegionSource
+from bandpo.surrogate import LOG_RATIO_LIMIT
 from bandpo.table import BandTable
 
 try:
@@ -38,9 +39,6 @@ except (ImportError, OSError) as broken:
     raise BrokenExtraError(f"torch is installed but cannot be imported: {broken}") from broken
 
 __all__ = ["clip", "clip_ratio", "contains", "log_bounds"]
-
-LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are clamped to plus and minus this before they are exponentiated."""
 
 PROBABILITY_EDGES = (0.0, 1e-3, 1e-2, 1e-1, 0.5, 1.0)
 """Edges of the bins of the old probability; a bin includes its lower edge, the last one both."""
