@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, get_args
 
 import bandpo
-from bandpo.error import InvalidValueError
+from bandpo.error import BrokenExtraError, InvalidValueError, MissingExtraError
 from benchmarks import peers
 from benchmarks.availability import (
     DEVICES,
@@ -68,7 +68,7 @@ class Step:
 
         try:
             loss()
-        except InvalidValueError as reason:
+        except (InvalidValueError, MissingExtraError, BrokenExtraError) as reason:
             raise NotImplementedError(f"{backend} on {device}: {reason}") from reason
         self.loss = (
             torch.compile(loss, fullgraph=True, dynamic=False) if method == COMPILED else loss

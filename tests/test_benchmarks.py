@@ -62,6 +62,11 @@ def test_a_step_has_a_gradient(method: str) -> None:
     assert (step.log_prob.grad != 0.0).any()
 
 
+def test_what_cannot_run_on_the_cpu_is_not_applicable() -> None:
+    with pytest.raises(NotImplementedError, match="cuda on cpu"):
+        Step("cuda", size=1024)
+
+
 def test_ratios_are_ours_over_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0.0
 
