@@ -212,6 +212,13 @@ pub fn exponentials<L: FloatBits>(lanes: L, x: L::Float) -> Exponentials<L::Floa
     Exponentials { exp: lanes.add(scaled, scale), excess: lanes.select(near, excess, far) }
 }
 
+/// [`Image::y`] of a vector. Also turns -0 into 0; a NaN stays.
+#[inline(always)]
+fn minus_log_prob<L: Lanes>(lanes: L, old_log_prob: L::Float) -> L::Float {
+    let zero = lanes.splat(0.0);
+    lanes.select(lanes.less(zero, old_log_prob), zero, lanes.sub(zero, old_log_prob))
+}
+
 /// [`Lanes::reach`] in float32.
 #[inline(always)]
 pub fn reach<L: FloatBits>(
@@ -220,8 +227,7 @@ pub fn reach<L: FloatBits>(
     old_log_prob: L::Float,
     lower: L::Mask,
 ) -> L::Float {
-    let zero = lanes.splat(0.0);
-    let y = lanes.select(lanes.less(zero, old_log_prob), zero, lanes.sub(zero, old_log_prob));
+    let y = minus_log_prob(lanes, old_log_prob);
     let last = lanes.words(FIRST_BAND + BANDS.len() as u32 - 1);
     let high_bits = lanes.shift_right(lanes.as_words(y), lanes.words(24));
     let band = lanes.least(lanes.greatest(high_bits, lanes.words(FIRST_BAND)), last);
@@ -241,8 +247,7 @@ pub fn look_up<L: FloatBits>(
 ) -> L::Float {
     let zero = lanes.splat(0.0);
     let words = image.words();
-    // Also turns -0 into 0; a NaN stays.
-    let y = lanes.select(lanes.less(zero, old_log_prob), zero, lanes.sub(zero, old_log_prob));
+    let y = minus_log_prob(lanes, old_log_prob);
     let starts = image.row(0);
     let mut index = lanes.select_words(lower, lanes.words(8), lanes.words(0));
     for k in 1..8 {

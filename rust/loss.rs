@@ -299,17 +299,28 @@ pub fn table_bounds<T: Float>(
     lower: &mut [T],
     log_upper: &mut [T],
 ) -> Result<()> {
-    let expected = old_log_prob.len();
-    for (argument, actual) in [("lower", lower.len()), ("log_upper", log_upper.len())] {
+    let sides = [("lower", lower), ("log_upper", log_upper)];
+    in_chunks(old_log_prob, sides, |old_log_prob, lower, log_upper| {
+        T::run(LookUp { image, old_log_prob, lower, log_upper });
+    })
+}
+
+/// Does the work on each chunk of some tokens and of what is written for them, on several threads if there
+/// are many.
+fn in_chunks<T: Sync, U: Send>(
+    tokens: &[T],
+    [(first_name, first), (second_name, second)]: [(&'static str, &mut [U]); 2],
+    work: impl Fn(&[T], &mut [U], &mut [U]) + Send + Sync,
+) -> Result<()> {
+    let expected = tokens.len();
+    for (argument, actual) in [(first_name, first.len()), (second_name, second.len())] {
         if actual != expected {
             return Err(Error::Length { argument, actual, expected });
         }
     }
-    let sides = lower.chunks_mut(CHUNK).zip(log_upper.chunks_mut(CHUNK));
-    let parts = old_log_prob.chunks(CHUNK).zip(sides);
-    let one = |(old_log_prob, (lower, log_upper))| {
-        T::run(LookUp { image, old_log_prob, lower, log_upper });
-    };
+    let outputs = first.chunks_mut(CHUNK).zip(second.chunks_mut(CHUNK));
+    let parts = tokens.chunks(CHUNK).zip(outputs);
+    let one = |(tokens, (first, second)): (&[T], (&mut [U], &mut [U]))| work(tokens, first, second);
     if expected >= PARALLEL_FROM {
         map_parts(parts.collect(), one);
     } else {
@@ -328,12 +339,6 @@ pub fn table_log_bounds<T: Float>(
     log_lower: &mut [f64],
     log_upper: &mut [f64],
 ) -> Result<()> {
-    let expected = logp.len();
-    for (argument, actual) in [("log_lower", log_lower.len()), ("log_upper", log_upper.len())] {
-        if actual != expected {
-            return Err(Error::Length { argument, actual, expected });
-        }
-    }
     let block = |(logp, (log_lower, log_upper)): (&[T], (&mut [f64], &mut [f64]))| {
         let [mut old, mut lower, mut upper] = [[0.0_f32; BLOCK]; 3];
         let old_log_prob = &mut old[..logp.len()];
@@ -349,18 +354,11 @@ pub fn table_log_bounds<T: Float>(
             *log_upper = f64::from(upper);
         }
     };
-    let sides = log_lower.chunks_mut(CHUNK).zip(log_upper.chunks_mut(CHUNK));
-    let one = |(logp, (log_lower, log_upper)): (&[T], (&mut [f64], &mut [f64]))| {
+    let sides = [("log_lower", log_lower), ("log_upper", log_upper)];
+    in_chunks(logp, sides, |logp, log_lower, log_upper| {
         let sides = log_lower.chunks_mut(BLOCK).zip(log_upper.chunks_mut(BLOCK));
         logp.chunks(BLOCK).zip(sides).for_each(block);
-    };
-    let parts = logp.chunks(CHUNK).zip(sides);
-    if expected >= PARALLEL_FROM {
-        map_parts(parts.collect(), one);
-    } else {
-        parts.for_each(one);
-    }
-    Ok(())
+    })
 }
 
 /// Both sides of a table for some tokens.

@@ -198,11 +198,7 @@ def sides_of(
         if default_backend(bounds.device.type) == "cuda":
             log_lower, log_upper = table_log_bounds_op(bounds, old_log_prob).unbind()
             return log_lower, log_upper
-        if (
-            _is_in_memory(old_log_prob)
-            and old_log_prob.is_contiguous()
-            and not torch._C._are_functorch_transforms_active()
-        ):
+        if needs_no_dispatcher(old_log_prob) and old_log_prob.is_contiguous():
             lower, log_upper = (torch.empty_like(old_log_prob) for _ in range(2))
             arrays = (tensor.numpy() for tensor in (old_log_prob, lower, log_upper))
             _core.table_bounds(bounds.numpy().view(np.uint32), *arrays)
