@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CARGO_HOME ?= $(HOME)/.cargo
-RUST := Cargo.toml Cargo.lock $(wildcard rust/* cuda/*)
+RUST := Cargo.toml Cargo.lock $(shell find rust cuda -type f)
 CUDA ?= 13
 ifdef WHEELS
 ON_GPU := build/wheels.stamp
@@ -19,7 +19,7 @@ check: test test-nvrtc lint
 
 test: $(VENV)/test.stamp
 	cargo test --locked --quiet
-	$(BIN)/python -m pytest --quiet
+	$(BIN)/python -m pytest --quiet --durations=25
 
 # NVIDIA's compiler runs anywhere; with CuPy it takes 550 MB, more than the other tests need.
 test-nvrtc: $(VENV)/nvrtc.stamp
