@@ -23,7 +23,7 @@ test: $(VENV)/test.stamp
 
 # NVIDIA's compiler runs anywhere; with CuPy it takes 550 MB, more than the other tests need.
 test-nvrtc: $(VENV)/nvrtc.stamp
-	$(BIN)/python -m pytest --quiet tests/test_nvrtc.py
+	$(BIN)/python -m pytest --quiet tests/backends/test_nvrtc.py
 
 # On a machine with a GPU; `make test-gpu CUDA=12` where its driver or its torch is older. Where no registry
 # can be reached, `make test-gpu WHEELS=folder` needs neither Rust nor a compiler: it takes all wheels in the
@@ -31,7 +31,7 @@ test-nvrtc: $(VENV)/nvrtc.stamp
 # run once more under NVIDIA's sanitizer, if it is installed. Warnings of other versions are no failures.
 test-gpu: gpu $(ON_GPU)
 	$(ON_GPU_PYTHON) -c 'from bandpo import cuda; raise SystemExit(cuda.obstacle())'
-	$(ON_GPU_PYTHON) -m pytest --quiet -rs -W default tests/test_gpu.py tests/test_cuda.py tests/test_tokens.py
+	$(ON_GPU_PYTHON) -m pytest --quiet -rs -W default tests/backends/test_gpu.py tests/backends/test_cuda.py tests/backends/test_tokens.py
 
 # Before anything is installed.
 gpu:
@@ -65,7 +65,7 @@ format:
 # Reference bounds at 60 digits (all in build/reference, a tenth in tests/data; twenty minutes on two cores),
 # and the digits that rust/real.rs is tested against.
 reference: $(VENV)/reference.stamp
-	$(BIN)/python tests/reference.py
+	$(BIN)/python tests/support/reference.py
 	$(BIN)/python tools/make_reference.py
 	$(BIN)/python tools/make_cases.py
 	$(BIN)/python tools/make_real_reference.py

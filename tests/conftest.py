@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from emulated import SANITIZERS, Emulator, build, missing_compiler
+from support.emulated import SANITIZERS, Emulator, build, missing_compiler
 
 if TYPE_CHECKING:
     import torch

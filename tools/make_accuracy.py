@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from bandpo.region import Status  # noqa: E402
 from conftest import Reference, read_reference  # noqa: E402
-from reference import DIGITS, divergence  # noqa: E402
+from support.reference import DIGITS, divergence  # noqa: E402
 
 SIDES = ("log_lower", "log_upper")
 PROMISED = 1e-14
@@ -375,7 +375,7 @@ What 1 ULP is of use for are denormal bounds, and log_upper next to -logp.
 
 The errors are those of log_lower and log_upper. {size} points, both bounds of each, were compared
 with {DIGITS}-digit references, which `make reference` solves; one in about ten of them is kept in
-`tests/data`, where `tests/test_bounds.py` evaluates the promise. Of a divergence whose bounds
+`tests/data`, where `tests/band/test_bounds.py` evaluates the promise. Of a divergence whose bounds
 saturate, a tenth of the points has delta at the value that saturates one, a float next to it, or
 off by 1e-2, 1e-6 or 1e-12 of it; a tenth of all lies beyond 1e-300 or 1 - 1e-16.
 

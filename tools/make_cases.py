@@ -1,6 +1,6 @@
 """Write tests/data/tokens.csv.gz: tokens with the bounds, losses and gradients of every backend.
 
-Bounds come from tests/reference.py at 60 digits and losses from the formulas in mpmath, so that the
+Bounds come from tests/support/reference.py at 60 digits and losses from the formulas in mpmath, so that the
 file is independent of the library. Log-probs and advantages are float32 numbers, so that every
 backend reads the same. No ratio is next to a bound, where a table may decide either way.
 
@@ -21,7 +21,7 @@ from mpmath import mp, mpf
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from reference import log_bounds, to_double  # noqa: E402
+from support.reference import log_bounds, to_double  # noqa: E402
 
 FILE = ROOT / "tests" / "data" / "tokens.csv.gz"
 REGIONS = (("kl", 0.05), ("tv", 0.15), ("reverse-kl", 0.05), ("jensen-shannon", 0.02))

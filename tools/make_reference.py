@@ -1,6 +1,6 @@
 """Solve reference bounds at 60 digits: the full set, and the part of it that is committed.
 
-Truth comes from tests/reference.py, which finds the roots of the Csiszar f-divergence of the
+Truth comes from tests/support/reference.py, which finds the roots of the Csiszar f-divergence of the
 two-outcome split (BandPO, arXiv 2603.04918), and proves the digits of each at doubled precision.
 The full set goes to build/reference, one band_<spec>.csv.gz a divergence; its fixed points and
 every eleventh of the others to tests/data. The points depend on the spec, the seed and --points
@@ -31,7 +31,7 @@ from mpmath import isinf, mp, mpf
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from reference import DIGITS, bound, condition, parse, saturation, to_double  # noqa: E402
+from support.reference import DIGITS, bound, condition, parse, saturation, to_double  # noqa: E402
 
 # Every family, with parameters in the middle and at or next to the ends of their range.
 # fmt: off

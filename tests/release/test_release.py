@@ -8,7 +8,7 @@ from pathlib import Path
 
 import bandpo
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def text(path: str) -> str:

@@ -1,6 +1,6 @@
 """The CUDA kernels: against Rust, plain torch and 60-digit references, on the CPU and on a GPU.
 
-On the CPU they run in an emulator (tests/cuda/emulator.h), once more under the address and the
+On the CPU they run in an emulator (tests/support/emulator.h), once more under the address and the
 undefined-behaviour sanitizer. Tests of a GPU are skipped, with the reason, where there is none.
 """
 
@@ -49,7 +49,7 @@ from bandpo.torch import (
     upload,
 )
 from conftest import REFERENCE_FILES, SANITIZED, Reference, read_reference
-from emulated import SANITIZERS, Emulator, build, missing_compiler
+from support.emulated import SANITIZERS, Emulator, build, missing_compiler
 
 KL = bandpo.Band("kl", 0.05)
 REGIONS = (
@@ -786,7 +786,7 @@ class TestEmulator:
     def run(self, tmp_path: Path, kernel: str, flags: tuple[str, ...], shared: int) -> str:
         library = build(tmp_path, flags=flags, kernels=(kernel,), more=BROKEN)
         code = (
-            "import numpy as np, sys; from pathlib import Path; from emulated import Emulator\n"
+            "import numpy as np, sys; from pathlib import Path; from support.emulated import Emulator\n"
             "out = np.zeros(256, np.int32)\n"
             f"Emulator(Path({str(library)!r})).launch({kernel!r}, None, 1, "
             f"(np.uint64(out.ctypes.data),), {shared})\n"
@@ -796,7 +796,7 @@ class TestEmulator:
 
     @staticmethod
     def python(arguments: list[str], flags: tuple[str, ...]) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         if flags:
             asan = subprocess.run(
                 ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
@@ -958,7 +958,7 @@ def test_a_missing_cupy_names_an_extra_that_exists(
     obstacle = cuda.obstacle()
     assert isinstance(obstacle, MissingExtraError)
     assert obstacle.extra == extra
-    project = Path(__file__).parents[1] / "pyproject.toml"
+    project = Path(__file__).parents[2] / "pyproject.toml"
     assert f"\n{extra} = [" in project.read_text(encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ and the band (BandPO, arXiv 2603.04918) is the set of ratios with D_f(p, r) <= d
 simplex 0 <= r <= 1/p. Both ends are found by bracketing and root finding on D_f alone. No closed
 form, no expansion and no symmetry of the band is used; those are checks in `self_test`.
 
-`python tests/reference.py` runs the self-test.
+`python tests/support/reference.py` runs the self-test.
 """
 
 from __future__ import annotations

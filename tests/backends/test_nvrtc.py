@@ -20,7 +20,7 @@ pytest.importorskip("torch")
 
 from bandpo import _core, cuda
 from bandpo.torch import MOST_TABLE_WORDS
-from emulated import KERNELS
+from support.emulated import KERNELS
 
 ARCHITECTURES = {12: (70, 75, 80, 86, 89, 90, 100, 120), 13: (75, 80, 86, 89, 90, 100, 120)}
 """By the major version of CUDA, what users have; the last line of compilers with sm_70 is 12."""

@@ -19,10 +19,10 @@ from bandpo import Band, Clip, Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import BoolArray, Float64Array
 from conftest import REFERENCE_FILES, Reference, read_reference
-from reference import bound, divergence, to_double
-from reference import log_bounds as reference_log_bounds
+from support.reference import bound, divergence, to_double
+from support.reference import log_bounds as reference_log_bounds
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ACCURACY = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
 
 RELATIVE = 1e-14

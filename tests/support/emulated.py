@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: the source that is shipped, with tests/cuda/emulator.h."""
+"""The CUDA kernels on the CPU: the source that is shipped, with tests/support/emulator.h."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from bandpo import _core
 
-EMULATOR = Path(__file__).parent / "cuda" / "emulator.h"
+EMULATOR = Path(__file__).parent / "emulator.h"
 
 STORED = ("float", "double", "bandpo::Half", "bandpo::BFloat16")
 BOUNDS = ("bandpo::Constant", "bandpo::Table", "bandpo::PerToken")

@@ -20,7 +20,7 @@ from bandpo import Band, BandTable
 from bandpo._core import BandTable as CoreTable
 from bandpo.error import TableFileError
 
-DOCUMENT = (Path(__file__).parents[1] / "docs" / "table-format.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "table-format.md").read_text(encoding="utf-8")
 KEYS = re.findall(r"^\| `(\w+)` \|", DOCUMENT, re.MULTILINE)
 """The keys of the metadata as the document lists them: in the order of the checksum, it last."""
 

@@ -16,7 +16,7 @@ import bandpo.torch
 from bandpo.loss import PolicyLoss
 from bandpo.schedule import Bapo, Linear, RegionSource, ScheduledBand
 from bandpo.torch import torch
-from test_loss import BACKENDS, random_batch
+from loss.test_loss import BACKENDS, random_batch
 
 # torch's own, raised on the first import of its compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

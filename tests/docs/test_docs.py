@@ -12,7 +12,7 @@ import pytest
 
 import bandpo
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_example_of_the_readme_runs_and_does_what_it_says(

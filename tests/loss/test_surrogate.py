@@ -17,7 +17,7 @@ from bandpo.loss import PolicyLoss, policy_loss
 from bandpo.region import Float64Array
 from bandpo.surrogate import GradientPreserving, Mask, Surrogate
 from bandpo.torch import torch
-from test_loss import BACKENDS, Batch, assert_close, random_batch
+from loss.test_loss import BACKENDS, Batch, assert_close, random_batch
 
 KL = bandpo.Band("kl", 0.05)
 TV = bandpo.Band("tv", 0.15)

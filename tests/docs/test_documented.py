@@ -11,10 +11,10 @@ from mpmath import mp, mpf
 
 from bandpo import Band
 from conftest import Reference
-from reference import bound as reference_bound
-from reference import condition, divergence
+from support.reference import bound as reference_bound
+from support.reference import condition, divergence
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUMERICS = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
 
 EVERY = 25

@@ -1,0 +1,1 @@
+"""Shared by several test files: data, batches, formulas, the emulator of kernels."""
