@@ -1,7 +1,7 @@
 // The maths of one token: bounds from a table, exact bounds, and the rules of the loss.
 //
-// One source for the device and for the host, where it is tested against rust/lanes.rs, rust/loss.rs and
-// rust/band.rs. It is compiled without fused multiply-adds (-fmad=false, -ffp-contract=off), so that float32
+// One source for the device and for the host, where it is tested against rust/simd/lanes.rs, rust/loss/mod.rs and
+// rust/band/mod.rs. It is compiled without fused multiply-adds (-fmad=false, -ffp-contract=off), so that float32
 // has the same bits everywhere. It includes nothing on the device: headers may be absent where it is compiled.
 // Subnormal float32 may be flushed to 0; whatever that could change is done on bits.
 
@@ -110,7 +110,7 @@ struct Exponentials {
   T exp, excess;
 };
 
-// The polynomial and the order of rust/lanes.rs: e^x within 1.2 ulp, the excess within 1e-6 of itself.
+// The polynomial and the order of rust/simd/lanes.rs: e^x within 1.2 ulp, the excess within 1e-6 of itself.
 BAND_FUNCTION Exponentials<float> exponentials(float x) {
   const float rounding = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to a whole number
   const float shifted = x * static_cast<float>(1.4426950408889634) + rounding;
@@ -241,7 +241,7 @@ struct PerToken {
 };
 
 // ---------------------------------------------------------------------------------------------------------
-// The rules: the table of rust/loss.rs.
+// The rules: the table of rust/loss/mod.rs.
 
 enum Surrogate { MIN_CLIP = 0, MASK = 1, WEIGHT = 2, GRADIENT_PRESERVING = 3 };
 
@@ -357,7 +357,7 @@ BAND_FUNCTION T clipped(const Bounds& bounds, Index index, T old_log_prob, T val
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Generators of f-divergences in double precision: the formulas of rust/divergence.rs, sums of terms of one
+// Generators of f-divergences in double precision: the formulas of rust/divergence/mod.rs, sums of terms of one
 // sign, so that nothing cancels near u = 1.
 
 enum Kind {
@@ -575,7 +575,7 @@ BAND_FUNCTION double log_value(const Generator& f, double log_u, double plain) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// The divergence of {this token, everything else}, and the bounds where it is delta: rust/band.rs in double
+// The divergence of {this token, everything else}, and the bounds where it is delta: rust/band/mod.rs in double
 // precision alone.
 
 const double EPSILON = 0x1p-52;

@@ -14,24 +14,17 @@
 //! here knows Python, except the one file that is compiled with the feature `python`. The same rules
 //! for a GPU are [`KERNEL_SOURCE`].
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
-#[cfg(target_arch = "x86_64")]
-mod avx512;
 pub mod band;
-mod bulk;
 pub mod divergence;
-mod doubles;
 pub mod error;
-mod expression;
-mod lanes;
 pub mod loss;
-pub mod real;
-mod root;
-pub mod surrogate;
+pub mod number;
+mod simd;
 pub mod table;
 mod threads;
-mod wide;
+
+pub use loss::surrogate;
+pub use number as real;
 
 #[cfg(feature = "python")]
 mod python;

@@ -58,7 +58,7 @@ REGIONS = (
 MOST_EVALUATIONS = int(
     re.findall(
         r"MOST_BOUND_EVALUATIONS: u32 = (\d+);",
-        (ROOT / "rust" / "band.rs").read_text(encoding="utf-8"),
+        (ROOT / "rust" / "band" / "mod.rs").read_text(encoding="utf-8"),
     )[0]
 )
 """Of D for one bound."""
@@ -402,7 +402,7 @@ saturation means delta within {NEAR:.0%} of the one from which on the bound is -
 
 For one bound that is neither saturated nor a limit, in double precision or in double-double
 arithmetic; two for each evaluation of D, with one of f' each in Newton's method. That a bound takes
-at most {2 * MOST_EVALUATIONS} holds by construction: `MOST_BOUND_EVALUATIONS` in `rust/band.rs`.
+at most {2 * MOST_EVALUATIONS} holds by construction: `MOST_BOUND_EVALUATIONS` in `rust/band/mod.rs`.
 Where there is a closed form, D is evaluated to see whether the side is saturated and to find the
 condition number.
 

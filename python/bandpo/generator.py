@@ -1,6 +1,6 @@
 """The f of an f-divergence as a Python callable over arrays: its checks and its bounds.
 
-One problem serves both sides, as in ``rust/band.rs``: of the two outcomes {this token, everything
+One problem serves both sides, as in ``rust/band/mod.rs``: of the two outcomes {this token, everything
 else} one, of probability ``w``, shrinks by a factor ``e^-m``; the other, of probability
 ``g = 1 - w``, grows to ``1 + (w/g) (1 - e^-m)`` times its size. For the lower bound the token
 shrinks, for the upper bound everything else does. The unknown is ``s = ln m``, against which

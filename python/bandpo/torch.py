@@ -638,7 +638,7 @@ def read_table(
 ) -> torch.Tensor:
     """Looks one side up for every token: ``lower``, a ratio, or ``log_upper``.
 
-    Plain torch on integers and floats: the operations of ``rust/table.rs`` in the same order, for
+    Plain torch on integers and floats: the operations of ``rust/table/mod.rs`` in the same order, for
     the same results bit for bit.
 
     Args:

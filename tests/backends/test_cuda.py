@@ -149,7 +149,7 @@ def check_as_rust(
     rule: tuple[str, list[float]],
     log_ratio: torch.Tensor | None = None,
 ) -> None:
-    """Loss, gradient, counts and sums are those of rust/loss.rs."""
+    """Loss, gradient, counts and sums are those of rust/loss/mod.rs."""
     old, new, advantages, valid = tokens
     wanted = token_loss_op(old, new, log_ratio, advantages, valid, bounds, *rule, True)
     old, new, advantages, valid, bounds = on(device, [*tokens, bounds])

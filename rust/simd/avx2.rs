@@ -5,8 +5,8 @@
 
 use std::arch::x86_64::*;
 
-use crate::doubles::{self, Doubles};
-use crate::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up, reach};
+use crate::simd::doubles::{self, Doubles};
+use crate::simd::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up, reach};
 use crate::table::Image;
 
 /// Exists only where the processor has the instructions.

@@ -13,8 +13,8 @@ use pest::pratt_parser::{Assoc, Op, PrattParser};
 
 use crate::divergence::Point;
 use crate::error::{Error, Result, excerpt};
-use crate::real::{Dd, Real};
-use crate::wide::{ROUNDING, Wide};
+use crate::number::wide::{ROUNDING, Wide};
+use crate::number::{Dd, Real};
 
 /// Longest text that is read.
 const MOST_CHARACTERS: usize = 1024;

@@ -2,19 +2,21 @@
 //!
 //! A batch is cut into blocks of tokens, and each block is taken through four steps: log-ratios, and who has
 //! moved towards a bound; the bounds of those; who is beyond; losses and gradients. What a rule makes of a
-//! token that is beyond is in [`crate::surrogate`].
+//! token that is beyond is in [`crate::loss::surrogate`].
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
+
+pub mod surrogate;
 
 use std::fmt::Debug;
 use std::marker::PhantomData;
 
 use crate::error::{Error, Result};
-use crate::lanes::{Lanes, MOST_LANES, Number, Work};
-use crate::surrogate::{
+use crate::loss::surrogate::{
     Applied, GradientPreserving, Mask, MinClip, Rule, Surrogate, Vector, Weight,
 };
+use crate::simd::lanes::{Lanes, MOST_LANES, Number, Work};
 use crate::table::Image;
 use crate::threads::map_parts;
 

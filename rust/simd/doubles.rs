@@ -71,11 +71,11 @@ pub trait Work {
 pub fn widest<W: Work>(work: W) -> bool {
     #[cfg(target_arch = "x86_64")]
     {
-        if let Some(lanes) = crate::avx512::Avx512::new() {
+        if let Some(lanes) = crate::simd::avx512::Avx512::new() {
             lanes.run_doubles(work);
             return true;
         }
-        if let Some(lanes) = crate::avx2::Avx2Fused::new() {
+        if let Some(lanes) = crate::simd::avx2::Avx2Fused::new() {
             lanes.run_doubles(work);
             return true;
         }
@@ -625,7 +625,7 @@ impl<L: Doubles> Doubles for Twice<L> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::real::{Dd, Real};
+    use crate::number::{Dd, Real};
 
     /// `[u, excess, gap]` of the exponential and `[log, gap]` of the logarithm of each number.
     struct Each<'a> {
@@ -658,12 +658,12 @@ mod tests {
         let mut kinds = vec![("portable", found)];
         #[cfg(target_arch = "x86_64")]
         {
-            if let Some(lanes) = crate::avx2::Avx2Fused::new() {
+            if let Some(lanes) = crate::simd::avx2::Avx2Fused::new() {
                 let mut found = Vec::new();
                 lanes.run_doubles(Each { x, found: &mut found });
                 kinds.push(("AVX2", found));
             }
-            if let Some(lanes) = crate::avx512::Avx512::new() {
+            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
                 let mut found = Vec::new();
                 lanes.run_doubles(Each { x, found: &mut found });
                 kinds.push(("AVX-512", found));

@@ -9,7 +9,7 @@
 
 use crate::band::{BENIGN_CONDITION, FAR_REST, FAR_TAIL, MARGIN, MOST_LOG_LOSS, Side};
 use crate::divergence::Generator;
-use crate::doubles::{Doubles, MOST_DOUBLES, Truth, Vector, Work, widest};
+use crate::simd::doubles::{Doubles, MOST_DOUBLES, Truth, Vector, Work, widest};
 
 /// Most evaluations of `D`; what has not converged then is left to the scalar solver.
 const MOST_STEPS: u32 = 6;
@@ -648,7 +648,7 @@ impl Law for ChiSquare {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doubles::PortableDoubles;
+    use crate::simd::doubles::PortableDoubles;
 
     type Bounds = (Vec<u64>, Vec<u64>, Vec<(usize, Side)>);
 
@@ -675,10 +675,10 @@ mod tests {
             vec![("portable", with(&|batch| Sweep { batch, law }.run(PortableDoubles)))];
         #[cfg(target_arch = "x86_64")]
         {
-            if let Some(lanes) = crate::avx2::Avx2Fused::new() {
+            if let Some(lanes) = crate::simd::avx2::Avx2Fused::new() {
                 kinds.push(("AVX2", with(&|batch| lanes.run_doubles(Sweep { batch, law }))));
             }
-            if let Some(lanes) = crate::avx512::Avx512::new() {
+            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
                 kinds.push(("AVX-512", with(&|batch| lanes.run_doubles(Sweep { batch, law }))));
             }
         }

@@ -27,13 +27,15 @@
 //!
 //! Of many tokens, `bulk.rs` settles those that need none of this by vectors; the rest comes here.
 
+pub(crate) mod root;
+mod vector;
+
 use rayon::prelude::*;
 
-use crate::bulk;
+use crate::band::root::{MOST_EVALUATIONS, MOST_HALVINGS, Root, last_inside, newton_log_log};
 use crate::divergence::{Divergence, Generator, Point};
 use crate::error::{Error, Result};
-use crate::real::{Dd, Real};
-use crate::root::{MOST_EVALUATIONS, MOST_HALVINGS, Root, last_inside, newton_log_log};
+use crate::number::{Dd, Real};
 
 /// Condition number of a log bound up to which double precision suffices.
 pub(crate) const BENIGN_CONDITION: f64 = 3.0;
@@ -272,7 +274,7 @@ fn chunk_bounds(
         }
     }
     let mut rest = Vec::new();
-    bulk::log_bounds(
+    vector::log_bounds(
         &divergence.generator,
         [&radii[0][..logp.len()], &radii[1][..logp.len()]],
         logp,
@@ -1061,7 +1063,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::real::tests::hex_float;
+    use crate::number::tests::hex_float;
 
     /// `D - delta` with about 30 digits, rounded once.
     fn exact_residual(generator: &Generator, logp: f64, log_ratio: f64, radius: Dd) -> f64 {

@@ -550,7 +550,7 @@ impl Curve<'_> {
             Side::Lower if !far => None,
             _ => {
                 let mut failure = None;
-                let edge = crate::root::last_inside(smallest, FAR, |y| match everything(y) {
+                let edge = crate::band::root::last_inside(smallest, FAR, |y| match everything(y) {
                     Ok(all) => all == near,
                     Err(error) => {
                         failure.get_or_insert(error);
@@ -925,7 +925,7 @@ impl<'a> Grid<'a> {
             |z: f64| around[0].cubic(around[1], z).value - around[2].cubic(around[3], z).value;
         let at = if gap(low) * gap(high) < 0.0 {
             let above = gap(low) > 0.0;
-            crate::root::last_inside(low, high, |z| (gap(z) > 0.0) == above).at
+            crate::band::root::last_inside(low, high, |z| (gap(z) > 0.0) == above).at
         } else {
             0.5 * (low + high) // of the second derivative only: the sides differ by less than counts
         };
@@ -1848,7 +1848,7 @@ mod tests {
         };
         // upper = max(1.28, min(band, 10)): the band crosses 1.28 and 10 at these y.
         let crosses = |ratio: f64| {
-            crate::root::last_inside(1e-9, FAR, |y| kl.log_bounds(-y).1 <= ratio.ln()).at
+            crate::band::root::last_inside(1e-9, FAR, |y| kl.log_bounds(-y).1 <= ratio.ln()).at
         };
         let (low, high) = (crosses(1.28), crosses(10.0));
         let exact = |logp: &[f64]| {

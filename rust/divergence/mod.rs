@@ -4,11 +4,13 @@
 //! generator is normalised so that also `f'(1) = 0`, hence `f >= 0`, and is written as a sum of
 //! terms of one sign: nothing cancels near `u = 1`, where a trust region lives.
 
+mod expression;
+
 use std::sync::Arc;
 
+use crate::divergence::expression::Expression;
 use crate::error::{Error, Result};
-use crate::expression::Expression;
-use crate::real::Real;
+use crate::number::Real;
 
 /// An argument of a generator: `u > 0` given by both `ln u` and `u - 1`.
 ///

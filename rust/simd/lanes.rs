@@ -103,10 +103,10 @@ impl Number for f32 {
     fn run<W: Work<Self>>(work: W) -> W::Output {
         #[cfg(target_arch = "x86_64")]
         {
-            if let Some(lanes) = crate::avx512::Avx512::new() {
+            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
                 return lanes.run(work);
             }
-            if let Some(lanes) = crate::avx2::Avx2::new() {
+            if let Some(lanes) = crate::simd::avx2::Avx2::new() {
                 return lanes.run(work);
             }
         }
@@ -679,10 +679,10 @@ mod tests {
         let mut kinds = vec![("portable", Each { x, image }.run(Portable))];
         #[cfg(target_arch = "x86_64")]
         {
-            if let Some(lanes) = crate::avx2::Avx2::new() {
+            if let Some(lanes) = crate::simd::avx2::Avx2::new() {
                 kinds.push(("AVX2", lanes.run(Each { x, image })));
             }
-            if let Some(lanes) = crate::avx512::Avx512::new() {
+            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
                 kinds.push(("AVX-512", lanes.run(Each { x, image })));
             }
         }
@@ -780,10 +780,10 @@ mod tests {
                 assert!(useful[0] > logp.len() / 2 && useful[1] > 0, "{spec} {useful:?}");
                 #[cfg(target_arch = "x86_64")]
                 {
-                    if let Some(lanes) = crate::avx2::Avx2::new() {
+                    if let Some(lanes) = crate::simd::avx2::Avx2::new() {
                         assert_eq!(lanes.run(work()), useful);
                     }
-                    if let Some(lanes) = crate::avx512::Avx512::new() {
+                    if let Some(lanes) = crate::simd::avx512::Avx512::new() {
                         assert_eq!(lanes.run(work()), useful);
                     }
                 }
@@ -826,10 +826,10 @@ mod tests {
         Packed.run(Portable);
         #[cfg(target_arch = "x86_64")]
         {
-            if let Some(lanes) = crate::avx2::Avx2::new() {
+            if let Some(lanes) = crate::simd::avx2::Avx2::new() {
                 lanes.run(Packed);
             }
-            if let Some(lanes) = crate::avx512::Avx512::new() {
+            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
                 lanes.run(Packed);
             }
         }

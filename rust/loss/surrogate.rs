@@ -18,7 +18,7 @@
 #![allow(clippy::inline_always)]
 
 use crate::error::{Error, Result};
-use crate::lanes::Lanes;
+use crate::simd::lanes::Lanes;
 
 /// What a token's loss is, given its ratio and its bounds.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -9,6 +9,8 @@
 //! Numer. Math. 18 (1971); M. Joldes, J.-M. Muller, V. Popescu, *Tight and rigorous error bounds
 //! for basic building blocks of double-word arithmetic*, ACM TOMS 44 (2017).
 
+pub(crate) mod wide;
+
 use std::ops::{Add, Div, Mul, Neg, Sub};
 use std::sync::LazyLock;
 
@@ -466,7 +468,7 @@ pub(crate) mod tests {
 
     #[test]
     fn double_double_functions_hold_thirty_digits() {
-        let rows = include_str!("../tests/data/real_functions.csv");
+        let rows = include_str!("../../tests/data/real_functions.csv");
         let mut count = 0;
         for row in rows.lines().filter(|line| !line.starts_with('#')).skip(1) {
             let columns: Vec<&str> = row.split(',').collect();

@@ -16,8 +16,8 @@ use pyo3::types::PyBytes;
 use crate::band::{self, Band, Delta, Side};
 use crate::divergence::Divergence;
 use crate::error::Error;
+use crate::loss::surrogate::Surrogate;
 use crate::loss::{self, Advantages, BoundSource, Float, Outputs, Tokens};
-use crate::surrogate::Surrogate;
 use crate::table::{BandTable, Curve, Image, MaxError, Stretches, Verification};
 use crate::threads;
 
