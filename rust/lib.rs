@@ -29,6 +29,9 @@ pub use number as real;
 #[cfg(feature = "python")]
 mod python;
 
+/// Largest magnitude of a log-ratio: larger ones are clamped to it before they are exponentiated.
+pub const LOG_RATIO_LIMIT: f64 = 20.0;
+
 /// The CUDA kernels, in one string that compiles alone: a compiler at run time is given no headers.
 pub const KERNEL_SOURCE: &str = concat!(
     include_str!("../cuda/band.cuh"),

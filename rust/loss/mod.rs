@@ -20,8 +20,7 @@ use crate::simd::lanes::{Lanes, MOST_LANES, Number, Work};
 use crate::table::Image;
 use crate::threads::map_parts;
 
-/// Log-ratios are clamped to plus and minus this before they are exponentiated.
-pub const LOG_RATIO_LIMIT: f64 = 20.0;
+pub use crate::LOG_RATIO_LIMIT;
 
 /// Where one bin of the old probability ends and the next, which it belongs to, begins.
 pub const PROBABILITY_EDGES: [f64; 4] = [1e-3, 1e-2, 1e-1, 0.5];

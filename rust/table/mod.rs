@@ -56,9 +56,9 @@ use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use sha2::{Digest, Sha256};
 
+use crate::LOG_RATIO_LIMIT;
 use crate::band::{Band, Side};
 use crate::error::{Error, Result};
-use crate::loss::LOG_RATIO_LIMIT;
 
 /// Pieces a side may have.
 const PIECES: usize = 8;
@@ -86,8 +86,6 @@ const MOST_BYTES: usize = 32 * 1024;
 const MOST_HALVINGS: u32 = 8;
 /// Interpolation error aimed at, in f64; storing and evaluating in float32 adds its own.
 const TARGET: f64 = 1.5e-7;
-/// Log bounds beyond this are not held to the target: a loss clamps log-ratios there anyway.
-const CLAMP: f64 = 20.0;
 /// A smooth curve's error falls by 16 with every halving of its cells, next to a jump of the second
 /// derivative by 4, of the first by 2.
 const SLOWEST_DECAY: f64 = 6.0;
@@ -476,12 +474,12 @@ impl BandTable {
         // A table keeps to the simplex, whether its region does or not.
         let log_upper = if exact > f64::from(y) { f64::from(y) } else { exact };
         let actual = self.image().log_upper(y);
-        let error = if log_upper <= CLAMP {
+        let error = if log_upper <= LOG_RATIO_LIMIT {
             beyond_one_ulp(actual, log_upper)
-        } else if actual >= CLAMP as f32 {
+        } else if actual >= LOG_RATIO_LIMIT as f32 {
             0.0 // clamped in use
         } else {
-            beyond_one_ulp(actual, CLAMP)
+            beyond_one_ulp(actual, LOG_RATIO_LIMIT)
         };
         MaxError { log_upper: error, lower: 0.0 }
     }
@@ -639,7 +637,11 @@ fn extended(part: [Sample; 2], cell: [Sample; 2]) -> [Sample; 2] {
 /// About what float32 adds to the error of a cell beyond an ulp of the bound: it computes the rise, which
 /// may exceed the bound at its start. Nothing where the loss clamps.
 fn rounding(left: f64, right: f64) -> f64 {
-    if left.min(right) > CLAMP { 0.0 } else { f64::from(f32::EPSILON) / 2.0 * (right - left).abs() }
+    if left.min(right) > LOG_RATIO_LIMIT {
+        0.0
+    } else {
+        f64::from(f32::EPSILON) / 2.0 * (right - left).abs()
+    }
 }
 
 /// The samples of a curve at the two ends of a piece, where its grid goes on beyond them.
