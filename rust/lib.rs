@@ -17,6 +17,7 @@
 pub mod band;
 pub mod divergence;
 pub mod error;
+mod image;
 pub mod loss;
 pub mod number;
 mod simd;

@@ -13,11 +13,11 @@ use std::fmt::Debug;
 use std::marker::PhantomData;
 
 use crate::error::{Error, Result};
+use crate::image::Image;
 use crate::loss::surrogate::{
     Applied, GradientPreserving, Mask, MinClip, Rule, Surrogate, Vector, Weight,
 };
 use crate::simd::lanes::{Lanes, MOST_LANES, Number, Work};
-use crate::table::Image;
 use crate::threads::map_parts;
 
 pub use crate::LOG_RATIO_LIMIT;

@@ -5,9 +5,9 @@
 
 use std::arch::x86_64::*;
 
+use crate::image::Image;
 use crate::simd::doubles::{self, Doubles};
 use crate::simd::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up, reach};
-use crate::table::Image;
 
 /// Exists only where the processor has the instructions.
 #[derive(Clone, Copy)]

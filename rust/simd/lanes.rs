@@ -8,7 +8,7 @@
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
-use crate::table::{BANDS, FIRST_BAND, Image};
+use crate::image::{BANDS, FIRST_BAND, Image};
 
 /// Numbers in the widest vector.
 pub const MOST_LANES: usize = 16;
