@@ -19,7 +19,7 @@ check: test test-nvrtc lint
 
 test: $(VENV)/test.stamp
 	cargo test --locked --quiet
-	$(BIN)/python -m pytest --quiet --durations=25
+	$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal --durations 25
 
 # NVIDIA's compiler runs anywhere; with CuPy it takes 550 MB, more than the other tests need.
 test-nvrtc: $(VENV)/nvrtc.stamp
