@@ -9,7 +9,8 @@ import numpy as np
 
 from bandpo.error import InvalidValueError
 from bandpo.presets import PRESETS, preset
-from bandpo.region import Band, Float64Array, Region
+from bandpo.check import Float64Array
+from bandpo.region import Band, Region
 from bandpo.schedule import RegionSource
 
 POINTS = 601

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bandpo.check import real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 
 Float64Array: TypeAlias = NDArray[np.float64]
@@ -1081,11 +1081,10 @@ def checked_limit(argument: str, value: object) -> float | None:
     """
     if value is None:
         return None
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise InvalidTypeError(f"{argument} must be a real number, got {type(value).__name__}")
-    if math.isnan(value):
+    number = real_number(argument, value)
+    if math.isnan(number):
         raise InvalidValueError(f"{argument} must be a number or inf, got nan")
-    return float(value)
+    return number
 
 
 def _described(u: Float64Array) -> str:

@@ -11,16 +11,16 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import numpy as np
 
+from bandpo.check import check_name, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Clip
 from bandpo.schedule import RegionSource
 from bandpo.surrogate import (
-    LOG_RATIO_LIMIT,
     NAMES,
+    LOG_RATIO_LIMIT,
     GradientPreserving,
     Mask,
     Surrogate,
-    check_number,
 )
 from bandpo.torch import (
     COUNTS,
@@ -800,11 +800,11 @@ def _check_rule(rule: _Rule) -> None:
     region, surrogate, dual_clip, ratio_level, backend = rule
     check_region(region)
     if not isinstance(surrogate, (Mask, GradientPreserving)):
-        _check_name("surrogate", surrogate, NAMES)
-    _check_name("ratio_level", ratio_level, _LEVELS)
-    _check_name("backend", backend, _BACKENDS)
+        check_name("surrogate", surrogate, NAMES)
+    check_name("ratio_level", ratio_level, _LEVELS)
+    check_name("backend", backend, _BACKENDS)
     if dual_clip is not None:
-        check_number("dual_clip", dual_clip)
+        real_number("dual_clip", dual_clip)
         if not dual_clip > 1.0:
             raise InvalidValueError(f"dual_clip must be above 1, got {dual_clip}")
         if rule.name != "min-clip":
@@ -831,12 +831,12 @@ def _check_rule(rule: _Rule) -> None:
 
 def _check_reduction(reduction: _Reduction) -> None:
     mode, dp_size, tokens, sequences, scale = reduction
-    _check_name("loss_agg_mode", mode, _MODES)
-    check_number("dp_size", dp_size)
+    check_name("loss_agg_mode", mode, _MODES)
+    real_number("dp_size", dp_size)
     if not 1 <= dp_size < math.inf or dp_size != int(dp_size):
         raise InvalidValueError(f"dp_size must be a whole number above 0, got {dp_size}")
     if scale is not None:
-        check_number("loss_scale_factor", scale)
+        real_number("loss_scale_factor", scale)
         if not 0.0 < scale < math.inf:
             raise InvalidValueError(f"loss_scale_factor must be finite and above 0, got {scale}")
     for argument, count in (("batch_num_tokens", tokens), ("global_batch_size", sequences)):
@@ -846,14 +846,9 @@ def _check_reduction(reduction: _Reduction) -> None:
                     f"{argument} must be a number or a 0-dim tensor, got shape {tuple(count.shape)}"
                 )
         elif count is not None:
-            check_number(argument, count)
+            real_number(argument, count)
             if not 0 <= count < math.inf:
                 raise InvalidValueError(f"{argument} must be finite and at least 0, got {count}")
-
-
-def _check_name(argument: str, name: str, names: tuple[str, ...]) -> None:
-    if name not in names:
-        raise InvalidValueError(f"{argument} must be one of {', '.join(names)}, got {name!r}")
 
 
 def _check_tokens(

@@ -13,7 +13,8 @@ import numpy as np
 
 from bandpo.curve import Curve, curve_of
 from bandpo.error import MissingExtraError, OutputPathError
-from bandpo.region import Float64Array, Region
+from bandpo.check import Float64Array
+from bandpo.region import Region
 
 try:
     from matplotlib.axes import Axes

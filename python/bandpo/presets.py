@@ -15,15 +15,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final
 
 from bandpo.error import InvalidValueError
-from bandpo.region import Band, Clip, Dcpo, Region
+from bandpo.region import Band, Clip, Dcpo
+from bandpo.rule import AggregationMode, AnyRegion, RatioLevel
 from bandpo.schedule import Bapo, RegionSource
 from bandpo.surrogate import GradientPreserving, Mask, Surrogate
-
-if TYPE_CHECKING:
-    from bandpo.loss import AggregationMode
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,10 @@ class Preset:
     """A method as the arguments of `bandpo.loss.policy_loss`."""
 
     name: str
-    region: Region | RegionSource
+    region: AnyRegion
     surrogate: Surrogate = "min-clip"
     dual_clip: float | None = None
-    ratio_level: Literal["token", "sequence", "geometric-mean"] = "token"
+    ratio_level: RatioLevel = "token"
     loss_agg_mode: AggregationMode = "token-mean"
     source: str = field(kw_only=True)
     """The paper, and where in it or in its code the numbers stand."""

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bandpo import _core
+from bandpo.check import Float64Array, broadcast, float64_array, real_number
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 
 if TYPE_CHECKING:
     from bandpo.table import BandTable
 
-Float64Array: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 
 Sampler: TypeAlias = Callable[[bool, Float64Array], tuple[Float64Array, Float64Array]]
@@ -34,31 +34,6 @@ _SMALLEST_POSITIVE = math.ulp(0.0)
 
 _MOST_RARE = 600.0
 """The greatest ``-logp`` that is exponentiated: 1/p overflows at 709."""
-
-
-def as_float64(argument: str, values: ArrayLike) -> Float64Array:
-    """Returns real numbers as a float64 array.
-
-    Raises:
-        InvalidTypeError: If ``values`` is not made of real numbers; the message names ``argument``.
-    """
-    return as_real(argument, values).astype(np.float64, copy=False)
-
-
-def as_real(argument: str, values: ArrayLike) -> NDArray[Any]:
-    """Returns real numbers as an array of their own type.
-
-    Raises:
-        InvalidTypeError: If ``values`` is not made of real numbers; the message names ``argument``.
-    """
-    try:
-        array = np.asarray(values)
-    except (ValueError, TypeError, RuntimeError) as reason:
-        # Ragged lists, and tensors that numpy does not take: bfloat16, or with a gradient.
-        raise InvalidTypeError(f"{argument} must be an array of real numbers: {reason}") from None
-    if array.dtype.kind not in "fiu":
-        raise InvalidTypeError(f"{argument} must hold real numbers, got dtype {array.dtype}")
-    return array
 
 
 class Region(ABC):
@@ -135,7 +110,7 @@ class Region(ABC):
             InvalidTypeError: If ``upper`` is not a real number.
             InvalidValueError: If it is below 1.
         """
-        limit = _as_number("upper", upper)
+        limit = real_number("upper", upper)
         if not limit >= 1.0:
             raise InvalidValueError(f"upper must be at least 1, got {upper}")
         return self & Clip(1.0, limit - 1.0)
@@ -152,19 +127,11 @@ class Region(ABC):
 
         A NaN lies in no region.
         """
-        logp, log_ratio = _broadcast(
-            logp=as_float64("logp", logp), log_ratio=as_float64("log_ratio", log_ratio)
+        logp, log_ratio = broadcast(
+            logp=float64_array("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
         )
         log_lower, log_upper = self.log_bounds(logp)
         return np.asarray((log_lower <= log_ratio) & (log_ratio <= log_upper))
-
-
-def _broadcast(**arrays: Float64Array) -> list[Float64Array]:
-    try:
-        return list(np.broadcast_arrays(*arrays.values()))
-    except ValueError:
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-        raise InvalidValueError(f"shapes do not broadcast: {shapes}") from None
 
 
 class Clip(Region):
@@ -183,8 +150,8 @@ class Clip(Region):
 
     def __init__(self, eps_low: float, eps_high: float | None = None) -> None:
         eps_high = eps_low if eps_high is None else eps_high
-        self.eps_low = _as_number("eps_low", eps_low)
-        self.eps_high = _as_number("eps_high", eps_high)
+        self.eps_low = real_number("eps_low", eps_low)
+        self.eps_high = real_number("eps_high", eps_high)
         if not 0.0 <= self.eps_low <= 1.0:
             raise InvalidValueError(
                 f"eps_low must be in [0, 1], got {eps_low}: the lower bound is 1 - eps_low"
@@ -211,7 +178,7 @@ class Clip(Region):
             InvalidValueError: If it is below 0 or NaN.
         """
         log_high = log_low if log_high is None else log_high
-        low, high = _as_number("log_low", log_low), _as_number("log_high", log_high)
+        low, high = real_number("log_low", log_low), real_number("log_high", log_high)
         for argument, width in (("log_low", low), ("log_high", high)):
             if not width >= 0.0:
                 raise InvalidValueError(f"{argument} must be a width, at least 0, got {width}")
@@ -236,7 +203,7 @@ class Clip(Region):
             InvalidTypeError: If ``delta`` is not a real number.
             InvalidValueError: If it is out of range.
         """
-        radius = _as_number("delta", delta)
+        radius = real_number("delta", delta)
         if not 0.0 < radius < math.inf:
             raise InvalidValueError(f"delta must be finite and above 0, got {delta}")
         return cls.from_log_ratio(-_kl3_root(radius, -1.0), _kl3_root(radius, 1.0))
@@ -248,7 +215,7 @@ class Clip(Region):
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the same two bounds for every token; see `Region.log_bounds`."""
-        unknown = np.where(np.isnan(as_float64("logp", logp)), np.nan, 0.0)
+        unknown = np.where(np.isnan(float64_array("logp", logp)), np.nan, 0.0)
         return unknown + self.log_lower, unknown + self.log_upper
 
     def describe(self) -> dict[str, Any]:
@@ -321,8 +288,8 @@ class Dcpo(Region):
     """
 
     def __init__(self, eps_low: float = 0.16, eps_high: float = 0.20) -> None:
-        self.eps_low = _as_number("eps_low", eps_low)
-        self.eps_high = _as_number("eps_high", eps_high)
+        self.eps_low = real_number("eps_low", eps_low)
+        self.eps_high = real_number("eps_high", eps_high)
         for argument, epsilon in (("eps_low", self.eps_low), ("eps_high", self.eps_high)):
             if not 0.0 < epsilon < math.inf:
                 raise InvalidValueError(f"{argument} must be finite and above 0, got {epsilon}")
@@ -334,7 +301,7 @@ class Dcpo(Region):
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the closed forms; see `Region.log_bounds`."""
-        y = np.maximum(-as_float64("logp", logp), 0.0)
+        y = np.maximum(-float64_array("logp", logp), 0.0)
         return self._log_lower(y), self._log_upper(y)
 
     def _log_upper(self, y: Float64Array) -> Float64Array:
@@ -467,13 +434,13 @@ class Band(Region):
                 raise InvalidValueError(
                     f"delta must be a pair (low, high), got {len(delta)} values"
                 )
-            self.delta_low, self.delta_high = (_as_number("delta", side) for side in delta)
+            self.delta_low, self.delta_high = (real_number("delta", side) for side in delta)
         elif isinstance(delta, np.ndarray) and delta.ndim > 0:
-            radii = as_float64("delta", delta).copy()
+            radii = float64_array("delta", delta).copy()
             radii.flags.writeable = False
             self.delta_low = self.delta_high = radii
         elif np.ndim(delta) == 0 and np.asarray(delta).dtype.kind in "fiu":
-            self.delta_low = self.delta_high = _as_number("delta", delta)
+            self.delta_low = self.delta_high = real_number("delta", delta)
         else:
             raise InvalidTypeError(
                 f"delta must be a number, a tuple (low, high) or a numpy array, got "
@@ -496,7 +463,7 @@ class Band(Region):
         Raises:
             InvalidValueError: If ``logp`` and an array of radii do not broadcast.
         """
-        tokens, low, high = self._with_radii(logp=as_float64("logp", logp))
+        tokens, low, high = self._with_radii(logp=float64_array("logp", logp))
         solver = self.divergence._solver
         if isinstance(solver, _core.Divergence):
             log_lower, log_upper = _core.log_bounds(solver, low, high, _flat(tokens))
@@ -510,7 +477,7 @@ class Band(Region):
         False outside the simplex (new probability above 1) and for NaN.
         """
         tokens, low, high, ratios = self._with_radii(
-            logp=as_float64("logp", logp), log_ratio=as_float64("log_ratio", log_ratio)
+            logp=float64_array("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
         )
         solver = self.divergence._solver
         inside: BoolArray
@@ -527,7 +494,7 @@ class Band(Region):
             InvalidValueError: If ``logp`` and an array of radii do not broadcast, or a Python
                 function of the divergence fails.
         """
-        tokens, low, high = self._with_radii(logp=as_float64("logp", logp))
+        tokens, low, high = self._with_radii(logp=float64_array("logp", logp))
         solver = self.divergence._solver
 
         def side(radius: float | Float64Array, upper: bool) -> SideDiagnosis:
@@ -569,7 +536,7 @@ class Band(Region):
                     )
             scale = (other.curvature or 0.0) / (self.divergence.curvature or 1.0)
             return Band(other, (self.delta_low * scale, self.delta_high * scale))
-        p = _as_number("p", p)
+        p = real_number("p", p)
         if not 0.0 < p < 1.0:
             raise InvalidValueError(f"p must be in (0, 1), got {p}")
         logp = np.array([math.log(p)])
@@ -589,9 +556,9 @@ class Band(Region):
     def _with_radii(self, **arrays: Float64Array) -> list[Any]:
         """The first array, the radii as the core takes them, then the rest; all broadcast."""
         if not isinstance(self.delta_low, np.ndarray):
-            first, *rest = _broadcast(**arrays)
+            first, *rest = broadcast(**arrays)
             return [first, self.delta_low, self.delta_high, *rest]
-        first, radii, *rest = _broadcast(logp=arrays.pop("logp"), delta=self.delta_low, **arrays)
+        first, radii, *rest = broadcast(logp=arrays.pop("logp"), delta=self.delta_low, **arrays)
         return [first, _flat(radii), _flat(radii), *rest]
 
     def describe(self) -> dict[str, Any]:
@@ -643,13 +610,6 @@ class Band(Region):
     def __hash__(self) -> int:
         low, high = (np.asarray(side).tobytes() for side in (self.delta_low, self.delta_high))
         return hash((self.divergence, low, high))
-
-
-def _as_number(argument: str, value: object) -> float:
-    array = as_float64(argument, value)  # type: ignore[arg-type]
-    if array.ndim != 0:
-        raise InvalidTypeError(f"{argument} must be one number, got shape {array.shape}")
-    return float(array)
 
 
 def _flat(array: Float64Array) -> Float64Array:
@@ -706,7 +666,7 @@ class Combined(Region):
         left, right = (part.contains(logp, log_ratio) for part in self.parts)
         inside: BoolArray
         if self.kind == "sides":
-            inside = np.where(as_float64("log_ratio", log_ratio) < 0.0, left, right)
+            inside = np.where(float64_array("log_ratio", log_ratio) < 0.0, left, right)
         else:
             inside = left | right if self.kind == "union" else left & right
         return inside

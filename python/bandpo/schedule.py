@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bandpo.check import Float64Array, float64_array, positive_number, real_number
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.region import Band, Clip, Float64Array, Region, as_float64
-from bandpo.surrogate import LOG_RATIO_LIMIT, check_number
+from bandpo.region import Band, Clip, Region
+from bandpo.surrogate import LOG_RATIO_LIMIT
 
 
 class Schedule(ABC):
@@ -69,7 +70,7 @@ class Constant(Schedule):
     """
 
     def __init__(self, value: float) -> None:
-        self._value = _positive("value", value)
+        self._value = positive_number("value", value)
 
     @property
     def value(self) -> float:
@@ -95,8 +96,8 @@ class _Ramp(Schedule):
     """From ``start`` to ``end`` in a number of steps."""
 
     def __init__(self, start: float, end: float, steps: int) -> None:
-        self.start = _positive("start", start)
-        self.end = _positive("end", end)
+        self.start = positive_number("start", start)
+        self.end = positive_number("end", end)
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise InvalidTypeError(f"steps must be an int, got {type(steps).__name__}")
         if steps < 1:
@@ -197,10 +198,10 @@ class EntropyTargeted(Schedule):
     def __init__(
         self, start: float, *, target: float, rate: float, least: float, greatest: float
     ) -> None:
-        self.target = _positive("target", target)
-        self.rate = _positive("rate", rate)
-        self.least = _positive("least", least)
-        self.greatest = _positive("greatest", greatest)
+        self.target = positive_number("target", target)
+        self.rate = positive_number("rate", rate)
+        self.least = positive_number("least", least)
+        self.greatest = positive_number("greatest", greatest)
         if self.least > self.greatest:
             raise InvalidValueError(f"least must be at most greatest = {greatest}, got {least}")
         self._value = self._in_range("start", start)
@@ -212,8 +213,7 @@ class EntropyTargeted(Schedule):
 
     def step(self, entropy: float | None = None) -> None:
         """Takes a step towards the target; see `Schedule.step`."""
-        check_number("entropy", entropy)
-        measured = float(entropy)  # type: ignore[arg-type]  # it is a number
+        measured = real_number("entropy", entropy)
         if not 0.0 <= measured < math.inf:
             raise InvalidValueError(f"entropy must be finite and at least 0, got {entropy}")
         shortfall = max((self.target - measured) / self.target, -1.0)
@@ -232,13 +232,13 @@ class EntropyTargeted(Schedule):
         return f"EntropyTargeted({self._value}, target={self.target}, rate={self.rate})"
 
     def _in_range(self, argument: str, value: float) -> float:
-        check_number(argument, value)
-        if not self.least <= value <= self.greatest:
+        number = real_number(argument, value)
+        if not self.least <= number <= self.greatest:
             raise InvalidValueError(
                 f"{argument} must be from least = {self.least} to greatest = {self.greatest}, "
                 f"got {value}"
             )
-        return float(value)
+        return number
 
 
 class RegionSource(ABC):
@@ -404,12 +404,11 @@ class Bapo(RegionSource):
     ) -> None:
         self.lower = _range("lower", lower, 0.0, 1.0)
         self.upper = _range("upper", upper, 1.0, math.inf)
-        self.lower_step = _positive("lower_step", lower_step)
-        self.upper_step = _positive("upper_step", upper_step)
-        check_number("target", target)
-        if not 0.0 <= target <= 1.0:
+        self.lower_step = positive_number("lower_step", lower_step)
+        self.upper_step = positive_number("upper_step", upper_step)
+        self.target = real_number("target", target)
+        if not 0.0 <= self.target <= 1.0:
             raise InvalidValueError(f"target must be in [0, 1], got {target}")
-        self.target = float(target)
         self._bounds = (self.lower[0], self.upper[0])
         super().__init__(_interval(*self._bounds))
 
@@ -440,7 +439,7 @@ class Bapo(RegionSource):
                 log-probability may be -inf).
         """
         arrays = {"advantages": advantages, "log_ratio": log_ratio, "old_log_prob": old_log_prob}
-        given = {name: as_float64(name, values) for name, values in arrays.items()}
+        given = {name: float64_array(name, values) for name, values in arrays.items()}
         shape = given["advantages"].shape
         for name, values in given.items():
             if values.shape != shape:
@@ -492,21 +491,12 @@ class Bapo(RegionSource):
         return f"Bapo({self.lower}, {self.upper}, target={self.target})"
 
 
-def _positive(argument: str, value: float) -> float:
-    check_number(argument, value)
-    if not 0.0 < value < math.inf:
-        raise InvalidValueError(f"{argument} must be finite and above 0, got {value}")
-    return float(value)
-
-
 def _range(
     argument: str, ends: tuple[float, float], least: float, most: float
 ) -> tuple[float, float]:
     if not isinstance(ends, tuple) or len(ends) != 2:
         raise InvalidTypeError(f"{argument} must be a pair (least, greatest), got {ends!r}")
-    for end in ends:
-        check_number(argument, end)
-    low, high = map(float, ends)
+    low, high = (real_number(argument, end) for end in ends)
     if not (least <= low <= high <= most and high < math.inf):
         raise InvalidValueError(
             f"{argument} must be a pair that rises and lies in [{least}, {most}], got {ends}"
@@ -535,7 +525,7 @@ def _entries(state: Mapping[str, Any], *names: str) -> dict[str, float]:
             f"state must have the entries {list(names)}, got {[str(name) for name in state]}"
         )
     for name in names:
-        check_number(name, state[name])
+        real_number(name, state[name])
         if not math.isfinite(state[name]):
             raise InvalidValueError(f"{name} must be finite, got {state[name]}")
     return dict(state)

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bandpo import _core
+from bandpo.check import Float64Array, real_array
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.region import Band, Float64Array, Region, as_real, from_description
+from bandpo.region import Band, Region, from_description
 
 TARGET = 1e-6
 """What the error of a table may be: absolute, beyond one float32 ulp of the bound."""
@@ -58,7 +59,7 @@ class BandTable(Region):
         ``logp`` is rounded to float32 first. ``lower`` is what is tabulated, so ``log_lower`` has
         an absolute error in ``exp(log_lower)``.
         """
-        tokens = as_real("logp", logp)
+        tokens = real_array("logp", logp)
         if tokens.dtype != np.float32:
             tokens = tokens.astype(np.float64, copy=False)
         log_lower, log_upper = np.empty(tokens.shape), np.empty(tokens.shape)

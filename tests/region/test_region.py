@@ -210,7 +210,7 @@ def test_a_table_stands_for_its_region_in_sides() -> None:
         ),
         (lambda: Clip.kl3(0.0), InvalidValueError, "delta must be finite and above 0, got 0.0"),
         (lambda: Clip.kl3(math.inf), InvalidValueError, "delta must be finite .* got inf"),
-        (lambda: Clip.kl3("0.1"), InvalidTypeError, "delta must hold real numbers"),  # type: ignore[arg-type]
+        (lambda: Clip.kl3("0.1"), InvalidTypeError, "delta must be a real number, got str"),  # type: ignore[arg-type]
         (lambda: Dcpo(0.0), InvalidValueError, "eps_low must be finite and above 0, got 0.0"),
         (lambda: Dcpo(0.1, math.inf), InvalidValueError, "eps_high must be finite .* got inf"),
         (lambda: Dcpo([0.1]), InvalidTypeError, "eps_low must be one number"),  # type: ignore[arg-type]

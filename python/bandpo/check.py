@@ -1,0 +1,98 @@
+"""Checks of arguments: numbers, arrays of numbers, and names out of a list."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bandpo.error import InvalidTypeError, InvalidValueError
+
+Float64Array: TypeAlias = NDArray[np.float64]
+
+
+def real_number(argument: str, value: object) -> float:
+    """Returns one real number as a float: a Python or numpy number, or a 0-dim array or tensor.
+
+    Raises:
+        InvalidTypeError: If it is none of these; the message names ``argument``.
+    """
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError):
+        array = np.asarray(None)
+    if array.dtype.kind not in "fiu":
+        raise InvalidTypeError(f"{argument} must be a real number, got {type(value).__name__}")
+    if array.ndim != 0:
+        raise InvalidTypeError(f"{argument} must be one number, got shape {array.shape}")
+    return float(array)
+
+
+def positive_number(argument: str, value: object) -> float:
+    """Returns a finite real number above 0 as a float.
+
+    Raises:
+        InvalidTypeError: If it is not a real number.
+        InvalidValueError: If it is not finite or not above 0.
+    """
+    number = real_number(argument, value)
+    if not 0.0 < number < math.inf:
+        raise InvalidValueError(f"{argument} must be finite and above 0, got {value}")
+    return number
+
+
+def real_array(argument: str, values: ArrayLike) -> NDArray[Any]:
+    """Returns real numbers as an array of their own dtype.
+
+    Raises:
+        InvalidTypeError: If ``values`` is not made of real numbers; the message names ``argument``.
+    """
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as reason:
+        # Ragged lists, and tensors that numpy does not take: bfloat16, or with a gradient.
+        raise InvalidTypeError(f"{argument} must be an array of real numbers: {reason}") from None
+    if array.dtype.kind not in "fiu":
+        raise InvalidTypeError(f"{argument} must hold real numbers, got dtype {array.dtype}")
+    return array
+
+
+def float64_array(argument: str, values: ArrayLike) -> Float64Array:
+    """Returns real numbers as a float64 array; see `real_array`."""
+    return real_array(argument, values).astype(np.float64, copy=False)
+
+
+def broadcast(**arrays: Float64Array) -> list[Float64Array]:
+    """Returns the arrays in their common shape.
+
+    Raises:
+        InvalidValueError: If they have none; the message names all of them.
+    """
+    try:
+        return list(np.broadcast_arrays(*arrays.values()))
+    except ValueError:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise InvalidValueError(f"shapes do not broadcast: {shapes}") from None
+
+
+def check_name(argument: str, name: object, names: Iterable[str]) -> None:
+    """Raises InvalidValueError unless ``name`` is one of the names; suggests the nearest."""
+    names = tuple(names)
+    if name not in names:
+        raise InvalidValueError(
+            f"{argument} must be one of {', '.join(names)}, got {name!r}{suggestion(name, names)}"
+        )
+
+
+def suggestion(name: object, names: Iterable[str]) -> str:
+    """Returns the end of a message, ``; did you mean 'kl'?``, or nothing if no name is near."""
+    import difflib  # for messages alone
+
+    near = difflib.get_close_matches(name, list(names), 1) if isinstance(name, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""

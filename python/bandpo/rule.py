@@ -1,0 +1,89 @@
+"""A rule: region x surrogate x ratio level, and which of them go together."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from bandpo.check import check_name
+from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.region import Clip, Region
+from bandpo.schedule import RegionSource
+from bandpo.surrogate import MinClip, Surrogate, TokenSurrogate, resolve
+
+AggregationMode: TypeAlias = Literal[
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+]
+RatioLevel: TypeAlias = Literal["token", "sequence", "geometric-mean"]
+Backend: TypeAlias = Literal["auto", "native", "cuda", "torch"]
+AnyRegion: TypeAlias = Region | RegionSource
+"""A region, or what changes one between steps."""
+
+AGGREGATION_MODES: tuple[str, ...] = get_args(AggregationMode)
+RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+class Rule(NamedTuple):
+    """What `bandpo.loss.policy_loss` does with a token, checked; see `Rule.of`."""
+
+    region: AnyRegion
+    surrogate: TokenSurrogate
+    ratio_level: RatioLevel
+
+    @classmethod
+    def of(
+        cls,
+        region: AnyRegion,
+        surrogate: Surrogate,
+        dual_clip: float | None,
+        ratio_level: RatioLevel,
+    ) -> Rule:
+        """Returns the rule of arguments that a user gave.
+
+        Raises:
+            InvalidTypeError: If an argument has the wrong type.
+            InvalidValueError: If it is out of range or unknown, or does not go with another.
+        """
+        check_region(region)
+        resolved = resolve(surrogate, dual_clip)
+        check_name("ratio_level", ratio_level, RATIO_LEVELS)
+        if ratio_level == "sequence" and not isinstance(current(region), Clip):
+            raise InvalidValueError(
+                f"region must be a Clip with ratio_level 'sequence', got {region!r}, which depends "
+                f"on each token's probability; use ratio_level 'token'"
+            )
+        if ratio_level == "geometric-mean":
+            if not isinstance(resolved, MinClip):
+                raise InvalidValueError(
+                    f"surrogate must be 'min-clip' with ratio_level 'geometric-mean', "
+                    f"got {resolved.name!r}"
+                )
+            if dual_clip is not None:
+                raise InvalidValueError(
+                    f"dual_clip must be left out with ratio_level 'geometric-mean', got {dual_clip}"
+                )
+        return cls(region, resolved, ratio_level)
+
+    @property
+    def changes_tokens(self) -> bool:
+        """True if some tokens are clipped or masked before a backend computes their losses."""
+        return self.surrogate.whole_sequence or self.ratio_level == "geometric-mean"
+
+
+def current(region: AnyRegion) -> Region:
+    """Returns the region, or the one that a source has now."""
+    return region.region if isinstance(region, RegionSource) else region
+
+
+def check_region(region: object) -> None:
+    """Raises InvalidTypeError unless the argument is a region, or the source of one."""
+    if not isinstance(region, (Region, RegionSource)):
+        raise InvalidTypeError(
+            f"region must be a bandpo.Band, Clip, BandTable or another Region, or a "
+            f"bandpo.schedule.RegionSource, got {type(region).__name__}; a preset is given by "
+            f"**preset(name).arguments(), and a schedule within a ScheduledBand"
+        )
