@@ -171,7 +171,7 @@ class BandTable(Region):
         if region is not None and not isinstance(region, Region):
             raise InvalidTypeError(f"region must be a Region, got {type(region).__name__}")
         exact = _exact(self.region if region is None else region)
-        from bandpo.checkpoint import Checkpoint  # its imports take longer than a table
+        from bandpo.table.verification import Checkpoint  # its imports take longer than a table
 
         state = Checkpoint(checkpoint, self._core.to_bytes(), count)
         saved = time.monotonic()

@@ -1,0 +1,270 @@
+"""The band of a divergence: the region that this package is named for."""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bandpo import _core
+from bandpo.check import Float64Array, broadcast, float64_array, real_number
+from bandpo.divergence import Divergence
+from bandpo.error import InvalidTypeError, InvalidValueError
+
+if TYPE_CHECKING:
+    pass
+from bandpo.region.base import BoolArray, Region, Stretches
+
+
+class Status(IntEnum):
+    """How a bound came about."""
+
+    CONVERGED = 0
+    """The equation D = delta was solved."""
+    SATURATED = 1
+    """The whole side is allowed: exactly -inf or -logp."""
+    LIMIT = 2
+    """The limit: logp is 0 or -inf, or a Python function cannot be asked farther out."""
+    READ_AS_CERTAIN = 3
+    """logp is above 0 and was read as 0."""
+    NOT_A_NUMBER = 4
+    """logp is NaN, and so is the bound."""
+
+
+class SideDiagnosis(NamedTuple):
+    """One side of `Band.diagnose`; all arrays have the shape of ``logp``."""
+
+    log_bound: Float64Array
+    """The bound: inside the region, next to its edge."""
+    outside: Float64Array
+    """The other end of the final bracket; the bound itself where there is no edge."""
+    status: NDArray[np.uint8]
+    """A `Status` for each element."""
+    iterations: NDArray[np.uint32]
+    """Evaluations of D_f, two of f each, by the scalar solver; docs/accuracy.md has the most."""
+
+
+class Diagnosis(NamedTuple):
+    """What `Band.diagnose` returns."""
+
+    lower: SideDiagnosis
+    upper: SideDiagnosis
+
+
+class Band(Region):
+    """Every ratio for which ``D_f <= delta`` holds for {this token, everything else}.
+
+    ``D_f(p, r) = p f(r) + (1-p) f((1 - r p)/(1-p))`` (BandPO, arXiv 2603.04918). It bounds a
+    token's ratio; it does not bound the divergence of the whole policy after an update of shared
+    parameters.
+
+    The bounds are exact: within 1e-14 of the true log bound, relatively, and on its inner side.
+
+    Args:
+        divergence: A `Divergence` or the name of one, such as ``"kl"``.
+        delta: The radius: a number, a pair ``(low, high)`` of radii for the lower and the upper
+            side, or a numpy array of radii that broadcasts with the log-probabilities.
+
+    Raises:
+        InvalidTypeError: If an argument has the wrong type.
+        InvalidValueError: If the divergence is not known or a radius is not finite and above 0.
+    """
+
+    def __init__(
+        self,
+        divergence: Divergence | str,
+        delta: float | tuple[float, float] | NDArray[Any],
+    ) -> None:
+        self.divergence = (
+            divergence if isinstance(divergence, Divergence) else Divergence(divergence)
+        )
+        self.delta_low: float | Float64Array
+        self.delta_high: float | Float64Array
+        if isinstance(delta, tuple):
+            if len(delta) != 2:
+                raise InvalidValueError(
+                    f"delta must be a pair (low, high), got {len(delta)} values"
+                )
+            self.delta_low, self.delta_high = (real_number("delta", side) for side in delta)
+        elif isinstance(delta, np.ndarray) and delta.ndim > 0:
+            radii = float64_array("delta", delta).copy()
+            radii.flags.writeable = False
+            self.delta_low = self.delta_high = radii
+        elif np.ndim(delta) == 0 and np.asarray(delta).dtype.kind in "fiu":
+            self.delta_low = self.delta_high = real_number("delta", delta)
+        else:
+            raise InvalidTypeError(
+                f"delta must be a number, a tuple (low, high) or a numpy array, got "
+                f"{type(delta).__name__}; bandpo.schedule.ScheduledBand has one that changes"
+            )
+        for side in (self.delta_low, self.delta_high):
+            allowed = (np.asarray(side) > 0.0) & np.isfinite(side)
+            if not np.all(allowed):
+                refused = np.asarray(side)[~allowed].flat[0]
+                raise InvalidValueError(f"delta must be finite and above 0, got {refused}")
+
+    @property
+    def per_token(self) -> bool:
+        """Whether delta is an array, with a radius for every token."""
+        return isinstance(self.delta_low, np.ndarray)
+
+    def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
+        """Returns the exact ``(log_lower, log_upper)``; see `Region.log_bounds`.
+
+        Raises:
+            InvalidValueError: If ``logp`` and an array of radii do not broadcast.
+        """
+        tokens, low, high = self._with_radii(logp=float64_array("logp", logp))
+        solver = self.divergence._solver
+        if isinstance(solver, _core.Divergence):
+            log_lower, log_upper = _core.log_bounds(solver, low, high, _flat(tokens))
+        else:
+            log_lower, log_upper = solver.log_bounds(low, high, _flat(tokens))
+        return log_lower.reshape(tokens.shape), log_upper.reshape(tokens.shape)
+
+    def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
+        """Returns whether ``D_f <= delta`` at each log-ratio, by evaluating it, without any root.
+
+        False outside the simplex (new probability above 1) and for NaN.
+        """
+        tokens, low, high, ratios = self._with_radii(
+            logp=float64_array("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
+        )
+        solver = self.divergence._solver
+        inside: BoolArray
+        if isinstance(solver, _core.Divergence):
+            inside = _core.contains(solver, low, high, _flat(tokens), _flat(ratios))
+        else:
+            inside = solver.contains(low, high, _flat(tokens), _flat(ratios))
+        return np.asarray(inside.reshape(tokens.shape), dtype=np.bool_)
+
+    def diagnose(self, logp: ArrayLike) -> Diagnosis:
+        """Returns the bounds with how each was found; no element ever fails the others.
+
+        Raises:
+            InvalidValueError: If ``logp`` and an array of radii do not broadcast, or a Python
+                function of the divergence fails.
+        """
+        tokens, low, high = self._with_radii(logp=float64_array("logp", logp))
+        solver = self.divergence._solver
+
+        def side(radius: float | Float64Array, upper: bool) -> SideDiagnosis:
+            found = (
+                _core.diagnose(solver, radius, _flat(tokens), upper)
+                if isinstance(solver, _core.Divergence)
+                else solver.diagnose(radius, _flat(tokens), upper)
+            )
+            return SideDiagnosis(*(values.reshape(tokens.shape) for values in found))
+
+        return Diagnosis(side(low, False), side(high, True))
+
+    def calibrated(self, divergence: Divergence | str, *, p: float | None = None) -> Band:
+        """Returns the band of another divergence that is as wide as this one.
+
+        A delta means different things for different divergences. Near a ratio of 1 the width is
+        ``sqrt(2 delta (1-p) / (f''(1) p))``, so equal ``delta / f''(1)`` gives equal width.
+
+        Args:
+            divergence: The other divergence.
+            p: Match the bounds at this probability exactly, each side by its own delta, rather than
+                by ``f''(1)``; in (0, 1).
+
+        Raises:
+            InvalidTypeError: If ``p`` is not a real number.
+            InvalidValueError: If a divergence has no ``f''(1)`` (tv, hockey-stick, vajda but for
+                k = 2) and no ``p`` is given; if ``p`` is not in (0, 1); if a bound of this band is
+                saturated at ``p``, so that no finite delta is meant by it; or if the other
+                divergence is 0 or infinite at a bound (flat around 1, as hockey-stick is).
+        """
+        other = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
+        if isinstance(self.delta_low, np.ndarray) or isinstance(self.delta_high, np.ndarray):
+            raise InvalidValueError("calibrated needs one delta for all tokens, got an array")
+        if p is None:
+            for each in (self.divergence, other):
+                if each.curvature is None:
+                    raise InvalidValueError(
+                        f"{each!r} has no f''(1); match at a reference probability: p=0.1"
+                    )
+            scale = (other.curvature or 0.0) / (self.divergence.curvature or 1.0)
+            return Band(other, (self.delta_low * scale, self.delta_high * scale))
+        p = real_number("p", p)
+        if not 0.0 < p < 1.0:
+            raise InvalidValueError(f"p must be in (0, 1), got {p}")
+        logp = np.array([math.log(p)])
+        log_lower, log_upper = self.log_bounds(logp)
+        if log_lower[0] == -np.inf or log_upper[0] >= -logp[0]:
+            raise InvalidValueError(f"{self!r} allows everything at p = {p}; match at another p")
+        low, high = (float(other.between(logp, bound)[0]) for bound in (log_lower, log_upper))
+        for side, delta, bound in (("lower", low, log_lower), ("upper", high, log_upper)):
+            if not 0.0 < delta < math.inf:
+                raise InvalidValueError(
+                    f"{other!r} is {delta:g} at the {side} bound of {self!r} at p = {p}, a ratio "
+                    f"of {math.exp(bound[0]):.6g}, and no delta matches that; match at another p, "
+                    "or another divergence"
+                )
+        return Band(other, (low, high))
+
+    def _with_radii(self, **arrays: Float64Array) -> list[Any]:
+        """The first array, the radii as the core takes them, then the rest; all broadcast."""
+        if not isinstance(self.delta_low, np.ndarray):
+            first, *rest = broadcast(**arrays)
+            return [first, self.delta_low, self.delta_high, *rest]
+        first, radii, *rest = broadcast(logp=arrays.pop("logp"), delta=self.delta_low, **arrays)
+        return [first, _flat(radii), _flat(radii), *rest]
+
+    def describe(self) -> dict[str, Any]:
+        """Its divergence and radii; see `Region.describe`."""
+        low, high = self._radii_of_a_table()
+        return {"band": {**self.divergence.describe(), "delta": [low, high]}}
+
+    def _radii_of_a_table(self) -> tuple[float, float]:
+        if isinstance(self.delta_low, np.ndarray) or isinstance(self.delta_high, np.ndarray):
+            raise InvalidValueError(
+                "a table needs one delta for all tokens, got an array; use the exact solver"
+            )
+        return self.delta_low, self.delta_high
+
+    def _stretches(self, upper: bool) -> Stretches:
+        low, high = self._radii_of_a_table()
+        solver = self.divergence._solver
+        if isinstance(solver, _core.Divergence):
+            return [(0.0, (solver, high if upper else low))]
+
+        def sampler(is_upper: bool, logp: Float64Array) -> tuple[Float64Array, Float64Array]:
+            log_lower, log_upper, slope_lower, slope_upper = solver.bounds_with_slopes(
+                low, high, logp
+            )
+            return (log_upper, slope_upper) if is_upper else (log_lower, slope_lower)
+
+        return [(0.0, sampler)]
+
+    def __repr__(self) -> str:
+        if isinstance(self.delta_low, np.ndarray):
+            delta: object = f"<array of shape {self.delta_low.shape}>"
+        elif self.delta_low == self.delta_high:
+            delta = self.delta_low
+        else:
+            delta = (self.delta_low, self.delta_high)
+        by_name = "divergence" in self.divergence.describe()
+        source = repr(self.divergence.spec) if by_name else repr(self.divergence)
+        return f"Band({source}, {delta})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Band):
+            return NotImplemented
+        return (
+            self.divergence == other.divergence
+            and np.array_equal(self.delta_low, other.delta_low)
+            and np.array_equal(self.delta_high, other.delta_high)
+        )
+
+    def __hash__(self) -> int:
+        low, high = (np.asarray(side).tobytes() for side in (self.delta_low, self.delta_high))
+        return hash((self.divergence, low, high))
+
+
+def _flat(array: Float64Array) -> Float64Array:
+    return np.ascontiguousarray(array).reshape(-1)

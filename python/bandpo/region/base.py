@@ -1,0 +1,146 @@
+"""What every region has: bounds, membership, a table, and what combines it with others."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bandpo import _core
+from bandpo.check import Float64Array, broadcast, float64_array, real_number
+from bandpo.error import InvalidValueError
+
+if TYPE_CHECKING:
+    from bandpo.table import BandTable
+
+
+Sampler: TypeAlias = Callable[[bool, Float64Array], tuple[Float64Array, Float64Array]]
+"""From (is upper, logp) to log bounds and their slopes in logp."""
+
+Curve: TypeAlias = float | tuple[_core.Divergence, float] | Sampler
+"""A constant ratio, a divergence with its radius, or anything smooth."""
+
+Stretches: TypeAlias = list[tuple[float, Curve]]
+
+_SMALLEST_POSITIVE = math.ulp(0.0)
+
+BoolArray: TypeAlias = NDArray[np.bool_]
+
+
+class Region(ABC):
+    """A map from an old log-probability to the log-ratios a token may take.
+
+    ``log_lower(logp) <= 0 <= log_upper(logp)``. Log-probabilities above 0, which rounding makes,
+    are read as 0. NaN in gives NaN out, for that element alone.
+    """
+
+    @abstractmethod
+    def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
+        """Returns ``(log_lower, log_upper)``: natural, float64, in the shape of ``logp``.
+
+        Args:
+            logp: Old log-probabilities (natural), real numbers, any shape.
+
+        Raises:
+            InvalidTypeError: If ``logp`` does not hold real numbers.
+        """
+
+    def bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
+        """Returns ``(lower, upper)``, the bounds of the ratio new/old itself.
+
+        A finite ``log_lower`` gives at least the smallest positive float: 0 means that the ratio
+        may be 0. An ``upper`` beyond the largest float is inf.
+        """
+        log_lower, log_upper = self.log_bounds(logp)
+        with np.errstate(over="ignore", under="ignore"):
+            lower, upper = np.exp(log_lower), np.exp(log_upper)
+        underflowed = (lower == 0.0) & (log_lower > -np.inf)
+        return np.asarray(np.where(underflowed, _SMALLEST_POSITIVE, lower)), np.asarray(upper)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the bounds depend on more than logp, so that there is no table of them."""
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        """What `from_description` makes the same region of, as JSON takes it.
+
+        Raises:
+            InvalidValueError: If the region cannot be described.
+        """
+        raise InvalidValueError(f"{self!r} cannot be described")
+
+    def _stretches(self, upper: bool) -> Stretches:
+        """The curves of one side with the ``-logp`` where each begins, the first at 0."""
+        raise InvalidValueError(f"{self!r} cannot be tabulated")
+
+    def table(self) -> BandTable:
+        """Returns the bounds as a lookup table, built once for each region.
+
+        The table keeps to the simplex, ``log_upper <= -logp``, where the region may not (a `Clip`).
+
+        Raises:
+            InvalidValueError: If a delta is an array, or a side has more than eight smooth pieces.
+        """
+        return _table(self)
+
+    def __or__(self, other: Region) -> Region:
+        """The union: the wider bound of the two on each side."""
+        return _combined("union", self, other)
+
+    def __and__(self, other: Region) -> Region:
+        """The intersection: the narrower bound of the two on each side."""
+        return _combined("intersection", self, other)
+
+    def cap(self, upper: float) -> Region:
+        """Returns this region with ratios above ``upper`` taken out.
+
+        Raises:
+            InvalidTypeError: If ``upper`` is not a real number.
+            InvalidValueError: If it is below 1.
+        """
+        limit = real_number("upper", upper)
+        if not limit >= 1.0:
+            raise InvalidValueError(f"upper must be at least 1, got {upper}")
+        from bandpo.region.clip import Clip
+
+        return self & Clip(1.0, limit - 1.0)
+
+    def at_least(self, eps_low: float, eps_high: float | None = None) -> Region:
+        """Returns this region with ``[1 - eps_low, 1 + eps_high]`` added: a minimum width.
+
+        The arguments and errors are those of `Clip`.
+        """
+        from bandpo.region.clip import Clip
+
+        return self | Clip(eps_low, eps_high)
+
+    def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
+        """Returns whether each log-ratio lies in the region; the arguments broadcast.
+
+        A NaN lies in no region.
+        """
+        logp, log_ratio = broadcast(
+            logp=float64_array("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
+        )
+        log_lower, log_upper = self.log_bounds(logp)
+        return np.asarray((log_lower <= log_ratio) & (log_ratio <= log_upper))
+
+
+def _combined(kind: Literal["union", "intersection"], left: Region, right: object) -> Region:
+    """A combination is a region itself, so that its class is known here only when it is needed."""
+    from bandpo.region.combined import Combined
+
+    return Combined(kind, left, right) if isinstance(right, Region) else NotImplemented
+
+
+@lru_cache(maxsize=64)
+def _table(region: Region) -> BandTable:
+    from bandpo.table import BandTable
+
+    return BandTable.build(region)

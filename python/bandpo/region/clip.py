@@ -1,0 +1,153 @@
+"""The constant interval of PPO and its variants."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bandpo.check import Float64Array, float64_array, real_number
+from bandpo.error import InvalidValueError
+
+if TYPE_CHECKING:
+    pass
+from bandpo.region.base import Region, Stretches
+
+
+class Clip(Region):
+    """The constant interval ``[1 - eps_low, 1 + eps_high]`` of PPO and its variants.
+
+    ``Clip(0.2)`` is PPO's, ``Clip(0.2, 0.28)`` DAPO's clip-higher, ``Clip(1, inf)`` does not clip.
+
+    Args:
+        eps_low: How far below 1 the ratio may fall, in [0, 1].
+        eps_high: How far above 1 it may rise, at least 0, inf allowed; ``eps_low`` if left out.
+
+    Raises:
+        InvalidTypeError: If an epsilon is not a real number.
+        InvalidValueError: If it is out of range.
+    """
+
+    def __init__(self, eps_low: float, eps_high: float | None = None) -> None:
+        eps_high = eps_low if eps_high is None else eps_high
+        self.eps_low = real_number("eps_low", eps_low)
+        self.eps_high = real_number("eps_high", eps_high)
+        if not 0.0 <= self.eps_low <= 1.0:
+            raise InvalidValueError(
+                f"eps_low must be in [0, 1], got {eps_low}: the lower bound is 1 - eps_low"
+            )
+        if not self.eps_high >= 0.0:
+            raise InvalidValueError(
+                f"eps_high must be at least 0, got {eps_high}: the upper bound is 1 + eps_high"
+            )
+        self.log_lower = math.log1p(-self.eps_low) if self.eps_low < 1.0 else -math.inf
+        self.log_upper = math.log1p(self.eps_high)
+
+    @classmethod
+    def from_log_ratio(cls, log_low: float, log_high: float | None = None) -> Clip:
+        """Returns the interval ``[-log_low, log_high]`` of the log-ratio.
+
+        GMPO's (arXiv 2507.20673) is ``Clip.from_log_ratio(0.4)``.
+
+        Args:
+            log_low: How far below 0 the log-ratio may fall, at least 0, inf allowed.
+            log_high: How far above 0 it may rise, likewise; ``log_low`` if left out.
+
+        Raises:
+            InvalidTypeError: If a width is not a real number.
+            InvalidValueError: If it is below 0 or NaN.
+        """
+        log_high = log_low if log_high is None else log_high
+        low, high = real_number("log_low", log_low), real_number("log_high", log_high)
+        for argument, width in (("log_low", low), ("log_high", high)):
+            if not width >= 0.0:
+                raise InvalidValueError(f"{argument} must be a width, at least 0, got {width}")
+        with np.errstate(over="ignore"):
+            clip = cls(float(-np.expm1(-low)), float(np.expm1(high)))
+        # As they were given: an epsilon next to 1 has lost them.
+        clip.log_lower, clip.log_upper = -low, high
+        return clip
+
+    @classmethod
+    def kl3(cls, delta: float) -> Clip:
+        """Returns the ratios with ``r - 1 - ln r <= delta`` (arXiv 2602.05494).
+
+        They are ``[-W0(-e^(-1-delta)), -W-1(-e^(-1-delta))]``, with Lambert's W. The left side is
+        Schulman's estimator k3 of a KL divergence in the ratio r = new/old. If old/new is meant,
+        the bounds are the reciprocals of these.
+
+        Args:
+            delta: The greatest value of the estimator, finite and above 0.
+
+        Raises:
+            InvalidTypeError: If ``delta`` is not a real number.
+            InvalidValueError: If it is out of range.
+        """
+        radius = real_number("delta", delta)
+        if not 0.0 < radius < math.inf:
+            raise InvalidValueError(f"delta must be finite and above 0, got {delta}")
+        return cls.from_log_ratio(-_kl3_root(radius, -1.0), _kl3_root(radius, 1.0))
+
+    @property
+    def per_token(self) -> bool:
+        """False; see `Region.per_token`."""
+        return False
+
+    def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
+        """Returns the same two bounds for every token; see `Region.log_bounds`."""
+        unknown = np.where(np.isnan(float64_array("logp", logp)), np.nan, 0.0)
+        return unknown + self.log_lower, unknown + self.log_upper
+
+    def describe(self) -> dict[str, Any]:
+        """Its two epsilons, or widths of the log-ratio; see `Region.describe`."""
+        kind, low, high = self._widths()
+        return {kind: [str(low), str(high)]}
+
+    def _widths(self) -> tuple[str, float, float]:
+        """The arguments that make the same clip, to the last bit, and whose they are."""
+        plain = Clip(self.eps_low, self.eps_high)
+        if plain == self:
+            return "clip", self.eps_low, self.eps_high
+        return "log-clip", -self.log_lower, self.log_upper
+
+    def _stretches(self, upper: bool) -> Stretches:
+        return [(0.0, 1.0 + self.eps_high if upper else 1.0 - self.eps_low)]
+
+    def __repr__(self) -> str:
+        kind, low, high = self._widths()
+        return f"{'Clip' if kind == 'clip' else 'Clip.from_log_ratio'}({low!r}, {high!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Clip):
+            return NotImplemented
+        return (self.log_lower, self.log_upper) == (other.log_lower, other.log_upper)
+
+    def __hash__(self) -> int:
+        return hash((Clip, self.log_lower, self.log_upper))
+
+
+def _kl3_root(delta: float, sign: float) -> float:
+    """The log-ratio t of the sign with ``e^t - 1 - t = delta``."""
+    # Newton's method comes from outside, and steadily, as the left side is convex. It starts from
+    # r <= 1 + sqrt(2 delta) + delta (Chatzigeorgiou, 2013), and on the lower side likewise.
+    start = math.sqrt(2.0) * math.sqrt(delta) + delta
+    t = math.log1p(start) if sign > 0.0 else -min(1.0 + delta, start)
+    while True:
+        nearer = t - (_kl3(t) - delta) / math.expm1(t)
+        if not abs(nearer) < abs(t):
+            return t
+        t = nearer
+
+
+def _kl3(t: float) -> float:
+    """``e^t - 1 - t``, by its series where the subtraction cancels."""
+    if abs(t) > 1.0:
+        return math.expm1(t) - t
+    term, total, k = 0.5 * t * t, 0.0, 2
+    while total + term != total:
+        total += term
+        k += 1
+        term *= t / k
+    return total

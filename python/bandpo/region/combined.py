@@ -1,0 +1,125 @@
+"""Two regions as one: union, intersection, and each side from another."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bandpo.check import Float64Array, float64_array
+from bandpo.error import InvalidTypeError
+
+if TYPE_CHECKING:
+    pass
+from bandpo.region.base import BoolArray, Region, Stretches
+
+
+def sides(*, lower: Region, upper: Region) -> Region:
+    """Returns the region with the lower bound of one region and the upper bound of another.
+
+    ``sides(lower=Clip(0.2), upper=Band("kl", 0.05))`` lets rare tokens rise as a band does and
+    holds what they may lose to a fixed clip.
+
+    Args:
+        lower: Decides for ratios below 1.
+        upper: Decides for ratios above 1.
+
+    Raises:
+        InvalidTypeError: If one is not a region.
+    """
+    for argument, region in (("lower", lower), ("upper", upper)):
+        if not isinstance(region, Region):
+            raise InvalidTypeError(
+                f"{argument} must be a Region, got {type(region).__name__}; one that changes is "
+                f"built around its band: ScheduledBand(..., within=lambda band: ...)"
+            )
+    return Combined("sides", lower, upper)
+
+
+class Combined(Region):
+    """Two regions as one; made with ``|``, ``&``, `Region.cap`, `Region.at_least` and `sides`."""
+
+    def __init__(
+        self, kind: Literal["union", "intersection", "sides"], left: Region, right: Region
+    ) -> None:
+        self.kind = kind
+        self.parts = (left, right)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether one of the parts is; see `Region.per_token`."""
+        return any(part.per_token for part in self.parts)
+
+    def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
+        """Returns the bounds, each from the part that holds it; see `Region.log_bounds`."""
+        (low_a, up_a), (low_b, up_b) = (part.log_bounds(logp) for part in self.parts)
+        if self.kind == "sides":
+            return low_a, up_b
+        if self.kind == "union":
+            return np.minimum(low_a, low_b), np.maximum(up_a, up_b)
+        return np.maximum(low_a, low_b), np.minimum(up_a, up_b)
+
+    def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
+        """Returns whether each log-ratio lies in one part, in both, or in that of its side."""
+        left, right = (part.contains(logp, log_ratio) for part in self.parts)
+        inside: BoolArray
+        if self.kind == "sides":
+            inside = np.where(float64_array("log_ratio", log_ratio) < 0.0, left, right)
+        else:
+            inside = left | right if self.kind == "union" else left & right
+        return inside
+
+    def describe(self) -> dict[str, Any]:
+        """Its parts; see `Region.describe`."""
+        return {self.kind: [part.describe() for part in self.parts]}
+
+    def _stretches(self, upper: bool) -> Stretches:
+        """The stretches of whichever part holds the bound, cut where the other takes over."""
+        if self.kind == "sides":
+            return self.parts[int(upper)]._stretches(upper)
+        sides = [part._stretches(upper) for part in self.parts]
+        # The part that reaches further out holds a union; on the lower side that is the lesser.
+        outer = self.kind == "union"
+
+        def left_holds(y: Float64Array) -> BoolArray:
+            left, right = (part.log_bounds(-y)[int(upper)] for part in self.parts)
+            further: BoolArray = left >= right if upper else left <= right
+            return further if outer else ~further | (left == right)
+
+        # Kinks are bracketed on a fine grid, which starts of parts are points of, then halved.
+        octaves = np.exp2(np.arange(-149 * 16, 7 * 16 + 1) / 16.0)
+        grid = np.unique(np.concatenate([octaves, [start for side in sides for start, _ in side]]))
+        grid = grid[grid > 0.0]
+        holds = left_holds(grid)
+        change = np.flatnonzero(holds[1:] != holds[:-1])
+        low, high = grid[change], grid[change + 1]
+        for _ in range(64):
+            middle = 0.5 * (low + high)
+            same = left_holds(middle) == holds[change]
+            low, high = np.where(same, middle, low), np.where(same, high, middle)
+        starts = [0.0, *high.tolist()]
+        stretches: Stretches = []
+        for i, start in enumerate(starts):
+            end = starts[i + 1] if i + 1 < len(starts) else math.inf
+            side = sides[0] if bool(holds[0]) == (i % 2 == 0) else sides[1]
+            for k, (begin, curve) in enumerate(side):
+                next_begin = side[k + 1][0] if k + 1 < len(side) else math.inf
+                if max(begin, start) < min(next_begin, end):
+                    stretches.append((max(begin, start), curve))
+        return stretches
+
+    def __repr__(self) -> str:
+        left, right = self.parts
+        if self.kind == "sides":
+            return f"sides(lower={left!r}, upper={right!r})"
+        return f"({left!r} {'|' if self.kind == 'union' else '&'} {right!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Combined):
+            return NotImplemented
+        return (self.kind, self.parts) == (other.kind, other.parts)
+
+    def __hash__(self) -> int:
+        return hash((Combined, self.kind, self.parts))

@@ -1,0 +1,113 @@
+"""DCPO's bounds."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bandpo.check import Float64Array, float64_array, real_number
+from bandpo.error import InvalidValueError
+
+if TYPE_CHECKING:
+    pass
+from bandpo.region.base import Region, Stretches
+
+_MOST_RARE = 600.0
+"""The greatest ``-logp`` that is exponentiated: 1/p overflows at 709."""
+
+
+class Dcpo(Region):
+    """The bounds of DCPO's dynamic clipping: ``|(r - 1) r| p <= eps`` (arXiv 2509.02333, Eq. 3-4).
+
+    ``upper = (1 + sqrt(1 + 4 eps_high / p)) / 2`` and
+    ``lower = (1 + sqrt(max(1 - 4 eps_low / p, 0))) / 2``, which is never below 1/2. The upper bound
+    leaves the simplex for ``p > 1 / (1 + eps_high)``. DCPO caps it: ``Dcpo().cap(10)``.
+
+    Args:
+        eps_low: Of the lower bound, finite and above 0.
+        eps_high: Of the upper bound, likewise.
+
+    Raises:
+        InvalidTypeError: If an epsilon is not a real number.
+        InvalidValueError: If it is out of range.
+    """
+
+    def __init__(self, eps_low: float = 0.16, eps_high: float = 0.20) -> None:
+        self.eps_low = real_number("eps_low", eps_low)
+        self.eps_high = real_number("eps_high", eps_high)
+        for argument, epsilon in (("eps_low", self.eps_low), ("eps_high", self.eps_high)):
+            if not 0.0 < epsilon < math.inf:
+                raise InvalidValueError(f"{argument} must be finite and above 0, got {epsilon}")
+
+    @property
+    def per_token(self) -> bool:
+        """False; see `Region.per_token`."""
+        return False
+
+    def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
+        """Returns the closed forms; see `Region.log_bounds`."""
+        y = np.maximum(-float64_array("logp", logp), 0.0)
+        return self._log_lower(y), self._log_upper(y)
+
+    def _log_upper(self, y: Float64Array) -> Float64Array:
+        # With k = eps / p: r - 1 = 2 k / (1 + sqrt(1 + 4 k)).
+        k = self.eps_high * np.exp(np.minimum(y, _MOST_RARE))
+        near = np.log1p(2.0 * k / (1.0 + np.sqrt(1.0 + 4.0 * k)))
+        # Where 1/p overflows, r is the square root of k to the last bit.
+        far = 0.5 * (math.log(self.eps_high) + y)
+        return np.asarray(np.where(y > _MOST_RARE, far, near))
+
+    def _log_lower(self, y: Float64Array) -> Float64Array:
+        k = self.eps_low * np.exp(np.minimum(y, _MOST_RARE))
+        root = np.sqrt(np.maximum(1.0 - 4.0 * k, 0.0))
+        return np.asarray(
+            np.where(
+                root == 0.0, math.log(0.5), np.log1p(-2.0 * np.minimum(k, 0.25) / (1.0 + root))
+            )
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Its two epsilons; see `Region.describe`."""
+        return {"dcpo": [str(self.eps_low), str(self.eps_high)]}
+
+    def _stretches(self, upper: bool) -> Stretches:
+        if upper:
+            return [(0.0, self._sample)]
+        kink = self._kink()
+        # Nearer to y = 0 a table has no grid; the bound there exceeds 1/2 by less than 1e-6.
+        return [(0.0, self._sample), (kink, 0.5)] if kink > 2e-12 else [(0.0, 0.5)]
+
+    def _kink(self) -> float:
+        """The least float32 ``-logp`` from which on the lower bound is 1/2."""
+        kink = -math.log(4.0 * self.eps_low)
+        nearest = np.float32(kink)
+        return float(
+            np.nextafter(nearest, np.float32(np.inf)) if float(nearest) < kink else nearest
+        )
+
+    def _sample(self, upper: bool, logp: Float64Array) -> tuple[Float64Array, Float64Array]:
+        # From log r + log |r - 1| + logp = log eps.
+        if upper:
+            log_bound = self._log_upper(-logp)
+            return log_bound, np.expm1(-log_bound) / (2.0 - np.exp(-log_bound))
+        log_bound = self._log_lower(-logp)
+        root = 2.0 * np.exp(log_bound) - 1.0
+        with np.errstate(divide="ignore"):
+            slope = np.where(root > 0.0, -np.expm1(log_bound) / root, 0.0)
+        # A table grades its grid towards the place where a side saturates, which the square root
+        # needs at its end; what is said beyond is not read, as the constant follows there.
+        return np.where(-logp > self._kink(), -np.inf, log_bound), slope
+
+    def __repr__(self) -> str:
+        return f"Dcpo({self.eps_low!r}, {self.eps_high!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Dcpo):
+            return NotImplemented
+        return (self.eps_low, self.eps_high) == (other.eps_low, other.eps_high)
+
+    def __hash__(self) -> int:
+        return hash((Dcpo, self.eps_low, self.eps_high))

@@ -1,0 +1,44 @@
+"""Regions as JSON takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from bandpo.divergence import Divergence
+from bandpo.error import InvalidValueError
+
+if TYPE_CHECKING:
+    pass
+from bandpo.region.band import Band
+from bandpo.region.base import Region
+from bandpo.region.clip import Clip
+from bandpo.region.combined import Combined
+from bandpo.region.dcpo import Dcpo
+
+_WIDTHS: dict[str, Callable[[float, float], Region]] = {
+    "clip": Clip,
+    "log-clip": Clip.from_log_ratio,
+    "dcpo": Dcpo,
+}
+"""What makes a region of two numbers, by the kind that its description names."""
+
+
+def from_description(description: dict[str, Any]) -> Region:
+    """Makes the region that `Region.describe` described.
+
+    Raises:
+        InvalidValueError: If it holds a Python function, which a description cannot, or a kind of
+            region that this version does not know.
+    """
+    kind: Any
+    [(kind, content)] = description.items()
+    if kind in _WIDTHS:
+        return _WIDTHS[kind](*(float(width) for width in content))
+    if kind == "band":
+        low, high = content["delta"]
+        return Band(Divergence.from_description(content), (low, high))
+    if kind not in ("union", "intersection", "sides"):
+        raise InvalidValueError(f"regions of the kind {kind!r} are not known to this version")
+    left, right = (from_description(part) for part in content)
+    return Combined(kind, left, right)
