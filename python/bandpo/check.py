@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from bandpo.error import InvalidTypeError, InvalidValueError
 
 Float64Array: TypeAlias = NDArray[np.float64]
+BoolArray: TypeAlias = NDArray[np.bool_]
 
 
 def real_number(argument: str, value: object) -> float:

@@ -16,8 +16,8 @@ from scipy.optimize import elementwise
 
 import bandpo
 from bandpo import Band, Clip, Divergence
+from bandpo.check import BoolArray, Float64Array
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.region import BoolArray, Float64Array
 from conftest import REFERENCE_FILES, Reference, read_reference
 from support.reference import bound, divergence, to_double
 from support.reference import log_bounds as reference_log_bounds

@@ -17,7 +17,7 @@ from scipy.special import logit
 from scipy.stats import binomtest, norm
 
 from bandpo import Band
-from bandpo.region import Float64Array
+from bandpo.check import Float64Array
 
 CLOSED_FORM = 2e-13
 """Relative tolerance of an end of an interval from a closed form.

@@ -11,9 +11,9 @@ import pytest
 from mpmath import mp, mpf
 
 from bandpo import Band, BandpoError
+from bandpo.check import BoolArray, Float64Array
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.generator import BLOCK, LOG_REACH, MOST_CALLS, CallableGenerator
-from bandpo.region import BoolArray, Float64Array
+from bandpo.generator import BLOCK, LOG_REACH, MAX_CALLS, CallableGenerator
 
 RELATIVE = 1e-10
 """What a log bound may be off the built-in's, relatively, for delta >= 1e-5."""
@@ -482,7 +482,7 @@ def test_calls_are_few_and_on_arrays(spec: str) -> None:
     for delta in [1e-12, 1e-5, 0.05, 20.0]:
         counted.calls = 0
         generator.log_bounds(delta, delta, logp)
-        assert counted.calls <= MOST_CALLS
+        assert counted.calls <= MAX_CALLS
     counted.calls, counted.fewest = 0, 10**9
     generator.contains(0.05, 0.05, logp, np.zeros_like(logp) - 0.1)
     assert counted.calls == 1
@@ -497,7 +497,7 @@ def test_work_does_not_grow_with_the_number_of_tokens() -> None:
         counted.calls = 0
         generator.log_bounds(0.05, 0.05, tokens(11, count))
         calls.append(counted.calls)
-    assert max(calls) <= MOST_CALLS
+    assert max(calls) <= MAX_CALLS
 
 
 # --- membership --------------------------------------------------------------------------------

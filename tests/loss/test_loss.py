@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bandpo
 import bandpo.torch
+from bandpo.check import Float64Array
 from bandpo.loss import (
     PROBABILITY_EDGES,
     PolicyLoss,
     PolicyLossResult,
     policy_loss,
 )
-from bandpo.region import Float64Array
 from bandpo.schedule import Linear, ScheduledBand
 from bandpo.torch import torch
 

@@ -20,9 +20,10 @@ pytest.importorskip("torch")
 import torch
 
 from bandpo import Band, BandpoError, Clip, Dcpo, Region
+from bandpo.check import Float64Array
 from bandpo.loss import PolicyLoss, policy_loss
 from bandpo.presets import PRESETS, Preset, preset
-from bandpo.region import Combined, Float64Array
+from bandpo.region import Combined
 from bandpo.schedule import Bapo, RegionSource
 
 RULE = 1e-9

@@ -13,8 +13,8 @@ pytest.importorskip("torch")
 
 import bandpo
 import bandpo.torch
+from bandpo.check import Float64Array
 from bandpo.loss import PolicyLoss, policy_loss
-from bandpo.region import Float64Array
 from bandpo.surrogate import GradientPreserving, Mask, Surrogate
 from bandpo.torch import torch
 from loss.test_loss import BACKENDS, Batch, assert_close, random_batch

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from bandpo import Band, Clip, Region
+from bandpo.check import Float64Array
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.region import Float64Array
 from bandpo.schedule import (
     Bapo,
     Constant,

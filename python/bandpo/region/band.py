@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bandpo import _core
-from bandpo.check import Float64Array, broadcast, float64_array, real_number
+from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, real_number
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 
 if TYPE_CHECKING:
     pass
-from bandpo.region.base import BoolArray, Region, Stretches
+from bandpo.region.base import Region, Stretches
 
 
 class Status(IntEnum):

@@ -9,10 +9,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from bandpo import _core
-from bandpo.check import Float64Array, broadcast, float64_array, real_number
+from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, real_number
 from bandpo.error import InvalidValueError
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ Curve: TypeAlias = float | tuple[_core.Divergence, float] | Sampler
 Stretches: TypeAlias = list[tuple[float, Curve]]
 
 _SMALLEST_POSITIVE = math.ulp(0.0)
-
-BoolArray: TypeAlias = NDArray[np.bool_]
 
 
 class Region(ABC):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bandpo.check import Float64Array, float64_array
+from bandpo.check import BoolArray, Float64Array, float64_array
 from bandpo.error import InvalidTypeError
 
 if TYPE_CHECKING:
     pass
-from bandpo.region.base import BoolArray, Region, Stretches
+from bandpo.region.base import Region, Stretches
 
 
 def sides(*, lower: Region, upper: Region) -> Region:

@@ -1,0 +1,141 @@
+"""Regions that change between optimiser steps."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from bandpo.divergence import Divergence
+from bandpo.error import InvalidTypeError
+from bandpo.region import Band, Region
+from bandpo.schedule.schedule import Schedule
+
+
+class RegionSource(ABC):
+    """A region that changes between steps; the loss reads it once an optimiser step.
+
+    What it returns as ``region`` stays the same object until it changes, and those that
+    subscribed are then called with the new one, so that they can fill their tensors in place.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._subscribers: list[weakref.ref[Callable[[Region], object]]] = []
+
+    @property
+    def region(self) -> Region:
+        """The region now."""
+        return self._region
+
+    def subscribe(self, callback: Callable[[Region], object]) -> None:
+        """Has ``callback(region)`` called after each change.
+
+        The callback is held weakly (a bound method as long as its object lives), so a lambda that
+        nobody else holds is gone at once. A copy, or what is unpickled, begins without subscribers.
+        """
+        kind = weakref.WeakMethod if hasattr(callback, "__self__") else weakref.ref
+        reference = kind(callback)
+        if reference not in self._subscribers:
+            self._subscribers.append(reference)
+
+    def __or__(self, other: object) -> NoReturn:
+        """Refused, as ``&`` is: regions are combined, what changes them is not."""
+        raise InvalidTypeError(
+            f"{type(self).__name__} is no Region and combines with none; combine within it: "
+            f"ScheduledBand(..., within=lambda band: band | ...)"
+        )
+
+    __ror__ = __and__ = __rand__ = __or__
+
+    def _change(self, region: Region) -> None:
+        if region == self._region:
+            return
+        self._region = region
+        self._subscribers = [held for held in self._subscribers if held() is not None]
+        for held in list(self._subscribers):
+            callback = held()
+            if callback is not None:
+                callback(region)
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what changes with the steps, as plain numbers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to where ``state_dict`` was made, and tells subscribers; see `Schedule`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_subscribers": []}
+
+
+class ScheduledBand(RegionSource):
+    """The band of a divergence with a delta that follows a schedule.
+
+    The table of each delta is built when it is first needed, in a millisecond or two for a band and
+    some milliseconds for a set of regions, and the last 64 are kept.
+
+    >>> source = ScheduledBand("kl", Linear(0.1, 0.05, 100), within=lambda band: band.cap(10))
+    >>> source.step()
+    >>> source.region
+    (Band('kl', 0.0995) & Clip(1.0, 9.0))
+
+    Args:
+        divergence: A `bandpo.Divergence` or the name of one.
+        schedule: The delta. It belongs to this object: step the object, not the schedule.
+        within: From the band to the region that is used; the band itself if left out. To pickle
+            the object, it must be a function of a module.
+
+    Raises:
+        InvalidTypeError: If an argument has the wrong type, or ``within`` returns no region.
+        InvalidValueError: If the divergence is not known.
+    """
+
+    def __init__(
+        self,
+        divergence: Divergence | str,
+        schedule: Schedule,
+        *,
+        within: Callable[[Band], Region] | None = None,
+    ) -> None:
+        if not isinstance(schedule, Schedule):
+            raise InvalidTypeError(
+                f"schedule must be a Constant, Linear, Cosine or EntropyTargeted, "
+                f"got {type(schedule).__name__}"
+            )
+        if within is not None and not callable(within):
+            raise InvalidTypeError(
+                f"within must be a function from a Band to a Region, got {type(within).__name__}"
+            )
+        self.divergence = (
+            divergence if isinstance(divergence, Divergence) else Divergence(divergence)
+        )
+        self.schedule = schedule
+        self.within = within
+        super().__init__(self._now())
+
+    def step(self, entropy: float | None = None) -> None:
+        """Takes a step of the schedule; see `Schedule.step`."""
+        self.schedule.step(entropy)
+        self._change(self._now())
+
+    def _now(self) -> Region:
+        band = Band(self.divergence, self.schedule.value)
+        region = band if self.within is None else self.within(band)
+        if not isinstance(region, Region):
+            raise InvalidTypeError(f"within must return a Region, got {type(region).__name__}")
+        return region
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of the schedule."""
+        return self.schedule.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of the schedule; see `Schedule.load_state_dict`."""
+        self.schedule.load_state_dict(state)
+        self._change(self._now())
+
+    def __repr__(self) -> str:
+        return f"ScheduledBand({self.divergence!r}, {self.schedule!r})"
