@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bandpo import _core
+from bandpo.divergence import CompiledSolver
 from bandpo.error import BrokenExtraError, MissingExtraError
 from bandpo.region import Band, Clip, Combined, Region
 from bandpo.surrogate import NAMES
@@ -355,9 +356,9 @@ def _solver_of(
     region: Region, old_log_prob: torch.Tensor
 ) -> tuple[tuple[np.generic, ...], torch.Tensor] | None:
     """Generator and radii as kernels take them, with the tensor that the arguments point to."""
-    if type(region) is not Band or not isinstance(region.divergence._solver, _core.Divergence):
+    if type(region) is not Band or not isinstance(region.divergence.solver, CompiledSolver):
         return None
-    divergence = region.divergence._solver
+    divergence = region.divergence.solver.core
     if divergence.kernel_generator is None:
         return None
     shape = tuple(old_log_prob.shape)

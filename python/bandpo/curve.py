@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bandpo.check import Float64Array
 from bandpo.error import InvalidValueError
 from bandpo.presets import PRESETS, preset
-from bandpo.check import Float64Array
 from bandpo.region import Band, Region
 from bandpo.schedule import RegionSource
 

@@ -3,16 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bandpo import _core
+from bandpo.check import BoolArray, Float64Array
 from bandpo.error import InvalidTypeError, InvalidValueError
 
 if TYPE_CHECKING:
     from bandpo.generator import CallableGenerator
+
+Delta: TypeAlias = "float | Float64Array"
+"""One delta, or one for each token: float64 [n]."""
+
+
+class Solver(Protocol):
+    """What solves for the bounds of a divergence; every array is one-dimensional, [n]."""
+
+    @property
+    def curvature(self) -> float | None:
+        """``f''(1)``, if there is one."""
+
+    def log_bounds(
+        self, delta_low: Delta, delta_high: Delta, logp: Float64Array
+    ) -> tuple[Float64Array, Float64Array]:
+        """Returns ``(log_lower, log_upper)``."""
+
+    def contains(
+        self, delta_low: Delta, delta_high: Delta, logp: Float64Array, log_ratio: Float64Array
+    ) -> BoolArray:
+        """Returns whether each log-ratio lies in the band."""
+
+    def diagnose(
+        self, delta: Delta, logp: Float64Array, upper: bool
+    ) -> tuple[Float64Array, Float64Array, NDArray[np.uint8], NDArray[np.uint32]]:
+        """Returns the fields of `bandpo.region.SideDiagnosis`."""
+
+    def divergences(self, logp: Float64Array, log_ratio: Float64Array) -> Float64Array:
+        """Returns D at each log-ratio."""
+
+
+class CompiledSolver(NamedTuple):
+    """The solver in Rust, for built-in divergences and expressions; see `Solver`."""
+
+    core: _core.Divergence
+
+    @property
+    def curvature(self) -> float | None:
+        """``f''(1)``, if there is one."""
+        return self.core.curvature
+
+    def log_bounds(
+        self, delta_low: Delta, delta_high: Delta, logp: Float64Array
+    ) -> tuple[Float64Array, Float64Array]:
+        """Returns ``(log_lower, log_upper)``."""
+        return _core.log_bounds(self.core, delta_low, delta_high, logp)
+
+    def contains(
+        self, delta_low: Delta, delta_high: Delta, logp: Float64Array, log_ratio: Float64Array
+    ) -> BoolArray:
+        """Returns whether each log-ratio lies in the band."""
+        return _core.contains(self.core, delta_low, delta_high, logp, log_ratio)
+
+    def diagnose(
+        self, delta: Delta, logp: Float64Array, upper: bool
+    ) -> tuple[Float64Array, Float64Array, NDArray[np.uint8], NDArray[np.uint32]]:
+        """Returns the fields of `bandpo.region.SideDiagnosis`."""
+        return _core.diagnose(self.core, delta, logp, upper)
+
+    def divergences(self, logp: Float64Array, log_ratio: Float64Array) -> Float64Array:
+        """Returns D at each log-ratio."""
+        return _core.divergences(self.core, logp, log_ratio)
 
 
 class Divergence:
@@ -83,13 +146,13 @@ class Divergence:
 
     __slots__ = ("_key", "_solver")
 
-    _solver: _core.Divergence | CallableGenerator
+    _solver: CompiledSolver | CallableGenerator
     _key: tuple[object, ...]
 
     def __init__(self, spec: str) -> None:
         if not isinstance(spec, str):
             raise InvalidTypeError(f"divergence must be a name (str), got {type(spec).__name__}")
-        self._solver = _core.Divergence(spec)
+        self._solver = CompiledSolver(_core.Divergence(spec))
         self._key = ("name", spec)
 
     @classmethod
@@ -126,7 +189,9 @@ class Divergence:
         at_zero = checked_limit("at_zero", at_zero)
         slope_at_infinity = checked_limit("slope_at_infinity", slope_at_infinity)
         divergence = cls.__new__(cls)
-        divergence._solver = _core.Divergence.from_expression(text, at_zero, slope_at_infinity)
+        divergence._solver = CompiledSolver(
+            _core.Divergence.from_expression(text, at_zero, slope_at_infinity)
+        )
         divergence._key = ("expression", text, at_zero, slope_at_infinity)
         return divergence
 
@@ -172,6 +237,11 @@ class Divergence:
         return source if isinstance(source, str) else getattr(source, "__qualname__", repr(source))
 
     @property
+    def solver(self) -> CompiledSolver | CallableGenerator:
+        """What solves for its bounds; see `Solver`."""
+        return self._solver
+
+    @property
     def curvature(self) -> float | None:
         """``f''(1)``; None where f has a kink or is flat at 1."""
         return self._solver.curvature
@@ -186,9 +256,7 @@ class Divergence:
         Raises:
             InvalidValueError: If lengths differ.
         """
-        if isinstance(self._solver, _core.Divergence):
-            return _core.divergences(self._solver, logp, log_ratio)
-        return self._solver.divergences(logp, log_ratio)
+        return self.solver.divergences(logp, log_ratio)
 
     def describe(self) -> dict[str, object]:
         """What `from_description` makes the same divergence of, as JSON takes it."""
@@ -251,3 +319,7 @@ def _restore(
         return Divergence(source)
     make = Divergence.from_expression if kind == "expression" else Divergence.from_callable
     return make(source, at_zero=at_zero, slope_at_infinity=slope_at_infinity)
+
+
+def __dir__() -> list[str]:
+    return ["CompiledSolver", "Divergence", "Solver"]

@@ -40,3 +40,7 @@ class BrokenExtraError(BandpoError, ImportError):
 
 class BackendWarning(UserWarning):
     """The fastest backend for a device cannot run; the message says why and which one does."""
+
+
+def __dir__() -> list[str]:
+    return [name for name in globals() if name.endswith(("Error", "Warning"))]

@@ -16,8 +16,8 @@ from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Clip
 from bandpo.schedule import RegionSource
 from bandpo.surrogate import (
-    NAMES,
     LOG_RATIO_LIMIT,
+    NAMES,
     GradientPreserving,
     Mask,
     Surrogate,

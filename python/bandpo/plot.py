@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bandpo.check import Float64Array
 from bandpo.curve import Curve, curve_of
 from bandpo.error import MissingExtraError, OutputPathError
-from bandpo.check import Float64Array
 from bandpo.region import Region
 
 try:

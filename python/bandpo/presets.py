@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from bandpo.error import InvalidValueError
+from bandpo.check import check_name
 from bandpo.region import Band, Clip, Dcpo
 from bandpo.rule import AggregationMode, AnyRegion, RatioLevel
 from bandpo.schedule import Bapo, RegionSource
@@ -37,10 +37,25 @@ class Preset:
     source: str = field(kw_only=True)
     """The paper, and where in it or in its code the numbers stand."""
 
-    def arguments(self) -> dict[str, Any]:
-        """Returns keyword arguments for `bandpo.loss.policy_loss` and `bandpo.loss.PolicyLoss`."""
-        names = ("region", "surrogate", "dual_clip", "ratio_level", "loss_agg_mode")
-        return {name: getattr(self, name) for name in names}
+    def arguments(self, **changes: Any) -> dict[str, Any]:
+        """Returns keyword arguments for `bandpo.loss.policy_loss` and `bandpo.loss.PolicyLoss`.
+
+        >>> preset("dapo").arguments(loss_agg_mode="seq-mean-token-mean")["loss_agg_mode"]
+        'seq-mean-token-mean'
+
+        Args:
+            changes: Arguments to take in place of the preset's, such as a trainer's own
+                ``loss_agg_mode``.
+
+        Raises:
+            InvalidValueError: If the preset has no argument of that name.
+        """
+        for name in changes:
+            check_name("argument of a preset", name, _ARGUMENTS)
+        return {name: getattr(self, name) for name in _ARGUMENTS} | changes
+
+
+_ARGUMENTS = ("region", "surrogate", "dual_clip", "ratio_level", "loss_agg_mode")
 
 
 _BANDPO = (
@@ -73,14 +88,14 @@ _PRESETS: Final = (
         Band("tv", 0.15),
         Mask(truncation=None),
         source="DPPO, arXiv 2602.04879, Eq. 12-13; appendix C.1 (threshold 0.15, C infinite; "
-        "appendix E truncates at 5, verl at 20)",
+        "appendix E truncates at 5; verl's shipped configuration at 3)",
     ),
     Preset(
         "dppo-kl",
         Band("kl", 0.05),
         Mask(truncation=None),
         source="DPPO, arXiv 2602.04879, Eq. 12 and 14; appendix C.1 (threshold 0.05, C infinite; "
-        "appendix E truncates at 5, verl at 20)",
+        "appendix E truncates at 5; verl's shipped configuration at 3)",
     ),
     Preset(
         "prime-rl",
@@ -155,7 +170,7 @@ class _Presets(Mapping[str, Preset]):
 
 
 PRESETS: Final[Mapping[str, Preset]] = _Presets()
-"""All presets by name."""
+"""All presets by name, to go through; `preset` returns one."""
 
 
 def preset(name: str) -> Preset:
@@ -164,6 +179,9 @@ def preset(name: str) -> Preset:
     Raises:
         InvalidValueError: If there is none of that name; the message lists those there are.
     """
-    if name not in PRESETS:
-        raise InvalidValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    check_name("preset", name, PRESETS)
     return PRESETS[name]
+
+
+def __dir__() -> list[str]:
+    return ["PRESETS", "Preset", "preset"]

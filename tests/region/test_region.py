@@ -242,3 +242,92 @@ def test_a_tensor_is_no_array_of_radii() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(InvalidTypeError, match=r"a number, .* or a numpy array, got Tensor"):
         Band("kl", torch.full((3,), 0.1))
+
+
+class LogitStep(Region):
+    """New probabilities whose logit is within kappa of the old one's, as CONTRIBUTING shows."""
+
+    def __init__(self, kappa: float) -> None:
+        self.kappa = kappa
+
+    def log_bounds(self, logp: Any) -> tuple[Any, Any]:
+        logp = np.minimum(np.asarray(logp, dtype=np.float64), 0.0)
+        return self._side(-self.kappa, logp)[0], self._side(self.kappa, logp)[0]
+
+    @staticmethod
+    def _side(step: float, logp: Any) -> tuple[Any, Any]:
+        """ln of ``e^step / (1 - p + p e^step)``, and its slope in ln p."""
+        p = np.exp(logp)
+        rest = p * math.expm1(step)
+        return step - np.log1p(rest), -rest / (1.0 + rest)
+
+    @property
+    def per_token(self) -> bool:
+        return False
+
+    def curves(self, upper: bool) -> Any:
+        return [(0.0, lambda upper, logp: self._side(self.kappa if upper else -self.kappa, logp))]
+
+    def describe(self) -> dict[str, Any]:
+        return {"logit-step": [self.kappa, self.kappa]}
+
+
+def test_a_region_of_a_user_has_a_table_and_combines() -> None:
+    region = LogitStep(0.5)
+    table = region.table()
+    assert max(table.max_error) <= TABLE
+    for tabulated, exact in zip(table.bounds(LOGP), region.bounds(LOGP), strict=True):
+        np.testing.assert_allclose(tabulated, exact, rtol=0, atol=TABLE)
+    capped = (region | Clip(0.1)).cap(1.5)
+    assert capped.bounds([-10.0])[1] == pytest.approx(1.5, rel=CLOSED_FORM)
+    assert region.contains(-1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "clip"),
+    [
+        (0.8, 1.28, Clip(0.2, 0.28)),
+        (0, math.inf, Clip(1.0, math.inf)),
+        (1, 1, Clip(0.0)),
+        (np.float32(0.5), 3, Clip(0.5, 2.0)),
+    ],
+)
+def test_between_takes_the_ends_of_an_interval(lower: float, upper: float, clip: Clip) -> None:
+    assert Clip.between(lower, upper) == clip
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "error", "message"),
+    [
+        (0.2, 0.28, InvalidValueError, "upper must be at least 1, got 0.28"),
+        (1.2, 2.0, InvalidValueError, r"lower must be in \[0, 1\], got 1.2"),
+        (math.nan, 2.0, InvalidValueError, r"lower must be in \[0, 1\], got nan"),
+        (0.5, math.nan, InvalidValueError, "upper must be at least 1, got nan"),
+        ("0.5", 2.0, InvalidTypeError, "lower must be a real number, got str"),
+    ],
+)
+def test_between_refuses_what_is_no_interval_around_1(
+    lower: Any, upper: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Clip.between(lower, upper)
+
+
+def test_a_pair_of_deltas_may_be_a_list() -> None:
+    assert Band("kl", [0.05, 0.1]) == Band("kl", (0.05, 0.1))
+    with pytest.raises(InvalidValueError, match=r"pair \(low, high\), got 3 values"):
+        Band("kl", [0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    "module",
+    [bandpo.schedule, bandpo.presets, bandpo.region, bandpo.divergence, bandpo.table, bandpo.error],
+)
+def test_dir_of_a_public_module_lists_public_names(module: Any) -> None:
+    names = dir(module)
+    assert all(hasattr(module, name) for name in names)
+    assert not {"annotations", "np", "math", "Any", "TYPE_CHECKING"} & set(names)
+    public = {
+        n for n, x in vars(module).items() if getattr(x, "__module__", "").startswith("bandpo")
+    }
+    assert {n for n in names if not n.startswith("_")} <= public | set(vars(module))

@@ -355,3 +355,25 @@ def test_bapo_finds_the_same_bounds_on_every_rank() -> None:
         rank = Bapo()
         rank.step(advantages[part], log_ratio[part], logp[part], all_reduce=lambda _: total)
         assert rank.region == whole.region
+
+
+def test_a_scheduled_band_has_a_cap_and_a_min_width_that_pickle() -> None:
+    source = ScheduledBand("kl", Linear(0.5, 0.25, 4), cap=10, at_least=(0.1, 0.2))
+    assert source.region == Band("kl", 0.5).at_least(0.1, 0.2).cap(10)
+    source.step()
+    again = pickle.loads(pickle.dumps(source))  # noqa: S301
+    again.step()
+    source.step()
+    assert again.region == source.region == Band("kl", 0.375).at_least(0.1, 0.2).cap(10)
+    one_width = ScheduledBand("kl", Constant(0.01), at_least=0.3)
+    assert one_width.region == Band("kl", 0.01).at_least(0.3)
+    with pytest.raises(InvalidValueError, match=r"upper must be at least 1, got 0\.5"):
+        ScheduledBand("kl", Constant(0.1), cap=0.5)
+
+
+def test_bapo_updates_by_either_name() -> None:
+    arrays = (np.array([1.0, -1.0]), np.array([0.5, -0.2]), np.array([-1.0, -0.3]))
+    first, second = Bapo(), Bapo()
+    first.update(*arrays)
+    second.step(*arrays)
+    assert first.region == second.region

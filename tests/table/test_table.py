@@ -299,7 +299,7 @@ def test_any_region_can_be_tabulated(region: Region) -> None:
 
 def test_kinks_lie_exactly_where_curves_cross() -> None:
     capped = Band("kl", 0.05).cap(10)
-    at = [start for start, _ in capped._stretches(True)]
+    at = [start for start, _ in capped.curves(True)]
     assert len(at) == 2
     _, log_upper = Band("kl", 0.05).log_bounds(-at[1])
     assert log_upper == pytest.approx(np.log(10), rel=1e-14, abs=0)

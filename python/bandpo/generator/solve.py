@@ -4,11 +4,11 @@ One problem serves both sides, as in ``rust/band/``: of the two outcomes {this t
 else} one, of probability ``w``, shrinks by a factor ``e^-m``; the other, of probability
 ``g = 1 - w``, grows to ``1 + (w/g) (1 - e^-m)`` times its size. For the lower bound the token
 shrinks, for the upper bound everything else does. The unknown is ``s = ln m``, because
-``ln(D/delta)`` against it is nearly a straight line. All elements of a batch are solved together: an
-iteration calls the function once, with one array.
+``ln(D/delta)`` against it is nearly a straight line. All elements of a batch are solved together:
+an iteration calls the function once, with one array.
 
-A callable gives float64 values ``f(u)`` at normal float64 numbers, and not ``f(1+y)``. The docstring
-of `CallableGenerator` states what that costs.
+A callable gives float64 values ``f(u)`` at normal float64 numbers, and not ``f(1+y)``. The
+docstring of `CallableGenerator` states what that costs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Regions: maps from a token's old log-probability to the ratios it may take."""
 
 from bandpo.region.band import Band, Diagnosis, SideDiagnosis, Status
-from bandpo.region.base import Curve, Region, Stretches
+from bandpo.region.base import Curve, Curves, Region
 from bandpo.region.clip import Clip
 from bandpo.region.combined import Combined, sides
 from bandpo.region.dcpo import Dcpo
@@ -12,12 +12,12 @@ __all__ = [
     "Clip",
     "Combined",
     "Curve",
+    "Curves",
     "Dcpo",
     "Diagnosis",
     "Region",
     "SideDiagnosis",
     "Status",
-    "Stretches",
     "from_description",
     "sides",
 ]

@@ -25,7 +25,7 @@ Sampler: TypeAlias = Callable[[bool, Float64Array], tuple[Float64Array, Float64A
 Curve: TypeAlias = float | tuple[_core.Divergence, float] | Sampler
 """A constant ratio, a divergence with its radius, or anything smooth."""
 
-Stretches: TypeAlias = list[tuple[float, Curve]]
+Curves: TypeAlias = list[tuple[float, Curve]]
 
 _SMALLEST_POSITIVE = math.ulp(0.0)
 
@@ -73,8 +73,24 @@ class Region(ABC):
         """
         raise InvalidValueError(f"{self!r} cannot be described")
 
-    def _stretches(self, upper: bool) -> Stretches:
-        """The curves of one side with the ``-logp`` where each begins, the first at 0."""
+    def curves(self, upper: bool) -> Curves:
+        """Returns the curves that one side is made of, from which a table is built.
+
+        A side of up to eight pieces is tabulated; a region that has no table need not override
+        this.
+
+        Args:
+            upper: True for ``log_upper``, False for ``log_lower``.
+
+        Returns:
+            Pairs ``(start, curve)``: the ``-logp`` where the curve begins, rising, the first 0. A
+            curve is a constant ratio, or a function of ``(upper, logp)`` that returns the log
+            bounds and their slopes in logp, both float64 in the shape of ``logp``, and is smooth
+            between its start and the next; or a compiled divergence with its delta.
+
+        Raises:
+            InvalidValueError: If the region cannot be tabulated.
+        """
         raise InvalidValueError(f"{self!r} cannot be tabulated")
 
     def table(self) -> BandTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,13 +14,15 @@ from bandpo.error import InvalidValueError
 
 if TYPE_CHECKING:
     pass
-from bandpo.region.base import Region, Stretches
+from bandpo.region.base import Curves, Region
 
 
 class Clip(Region):
     """The constant interval ``[1 - eps_low, 1 + eps_high]`` of PPO and its variants.
 
     ``Clip(0.2)`` is PPO's, ``Clip(0.2, 0.28)`` DAPO's clip-higher, ``Clip(1, inf)`` does not clip.
+    The arguments are widths. Where the two ends are at hand, `Clip.between` takes them:
+    ``Clip(0.2, 0.28)`` is ``Clip.between(0.8, 1.28)``.
 
     Args:
         eps_low: How far below 1 the ratio may fall, in [0, 1].
@@ -44,6 +47,29 @@ class Clip(Region):
             )
         self.log_lower = math.log1p(-self.eps_low) if self.eps_low < 1.0 else -math.inf
         self.log_upper = math.log1p(self.eps_high)
+
+    @classmethod
+    def between(cls, lower: float, upper: float) -> Clip:
+        """Returns the interval with these two ends.
+
+        >>> Clip.between(0.8, 1.28)
+        Clip(0.2, 0.28)
+
+        Args:
+            lower: Min ratio, in [0, 1].
+            upper: Max ratio, at least 1, inf allowed.
+
+        Raises:
+            InvalidTypeError: If an end is not a real number.
+            InvalidValueError: If it is out of range.
+        """
+        low, high = real_number("lower", lower), real_number("upper", upper)
+        if not 0.0 <= low <= 1.0:
+            raise InvalidValueError(f"lower must be in [0, 1], got {lower}")
+        if not high >= 1.0:
+            raise InvalidValueError(f"upper must be at least 1, got {upper}")
+        # The widths that a user would write: 1 - 0.8 is not 0.2 in binary.
+        return cls(float(_decimal(1) - _decimal(low)), float(_decimal(high) - _decimal(1)))
 
     @classmethod
     def from_log_ratio(cls, log_low: float, log_high: float | None = None) -> Clip:
@@ -112,7 +138,8 @@ class Clip(Region):
             return "clip", self.eps_low, self.eps_high
         return "log-clip", -self.log_lower, self.log_upper
 
-    def _stretches(self, upper: bool) -> Stretches:
+    def curves(self, upper: bool) -> Curves:
+        """Returns the constant ratio of the side; see `Region.curves`."""
         return [(0.0, 1.0 + self.eps_high if upper else 1.0 - self.eps_low)]
 
     def __repr__(self) -> str:
@@ -126,6 +153,10 @@ class Clip(Region):
 
     def __hash__(self) -> int:
         return hash((Clip, self.log_lower, self.log_upper))
+
+
+def _decimal(number: float) -> Decimal:
+    return Decimal(repr(float(number)))
 
 
 def _kl3_root(delta: float, sign: float) -> float:

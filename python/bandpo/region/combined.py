@@ -13,7 +13,7 @@ from bandpo.error import InvalidTypeError
 
 if TYPE_CHECKING:
     pass
-from bandpo.region.base import Region, Stretches
+from bandpo.region.base import Curves, Region
 
 
 def sides(*, lower: Region, upper: Region) -> Region:
@@ -75,11 +75,11 @@ class Combined(Region):
         """Its parts; see `Region.describe`."""
         return {self.kind: [part.describe() for part in self.parts]}
 
-    def _stretches(self, upper: bool) -> Stretches:
-        """The stretches of whichever part holds the bound, cut where the other takes over."""
+    def curves(self, upper: bool) -> Curves:
+        """The curves of whichever part holds the bound, cut where the other takes over."""
         if self.kind == "sides":
-            return self.parts[int(upper)]._stretches(upper)
-        sides = [part._stretches(upper) for part in self.parts]
+            return self.parts[int(upper)].curves(upper)
+        sides = [part.curves(upper) for part in self.parts]
         # The part that reaches further out holds a union; on the lower side that is the lesser.
         outer = self.kind == "union"
 
@@ -100,15 +100,15 @@ class Combined(Region):
             same = left_holds(middle) == holds[change]
             low, high = np.where(same, middle, low), np.where(same, high, middle)
         starts = [0.0, *high.tolist()]
-        stretches: Stretches = []
+        curves: Curves = []
         for i, start in enumerate(starts):
             end = starts[i + 1] if i + 1 < len(starts) else math.inf
             side = sides[0] if bool(holds[0]) == (i % 2 == 0) else sides[1]
             for k, (begin, curve) in enumerate(side):
                 next_begin = side[k + 1][0] if k + 1 < len(side) else math.inf
                 if max(begin, start) < min(next_begin, end):
-                    stretches.append((max(begin, start), curve))
-        return stretches
+                    curves.append((max(begin, start), curve))
+        return curves
 
     def __repr__(self) -> str:
         left, right = self.parts

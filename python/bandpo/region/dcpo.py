@@ -13,7 +13,7 @@ from bandpo.error import InvalidValueError
 
 if TYPE_CHECKING:
     pass
-from bandpo.region.base import Region, Stretches
+from bandpo.region.base import Curves, Region
 
 _MOST_RARE = 600.0
 """The greatest ``-logp`` that is exponentiated: 1/p overflows at 709."""
@@ -73,7 +73,8 @@ class Dcpo(Region):
         """Its two epsilons; see `Region.describe`."""
         return {"dcpo": [str(self.eps_low), str(self.eps_high)]}
 
-    def _stretches(self, upper: bool) -> Stretches:
+    def curves(self, upper: bool) -> Curves:
+        """Returns the closed form, and 1/2 beyond the kink below; see `Region.curves`."""
         if upper:
             return [(0.0, self._sample)]
         kink = self._kink()

@@ -60,7 +60,7 @@ class Bapo(RegionSource):
         self._bounds = (self.lower[0], self.upper[0])
         super().__init__(_interval(*self._bounds))
 
-    def step(
+    def update(
         self,
         advantages: ArrayLike,
         log_ratio: ArrayLike,
@@ -116,6 +116,9 @@ class Bapo(RegionSource):
         enough = gains >= self.target * (gains + losses)
         moves = int(np.argmax(enough)) if enough.any() else len(enough) - 1
         self._move(lowers[max(moves - (len(uppers) - 1), 0)], uppers[min(moves, len(uppers) - 1)])
+
+    step = update
+    """The same method by the name that it had first."""
 
     def _move(self, lower: float, upper: float) -> None:
         self._bounds = (lower, upper)

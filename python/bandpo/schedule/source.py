@@ -44,7 +44,7 @@ class RegionSource(ABC):
         """Refused, as ``&`` is: regions are combined, what changes them is not."""
         raise InvalidTypeError(
             f"{type(self).__name__} is no Region and combines with none; combine within it: "
-            f"ScheduledBand(..., within=lambda band: band | ...)"
+            f"ScheduledBand(..., within=lambda band: band | ...), or cap= and at_least="
         )
 
     __ror__ = __and__ = __rand__ = __or__
@@ -77,7 +77,8 @@ class ScheduledBand(RegionSource):
     The table of each delta is built when it is first needed, in a millisecond or two for a band and
     some milliseconds for a set of regions, and the last 64 are kept.
 
-    >>> source = ScheduledBand("kl", Linear(0.1, 0.05, 100), within=lambda band: band.cap(10))
+    >>> from bandpo.schedule import Linear
+    >>> source = ScheduledBand("kl", Linear(0.1, 0.05, 100), cap=10)
     >>> source.step()
     >>> source.region
     (Band('kl', 0.0995) & Clip(1.0, 9.0))
@@ -85,12 +86,15 @@ class ScheduledBand(RegionSource):
     Args:
         divergence: A `bandpo.Divergence` or the name of one.
         schedule: The delta. It belongs to this object: step the object, not the schedule.
-        within: From the band to the region that is used; the band itself if left out. To pickle
-            the object, it must be a function of a module.
+        cap: Max ratio of the region; see `Region.cap`. None for no cap.
+        at_least: Min width of the region, before the cap: eps_low and eps_high of
+            `Region.at_least`, or one number for both. None for no min width.
+        within: For any other region around the band: a function from the band to the region,
+            before the cap. A schedule that is pickled needs a function of a module, no lambda.
 
     Raises:
         InvalidTypeError: If an argument has the wrong type, or ``within`` returns no region.
-        InvalidValueError: If the divergence is not known.
+        InvalidValueError: If the divergence is not known, or ``cap`` or ``at_least`` out of range.
     """
 
     def __init__(
@@ -98,6 +102,8 @@ class ScheduledBand(RegionSource):
         divergence: Divergence | str,
         schedule: Schedule,
         *,
+        cap: float | None = None,
+        at_least: float | tuple[float, float] | None = None,
         within: Callable[[Band], Region] | None = None,
     ) -> None:
         if not isinstance(schedule, Schedule):
@@ -113,6 +119,8 @@ class ScheduledBand(RegionSource):
             divergence if isinstance(divergence, Divergence) else Divergence(divergence)
         )
         self.schedule = schedule
+        self.cap = cap
+        self.at_least = at_least
         self.within = within
         super().__init__(self._now())
 
@@ -126,7 +134,10 @@ class ScheduledBand(RegionSource):
         region = band if self.within is None else self.within(band)
         if not isinstance(region, Region):
             raise InvalidTypeError(f"within must return a Region, got {type(region).__name__}")
-        return region
+        if self.at_least is not None:
+            widths = self.at_least if isinstance(self.at_least, (tuple, list)) else [self.at_least]
+            region = region.at_least(*widths)
+        return region if self.cap is None else region.cap(self.cap)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the schedule."""

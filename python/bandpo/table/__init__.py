@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bandpo import _core
 from bandpo.check import Float64Array, real_array
+from bandpo.divergence import CompiledSolver
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Band, Region, from_description
 
@@ -85,8 +86,8 @@ class BandTable(Region):
             InvalidValueError: If a delta is an array, or a side has more than eight smooth pieces.
         """
         core = _core.BandTable.build(
-            region._stretches(False),
-            region._stretches(True),
+            region.curves(False),
+            region.curves(True),
             json.dumps(region.describe(), sort_keys=True),
             _exact(region),
         )
@@ -231,6 +232,10 @@ def _from_bytes(data: bytes) -> BandTable:
 
 def _exact(region: Region) -> object:
     """What a table of the region is measured against, as the core takes it."""
-    if isinstance(region, Band) and isinstance(region.divergence._solver, _core.Divergence):
-        return region.divergence._solver, region.delta_low, region.delta_high
+    if isinstance(region, Band) and isinstance(region.divergence.solver, CompiledSolver):
+        return region.divergence.solver.core, region.delta_low, region.delta_high
     return region.log_bounds
+
+
+def __dir__() -> list[str]:
+    return ["TARGET", "BandTable", "MaxError", "TableAccuracyWarning"]
