@@ -18,7 +18,7 @@
 //! | 80..96 | u32 | bits of the greatest `z` of the grid |
 //! | 96, 97 | f32 | the value of each side at `y = 0` |
 //! | 98, 99 | f32 | the value of each side for `y >= 128` |
-//! | 100..104 | f32 | `log_upper` is at least this times `y`, for `y` in each of [`BANDS`] |
+//! | 100..104 | f32 | `log_upper` is at least this times `y`, for `y` in each of [`REACH_RANGES`] |
 //! | 104..108 | f32 | `ln lower` is at most this, likewise |
 //! | 108..112 | | 0 |
 //!
@@ -33,37 +33,57 @@
 
 use crate::error::{Error, Result};
 
-/// Pieces a side may have.
-pub(crate) const PIECES: usize = 8;
+/// Max pieces of a side.
+pub(crate) const MAX_PIECES: usize = 8;
 /// Words of a header row: a lane for each piece of each side.
-pub(crate) const LANES: usize = 2 * PIECES;
-/// Where the rows of the header begin, each with a word a lane.
+pub(crate) const ROW: usize = 2 * MAX_PIECES;
+
+// First words of the header's rows.
 pub(crate) const START: usize = 0;
-pub(crate) const ORIGIN: usize = LANES;
-pub(crate) const SCALE: usize = 2 * LANES;
-pub(crate) const ENTRY_BASE: usize = 3 * LANES;
-pub(crate) const LOWEST: usize = 4 * LANES;
-pub(crate) const HIGHEST: usize = 5 * LANES;
-/// Where the values at `y = 0` and at `y >= 128` begin, one a side.
-pub(crate) const AT_ZERO: usize = 6 * LANES;
-pub(crate) const AT_FAR: usize = AT_ZERO + 2;
-/// See [`reaches`].
-pub(crate) const REACHES: usize = AT_ZERO + 4;
-/// Where the octave entries begin.
-pub(crate) const ENTRIES: usize = 7 * LANES;
-/// `y` from which the limit holds.
+pub(crate) const ORIGIN: usize = ROW;
+pub(crate) const SCALE: usize = 2 * ROW;
+pub(crate) const ENTRY_BASE: usize = 3 * ROW;
+pub(crate) const MIN_BITS: usize = 4 * ROW;
+pub(crate) const MAX_BITS: usize = 5 * ROW;
+/// The row that has no lane for each piece: values at both ends of a side, and its reaches.
+pub(crate) const ENDS: usize = 6 * ROW;
+
+// Words of that row.
+/// `log_upper` and `lower` at `y = 0`.
+pub(crate) const AT_ZERO: usize = ENDS;
+/// `log_upper` and `lower` for `y >= FAR`.
+pub(crate) const AT_FAR: usize = ENDS + 2;
+/// `log_upper` is at least this times `y`, in each of [`REACH_RANGES`].
+pub(crate) const UPPER_REACH: usize = ENDS + 4;
+/// `ln lower` is at most this, in each of [`REACH_RANGES`].
+pub(crate) const LOWER_REACH: usize = ENDS + 8;
+
+/// First octave entry.
+pub(crate) const ENTRIES: usize = 7 * ROW;
+/// Low bits of an octave entry, which hold its halvings; the others hold its first node.
+pub(crate) const HALVINGS_BITS: u32 = 4;
+/// Mask of those bits.
+pub(crate) const HALVINGS_MASK: u32 = (1 << HALVINGS_BITS) - 1;
+/// Max halvings of an octave.
+pub(crate) const MAX_HALVINGS: u32 = 8;
+/// Max bytes of an image.
+pub(crate) const MAX_BYTES: usize = 32 * 1024;
+/// `y` from which a side is constant.
 pub(crate) const FAR: f64 = 128.0;
-/// Most bytes of an image.
-pub(crate) const MOST_BYTES: usize = 32 * 1024;
-/// Most halvings of an octave.
-pub(crate) const MOST_HALVINGS: u32 = 8;
 
-/// Ranges of `y` for which [`reaches`] are stated: each begins here and ends where the next one does. Two
-/// octaves each, so that the high bits of a float, less [`FIRST_BAND`], are its range.
-pub(crate) const BANDS: [f32; 4] = [0.0, 0.125, 0.5, 2.0];
+/// First `y` of each range that has reaches of its own. A range is two octaves, so the high bits of a float,
+/// less [`FIRST_REACH_RANGE`], number its range.
+pub(crate) const REACH_RANGES: [f32; 4] = [0.0, 0.125, 0.5, 2.0];
+/// The upper 8 bits of floats in the first range. Floats below it count as the first range, those above
+/// the last range as the last.
+pub(crate) const FIRST_REACH_RANGE: u32 = 61;
 
-/// The upper 8 bits of the floats of the first range; all above those of the last belong to that as well.
-pub(crate) const FIRST_BAND: u32 = 61;
+/// Bits of a float32's mantissa.
+pub(crate) const MANTISSA_BITS: u32 = f32::MANTISSA_DIGITS - 1;
+/// Mask of a float32's mantissa.
+pub(crate) const MANTISSA: u32 = (1 << MANTISSA_BITS) - 1;
+/// Bits of 1.
+pub(crate) const ONE: u32 = 1_f32.to_bits();
 
 /// The words of a table, to look bounds up in. No lookup leads outside them.
 #[derive(Debug, Clone, Copy)]
@@ -84,19 +104,9 @@ impl<'a> Image<'a> {
         self.0
     }
 
-    /// A row of the header: a word for each piece of `log_upper` and then of `lower`.
-    pub(crate) fn row(self, row: usize) -> &'a [u32; LANES] {
-        self.0[LANES * row..].first_chunk().expect("the header is there")
-    }
-
-    /// The bits of the values at `y = 0`, `log_upper` and `lower`, and of those at `y >= 128`.
-    pub(crate) fn ends(self) -> [u32; 4] {
-        *self.0[AT_ZERO..].first_chunk().expect("the header is there")
-    }
-
-    /// The row with what [`reaches`] finds: of `log_upper` from word 4, of `lower` from word 8 on.
-    pub(crate) fn reaches(self) -> &'a [u32; LANES] {
-        self.row(AT_ZERO / LANES)
+    /// The header row that begins at a word, such as [`ORIGIN`].
+    pub(crate) fn row(self, first: usize) -> &'a [u32; ROW] {
+        self.0[first..].first_chunk().expect("the header is there")
     }
 
     /// `-logp`, 0 where `logp` is above 0, NaN where it is.
@@ -135,19 +145,19 @@ impl<'a> Image<'a> {
         if y >= FAR as f32 {
             return float(AT_FAR + side);
         }
-        let first = PIECES * side;
-        let lane =
-            first + (1..PIECES).map(|k| usize::from(y >= float(START + first + k))).sum::<usize>();
+        let first = MAX_PIECES * side;
+        let lane = first
+            + (1..MAX_PIECES).map(|k| usize::from(y >= float(START + first + k))).sum::<usize>();
         let z = (y - float(ORIGIN + lane)).abs() * float(SCALE + lane);
-        let bits = z.to_bits().clamp(words[LOWEST + lane], words[HIGHEST + lane]);
-        let exponent = bits >> 23;
+        let bits = z.to_bits().clamp(words[MIN_BITS + lane], words[MAX_BITS + lane]);
+        let exponent = bits >> MANTISSA_BITS;
         let entry = words[words[ENTRY_BASE + lane].wrapping_add(exponent) as usize];
-        let halvings = entry & 15;
-        let cell = (bits & MANTISSA) >> (23 - halvings);
-        let node = 2 * ((entry >> 4) + cell) as usize;
+        let halvings = entry & HALVINGS_MASK;
+        let cell = (bits & MANTISSA) >> (MANTISSA_BITS - halvings);
+        let node = 2 * ((entry >> HALVINGS_BITS) + cell) as usize;
         // What is left of the mantissa becomes that of a float in [1, 2): exact.
         let t = f32::from_bits((bits << halvings) & MANTISSA | ONE) - 1.0;
-        let width = f32::from_bits((exponent - halvings) << 23);
+        let width = f32::from_bits((exponent - halvings) << MANTISSA_BITS);
         let (v0, v1) = (float(node), float(node + 2));
         let (m0, m1) = (float(node + 1) * width, float(node + 3) * width);
         let rise = v1 - v0;
@@ -155,24 +165,19 @@ impl<'a> Image<'a> {
     }
 }
 
-/// The mantissa bits of a float32.
-pub(crate) const MANTISSA: u32 = 0x7f_ffff;
-/// The bits of 1.
-pub(crate) const ONE: u32 = 0x3f80_0000;
-
 /// Every index that a lookup can form must stay inside the image, whatever wrote it.
 ///
-/// A lookup takes any of the 16 lanes, limits any bits (of a NaN, or an infinity) to `LOWEST..=HIGHEST`
+/// A lookup takes any of the 16 lanes, limits any bits (of a NaN, or an infinity) to `MIN_BITS..=MAX_BITS`
 /// of that lane, as unsigned or, where a NaN has a sign, as signed numbers, and may do so before it
 /// looks at whether `y` is special. So of every lane, used or not, all exponents between the two have
 /// an entry, and all four words of all cells that the entry divides the octave into, up to
 /// the greatest bits, are inside; halvings do not exceed the exponent, so that a width has one.
 pub(crate) fn check_image(words: &[u32]) -> Result<()> {
     let refuse = |reason: &str| Error::TableFile { reason: reason.to_owned() };
-    if words.len() < ENTRIES || 4 * words.len() > MOST_BYTES {
+    if words.len() < ENTRIES || 4 * words.len() > MAX_BYTES {
         return Err(refuse("its image has no header, or is larger than 32 KiB"));
     }
-    for starts in words[START..START + LANES].chunks_exact(PIECES) {
+    for starts in words[START..START + ROW].chunks_exact(MAX_PIECES) {
         // The lookup counts the starts at or below y, so they have to ascend.
         let ascending = starts.windows(2).all(|pair| {
             let (a, b) = (f32::from_bits(pair[0]), f32::from_bits(pair[1]));
@@ -183,25 +188,29 @@ pub(crate) fn check_image(words: &[u32]) -> Result<()> {
         }
     }
     let grid =
-        |lane: usize| [words[LOWEST + lane], words[HIGHEST + lane], words[ENTRY_BASE + lane]];
-    for lane in 0..LANES {
+        |lane: usize| [words[MIN_BITS + lane], words[MAX_BITS + lane], words[ENTRY_BASE + lane]];
+    for lane in 0..ROW {
         if lane > 0 && grid(lane) == grid(lane - 1) {
             continue;
         }
-        let (lowest, highest) = (words[LOWEST + lane], words[HIGHEST + lane]);
+        let (lowest, highest) = (words[MIN_BITS + lane], words[MAX_BITS + lane]);
         if lowest > highest || highest > f32::MAX.to_bits() {
             return Err(refuse("its image has a piece without a grid"));
         }
-        for exponent in lowest >> 23..=highest >> 23 {
+        for exponent in lowest >> MANTISSA_BITS..=highest >> MANTISSA_BITS {
             let at = words[ENTRY_BASE + lane].wrapping_add(exponent) as usize;
             let entry = words.get(at).copied().filter(|_| at >= ENTRIES);
             let inside = entry.is_some_and(|entry| {
-                let (node, halvings) = ((entry >> 4) as usize, entry & 15);
-                let last_bits =
-                    if exponent == highest >> 23 { highest & MANTISSA } else { MANTISSA };
-                halvings <= MOST_HALVINGS.min(exponent)
+                let (node, halvings) = ((entry >> HALVINGS_BITS) as usize, entry & HALVINGS_MASK);
+                let last_bits = if exponent == highest >> MANTISSA_BITS {
+                    highest & MANTISSA
+                } else {
+                    MANTISSA
+                };
+                halvings <= MAX_HALVINGS.min(exponent)
                     && 2 * node >= ENTRIES
-                    && 2 * (node + (last_bits >> (23 - halvings)) as usize) + 3 < words.len()
+                    && 2 * (node + (last_bits >> (MANTISSA_BITS - halvings)) as usize) + 3
+                        < words.len()
             });
             if !inside {
                 return Err(refuse("its image points outside itself"));

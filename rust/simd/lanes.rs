@@ -8,7 +8,11 @@
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
-use crate::image::{BANDS, FIRST_BAND, Image};
+use crate::image::{
+    AT_FAR, AT_ZERO, ENDS, ENTRY_BASE, FAR, FIRST_REACH_RANGE, HALVINGS_BITS, HALVINGS_MASK, Image,
+    LOWER_REACH, MANTISSA, MANTISSA_BITS, MAX_BITS, MAX_PIECES, MIN_BITS, ONE, ORIGIN,
+    REACH_RANGES, SCALE, START, UPPER_REACH,
+};
 
 /// Numbers in the widest vector.
 pub const MOST_LANES: usize = 16;
@@ -165,9 +169,6 @@ pub trait FloatBits: Lanes<Scalar = f32> {
     unsafe fn gather_four(self, words: &[u32], index: Self::Words) -> [Self::Float; 4];
 }
 
-/// `-log p` from which a table holds its limits.
-const FAR: f64 = 128.0;
-
 /// The bits of infinity.
 const INFINITY: u32 = 0x7f80_0000;
 
@@ -228,12 +229,17 @@ pub fn reach<L: FloatBits>(
     lower: L::Mask,
 ) -> L::Float {
     let y = minus_log_prob(lanes, old_log_prob);
-    let last = lanes.words(FIRST_BAND + BANDS.len() as u32 - 1);
+    let first_range = lanes.words(FIRST_REACH_RANGE);
+    let last_range = lanes.words(FIRST_REACH_RANGE + REACH_RANGES.len() as u32 - 1);
     let high_bits = lanes.shift_right(lanes.as_words(y), lanes.words(24));
-    let band = lanes.least(lanes.greatest(high_bits, lanes.words(FIRST_BAND)), last);
-    let first = lanes.select_words(lower, lanes.words(8), lanes.words(4));
-    let index = lanes.add_words(lanes.sub_words(band, lanes.words(FIRST_BAND)), first);
-    let limit = lanes.as_floats(lanes.of_row(image.reaches(), index, lower));
+    let range = lanes.least(lanes.greatest(high_bits, first_range), last_range);
+    let first = lanes.select_words(
+        lower,
+        lanes.words((LOWER_REACH - ENDS) as u32),
+        lanes.words((UPPER_REACH - ENDS) as u32),
+    );
+    let index = lanes.add_words(lanes.sub_words(range, first_range), first);
+    let limit = lanes.as_floats(lanes.of_row(image.row(ENDS), index, lower));
     lanes.select(lower, limit, lanes.mul(limit, y))
 }
 
@@ -248,46 +254,47 @@ pub fn look_up<L: FloatBits>(
     let zero = lanes.splat(0.0);
     let words = image.words();
     let y = minus_log_prob(lanes, old_log_prob);
-    let starts = image.row(0);
-    let mut index = lanes.select_words(lower, lanes.words(8), lanes.words(0));
-    for k in 1..8 {
-        if starts[k].min(starts[8 + k]) == INFINITY {
+    let starts = image.row(START);
+    let mut index = lanes.select_words(lower, lanes.words(MAX_PIECES as u32), lanes.words(0));
+    for k in 1..MAX_PIECES {
+        if starts[k].min(starts[MAX_PIECES + k]) == INFINITY {
             break; // neither side has more pieces
         }
-        let start = lanes.select_words(lower, lanes.words(starts[8 + k]), lanes.words(starts[k]));
+        let start =
+            lanes.select_words(lower, lanes.words(starts[MAX_PIECES + k]), lanes.words(starts[k]));
         let reached = lanes.less_or_equal(lanes.as_floats(start), y);
         index = lanes.add_words(index, lanes.select_words(reached, lanes.words(1), lanes.words(0)));
     }
-    let origin = lanes.of_row(image.row(1), index, lower);
-    let scale = lanes.of_row(image.row(2), index, lower);
-    let base = lanes.of_row(image.row(3), index, lower);
-    let lowest = lanes.of_row(image.row(4), index, lower);
-    let highest = lanes.of_row(image.row(5), index, lower);
+    let origin = lanes.of_row(image.row(ORIGIN), index, lower);
+    let scale = lanes.of_row(image.row(SCALE), index, lower);
+    let base = lanes.of_row(image.row(ENTRY_BASE), index, lower);
+    let lowest = lanes.of_row(image.row(MIN_BITS), index, lower);
+    let highest = lanes.of_row(image.row(MAX_BITS), index, lower);
     let distance = lanes.abs(lanes.sub(y, lanes.as_floats(origin)));
     let z = lanes.as_words(lanes.mul(distance, lanes.as_floats(scale)));
     // A NaN is above all other bits, and is brought into the grid like them.
     let bits = lanes.least(lanes.greatest(z, lowest), highest);
-    let exponent = lanes.shift_right(bits, lanes.words(23));
+    let exponent = lanes.shift_right(bits, lanes.words(MANTISSA_BITS));
     // SAFETY: an image has been checked: it has shown that bits within the grid of any piece lead to an entry
     // inside the image, and any entry with any mantissa to a cell inside it.
     let (entry, halvings, cell);
     unsafe {
         entry = lanes.gather(words, lanes.add_words(base, exponent));
-        halvings = lanes.and_words(entry, lanes.words(15));
-        let mantissa = lanes.and_words(bits, lanes.words(0x7f_ffff));
-        let fraction_bits = lanes.sub_words(lanes.words(23), halvings);
+        halvings = lanes.and_words(entry, lanes.words(HALVINGS_MASK));
+        let mantissa = lanes.and_words(bits, lanes.words(MANTISSA));
+        let fraction_bits = lanes.sub_words(lanes.words(MANTISSA_BITS), halvings);
         let node = lanes.add_words(
-            lanes.shift_right(entry, lanes.words(4)),
+            lanes.shift_right(entry, lanes.words(HALVINGS_BITS)),
             lanes.shift_right(mantissa, fraction_bits),
         );
         cell = lanes.gather_four(words, lanes.add_words(node, node));
     }
     let [v0, s0, v1, s1] = cell;
-    let mantissa = lanes.and_words(lanes.shift_left(bits, halvings), lanes.words(0x7f_ffff));
-    let one_to_two = lanes.or_words(mantissa, lanes.words(0x3f80_0000));
+    let mantissa = lanes.and_words(lanes.shift_left(bits, halvings), lanes.words(MANTISSA));
+    let one_to_two = lanes.or_words(mantissa, lanes.words(ONE));
     let t = lanes.sub(lanes.as_floats(one_to_two), lanes.splat(1.0));
     let width = lanes.sub_words(exponent, halvings);
-    let width = lanes.as_floats(lanes.shift_left(width, lanes.words(23)));
+    let width = lanes.as_floats(lanes.shift_left(width, lanes.words(MANTISSA_BITS)));
     let (m0, m1) = (lanes.mul(s0, width), lanes.mul(s1, width));
     let rise = lanes.sub(v1, v0);
     let (two, three) = (lanes.splat(2.0), lanes.splat(3.0));
@@ -297,11 +304,12 @@ pub fn look_up<L: FloatBits>(
     value = lanes.add(m0, lanes.mul(t, value));
     value = lanes.add(v0, lanes.mul(t, value));
 
-    let [upper_at_zero, lower_at_zero, upper_far, lower_far] = image.ends();
-    let end = |lower_end, upper_end| {
-        lanes.as_floats(lanes.select_words(lower, lanes.words(lower_end), lanes.words(upper_end)))
+    let ends = image.row(ENDS);
+    let end = |first: usize| {
+        let (upper_end, lower_end) = (lanes.words(ends[first]), lanes.words(ends[first + 1]));
+        lanes.as_floats(lanes.select_words(lower, lower_end, upper_end))
     };
-    let (at_zero, far) = (end(lower_at_zero, upper_at_zero), end(lower_far, upper_far));
+    let (at_zero, far) = (end(AT_ZERO - ENDS), end(AT_FAR - ENDS));
     value = lanes.select(lanes.less(zero, y), value, at_zero);
     value = lanes.select(lanes.less_or_equal(lanes.splat(FAR), y), far, value);
     // Above, never outside the simplex; below, never under 0.

@@ -30,8 +30,8 @@ use crate::band::{Band, Side};
 use crate::error::{Error, Result};
 pub use crate::image::Image;
 use crate::image::{
-    AT_FAR, AT_ZERO, BANDS, ENTRIES, ENTRY_BASE, FAR, HIGHEST, LANES, LOWEST, MANTISSA, MOST_BYTES,
-    MOST_HALVINGS, ONE, ORIGIN, PIECES, REACHES, SCALE, START, check_image,
+    AT_FAR, AT_ZERO, ENDS, ENTRIES, ENTRY_BASE, FAR, MANTISSA, MAX_BITS, MAX_BYTES, MAX_HALVINGS,
+    MAX_PIECES, MIN_BITS, ONE, ORIGIN, REACH_RANGES, ROW, SCALE, START, UPPER_REACH, check_image,
 };
 
 /// Interpolation error aimed at, in f64; storing and evaluating in float32 adds its own.
@@ -145,7 +145,7 @@ impl BandTable {
         let mut tolerance = TARGET;
         let words = loop {
             let words = image(&sides, tolerance);
-            if 4 * words.len() <= MOST_BYTES {
+            if 4 * words.len() <= MAX_BYTES {
                 break words;
             }
             tolerance *= 1.5;
@@ -266,14 +266,17 @@ impl BandTable {
     pub fn errors_in_cells(&self, samples: u32, exact: &Exact<'_>) -> Result<MaxError> {
         let float = |index: usize| f32::from_bits(self.words[index]);
         let mut ys = vec![0.0, f32::from_bits(1), (FAR as f32).next_down()];
-        for lane in (0..LANES).filter(|lane| float(START + lane) < FAR as f32) {
+        for lane in (0..ROW).filter(|lane| float(START + lane) < FAR as f32) {
             let start = float(START + lane);
-            let next =
-                if lane % PIECES == PIECES - 1 { FAR as f32 } else { float(START + lane + 1) };
+            let next = if lane % MAX_PIECES == MAX_PIECES - 1 {
+                FAR as f32
+            } else {
+                float(START + lane + 1)
+            };
             let last = next.min(FAR as f32).next_down();
             ys.extend([start, start.next_up(), last]);
             let (origin, scale) = (f64::from(float(ORIGIN + lane)), f64::from(float(SCALE + lane)));
-            let (lowest, highest) = (self.words[LOWEST + lane], self.words[HIGHEST + lane]);
+            let (lowest, highest) = (self.words[MIN_BITS + lane], self.words[MAX_BITS + lane]);
             for exponent in lowest >> 23..=highest >> 23 {
                 let entry =
                     self.words[self.words[ENTRY_BASE + lane].wrapping_add(exponent) as usize];
@@ -574,7 +577,7 @@ impl Octave {
     /// How often to halve it for a tolerance, as far as was sampled.
     fn halvings(&self, tolerance: f64) -> u32 {
         let enough = self.errors.iter().position(|&error| error <= tolerance);
-        enough.map_or(MOST_HALVINGS, |b| b as u32)
+        enough.map_or(MAX_HALVINGS, |b| b as u32)
     }
 
     /// Its cells after so many halvings.
@@ -619,7 +622,7 @@ impl Octave {
         self.worst = worst;
         self.samples = finer;
         self.errors.push(greatest);
-        greatest > TARGET && self.errors.len() <= MOST_HALVINGS as usize
+        greatest > TARGET && self.errors.len() <= MAX_HALVINGS as usize
     }
 
     /// Whether its error does not fall as that of a smooth curve does, by 16 with every halving.
@@ -901,7 +904,7 @@ impl<'a> SidePlan<'a> {
                 waiting.extend(Piece::of_curve(curve, side, start, end)?);
             }
         }
-        if waiting.len() > PIECES {
+        if waiting.len() > MAX_PIECES {
             return Err(Error::Argument {
                 argument: "region",
                 value: format!("one with {} smooth pieces", waiting.len()),
@@ -911,7 +914,7 @@ impl<'a> SidePlan<'a> {
         waiting.reverse();
         let mut pieces = Vec::new();
         while let Some(mut piece) = waiting.pop() {
-            let room = pieces.len() + waiting.len() + 1 < PIECES;
+            let room = pieces.len() + waiting.len() + 1 < MAX_PIECES;
             if let Content::Graded(grid) = &mut piece.content
                 && let Some(kink) = grid.fill(side, room)?
             {
@@ -1022,14 +1025,14 @@ fn image(sides: &[SidePlan<'_>; 2], tolerance: f64) -> Vec<u32> {
         words[AT_ZERO + side] = plan.at_zero.to_bits();
         words[AT_FAR + side] = plan.far.to_bits();
         for (k, (piece, end)) in plan.with_ends().enumerate() {
-            let lane = PIECES * side + k;
+            let lane = MAX_PIECES * side + k;
             words[START + lane] = piece.start.to_bits();
             match &piece.content {
                 Content::Constant(value) => {
                     words[SCALE + lane] = ONE;
                     words[ENTRY_BASE + lane] = (entry as u32).wrapping_sub(ONE >> 23);
-                    words[LOWEST + lane] = ONE;
-                    words[HIGHEST + lane] = ONE;
+                    words[MIN_BITS + lane] = ONE;
+                    words[MAX_BITS + lane] = ONE;
                     words[entry] = (words.len() as u32 / 2) << 4;
                     entry += 1;
                     for _ in 0..2 {
@@ -1046,8 +1049,8 @@ fn image(sides: &[SidePlan<'_>; 2], tolerance: f64) -> Vec<u32> {
                     words[ORIGIN + lane] = origin.to_bits();
                     words[SCALE + lane] = scale.to_bits();
                     words[ENTRY_BASE + lane] = (entry as u32).wrapping_sub(biased);
-                    words[LOWEST + lane] = lowest;
-                    words[HIGHEST + lane] = highest;
+                    words[MIN_BITS + lane] = lowest;
+                    words[MAX_BITS + lane] = highest;
                     for octave in &grid.octaves {
                         let halvings = octave.halvings(tolerance);
                         let nodes = octave.nodes(halvings, &grid.ends);
@@ -1067,9 +1070,9 @@ fn image(sides: &[SidePlan<'_>; 2], tolerance: f64) -> Vec<u32> {
                 }
             }
         }
-        let (first, used) = (PIECES * side, plan.pieces.len());
-        for row in (0..AT_ZERO).step_by(LANES) {
-            for unused in used..PIECES {
+        let (first, used) = (MAX_PIECES * side, plan.pieces.len());
+        for row in (0..ENDS).step_by(ROW) {
+            for unused in used..MAX_PIECES {
                 words[row + first + unused] = if row == START {
                     f32::INFINITY.to_bits()
                 } else {
@@ -1079,7 +1082,7 @@ fn image(sides: &[SidePlan<'_>; 2], tolerance: f64) -> Vec<u32> {
         }
     }
     let reaches = reaches(Image(&words)).map(f32::to_bits);
-    words[REACHES..REACHES + reaches.len()].copy_from_slice(&reaches);
+    words[UPPER_REACH..UPPER_REACH + reaches.len()].copy_from_slice(&reaches);
     words
 }
 
@@ -1091,13 +1094,17 @@ fn reaches(image: Image<'_>) -> [f32; 8] {
     let words = image.words();
     let float = |at: usize| f64::from(f32::from_bits(words[at]));
     let (mut shares, mut greatest) = ([1.0_f64; 4], [0.0_f64; 4]);
-    for lane in 0..LANES {
-        let (start, side) = (float(START + lane), lane / PIECES);
+    for lane in 0..ROW {
+        let (start, side) = (float(START + lane), lane / MAX_PIECES);
         if start == f64::INFINITY {
             continue;
         }
-        let next = if lane % PIECES + 1 == PIECES { FAR } else { float(START + lane + 1).min(FAR) };
-        let (lowest, highest) = (words[LOWEST + lane], words[HIGHEST + lane]);
+        let next = if lane % MAX_PIECES + 1 == MAX_PIECES {
+            FAR
+        } else {
+            float(START + lane + 1).min(FAR)
+        };
+        let (lowest, highest) = (words[MIN_BITS + lane], words[MAX_BITS + lane]);
         for exponent in lowest >> 23..=highest >> 23 {
             let entry = words[words[ENTRY_BASE + lane].wrapping_add(exponent) as usize];
             let (node, halvings) = ((entry >> 4) as usize, entry & 15);
@@ -1123,9 +1130,10 @@ fn reaches(image: Image<'_>) -> [f32; 8] {
                 for direction in [1.0, -1.0] {
                     let y = |z: f64| float(ORIGIN + lane) + direction * z / float(SCALE + lane);
                     let (low, high) = (y(left).min(y(right)), y(left).max(y(right)));
-                    for band in 0..BANDS.len() {
-                        let band_end = BANDS.get(band + 1).map_or(FAR, |&end| f64::from(end));
-                        let low = low.max(start).max(f64::from(BANDS[band]));
+                    for band in 0..REACH_RANGES.len() {
+                        let band_end =
+                            REACH_RANGES.get(band + 1).map_or(FAR, |&end| f64::from(end));
+                        let low = low.max(start).max(f64::from(REACH_RANGES[band]));
                         let high = high.min(next).min(band_end);
                         if low > high || high == 0.0 {
                             continue;
@@ -1443,7 +1451,7 @@ mod tests {
         for (spec, delta) in grid.chain(cut) {
             let band = band(spec, delta, delta);
             let table = BandTable::of_band(&band).unwrap();
-            assert!(table.nbytes() <= MOST_BYTES, "{spec} {delta}: {}", table.nbytes());
+            assert!(table.nbytes() <= MAX_BYTES, "{spec} {delta}: {}", table.nbytes());
             let error = found_everywhere(&table, &band, 5_000).merge(table.max_error());
             let worst = error.log_upper.max(error.lower);
             assert!(worst <= TARGET, "{spec} {delta}: {error:?}");
@@ -1496,7 +1504,7 @@ mod tests {
                 let divergence = Divergence::from_expression(text, None, None).unwrap();
                 let band = Band::new(divergence, delta, delta).unwrap();
                 let table = BandTable::of_band(&band).unwrap();
-                assert!(table.nbytes() <= MOST_BYTES, "{text} {delta}: {}", table.nbytes());
+                assert!(table.nbytes() <= MAX_BYTES, "{text} {delta}: {}", table.nbytes());
                 let error = found_everywhere(&table, &band, 5_000).merge(table.max_error());
                 let worst = error.log_upper.max(error.lower);
                 assert!(worst <= TARGET, "{text} ({what}), {delta}: {error:?}");
@@ -1586,13 +1594,13 @@ mod tests {
     #[test]
     fn an_image_that_points_outside_itself_is_refused() {
         let good = table("kl", 0.05, 0.05);
-        let unused = PIECES - 1;
+        let unused = MAX_PIECES - 1;
         for (place, word) in [
             (ENTRY_BASE, 1 << 20),
             (ENTRY_BASE + unused, 1 << 20),
-            (LOWEST, u32::MAX),
-            (HIGHEST, u32::MAX),
-            (HIGHEST + unused, f32::INFINITY.to_bits()),
+            (MIN_BITS, u32::MAX),
+            (MAX_BITS, u32::MAX),
+            (MAX_BITS + unused, f32::INFINITY.to_bits()),
             (ENTRIES, u32::MAX),
         ] {
             let mut forged = good.clone();
