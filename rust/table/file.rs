@@ -1,0 +1,214 @@
+//! The file: safetensors, one tensor of words, and metadata under a checksum.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::path::Path;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use sha2::{Digest, Sha256};
+
+use super::BandTable;
+use super::verify::{MaxError, Verification};
+use crate::error::{Error, Result};
+use crate::image::check_image;
+
+pub(super) const FORMAT: &str = "bandpo-table";
+pub(super) const VERSION: &str = "1";
+pub(super) const TENSOR: &str = "words";
+
+impl BandTable {
+    /// The file's content. The same table always gives the same bytes.
+    ///
+    /// # Errors
+    /// [`Error::TableFile`] if the serializer refuses, which it has no reason to.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let data: Vec<u8> = self.words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut metadata = self.metadata();
+        let digest = checksum(&metadata, &data);
+        metadata.push(("checksum", digest));
+        let metadata: HashMap<String, String> =
+            metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        let view = TensorView::new(Dtype::U32, vec![self.words.len()], &data)
+            .map_err(|error| Error::TableFile { reason: error.to_string() })?;
+        canonical(
+            &safetensors::serialize([(TENSOR, view)], Some(metadata))
+                .map_err(|error| Error::TableFile { reason: error.to_string() })?,
+        )
+    }
+
+    /// Everything but the words, in the order that the checksum covers it.
+    #[must_use]
+    pub fn metadata(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("format", FORMAT.to_owned()),
+            ("format_version", VERSION.to_owned()),
+            ("region", self.region.clone()),
+            ("grid", "cubic Hermite, octaves of float32 -log p".to_owned()),
+            ("max_error_log_upper", format!("{:?}", self.max_error.log_upper)),
+            ("max_error_lower", format!("{:?}", self.max_error.lower)),
+            (
+                "verification",
+                match self.verification {
+                    Verification::Sampled => "sampled",
+                    Verification::Exhaustive => "exhaustive",
+                }
+                .to_owned(),
+            ),
+        ]
+    }
+
+    /// Reads a file's content; refuses whatever [`Self::to_bytes`] would not have written.
+    ///
+    /// # Errors
+    /// [`Error::TableFile`] says what is wrong. Nothing of a refused file is used.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let refuse = |reason: &str| Error::TableFile { reason: reason.to_owned() };
+        let (_, header) = SafeTensors::read_metadata(bytes)
+            .map_err(|error| refuse(&format!("not a whole safetensors file ({error})")))?;
+        let metadata = header
+            .metadata()
+            .as_ref()
+            .filter(|metadata| metadata.get("format").is_some_and(|format| format == FORMAT))
+            .ok_or_else(|| refuse("a safetensors file, but not of a bandpo table"))?;
+        let text =
+            |key: &str| metadata.get(key).ok_or_else(|| refuse(&format!("metadata has no {key}")));
+        let version = text("format_version")?;
+        if version != VERSION {
+            return Err(refuse(&format!(
+                "format version {version:?}, this version of bandpo reads {VERSION:?}"
+            )));
+        }
+        let tensors =
+            SafeTensors::deserialize(bytes).map_err(|error| refuse(&error.to_string()))?;
+        let tensor =
+            tensors.tensor(TENSOR).map_err(|_| refuse(&format!("no tensor named {TENSOR:?}")))?;
+        if tensor.dtype() != Dtype::U32 || tensor.shape().len() != 1 {
+            return Err(refuse("its tensor is not one-dimensional U32"));
+        }
+        let number = |key: &str| {
+            text(key)?
+                .parse::<f64>()
+                .map_err(|_| refuse(&format!("metadata {key} is not a number")))
+        };
+        let table = Self {
+            words: tensor
+                .data()
+                .chunks_exact(4)
+                .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+                .collect(),
+            region: text("region")?.clone(),
+            max_error: MaxError {
+                log_upper: number("max_error_log_upper")?,
+                lower: number("max_error_lower")?,
+            },
+            verification: match text("verification")?.as_str() {
+                "sampled" => Verification::Sampled,
+                "exhaustive" => Verification::Exhaustive,
+                _ => return Err(refuse("metadata verification is unknown")),
+            },
+        };
+        if text("checksum")? != &checksum(&table.metadata(), tensor.data()) {
+            return Err(refuse("its checksum does not match: the file was altered"));
+        }
+        // Bytes outside what the checksum covers (padding, order, spacing) must be ours as well.
+        if table.to_bytes()? != bytes {
+            return Err(refuse("it is not byte for byte as this version writes it"));
+        }
+        check_image(&table.words)?;
+        Ok(table)
+    }
+
+    /// Writes the table; the file appears whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let bytes = self.to_bytes()?;
+        let fail = |error: std::io::Error| Error::File {
+            path: path.display().to_string(),
+            action: "write",
+            // The kind alone: the rest would name the temporary file.
+            reason: match error.kind() {
+                std::io::ErrorKind::Other => error.to_string(),
+                kind => kind.to_string(),
+            },
+        };
+        // Through links to the file itself; and a device or a pipe is not to be replaced by a file.
+        let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if target.is_dir() {
+            return Err(fail(std::io::ErrorKind::IsADirectory.into()));
+        }
+        if target.exists() && !target.is_file() {
+            return Err(fail(std::io::Error::other("it is not a regular file")));
+        }
+        let folder = match target.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".bandpo-table-");
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            // As any new file: what the umask leaves of rw-rw-rw-.
+            builder.permissions(std::fs::Permissions::from_mode(0o666));
+        }
+        let mut file = builder.tempfile_in(folder).map_err(fail)?;
+        file.write_all(&bytes).map_err(fail)?;
+        file.as_file().sync_all().map_err(fail)?;
+        file.persist(&target).map_err(|error| fail(error.error))?;
+        Ok(())
+    }
+
+    /// Reads a table that [`Self::save`] wrote.
+    ///
+    /// # Errors
+    /// [`Error::File`] and [`Error::TableFile`].
+    pub fn load(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|error| Error::File {
+            path: path.display().to_string(),
+            action: "read",
+            reason: error.to_string(),
+        })?;
+        Self::from_bytes(&bytes).map_err(|error| match error {
+            Error::TableFile { reason } => {
+                Error::TableFile { reason: format!("{}: {reason}", path.display()) }
+            }
+            other => other,
+        })
+    }
+}
+
+fn checksum(metadata: &[(&'static str, String)], data: &[u8]) -> String {
+    let mut digest = Sha256::new();
+    for (key, value) in metadata {
+        for text in [*key, value.as_str()] {
+            digest.update((text.len() as u64).to_le_bytes());
+            digest.update(text.as_bytes());
+        }
+    }
+    digest.update(data);
+    digest.finalize().iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}"); // writing to a String cannot fail
+        text
+    })
+}
+
+/// The same safetensors content with the keys of its header sorted: the serializer writes metadata in
+/// the order of a hash map, which differs from run to run.
+fn canonical(bytes: &[u8]) -> Result<Vec<u8>> {
+    let refuse = |error: serde_json::Error| Error::TableFile { reason: error.to_string() };
+    let (header_len, _) = SafeTensors::read_metadata(bytes)
+        .map_err(|error| Error::TableFile { reason: error.to_string() })?;
+    // serde_json's own map is sorted by key.
+    let header: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&bytes[8..8 + header_len]).map_err(refuse)?;
+    let mut text = serde_json::to_vec(&header).map_err(refuse)?;
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let mut out = Vec::with_capacity(8 + text.len() + bytes.len());
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend(text);
+    out.extend(&bytes[8 + header_len..]);
+    Ok(out)
+}

@@ -1,0 +1,311 @@
+//! Tests of the table against the exact bounds and of its file.
+
+use std::collections::HashMap;
+
+use proptest::prelude::*;
+use safetensors::tensor::{Dtype, TensorView};
+
+use super::file::{FORMAT, TENSOR};
+use super::*;
+use crate::divergence::Divergence;
+use crate::error::Error;
+use crate::image::{ENTRIES, ENTRY_BASE, FAR, MAX_BITS, MAX_BYTES, MAX_PIECES, MIN_BITS};
+
+fn band(spec: &str, low: f64, high: f64) -> Band {
+    Band::new(Divergence::parse(spec).unwrap(), low, high).unwrap()
+}
+
+fn table(spec: &str, low: f64, high: f64) -> BandTable {
+    BandTable::of_band(&band(spec, low, high)).unwrap()
+}
+
+fn found(table: &BandTable, band: &Band, count: u64) -> MaxError {
+    table.errors_between(0, count, count, &|logp| Ok(band.log_bounds_of_many(logp))).unwrap()
+}
+
+/// The promise of a table, and what a cell-wise sample may not see of it.
+const TARGET: f64 = 1e-6;
+
+/// Of every family: the named members, the ends of its range and something in between.
+const BUILT_INS: [&str; 37] = [
+    "kl",
+    "reverse-kl",
+    "tv",
+    "pearson-chi2",
+    "neyman-chi2",
+    "hellinger",
+    "le-cam",
+    "jensen-shannon",
+    "jeffreys",
+    "bhattacharyya",
+    "alpha:-3",
+    "alpha:-1",
+    "alpha:-0.5",
+    "alpha:0.01",
+    "alpha:0.5",
+    "alpha:0.99",
+    "alpha:1.01",
+    "alpha:1.5",
+    "alpha:3",
+    "alpha:4",
+    "renyi:0.1",
+    "renyi:0.5",
+    "renyi:0.99",
+    "renyi:2",
+    "renyi:3.5",
+    "vajda:1",
+    "vajda:1.2",
+    "vajda:1.5",
+    "vajda:3",
+    "vajda:4",
+    "bwcs:0",
+    "bwcs:0.3",
+    "bwcs:0.99",
+    "bwcs:1",
+    "hockey-stick:1",
+    "hockey-stick:1.2",
+    "hockey-stick:4",
+];
+
+/// In every cell and evenly over all floats.
+fn found_everywhere(table: &BandTable, band: &Band, count: u64) -> MaxError {
+    let exact = |logp: &[f64]| Ok(band.log_bounds_of_many(logp));
+    let in_cells = table.errors_in_cells(4, &exact).unwrap();
+    found(table, band, count).merge(in_cells)
+}
+
+#[test]
+fn tables_hold_the_target_for_every_built_in() {
+    // Evenly spaced logarithms from 1e-4 to 1, then some that are not.
+    let deltas = (0..9).map(|i| 10f64.powf(f64::from(i) / 2.0 - 4.0));
+    let deltas: Vec<f64> = deltas.chain([2.347e-4, 0.0513, 0.69]).collect();
+    let grid = BUILT_INS.iter().flat_map(|&spec| deltas.iter().map(move |&delta| (spec, delta)));
+    // Twice the saturation point lies in the last 2e-6 and in the last tenths of an octave.
+    let cut = [("bhattacharyya", 0.999_998_893_475_190_2), ("hellinger", 0.973_145_335_136_083_3)];
+    for (spec, delta) in grid.chain(cut) {
+        let band = band(spec, delta, delta);
+        let table = BandTable::of_band(&band).unwrap();
+        assert!(table.nbytes() <= MAX_BYTES, "{spec} {delta}: {}", table.nbytes());
+        let error = found_everywhere(&table, &band, 5_000).merge(table.max_error());
+        let worst = error.log_upper.max(error.lower);
+        assert!(worst <= TARGET, "{spec} {delta}: {error:?}");
+    }
+}
+
+/// What a dense run may find beyond the samples of a build: a tenth, and half an ulp of a ratio
+/// near 1, as rounding hits a few floats in millions harder than any that was looked at.
+#[test]
+fn the_error_that_a_table_states_is_about_what_a_dense_run_finds() {
+    for (spec, delta) in [
+        ("kl", 0.05),
+        ("jeffreys", 0.07),
+        ("renyi:3.5", 1e-4),
+        ("alpha:0.5", 6.8e-4),
+        ("vajda:1.5", 0.0147),
+        ("hellinger", 0.68),
+    ] {
+        let band = band(spec, delta, delta);
+        let table = BandTable::of_band(&band).unwrap();
+        let (stated, found) = (table.max_error(), found_everywhere(&table, &band, 1_000_000));
+        for (stated, found) in [(stated.log_upper, found.log_upper), (stated.lower, found.lower)] {
+            assert!(
+                found <= 1.1 * stated + f64::from(f32::EPSILON) / 4.0,
+                "{spec} {delta}: stated {stated:e}, found {found:e}"
+            );
+        }
+    }
+}
+
+#[test]
+fn tables_of_any_convex_f_hold_the_target() {
+    for (text, what) in [
+        ("u*ln(u) - u + 1 + (u-1)^2/3", "smooth"),
+        ("(u-1)^4 + (u-1)^2", "smooth"),
+        ("abs(u-1) + max(u-1.3, 0)", "a kink above 1"),
+        ("(u-1)^2 + max(0.8-u, 0) + max(u-1.5, 0)", "kinks on both sides of 1"),
+        ("max((u-1)^2, 2*abs(u-1) - 0.5)", "two convex functions, equal slopes where they meet"),
+        ("max(-ln(u) + u - 1, 3*(u-1))", "two convex functions"),
+        ("max(u - 1.2, 0)", "a hockey stick"),
+        ("max(abs(u-1) - 0.2, 0)", "a flat bottom"),
+        ("max(u - 1.1, 0)^2 + max(0.9 - u, 0)^2", "a flat bottom without a kink"),
+    ] {
+        for delta in [1e-3, 0.05, 0.4] {
+            let divergence = Divergence::from_expression(text, None, None).unwrap();
+            let band = Band::new(divergence, delta, delta).unwrap();
+            let table = BandTable::of_band(&band).unwrap();
+            assert!(table.nbytes() <= MAX_BYTES, "{text} {delta}: {}", table.nbytes());
+            let error = found_everywhere(&table, &band, 5_000).merge(table.max_error());
+            let worst = error.log_upper.max(error.lower);
+            assert!(worst <= TARGET, "{text} ({what}), {delta}: {error:?}");
+        }
+    }
+}
+
+#[test]
+fn ends_and_special_values() {
+    let table = table("kl", 0.05, 0.05);
+    assert_eq!(table.image().log_upper(0.0), 0.0);
+    assert!((table.image().lower(0.0) - (-0.05_f32).exp()).abs() < 1e-7, "the limit for p -> 1");
+    assert_eq!(table.image().log_upper(f32::INFINITY), f32::INFINITY);
+    assert_eq!(table.image().lower(f32::INFINITY), 0.0);
+    assert!(table.image().log_upper(f32::NAN).is_nan() && table.image().lower(f32::NAN).is_nan());
+    assert_eq!(table.log_bounds(0.5), table.log_bounds(0.0), "above 0 is read as 0");
+    assert!(table.log_bounds(f64::NAN).0.is_nan());
+}
+
+#[test]
+fn each_side_has_its_own_radius() {
+    let (low, high) = (table("kl", 0.01, 0.2), table("kl", 0.2, 0.01));
+    for y in [0.01_f32, 0.7, 3.0] {
+        assert!(
+            low.image().log_upper(y) > high.image().log_upper(y)
+                && low.image().lower(y) > high.image().lower(y),
+            "{y}"
+        );
+    }
+}
+
+#[test]
+fn a_file_gives_back_the_same_table_and_the_same_bytes() {
+    let table = table("alpha:0.5", 0.01, 0.2);
+    let error = found(&table, &band("alpha:0.5", 0.01, 0.2), 5000);
+    let table = table.verified(5000, error);
+    let bytes = table.to_bytes().unwrap();
+    let again = BandTable::from_bytes(&bytes).unwrap();
+    assert_eq!(again, table);
+    assert_eq!(again.to_bytes().unwrap(), bytes);
+}
+
+#[test]
+fn every_flipped_bit_and_every_truncation_is_refused() {
+    let bytes = table("tv", 0.05, 0.05).to_bytes().unwrap();
+    for place in 0..bytes.len() {
+        let mut altered = bytes.clone();
+        altered[place] ^= 1 << (place % 8);
+        assert!(
+            matches!(BandTable::from_bytes(&altered), Err(Error::TableFile { .. })),
+            "byte {place}"
+        );
+    }
+    for length in (0..bytes.len()).step_by(7) {
+        assert!(BandTable::from_bytes(&bytes[..length]).is_err(), "{length}");
+    }
+    let mut longer = bytes.clone();
+    longer.push(0);
+    assert!(BandTable::from_bytes(&longer).is_err());
+}
+
+#[test]
+fn foreign_and_newer_files_are_told_apart() {
+    let refused = |bytes: &[u8]| match BandTable::from_bytes(bytes) {
+        Err(Error::TableFile { reason }) => reason,
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(b"GIF89a").contains("not a whole safetensors file"));
+    let data = [0_u8; 4];
+    let view = || TensorView::new(Dtype::F32, vec![1], &data).unwrap();
+    let foreign = safetensors::serialize([("weight", view())], None).unwrap();
+    assert!(refused(&foreign).contains("not of a bandpo table"));
+    let metadata = HashMap::from([
+        ("format".to_owned(), FORMAT.to_owned()),
+        ("format_version".to_owned(), "2".to_owned()),
+    ]);
+    let newer = safetensors::serialize([(TENSOR, view())], Some(metadata)).unwrap();
+    assert!(refused(&newer).contains("format version \"2\""));
+}
+
+/// A forged file with a right checksum but indices that lead outside.
+#[test]
+fn an_image_that_points_outside_itself_is_refused() {
+    let good = table("kl", 0.05, 0.05);
+    let unused = MAX_PIECES - 1;
+    for (place, word) in [
+        (ENTRY_BASE, 1 << 20),
+        (ENTRY_BASE + unused, 1 << 20),
+        (MIN_BITS, u32::MAX),
+        (MAX_BITS, u32::MAX),
+        (MAX_BITS + unused, f32::INFINITY.to_bits()),
+        (ENTRIES, u32::MAX),
+    ] {
+        let mut forged = good.clone();
+        forged.words[place] = word;
+        let bytes = forged.to_bytes().unwrap();
+        assert!(BandTable::from_bytes(&bytes).is_err(), "word {place}");
+    }
+}
+
+#[test]
+fn saving_where_one_cannot_write_leaves_nothing() {
+    let table = table("kl", 0.05, 0.05);
+    let folder = tempfile::tempdir().unwrap();
+    let missing = folder.path().join("missing").join("table.safetensors");
+    assert!(matches!(table.save(&missing), Err(Error::File { action: "write", .. })));
+    assert!(matches!(table.save(folder.path()), Err(Error::File { action: "write", .. })));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    let path = folder.path().join("table.safetensors");
+    table.save(&path).unwrap();
+    table.save(&path).unwrap();
+    assert_eq!(BandTable::load(&path).unwrap(), table);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file stays");
+    assert!(matches!(BandTable::load(&missing), Err(Error::File { action: "read", .. })));
+}
+
+#[test]
+fn a_verification_of_every_value_says_so() {
+    let table = table("kl", 0.05, 0.05);
+    assert_eq!(table.verification(), Verification::Sampled);
+    let error = MaxError { log_upper: 1e-7, lower: 2e-7 };
+    let verified = table.clone().verified(BandTable::checkable(), error);
+    assert_eq!((verified.verification(), verified.max_error()), (Verification::Exhaustive, error));
+    let sampled = table.verified(BandTable::checkable() - 1, error);
+    assert_eq!(sampled.verification(), Verification::Sampled);
+}
+
+/// Kinks in the middle: a band that a constant cuts off at both ends, and a sampled curve.
+#[test]
+fn pieces_of_several_curves_meet_at_their_kinks() {
+    let kl = band("kl", 0.05, 0.05);
+    let sampler = |side: Side, logp: &[f64]| {
+        Ok(logp
+            .iter()
+            .map(|&logp| {
+                let bound = kl.bound(logp, side).log_ratio;
+                (bound, kl.log_slope(logp, bound))
+            })
+            .collect())
+    };
+    // upper = max(1.28, min(band, 10)): the band crosses 1.28 and 10 at these y.
+    let crosses = |ratio: f64| {
+        crate::band::root::last_inside(1e-9, FAR, |y| kl.log_bounds(-y).1 <= ratio.ln()).at
+    };
+    let (low, high) = (crosses(1.28), crosses(10.0));
+    let exact = |logp: &[f64]| {
+        let (lower, upper) = kl.log_bounds_of_many(logp);
+        let upper = upper.iter().map(|u| u.clamp(1.28_f64.ln(), 10_f64.ln())).collect();
+        Ok((lower, upper))
+    };
+    for curve in [Curve::Band(&kl), Curve::Sampled(&sampler)] {
+        let upper = vec![(0.0, Curve::Constant(1.28)), (low, curve), (high, Curve::Constant(10.0))];
+        let lower = vec![(0.0, Curve::Sampled(&sampler))];
+        let table = BandTable::build(&lower, &upper, "{}".to_owned(), &exact).unwrap();
+        assert!(table.nbytes() < 6000, "{}", table.nbytes());
+        let error = table.errors_between(0, 100_000, 100_000, &exact).unwrap();
+        for error in [error, table.max_error()] {
+            assert!(error.log_upper <= TARGET && error.lower <= TARGET, "{error:?}");
+        }
+        assert_eq!(table.image().log_upper(50.0), 10_f32.ln());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Random radii: the table stays within the target at random tokens.
+    #[test]
+    fn any_radius(log_delta in -9.2..0.0_f64, y in prop::collection::vec(0.0..104.0_f32, 50)) {
+        let band = band("reverse-kl", log_delta.exp(), log_delta.exp());
+        let table = BandTable::of_band(&band).unwrap();
+        let error = table.errors_at(&y, &|logp| Ok(band.log_bounds_of_many(logp))).unwrap();
+        prop_assert!(error.log_upper <= TARGET && error.lower <= TARGET, "{:?}", error);
+    }
+}
