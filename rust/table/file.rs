@@ -8,10 +8,10 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use sha2::{Digest, Sha256};
 
-use super::BandTable;
-use super::verify::{MaxError, Verification};
+use super::verify::MaxError;
+use super::{BandTable, Verification};
 use crate::error::{Error, Result};
-use crate::image::check_image;
+use crate::image::Image;
 
 pub(super) const FORMAT: &str = "bandpo-table";
 pub(super) const VERSION: &str = "1";
@@ -115,7 +115,7 @@ impl BandTable {
         if table.to_bytes()? != bytes {
             return Err(refuse("it is not byte for byte as this version writes it"));
         }
-        check_image(&table.words)?;
+        Image::new(&table.words)?;
         Ok(table)
     }
 

@@ -159,6 +159,11 @@ impl Octave {
         2f64.powi(self.exponent)
     }
 
+    /// The exponent in the bits of a float32.
+    pub(super) fn biased_exponent(&self) -> u32 {
+        (self.exponent + 127) as u32
+    }
+
     /// How often to halve it for a tolerance, as far as was sampled.
     pub(super) fn halvings(&self, tolerance: f64) -> u32 {
         let enough = self.errors.iter().position(|&error| error <= tolerance);

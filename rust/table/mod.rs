@@ -1,20 +1,23 @@
-//! The band as a lookup table: one dimension, indexed straight from the bits of a float.
+//! Bounds as a lookup table over old log-probabilities, indexed by the bits of a float32.
 //!
-//! # Where it gets its accuracy from
+//! A table is built from the curves of `curve.rs`. `plan.rs` cuts each side into pieces and samples their
+//! grids (`grid.rs`). `write.rs` lays them out as words, with the safe distances of `reach.rs`. `verify.rs`
+//! measures the error, and `file.rs` stores a table. The layout and the lookup are in `image.rs`.
 //!
-//! A bound of size 8 to 16 has an ulp of 1e-6 itself, so a lookup may round once or twice and no more.
-//! The distance from the origin is therefore exact: pieces are graded from 0 (any `y` is its own
-//! distance), or, next to a saturation point, reach no further from it than a factor 2, where
-//! subtraction is exact; scales are powers of two; the fraction is cut out of the bits.
+//! # Accuracy
 //!
-//! Bounds are smooth between *kinks*: where curves meet, where they saturate, and where a generator
-//! has a kink. A piece ends at each, and the cells that such an end cuts interpolate between the end
-//! and their inner node, so that a node beyond the end is an extrapolation and no cell sees both sides
-//! of a kink. Kinks that nobody announced show as an octave whose error does not fall under halving.
+//! A bound between 8 and 16 has an ulp of 1e-6, so a lookup can afford one or two roundings. The distance
+//! from the origin is therefore exact. A piece is graded from 0, where `y` is the distance; or from a
+//! saturation point at most a factor 2 away, where subtraction is exact. Scales are powers of two, and the
+//! fraction of a cell is cut out of the bits.
 //!
-//! Grading by octaves follows the bounds where they bend: towards `p = 1` and towards saturation.
-//! How finely each octave is divided is found by halving cells until the cubic meets the target, so
-//! kinks of the second derivative, steep stretches and flat ones all get what they need and no more.
+//! Bounds are smooth between *kinks*: where two curves meet, where one saturates, and where a generator has a
+//! kink. A piece ends at each kink. A cell that is cut by the end of its piece interpolates its inner part
+//! only: its outer node is extrapolated, so no cell mixes both sides of a kink. An unannounced kink shows
+//! as an octave whose error falls too slowly when its cells are halved.
+//!
+//! Octaves are fine near an origin, where bounds bend: towards `p = 1` and towards saturation. Each octave's
+//! cells are halved until the cubic meets the target.
 
 mod curve;
 mod file;
@@ -26,23 +29,45 @@ mod tests;
 mod verify;
 mod write;
 
-use rayon::prelude::*;
-
 pub use self::curve::{Curve, Exact, Sampler, Stretches};
 use self::grid::TARGET;
 use self::plan::SidePlan;
-pub use self::verify::{MaxError, Verification};
-use self::write::image;
+pub use self::verify::MaxError;
+use self::write::image_words;
 use crate::band::{Band, Side};
 use crate::error::Result;
 pub use crate::image::Image;
 use crate::image::MAX_BYTES;
 
-/// The bounds of a region that does not depend on anything but logp, tabulated.
+/// What [`BandTable::max_error`] was measured at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verification {
+    /// Some float32 values.
+    Sampled,
+    /// Every float32.
+    Exhaustive,
+}
+
+/// Tabulated bounds of a region. They depend on the old log-probability alone.
+///
+/// ```
+/// use bandpo::band::Band;
+/// use bandpo::divergence::Divergence;
+/// use bandpo::table::BandTable;
+///
+/// let band = Band::new(Divergence::parse("kl")?, 0.05, 0.05)?;
+/// let table = BandTable::of_band(&band)?;
+/// assert!(table.max_error().log_upper < 1e-6);
+///
+/// let (log_lower, log_upper) = table.log_bounds(-3.0);
+/// assert!((log_lower - band.log_bounds(-3.0).0).abs() < 1e-6);
+/// assert!((log_upper - band.log_bounds(-3.0).1).abs() < 1e-6);
+/// # Ok::<(), bandpo::error::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct BandTable {
     words: Vec<u32>,
-    /// What was tabulated, as JSON.
+    /// The tabulated region, as JSON.
     region: String,
     max_error: MaxError,
     verification: Verification,
@@ -64,88 +89,146 @@ impl BandTable {
         })
     }
 
-    /// Tabulates a region that is made of curves; `exact` is what its error is measured against, and
-    /// `region` describes it, as JSON.
+    /// Tabulates a region that is made of curves.
+    ///
+    /// `region` describes it as JSON. `exact` returns its bounds, which the error is measured against.
+    ///
+    /// ```
+    /// use bandpo::table::{BandTable, Curve};
+    ///
+    /// // Clip(0.2): 0.8 <= ratio <= 1.2 for every token.
+    /// let lower = vec![(0.0, Curve::Constant(0.8))];
+    /// let upper = vec![(0.0, Curve::Constant(1.2))];
+    /// let exact = |logp: &[f64]| {
+    ///     let upper = logp.iter().map(|logp| 1.2_f64.ln().min(-logp)).collect();
+    ///     Ok((vec![0.8_f64.ln(); logp.len()], upper))
+    /// };
+    /// let region = r#"{"clip": ["0.2", "0.2"]}"#.to_owned();
+    /// let table = BandTable::build(&lower, &upper, region, &exact)?;
+    ///
+    /// assert_eq!(table.image().log_upper(3.0), 1.2_f64.ln() as f32);
+    /// assert_eq!(table.image().lower(3.0), 0.8);
+    /// # Ok::<(), bandpo::error::Error>(())
+    /// ```
     ///
     /// # Errors
-    /// [`Error::Argument`](crate::error::Error::Argument) if a side needs more pieces than a table has, and what the curves raise.
+    /// [`Error::Argument`](crate::error::Error::Argument) if a side needs more pieces than a table has, and
+    /// the errors of the curves and of `exact`.
     pub fn build(
         lower: &Stretches<'_>,
         upper: &Stretches<'_>,
         region: String,
         exact: &Exact<'_>,
     ) -> Result<Self> {
-        let sides = [
+        let plans = [
             SidePlan::sampled(Side::Upper, upper, exact)?,
             SidePlan::sampled(Side::Lower, lower, exact)?,
         ];
         let mut tolerance = TARGET;
         let words = loop {
-            let words = image(&sides, tolerance);
+            let words = image_words(&plans, tolerance);
             if 4 * words.len() <= MAX_BYTES {
                 break words;
             }
             tolerance *= 1.5;
         };
-        let mut table = Self {
-            words,
-            region,
-            max_error: MaxError::default(),
-            verification: Verification::Sampled,
-        };
-        table.max_error = table.errors_in_cells(2, exact)?;
-        for (side, plan) in sides.iter().enumerate() {
+        let image = Image::trusted(&words);
+        let mut max_error = verify::errors_at(image, &verify::in_each_cell(image, 2), exact)?;
+        for (side, plan) in plans.iter().enumerate() {
             let known = plan.known_values(tolerance);
-            let found = known
-                .par_iter()
-                .with_min_len(1024)
-                .map(|&(y, value)| table.error_of_side(side, y, value))
-                .reduce(MaxError::default, MaxError::merge);
-            table.max_error = table.max_error.merge(found);
+            max_error = max_error.merge(verify::errors_of_side(image, side, &known));
         }
-        Ok(table)
+        Ok(Self { words, region, max_error, verification: Verification::Sampled })
     }
 
-    /// What bounds are looked up in.
+    /// The words as an image that bounds are looked up in.
     #[must_use]
     pub fn image(&self) -> Image<'_> {
-        Image(&self.words)
+        Image::trusted(&self.words)
     }
 
-    /// `(log_lower, log_upper)`; `logp` above 0 is read as 0.
+    /// `(log_lower, log_upper)`. A `logp` above 0 counts as 0.
     #[must_use]
     pub fn log_bounds(&self, logp: f64) -> (f64, f64) {
         let y = Image::y(logp as f32);
         (f64::from(self.image().lower(y)).ln(), f64::from(self.image().log_upper(y)))
     }
 
-    /// The image that every backend reads.
+    /// The words that every backend reads.
     #[must_use]
     pub fn words(&self) -> &[u32] {
         &self.words
     }
 
-    /// Size of the image.
+    /// Size of the words in bytes.
     #[must_use]
     pub fn nbytes(&self) -> usize {
         4 * self.words.len()
     }
 
-    /// What was tabulated, as JSON.
+    /// The tabulated region, as JSON.
     #[must_use]
     pub fn region(&self) -> &str {
         &self.region
     }
 
-    /// Largest error found so far by build or verification.
+    /// Max errors found by the build or, if there was one, by the verification.
     #[must_use]
     pub fn max_error(&self) -> MaxError {
         self.max_error
     }
 
-    /// How [`Self::max_error`] was found.
+    /// What [`Self::max_error`] was measured at.
     #[must_use]
     pub fn verification(&self) -> Verification {
         self.verification
+    }
+
+    /// Max `-logp` that a verification covers, because e^-104 is below the smallest float32.
+    pub const GREATEST_CHECKED: f32 = 104.0;
+
+    /// Values of `-logp` that a sampled verification measures in each cell.
+    pub const SAMPLES_A_CELL: u32 = 16;
+
+    /// Number of float32 values in [0, 104].
+    #[must_use]
+    pub fn checkable() -> u64 {
+        u64::from(Self::GREATEST_CHECKED.to_bits()) + 1
+    }
+
+    /// Max errors at the values numbered `from..to` of `count` float32 values of `-logp`, evenly spaced by
+    /// their bits over [0, 104] with both ends included.
+    ///
+    /// # Errors
+    /// The errors of `exact`.
+    pub fn errors_between(
+        &self,
+        from: u64,
+        to: u64,
+        count: u64,
+        exact: &Exact<'_>,
+    ) -> Result<MaxError> {
+        let ys = verify::evenly_spaced(from..to, count, Self::GREATEST_CHECKED);
+        verify::errors_at(self.image(), &ys, exact)
+    }
+
+    /// Max errors at `samples` float32 values of `-logp` in each cell, and at both ends of each piece.
+    ///
+    /// # Errors
+    /// The errors of `exact`.
+    pub fn errors_in_cells(&self, samples: u32, exact: &Exact<'_>) -> Result<MaxError> {
+        verify::errors_at(self.image(), &verify::in_each_cell(self.image(), samples), exact)
+    }
+
+    /// The same table with the result of a verification at `count` values.
+    #[must_use]
+    pub fn verified(mut self, count: u64, found: MaxError) -> Self {
+        self.max_error = found;
+        self.verification = if count >= Self::checkable() {
+            Verification::Exhaustive
+        } else {
+            Verification::Sampled
+        };
+        self
     }
 }

@@ -305,7 +305,7 @@ proptest! {
     fn any_radius(log_delta in -9.2..0.0_f64, y in prop::collection::vec(0.0..104.0_f32, 50)) {
         let band = band("reverse-kl", log_delta.exp(), log_delta.exp());
         let table = BandTable::of_band(&band).unwrap();
-        let error = table.errors_at(&y, &|logp| Ok(band.log_bounds_of_many(logp))).unwrap();
+        let error = verify::errors_at(table.image(), &y, &|logp| Ok(band.log_bounds_of_many(logp))).unwrap();
         prop_assert!(error.log_upper <= TARGET && error.lower <= TARGET, "{:?}", error);
     }
 }
