@@ -22,6 +22,8 @@
 mod curve;
 mod file;
 mod grid;
+mod node;
+mod octave;
 mod plan;
 mod reach;
 #[cfg(test)]
@@ -30,7 +32,7 @@ mod verify;
 mod write;
 
 pub use self::curve::{Curve, Exact, Sampler, Stretches};
-use self::grid::TARGET;
+use self::octave::TARGET;
 use self::plan::SidePlan;
 pub use self::verify::MaxError;
 use self::write::image_words;
