@@ -19,14 +19,15 @@ fn table(spec: &str, low: f64, high: f64) -> BandTable {
     BandTable::of_band(&band(spec, low, high)).unwrap()
 }
 
-fn found(table: &BandTable, band: &Band, count: u64) -> MaxError {
+/// Max errors at `count` evenly spaced floats.
+fn max_error_evenly(table: &BandTable, band: &Band, count: u64) -> MaxError {
     table.errors_between(0, count, count, &|logp| Ok(band.log_bounds_of_many(logp))).unwrap()
 }
 
-/// The promise of a table, and what a cell-wise sample may not see of it.
-const TARGET: f64 = 1e-6;
+/// Max error of a table, including what samples of its cells can miss.
+const MAX_ERROR: f64 = 1e-6;
 
-/// Of every family: the named members, the ends of its range and something in between.
+/// The named divergences; and of each family the ends of its range and values between them.
 const BUILT_INS: [&str; 37] = [
     "kl",
     "reverse-kl",
@@ -67,35 +68,35 @@ const BUILT_INS: [&str; 37] = [
     "hockey-stick:4",
 ];
 
-/// In every cell and evenly over all floats.
-fn found_everywhere(table: &BandTable, band: &Band, count: u64) -> MaxError {
+/// Max errors in each cell and evenly over all floats.
+fn max_error_everywhere(table: &BandTable, band: &Band, count: u64) -> MaxError {
     let exact = |logp: &[f64]| Ok(band.log_bounds_of_many(logp));
     let in_cells = table.errors_in_cells(4, &exact).unwrap();
-    found(table, band, count).merge(in_cells)
+    max_error_evenly(table, band, count).merge(in_cells)
 }
 
 #[test]
-fn tables_hold_the_target_for_every_built_in() {
-    // Evenly spaced logarithms from 1e-4 to 1, then some that are not.
+fn tables_of_built_in_divergences_meet_the_max_error() {
+    // Evenly spaced logarithms from 1e-4 to 1, then irregular values.
     let deltas = (0..9).map(|i| 10f64.powf(f64::from(i) / 2.0 - 4.0));
     let deltas: Vec<f64> = deltas.chain([2.347e-4, 0.0513, 0.69]).collect();
     let grid = BUILT_INS.iter().flat_map(|&spec| deltas.iter().map(move |&delta| (spec, delta)));
-    // Twice the saturation point lies in the last 2e-6 and in the last tenths of an octave.
+    // Twice the saturation point lies in the last 2e-6, and in the last tenths, of an octave.
     let cut = [("bhattacharyya", 0.999_998_893_475_190_2), ("hellinger", 0.973_145_335_136_083_3)];
     for (spec, delta) in grid.chain(cut) {
         let band = band(spec, delta, delta);
         let table = BandTable::of_band(&band).unwrap();
         assert!(table.nbytes() <= MAX_BYTES, "{spec} {delta}: {}", table.nbytes());
-        let error = found_everywhere(&table, &band, 5_000).merge(table.max_error());
+        let error = max_error_everywhere(&table, &band, 5_000).merge(table.max_error());
         let worst = error.log_upper.max(error.lower);
-        assert!(worst <= TARGET, "{spec} {delta}: {error:?}");
+        assert!(worst <= MAX_ERROR, "{spec} {delta}: {error:?}");
     }
 }
 
-/// What a dense run may find beyond the samples of a build: a tenth, and half an ulp of a ratio
-/// near 1, as rounding hits a few floats in millions harder than any that was looked at.
+/// A dense run may find a tenth more than the build's samples, and half an ulp of a ratio near 1, because a
+/// few floats in millions are rounded worse than any sample.
 #[test]
-fn the_error_that_a_table_states_is_about_what_a_dense_run_finds() {
+fn stated_error_is_close_to_that_of_a_dense_run() {
     for (spec, delta) in [
         ("kl", 0.05),
         ("jeffreys", 0.07),
@@ -106,7 +107,7 @@ fn the_error_that_a_table_states_is_about_what_a_dense_run_finds() {
     ] {
         let band = band(spec, delta, delta);
         let table = BandTable::of_band(&band).unwrap();
-        let (stated, found) = (table.max_error(), found_everywhere(&table, &band, 1_000_000));
+        let (stated, found) = (table.max_error(), max_error_everywhere(&table, &band, 1_000_000));
         for (stated, found) in [(stated.log_upper, found.log_upper), (stated.lower, found.lower)] {
             assert!(
                 found <= 1.1 * stated + f64::from(f32::EPSILON) / 4.0,
@@ -117,7 +118,7 @@ fn the_error_that_a_table_states_is_about_what_a_dense_run_finds() {
 }
 
 #[test]
-fn tables_of_any_convex_f_hold_the_target() {
+fn tables_of_expressions_meet_the_max_error() {
     for (text, what) in [
         ("u*ln(u) - u + 1 + (u-1)^2/3", "smooth"),
         ("(u-1)^4 + (u-1)^2", "smooth"),
@@ -134,27 +135,27 @@ fn tables_of_any_convex_f_hold_the_target() {
             let band = Band::new(divergence, delta, delta).unwrap();
             let table = BandTable::of_band(&band).unwrap();
             assert!(table.nbytes() <= MAX_BYTES, "{text} {delta}: {}", table.nbytes());
-            let error = found_everywhere(&table, &band, 5_000).merge(table.max_error());
+            let error = max_error_everywhere(&table, &band, 5_000).merge(table.max_error());
             let worst = error.log_upper.max(error.lower);
-            assert!(worst <= TARGET, "{text} ({what}), {delta}: {error:?}");
+            assert!(worst <= MAX_ERROR, "{text} ({what}), {delta}: {error:?}");
         }
     }
 }
 
 #[test]
-fn ends_and_special_values() {
+fn log_bounds_hold_limits_and_keep_nan() {
     let table = table("kl", 0.05, 0.05);
     assert_eq!(table.image().log_upper(0.0), 0.0);
     assert!((table.image().lower(0.0) - (-0.05_f32).exp()).abs() < 1e-7, "the limit for p -> 1");
     assert_eq!(table.image().log_upper(f32::INFINITY), f32::INFINITY);
     assert_eq!(table.image().lower(f32::INFINITY), 0.0);
     assert!(table.image().log_upper(f32::NAN).is_nan() && table.image().lower(f32::NAN).is_nan());
-    assert_eq!(table.log_bounds(0.5), table.log_bounds(0.0), "above 0 is read as 0");
+    assert_eq!(table.log_bounds(0.5), table.log_bounds(0.0), "a logp above 0 counts as 0");
     assert!(table.log_bounds(f64::NAN).0.is_nan());
 }
 
 #[test]
-fn each_side_has_its_own_radius() {
+fn each_side_uses_its_own_delta() {
     let (low, high) = (table("kl", 0.01, 0.2), table("kl", 0.2, 0.01));
     for y in [0.01_f32, 0.7, 3.0] {
         assert!(
@@ -166,9 +167,9 @@ fn each_side_has_its_own_radius() {
 }
 
 #[test]
-fn a_file_gives_back_the_same_table_and_the_same_bytes() {
+fn file_round_trip_keeps_the_table_and_the_bytes() {
     let table = table("alpha:0.5", 0.01, 0.2);
-    let error = found(&table, &band("alpha:0.5", 0.01, 0.2), 5000);
+    let error = max_error_evenly(&table, &band("alpha:0.5", 0.01, 0.2), 5000);
     let table = table.verified(5000, error);
     let bytes = table.to_bytes().unwrap();
     let again = BandTable::from_bytes(&bytes).unwrap();
@@ -177,7 +178,7 @@ fn a_file_gives_back_the_same_table_and_the_same_bytes() {
 }
 
 #[test]
-fn every_flipped_bit_and_every_truncation_is_refused() {
+fn flipped_bits_and_truncations_are_refused() {
     let bytes = table("tv", 0.05, 0.05).to_bytes().unwrap();
     for place in 0..bytes.len() {
         let mut altered = bytes.clone();
@@ -196,7 +197,7 @@ fn every_flipped_bit_and_every_truncation_is_refused() {
 }
 
 #[test]
-fn foreign_and_newer_files_are_told_apart() {
+fn foreign_and_newer_files_are_refused_with_their_reason() {
     let refused = |bytes: &[u8]| match BandTable::from_bytes(bytes) {
         Err(Error::TableFile { reason }) => reason,
         other => panic!("{other:?}"),
@@ -214,9 +215,9 @@ fn foreign_and_newer_files_are_told_apart() {
     assert!(refused(&newer).contains("format version \"2\""));
 }
 
-/// A forged file with a right checksum but indices that lead outside.
+/// Forged files have a right checksum but an index that leads outside.
 #[test]
-fn an_image_that_points_outside_itself_is_refused() {
+fn image_that_points_outside_itself_is_refused() {
     let good = table("kl", 0.05, 0.05);
     let unused = MAX_PIECES - 1;
     for (place, word) in [
@@ -235,7 +236,7 @@ fn an_image_that_points_outside_itself_is_refused() {
 }
 
 #[test]
-fn saving_where_one_cannot_write_leaves_nothing() {
+fn failed_save_leaves_no_file() {
     let table = table("kl", 0.05, 0.05);
     let folder = tempfile::tempdir().unwrap();
     let missing = folder.path().join("missing").join("table.safetensors");
@@ -246,12 +247,12 @@ fn saving_where_one_cannot_write_leaves_nothing() {
     table.save(&path).unwrap();
     table.save(&path).unwrap();
     assert_eq!(BandTable::load(&path).unwrap(), table);
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file stays");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no temporary file is left");
     assert!(matches!(BandTable::load(&missing), Err(Error::File { action: "read", .. })));
 }
 
 #[test]
-fn a_verification_of_every_value_says_so() {
+fn verification_of_all_values_is_exhaustive() {
     let table = table("kl", 0.05, 0.05);
     assert_eq!(table.verification(), Verification::Sampled);
     let error = MaxError { log_upper: 1e-7, lower: 2e-7 };
@@ -261,9 +262,9 @@ fn a_verification_of_every_value_says_so() {
     assert_eq!(sampled.verification(), Verification::Sampled);
 }
 
-/// Kinks in the middle: a band that a constant cuts off at both ends, and a sampled curve.
+/// A constant cuts off the band, or the sampled curve, at both ends.
 #[test]
-fn pieces_of_several_curves_meet_at_their_kinks() {
+fn curves_that_meet_in_kinks_meet_the_max_error() {
     let kl = band("kl", 0.05, 0.05);
     let sampler = |side: Side, logp: &[f64]| {
         Ok(logp
@@ -291,7 +292,7 @@ fn pieces_of_several_curves_meet_at_their_kinks() {
         assert!(table.nbytes() < 6000, "{}", table.nbytes());
         let error = table.errors_between(0, 100_000, 100_000, &exact).unwrap();
         for error in [error, table.max_error()] {
-            assert!(error.log_upper <= TARGET && error.lower <= TARGET, "{error:?}");
+            assert!(error.log_upper <= MAX_ERROR && error.lower <= MAX_ERROR, "{error:?}");
         }
         assert_eq!(table.image().log_upper(50.0), 10_f32.ln());
     }
@@ -300,12 +301,11 @@ fn pieces_of_several_curves_meet_at_their_kinks() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// Random radii: the table stays within the target at random tokens.
     #[test]
-    fn any_radius(log_delta in -9.2..0.0_f64, y in prop::collection::vec(0.0..104.0_f32, 50)) {
+    fn random_deltas_meet_the_max_error(log_delta in -9.2..0.0_f64, y in prop::collection::vec(0.0..104.0_f32, 50)) {
         let band = band("reverse-kl", log_delta.exp(), log_delta.exp());
         let table = BandTable::of_band(&band).unwrap();
         let error = verify::errors_at(table.image(), &y, &|logp| Ok(band.log_bounds_of_many(logp))).unwrap();
-        prop_assert!(error.log_upper <= TARGET && error.lower <= TARGET, "{:?}", error);
+        prop_assert!(error.log_upper <= MAX_ERROR && error.lower <= MAX_ERROR, "{:?}", error);
     }
 }
