@@ -2,31 +2,35 @@
 
 use rayon::prelude::*;
 
+use crate::band::root::last_inside;
 use crate::band::{Band, Side};
 use crate::error::{Error, Result};
 use crate::image::FAR;
 
-/// Where the bound of one side comes from over a stretch of `y`.
+/// Min tokens that a thread solves at a time.
+const MIN_PART: usize = 32;
+
+/// Bound of one side over a stretch of `y = -logp`.
 pub enum Curve<'a> {
     /// The same ratio for every token.
     Constant(f64),
-    /// A band.
+    /// The bound of a band.
     Band(&'a Band),
-    /// Anything smooth: from old log-probabilities to log bounds and their slopes in logp.
+    /// A smooth function.
     Sampled(&'a Sampler<'a>),
 }
 
-/// See [`Curve::Sampled`].
+/// A function from old log-probabilities to log bounds and their slopes in `logp`.
 pub type Sampler<'a> = dyn Fn(Side, &[f64]) -> Result<Vec<(f64, f64)>> + Sync + 'a;
 
-/// From old log-probabilities to exact `(log_lower, log_upper)`.
+/// A function from old log-probabilities to exact `(log_lower, log_upper)`.
 pub type Exact<'a> = dyn Fn(&[f64]) -> Result<(Vec<f64>, Vec<f64>)> + 'a;
 
-/// Curves with the `y` where each begins, the first at 0: kinks are where one follows another.
+/// Curves, each with the `y` it begins at. The first begins at 0, and kinks are where curves meet.
 pub type Stretches<'a> = Vec<(f64, Curve<'a>)>;
 
 impl Curve<'_> {
-    /// The tabulated values of a side at each `y`, and their derivatives in `y`.
+    /// Tabulated values of a side (`log_upper` or `lower`) and their slopes in `y`.
     pub(super) fn sample(&self, side: Side, ys: &[f64]) -> Result<Vec<(f64, f64)>> {
         let tabulated = |log_bound: f64, log_slope: f64| match side {
             Side::Upper => (log_bound, -log_slope),
@@ -42,7 +46,7 @@ impl Curve<'_> {
             }
             Self::Band(band) => Ok(ys
                 .par_iter()
-                .with_min_len(32)
+                .with_min_len(MIN_PART)
                 .map(|&y| {
                     let log_bound = band.bound(-y, side).log_ratio;
                     tabulated(log_bound, band.log_slope(-y, log_bound))
@@ -63,9 +67,9 @@ impl Curve<'_> {
         }
     }
 
-    /// Where the side stops (upper) or starts (lower) to allow everything, as `y`.
+    /// The `y` up to which (upper side) or from which (lower side) everything is allowed.
     pub(super) fn saturation(&self, side: Side) -> Result<Option<f64>> {
-        let everything = |y: f64| -> Result<bool> {
+        let allows_everything = |y: f64| -> Result<bool> {
             Ok(match (self, side) {
                 (Self::Constant(_), _) => false,
                 (Self::Band(band), Side::Upper) => band.bound(-y, side).log_ratio >= y,
@@ -78,9 +82,8 @@ impl Curve<'_> {
                 }
             })
         };
-        let smallest = f64::from(f32::from_bits(1));
-        // Everything is allowed next to p = 1 on the upper side, next to p = 0 on the lower.
-        let (near, far) = (everything(smallest)?, everything(FAR)?);
+        let min = f64::from(f32::from_bits(1));
+        let (near, far) = (allows_everything(min)?, allows_everything(FAR)?);
         Ok(match side {
             Side::Upper if !near => None,
             Side::Upper if far => Some(FAR),
@@ -88,8 +91,8 @@ impl Curve<'_> {
             Side::Lower if !far => None,
             _ => {
                 let mut failure = None;
-                let edge = crate::band::root::last_inside(smallest, FAR, |y| match everything(y) {
-                    Ok(all) => all == near,
+                let edge = last_inside(min, FAR, |y| match allows_everything(y) {
+                    Ok(allows) => allows == near,
                     Err(error) => {
                         failure.get_or_insert(error);
                         false

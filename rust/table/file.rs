@@ -1,4 +1,6 @@
-//! The file: safetensors, one tensor of words, and metadata under a checksum.
+//! Table files: safetensors with one tensor of words, and metadata under a checksum.
+//!
+//! `docs/table-format.md` is the specification.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -18,10 +20,10 @@ pub(super) const VERSION: &str = "1";
 pub(super) const TENSOR: &str = "words";
 
 impl BandTable {
-    /// The file's content. The same table always gives the same bytes.
+    /// The bytes of the table's file. Equal tables give equal bytes.
     ///
     /// # Errors
-    /// [`Error::TableFile`] if the serializer refuses, which it has no reason to.
+    /// [`Error::TableFile`] if safetensors cannot serialize the table.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let data: Vec<u8> = self.words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let mut metadata = self.metadata();
@@ -37,7 +39,7 @@ impl BandTable {
         )
     }
 
-    /// Everything but the words, in the order that the checksum covers it.
+    /// Everything but the words and the checksum, in the order in which the checksum covers it.
     #[must_use]
     pub fn metadata(&self) -> Vec<(&'static str, String)> {
         vec![
@@ -58,10 +60,10 @@ impl BandTable {
         ]
     }
 
-    /// Reads a file's content; refuses whatever [`Self::to_bytes`] would not have written.
+    /// The table of a file's bytes. Only bytes that [`Self::to_bytes`] would write are accepted.
     ///
     /// # Errors
-    /// [`Error::TableFile`] says what is wrong. Nothing of a refused file is used.
+    /// [`Error::TableFile`] with the reason.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let refuse = |reason: &str| Error::TableFile { reason: reason.to_owned() };
         let (_, header) = SafeTensors::read_metadata(bytes)
@@ -111,7 +113,7 @@ impl BandTable {
         if text("checksum")? != &checksum(&table.metadata(), tensor.data()) {
             return Err(refuse("its checksum does not match: the file was altered"));
         }
-        // Bytes outside what the checksum covers (padding, order, spacing) must be ours as well.
+        // The checksum does not cover padding, the order of keys, and white space.
         if table.to_bytes()? != bytes {
             return Err(refuse("it is not byte for byte as this version writes it"));
         }
@@ -119,22 +121,37 @@ impl BandTable {
         Ok(table)
     }
 
-    /// Writes the table; the file appears whole or not at all.
+    /// Writes the table to a file atomically.
+    ///
+    /// ```
+    /// use bandpo::band::Band;
+    /// use bandpo::divergence::Divergence;
+    /// use bandpo::table::BandTable;
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("kl.safetensors");
+    ///
+    /// let table = BandTable::of_band(&Band::new(Divergence::parse("kl")?, 0.05, 0.05)?)?;
+    /// table.save(&path)?;
+    /// assert_eq!(BandTable::load(&path)?, table);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
-    /// [`Error::File`].
+    /// [`Error::File`] if the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         let bytes = self.to_bytes()?;
         let fail = |error: std::io::Error| Error::File {
             path: path.display().to_string(),
             action: "write",
-            // The kind alone: the rest would name the temporary file.
+            // The full text would name the temporary file.
             reason: match error.kind() {
                 std::io::ErrorKind::Other => error.to_string(),
                 kind => kind.to_string(),
             },
         };
-        // Through links to the file itself; and a device or a pipe is not to be replaced by a file.
+        // A link stays, and its target is replaced. A device or a pipe is refused, otherwise a file would
+        // replace it.
         let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         if target.is_dir() {
             return Err(fail(std::io::ErrorKind::IsADirectory.into()));
@@ -151,7 +168,7 @@ impl BandTable {
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
-            // As any new file: what the umask leaves of rw-rw-rw-.
+            // The permissions of any new file: tempfile's default is readable by its owner alone.
             builder.permissions(std::fs::Permissions::from_mode(0o666));
         }
         let mut file = builder.tempfile_in(folder).map_err(fail)?;
@@ -164,7 +181,7 @@ impl BandTable {
     /// Reads a table that [`Self::save`] wrote.
     ///
     /// # Errors
-    /// [`Error::File`] and [`Error::TableFile`].
+    /// [`Error::File`] if the file cannot be read, [`Error::TableFile`] if it holds no valid table.
     pub fn load(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|error| Error::File {
             path: path.display().to_string(),
@@ -180,6 +197,7 @@ impl BandTable {
     }
 }
 
+/// SHA-256 over the metadata, each text after its length, and the words.
 fn checksum(metadata: &[(&'static str, String)], data: &[u8]) -> String {
     let mut digest = Sha256::new();
     for (key, value) in metadata {
@@ -190,18 +208,18 @@ fn checksum(metadata: &[(&'static str, String)], data: &[u8]) -> String {
     }
     digest.update(data);
     digest.finalize().iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}"); // writing to a String cannot fail
+        let _ = write!(text, "{byte:02x}"); // never fails on a String
         text
     })
 }
 
-/// The same safetensors content with the keys of its header sorted: the serializer writes metadata in
-/// the order of a hash map, which differs from run to run.
+/// The same safetensors bytes with sorted keys in the header. The serializer writes the metadata in the order
+/// of a hash map, which differs from run to run.
 fn canonical(bytes: &[u8]) -> Result<Vec<u8>> {
     let refuse = |error: serde_json::Error| Error::TableFile { reason: error.to_string() };
     let (header_len, _) = SafeTensors::read_metadata(bytes)
         .map_err(|error| Error::TableFile { reason: error.to_string() })?;
-    // serde_json's own map is sorted by key.
+    // The map of serde_json is sorted by key.
     let header: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(&bytes[8..8 + header_len]).map_err(refuse)?;
     let mut text = serde_json::to_vec(&header).map_err(refuse)?;

@@ -122,10 +122,8 @@ impl BandTable {
         region: String,
         exact: &Exact<'_>,
     ) -> Result<Self> {
-        let plans = [
-            SidePlan::sampled(Side::Upper, upper, exact)?,
-            SidePlan::sampled(Side::Lower, lower, exact)?,
-        ];
+        let plans =
+            [SidePlan::new(Side::Upper, upper, exact)?, SidePlan::new(Side::Lower, lower, exact)?];
         let mut tolerance = TARGET;
         let words = loop {
             let words = image_words(&plans, tolerance);

@@ -69,7 +69,7 @@ fn push_piece(
             words[MAX_BITS + lane] = max_bits;
             for octave in &grid.octaves {
                 let halvings = octave.halvings(tolerance);
-                let nodes = octave.nodes(halvings, &grid.ends);
+                let nodes = octave.nodes_of(halvings, &grid.ends);
                 words[entry] = Entry { node: words.len() / 2, halvings }.to_word();
                 entry += 1;
                 let kept = if octave.biased_exponent() == max_bits >> MANTISSA_BITS {
