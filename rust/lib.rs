@@ -33,9 +33,23 @@ mod python;
 /// Largest magnitude of a log-ratio: larger ones are clamped to it before they are exponentiated.
 pub const LOG_RATIO_LIMIT: f64 = 20.0;
 
+/// Joins files of `cuda/` to one string in which a compiler names the lines by their file.
+macro_rules! kernel_source {
+    ($($file:literal),* $(,)?) => {
+        concat!($("#line 1 \"", $file, "\"\n", include_str!(concat!("../cuda/", $file))),*)
+    };
+}
+
 /// The CUDA kernels, in one string that compiles alone: a compiler at run time is given no headers.
-pub const KERNEL_SOURCE: &str = concat!(
-    include_str!("../cuda/band.cuh"),
-    "\n#line 1 \"band.cu\"\n",
-    include_str!("../cuda/band.cu")
-);
+pub const KERNEL_SOURCE: &str = kernel_source![
+    "types.cuh",
+    "math.cuh",
+    "lookup.cuh",
+    "rules.cuh",
+    "generator.cuh",
+    "solve.cuh",
+    "batch.cuh",
+    "totals.cuh",
+    "loss.cu",
+    "bounds.cu",
+];

@@ -32,7 +32,7 @@ from bandpo.torch import (
     upload,
 )
 
-# As in cuda/band.cu.
+# As in cuda/types.cuh and cuda/batch.cuh.
 THREADS = 256
 CHUNK = 8192
 

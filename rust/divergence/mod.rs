@@ -201,7 +201,7 @@ impl Divergence {
         }
     }
 
-    /// Number and parameter of its generator in `cuda/band.cuh`; `None` for a text.
+    /// Number and parameter of its generator in `cuda/generator.cuh`; `None` for a text.
     #[must_use]
     pub fn kernel_generator(&self) -> Option<(i32, f64)> {
         Some(match self.generator {

@@ -57,7 +57,7 @@ class Nvrtc:
     def compile(self, source: str, kernels: Sequence[str], options: list[str]) -> Compiled:
         """Compiles kernels to a binary."""
         program = ctypes.c_void_p()
-        given = ctypes.byref(program), source.encode(), b"band.cuh", 0, None, None
+        given = ctypes.byref(program), source.encode(), b"bandpo.cu", 0, None, None
         self._call("nvrtcCreateProgram", *given)
         try:
             for kernel in kernels:
@@ -200,7 +200,7 @@ class TestCupy:
         assert nvrtc.getVersion()[0] == 13
         kernel = "bandpo::policy_loss<bandpo::Half, bandpo::Table>"
         options = (*core.assemble_cupy_compiler_options(cuda.COMPILER_OPTIONS), *ADDED_BY_CUPY)
-        program = nvrtc.createProgram(_core.KERNEL_SOURCE, "band.cu", (), ())
+        program = nvrtc.createProgram(_core.KERNEL_SOURCE, "bandpo.cu", (), ())
         nvrtc.addNameExpression(program, kernel)
         nvrtc.compileProgram(program, (*options, "-arch=sm_90"))
         assert nvrtc.getLoweredName(program, kernel).startswith("_ZN6bandpo11policy_loss")
