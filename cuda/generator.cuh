@@ -1,5 +1,6 @@
-// Generators of f-divergences in double precision: the formulas of rust/divergence/mod.rs, sums of terms of one
-// sign, so that nothing cancels near u = 1.
+// Generators of f-divergences, in double precision.
+//
+// The formulas are those of rust/divergence: sums of terms of one sign, so that nothing cancels near u = 1.
 
 namespace bandpo {
 
@@ -13,7 +14,7 @@ struct Generator {
   double parameter;
 };
 
-// An argument u > 0: near 1 neither ln u nor u - 1 can be had from u itself.
+// An argument u of f. ln u and u - 1 are stored too, because near 1 neither can be computed from u.
 struct Point {
   double log, excess, u;
 };
@@ -34,13 +35,13 @@ BAND_FUNCTION Point point_of_ratio(double u) {
   return point;
 }
 
-// An outcome that has lost all of its probability.
+// u = 0: an outcome that lost all of its probability.
 BAND_FUNCTION Point point_of_nothing() {
   const Point point = {-infinity(1.0), -1.0, 0.0};
   return point;
 }
 
-// x - ln(1+x) >= 0
+// x - ln(1+x), which is at least 0.
 BAND_FUNCTION double excess_over_log1p(double x) {
   if (!(x >= -0.4 && x < 0.6)) return x - log1p(x);
   // With z = x/(2+x): ln(1+x) = 2 atanh z and x - 2z = z x.
@@ -50,7 +51,7 @@ BAND_FUNCTION double excess_over_log1p(double x) {
   return z * (x - 2.0 * square * tail);
 }
 
-// e^x - 1 - x >= 0
+// e^x - 1 - x, which is at least 0.
 BAND_FUNCTION double exp_excess(double x) {
   if (!(x >= -1.0 && x < 1.0)) return expm1(x) - x;
   double tail = 1.0;
@@ -58,10 +59,10 @@ BAND_FUNCTION double exp_excess(double x) {
   return 0.5 * x * x * tail;
 }
 
-// u ln u, 0 at u = 0
+// u ln u; 0 at u = 0.
 BAND_FUNCTION double scaled_log(double u, double log) { return u == 0.0 ? 0.0 : u * log; }
 
-// u^a - 1
+// u^order - 1.
 BAND_FUNCTION double power_minus_one(double order, const Point& at) {
   const double exponent = order * at.log;
   if (fabs(exponent) < 1.0) return expm1(exponent);
@@ -85,14 +86,14 @@ BAND_FUNCTION double cressie_read(double order, const Point& at) {
     return (power_minus_one(order, at) - order * at.excess) / scale;
   }
   if (near_one) {
-    // Orders near 1 would cancel: the adjoint f_a(u) = u f_(1-a)(1/u) does not.
+    // By the adjoint, f_a(u) = u f_(1-a)(1/u), because orders near 1 would cancel.
     return at.u * (exp_excess(-(rest * at.log)) - rest * exp_excess(-at.log)) / (-rest * order);
   }
-  if (at.log < -600.0) return 1.0 / order;  // f(0) to all digits
+  if (at.log < -600.0) return 1.0 / order;  // f(0), to the last digit
   return (at.u * power_minus_one(order - 1.0, at) - (order - 1.0) * at.excess) / scale;
 }
 
-// f(u)
+// f(u).
 BAND_FUNCTION double value(const Generator& f, const Point& at) {
   switch (f.kind) {
     case KL: return fabs(at.excess) < 0.5 ? excess_over_log1p(at.excess) : at.excess - at.log;
@@ -100,7 +101,7 @@ BAND_FUNCTION double value(const Generator& f, const Point& at) {
       return fabs(at.log) < 0.7 ? at.u * exp_excess(-at.log) : scaled_log(at.u, at.log) - at.excess;
     case TV: return fabs(at.excess) * 0.5;
     case HELLINGER: {
-      // Half of a large ln u would lose digits of e^(ln(u)/2).
+      // A square root where ln u is large, because e^(ln(u)/2) would lose digits.
       const double m = fabs(at.log) < 1.0 ? expm1(at.log * 0.5) : sqrt(at.u) - 1.0;
       return m * m * 0.5;
     }
@@ -117,7 +118,7 @@ BAND_FUNCTION double value(const Generator& f, const Point& at) {
   }
 }
 
-// f(0), infinite for some
+// f(0), which may be infinite.
 BAND_FUNCTION double at_zero(const Generator& f) {
   switch (f.kind) {
     case KL: case JEFFREYS: return infinity(1.0);
@@ -130,7 +131,7 @@ BAND_FUNCTION double at_zero(const Generator& f) {
   }
 }
 
-// f'(inf), infinite for some
+// f'(inf), which may be infinite.
 BAND_FUNCTION double slope_at_infinity(const Generator& f) {
   switch (f.kind) {
     case KL: case HOCKEY_STICK: return 1.0;
@@ -143,7 +144,7 @@ BAND_FUNCTION double slope_at_infinity(const Generator& f) {
   }
 }
 
-// f(u)/u, which stays in the range of a double where f(u), which is `plain`, does not
+// f(u)/u, in the range of a double also where `plain`, the value f(u), overflows.
 BAND_FUNCTION double value_per_u(const Generator& f, const Point& at, double plain) {
   if (f.kind == ALPHA && f.parameter > 1.0) {
     const double rate = f.parameter - 1.0;
@@ -154,7 +155,7 @@ BAND_FUNCTION double value_per_u(const Generator& f, const Point& at, double pla
   return plain / at.u;
 }
 
-// u f'(u)
+// u f'(u).
 BAND_FUNCTION double log_slope(const Generator& f, const Point& at) {
   const double log = at.log, excess = at.excess, u = at.u;
   switch (f.kind) {
@@ -186,7 +187,7 @@ BAND_FUNCTION double log_slope(const Generator& f, const Point& at) {
   }
 }
 
-// f'(u) for u > 1, in the range of a double where u f'(u) is not
+// f'(u) for u > 1, in the range of a double also where u f'(u) overflows.
 BAND_FUNCTION double slope(const Generator& f, const Point& at) {
   if (f.kind == ALPHA) return expm1((f.parameter - 1.0) * at.log) / (f.parameter - 1.0);
   if (f.kind == VAJDA) return f.parameter * pow(at.excess, f.parameter - 1.0);
@@ -194,11 +195,11 @@ BAND_FUNCTION double slope(const Generator& f, const Point& at) {
   return log_slope(f, at) / at.u;
 }
 
-// ln(f(u)/u) for ln u > 0, and ln f(u) for ln u < 0, also where f(u), `plain`, leaves the range of a double
+// ln(f(u)/u) for ln u > 0 and ln f(u) for ln u < 0, also where `plain`, the value f(u), overflows or underflows.
 BAND_FUNCTION double log_value(const Generator& f, double log_u, double plain) {
   if (plain < infinity(1.0) && plain > 0.0) return log(plain) - (log_u > 0.0 ? log_u : 0.0);
   const double order = f.parameter, rate = order - 1.0;
-  // What is left out is smaller by a factor e^-300 or more.
+  // Omitted terms are a relative e^-300 at most.
   if (log_u > 0.0) {
     switch (f.kind) {
       case REVERSE_KL: return log(log_u - 1.0);

@@ -1,16 +1,89 @@
-// Counts and sums of many tokens, and how the threads of a block add them up.
+// Totals of a loss: counts and sums of a thread, of a block, and of all blocks.
 
 namespace bandpo {
 
 const int WARPS = THREADS / 32;
 
-const int SUMS = 7;          // of -x, r - 1 - x, -old_log_prob, the gradient, what is removed; least and most x
-const int COUNTS = 5;        // valid, nonfinite, clipped low, clipped high, limited
-const int BINS = 5;          // of the old probability
-const int MOST_COUNTS = COUNTS + 3 * BINS;
+// Rows of the sums of a loss: those that are added, then the extremes.
+enum Sum {
+  SUM_KL,                  // -x of the log-ratio x
+  SUM_KL_K3,               // e^x - 1 - x
+  SUM_ENTROPY,             // -old_log_prob
+  SUM_GRADIENT_UNCLIPPED,  // |A| e^x
+  SUM_GRADIENT_REMOVED,    // what the rule takes from it
+  MIN_LOG_RATIO,
+  MAX_LOG_RATIO,
+  SUMS
+};
 
+// Counts by probability: all bins of the first, then all of the second and of the third.
+enum BinnedCount { BINNED_VALID, BINNED_CLIPPED_LOW, BINNED_CLIPPED_HIGH, BINNED_COUNTS };
+const int BINS = 5;
+const int MAX_COUNTS = COUNTS + BINNED_COUNTS * BINS;
+
+// The bin of an old probability, with edges at 1e-3, 1e-2, 1e-1 and 0.5.
+template <class T>
+BAND_FUNCTION int probability_bin(T old_log_prob) {
+  return (T(-6.907755278982137) <= old_log_prob) + (T(-4.605170185988091) <= old_log_prob) +
+         (T(-2.3025850929940455) <= old_log_prob) + (T(-0.6931471805599453) <= old_log_prob);
+}
+
+// Totals of a thread.
+template <class T>
+struct Totals {
+  T kl, kl_k3, entropy, gradient_unclipped, gradient_removed, min_log_ratio, max_log_ratio;
+  unsigned counts;                                 // packed, by Count
+  unsigned valid_by_bin, low_by_bin, high_by_bin;  // packed, by bin
+
+  BAND_FUNCTION void clear() {
+    kl = kl_k3 = entropy = gradient_unclipped = gradient_removed = T(0);
+    min_log_ratio = infinity(T());
+    max_log_ratio = -infinity(T());
+    counts = valid_by_bin = low_by_bin = high_by_bin = 0u;
+  }
+
+  BAND_FUNCTION void add(const Outcome<T>& token, T old_log_prob, bool by_probability) {
+    kl -= token.log_ratio;
+    kl_k3 += token.kl_k3;
+    entropy -= old_log_prob;
+    gradient_unclipped += token.gradient_unclipped;
+    gradient_removed += token.gradient_removed;
+    min_log_ratio = minimum(min_log_ratio, token.log_ratio);
+    max_log_ratio = maximum(max_log_ratio, token.log_ratio);
+    counts += token.counts;
+    if (by_probability) {
+      const unsigned one = packed_one(probability_bin(old_log_prob));
+      valid_by_bin += one;
+      if (token.counts & packed_one(CLIPPED_LOW)) low_by_bin += one;
+      if (token.counts & packed_one(CLIPPED_HIGH)) high_by_bin += one;
+    }
+  }
+};
+
+struct Add {
+  template <class T>
+  BAND_FUNCTION T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Minimum {
+  template <class T>
+  BAND_FUNCTION T operator()(T a, T b) const {
+    return minimum(a, b);
+  }
+};
+
+struct Maximum {
+  template <class T>
+  BAND_FUNCTION T operator()(T a, T b) const {
+    return maximum(a, b);
+  }
+};
+
+// The values of a warp combined, for its first lane.
 template <class T, class Combine>
-__device__ __forceinline__ T of_warp(T value, Combine combine) {
+BAND_FUNCTION T reduced_warp(T value, Combine combine) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
     value = combine(value, __shfl_down_sync(0xffffffffu, value, distance));
@@ -18,63 +91,62 @@ __device__ __forceinline__ T of_warp(T value, Combine combine) {
   return value;
 }
 
-struct Add {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-
-struct Smaller {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return smaller(a, b);
-  }
-};
-
-struct Greater {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return -smaller(-a, -b);
-  }
-};
-
-// What the tokens of a thread add up to.
+// Writes the totals of a block to one column of sums and counts. Every thread of the block takes part.
 template <class T>
-struct Totals {
-  T kl, kl_k3, entropy, gradient_free, gradient_removed, least, most;
-  unsigned flags;
-  unsigned valid_by_bin, low_by_bin, high_by_bin;  // six bits a bin
+BAND_FUNCTION void store_totals(const Totals<T>& totals, bool by_probability, Index column, Index columns,
+                                double* sums, int* counts) {
+  __shared__ double sums_of_warps[WARPS][SUMS];
+  __shared__ int counts_of_warps[WARPS][MAX_COUNTS];
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
-  __device__ __forceinline__ void clear() {
-    kl = kl_k3 = entropy = gradient_free = gradient_removed = T(0);
-    least = infinity(T());
-    most = -infinity(T());
-    flags = valid_by_bin = low_by_bin = high_by_bin = 0u;
+  const double added[MIN_LOG_RATIO] = {totals.kl, totals.kl_k3, totals.entropy, totals.gradient_unclipped,
+                                       totals.gradient_removed};
+#pragma unroll
+  for (int k = 0; k < MIN_LOG_RATIO; ++k) {
+    const double sum = reduced_warp(added[k], Add());
+    if (lane == 0) sums_of_warps[warp][k] = sum;
   }
-
-  __device__ __forceinline__ void add(const Outcome<T>& token, T old_log_prob, bool by_probability) {
-    kl -= token.log_ratio;
-    kl_k3 += token.kl_k3;
-    entropy -= old_log_prob;
-    gradient_free += token.gradient_free;
-    gradient_removed += token.gradient_removed;
-    least = smaller(least, token.log_ratio);
-    most = -smaller(-most, -token.log_ratio);
-    flags += token.flags;
-    if (by_probability) {
-      const unsigned one = 1u << 6 * probability_bin(old_log_prob);
-      valid_by_bin += one;
-      if (token.flags & CLIPPED_LOW) low_by_bin += one;
-      if (token.flags & CLIPPED_HIGH) high_by_bin += one;
+  const double min = reduced_warp(static_cast<double>(totals.min_log_ratio), Minimum());
+  const double max = reduced_warp(static_cast<double>(totals.max_log_ratio), Maximum());
+  if (lane == 0) {
+    sums_of_warps[warp][MIN_LOG_RATIO] = min;
+    sums_of_warps[warp][MAX_LOG_RATIO] = max;
+  }
+#pragma unroll
+  for (int k = 0; k < COUNTS; ++k) {
+    const int number = reduced_warp(unpacked(totals.counts, k), Add());
+    if (lane == 0) counts_of_warps[warp][k] = number;
+  }
+  const int kinds = by_probability ? MAX_COUNTS : COUNTS;
+  for (int k = COUNTS; k < kinds; ++k) {
+    const int kind = (k - COUNTS) / BINS, bin = (k - COUNTS) % BINS;
+    const unsigned by_bin = kind == BINNED_VALID         ? totals.valid_by_bin
+                            : kind == BINNED_CLIPPED_LOW ? totals.low_by_bin
+                                                         : totals.high_by_bin;
+    const int number = reduced_warp(unpacked(by_bin, bin), Add());
+    if (lane == 0) counts_of_warps[warp][k] = number;
+  }
+  __syncthreads();
+  if (thread < SUMS) {
+    double sum = sums_of_warps[0][thread];
+    for (int k = 1; k < WARPS; ++k) {
+      const double more = sums_of_warps[k][thread];
+      sum = thread < MIN_LOG_RATIO ? sum + more : thread == MIN_LOG_RATIO ? minimum(sum, more) : maximum(sum, more);
     }
+    sums[thread * columns + column] = sum;
+  } else if (thread >= 32 && thread < 32 + kinds) {
+    int number = 0;
+    for (int k = 0; k < WARPS; ++k) number += counts_of_warps[k][thread - 32];
+    counts[(thread - 32) * columns + column] = number;
   }
-};
+  __syncthreads();  // otherwise the next call could overwrite what is still read
+}
 
+// The elements of a row combined, always in the same order. Every thread of the block takes part.
 template <class T, class Element, class Combine>
-__device__ __forceinline__ T of_row(const Element* row, Index length, T nothing, Combine combine) {
+BAND_FUNCTION T reduced_row(const Element* row, Index length, T identity, Combine combine) {
   __shared__ T of_threads[THREADS];
-  T result = nothing;
+  T result = identity;
   for (Index k = threadIdx.x; k < length; k += THREADS) result = combine(result, static_cast<T>(row[k]));
   of_threads[threadIdx.x] = result;
   __syncthreads();
@@ -85,7 +157,7 @@ __device__ __forceinline__ T of_row(const Element* row, Index length, T nothing,
     __syncthreads();
   }
   result = of_threads[0];
-  __syncthreads();  // before the next row writes there
+  __syncthreads();  // otherwise the next call could overwrite what is still read
   return result;
 }
 

@@ -1,26 +1,24 @@
-// Number types: their bits, log-probs as they are stored, and the type that each is computed in.
+// Number types: bits of floats, types that log-probs are stored in, and the type that each is computed in.
 //
-// One source for the device and for the host, where it is tested against rust/simd/lanes.rs, rust/loss/mod.rs and
-// rust/band/mod.rs. It is compiled without fused multiply-adds (-fmad=false, -ffp-contract=off), so that float32
-// has the same bits everywhere. It includes nothing on the device: headers may be absent where it is compiled.
-// Subnormal float32 may be flushed to 0; whatever that could change is done on bits.
+// The source runs on a device and, for tests, on the host (tests/support/emulator.h). On a device it includes
+// nothing, because a compiler at run time may have no headers. It is compiled without fused multiply-adds
+// (-fmad=false, -ffp-contract=off), so that float32 has the bits that it has in Rust. Subnormal float32 may be
+// flushed to 0; what that could change is computed on bits.
 
 #if defined(__CUDACC_RTC__) || defined(__CUDACC__)
 #define BAND_FUNCTION __device__ __forceinline__
 #else
-#include <math.h>  // with overloads for float, in the global namespace as on the device
+#include <math.h>  // has overloads for float in the global namespace, as a device has
 
 #include <cstring>
 #define BAND_FUNCTION inline
 #endif
 
-#ifndef BAND_TABLE_IN_SHARED_MEMORY
-#define BAND_TABLE_IN_SHARED_MEMORY(name) extern __shared__ unsigned name[]
-#endif
-
 namespace bandpo {
 
-typedef long long Index;  // tokens may be more than 2^31
+typedef long long Index;  // int counts fewer tokens than fit a device
+
+const int THREADS = 256;  // of a block, in every kernel
 
 BAND_FUNCTION unsigned bits_of(float value) {
 #ifdef __CUDA_ARCH__
@@ -77,6 +75,7 @@ struct BFloat16 {
   unsigned short bits;
 };
 
+// The type that a stored type is computed in.
 template <class Stored>
 struct Computed {
   typedef float Type;
@@ -86,6 +85,7 @@ struct Computed<double> {
   typedef double Type;
 };
 
+// A stored value in that type, or a flag as it is.
 BAND_FUNCTION float widened(float value) { return value; }
 BAND_FUNCTION double widened(double value) { return value; }
 BAND_FUNCTION unsigned char widened(unsigned char value) { return value; }
@@ -102,7 +102,5 @@ BAND_FUNCTION float widened(Half value) {
   return float_of(sign | ((rest << 13) + (112u << 23)));
 #endif
 }
-
-const int THREADS = 256;  // in a block of every kernel
 
 }  // namespace bandpo

@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU: every thread of a block is a fiber, and blocks run one after another.
 //
-// Include it before the kernels. What it has: 1-D grids and blocks, __syncthreads, __shfl_down_sync on full
-// warps, __shared__ arrays and one array of dynamic shared memory. A barrier that not all threads of its block
-// (or warp) reach at the same place ends the program with a message. It finds wrong indices, tails, strides,
-// reductions and barriers (more with the sanitizers); it says nothing of speed or CUDA's own maths.
+// Include it before the kernels. It supports 1-D grids and blocks, __syncthreads, __shfl_down_sync on full warps,
+// __shared__ arrays and one array of dynamic shared memory. A barrier that not all threads of its block (or warp)
+// reach at the same place ends the program with a message. It finds wrong indices, tails, strides, reductions and
+// barriers, and more with the sanitizers. It measures no speed and lacks CUDA's own maths.
 
 #ifndef BANDPO_EMULATOR
 #define BANDPO_EMULATOR
@@ -31,7 +31,7 @@
 
 namespace emulator {
 
-struct Place {
+struct Size {
   unsigned x;
 };
 
@@ -44,15 +44,15 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[STACK]};
   State state = State::DONE;
-  int line = 0;           // of the barrier that it waits at
+  int place = 0;           // of the barrier that it waits at
   unsigned exchanges = 0;  // shuffles so far
   void* fake_stack = nullptr;
 };
 
-inline Place grid, block, of_block, of_thread;
+inline Size grid_size, block_size, block_index, thread_index;
 inline std::unique_ptr<unsigned[]> shared;
 inline std::vector<std::unique_ptr<Fiber>> fibers;
-inline std::vector<unsigned long long> exchanged;  // by parity of the shuffle and thread
+inline std::vector<unsigned long long> exchanged;  // a set for even shuffles, a set for odd ones
 inline ucontext_t scheduler;
 inline void* scheduler_stack = nullptr;
 inline const void* scheduler_bottom = nullptr;
@@ -61,12 +61,12 @@ inline void (*kernel)(void**) = nullptr;
 inline void** arguments = nullptr;
 inline bool last_warp_first = false;
 
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, of_block.x, of_thread.x);
+[[noreturn]] inline void fail(const char* reason) {
+  std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", reason, block_index.x, thread_index.x);
   std::abort();
 }
 
-inline void leave(Fiber& fiber, bool forever) {
+inline void switch_to_scheduler(Fiber& fiber, bool forever) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(forever ? nullptr : &fiber.fake_stack, scheduler_bottom, scheduler_size);
 #else
@@ -78,35 +78,36 @@ inline void leave(Fiber& fiber, bool forever) {
 #endif
 }
 
-inline void wait(State barrier, int line) {
-  Fiber& fiber = *fibers[of_thread.x];
+// `place` tells barriers in the source apart.
+inline void wait(State barrier, int place) {
+  Fiber& fiber = *fibers[thread_index.x];
   fiber.state = barrier;
-  fiber.line = line;
-  leave(fiber, false);
+  fiber.place = place;
+  switch_to_scheduler(fiber, false);
 }
 
 inline void run_thread() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
 #endif
-  Fiber& fiber = *fibers[of_thread.x];
+  Fiber& fiber = *fibers[thread_index.x];
   kernel(arguments);
   fiber.state = State::DONE;
-  leave(fiber, true);
+  switch_to_scheduler(fiber, true);
 }
 
-// Lets go of those among `count` threads from `first` on that wait at a barrier which all of them have reached.
+// Resumes `count` threads from `first` on, and returns true, if all of them wait at the same barrier.
 inline bool release(unsigned first, unsigned count, State barrier) {
-  const int line = fibers[first]->line;
+  const int place = fibers[first]->place;
   for (unsigned t = first; t < first + count; ++t) {
-    if (fibers[t]->state != barrier || fibers[t]->line != line) return false;
+    if (fibers[t]->state != barrier || fibers[t]->place != place) return false;
   }
   for (unsigned t = first; t < first + count; ++t) fibers[t]->state = State::RUNNING;
   return true;
 }
 
 inline void resume(unsigned t) {
-  of_thread.x = t;
+  thread_index.x = t;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_stack, fibers[t]->stack.get(), STACK);
 #endif
@@ -117,7 +118,7 @@ inline void resume(unsigned t) {
 }
 
 inline void run_block() {
-  const unsigned threads = block.x;
+  const unsigned threads = block_size.x;
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = *fibers[t];
     getcontext(&fiber.context);
@@ -128,8 +129,8 @@ inline void run_block() {
     fiber.state = State::RUNNING;
     fiber.exchanges = 0;
   }
-  // A warp runs as far as it can before the next one starts, so that a barrier which is missing shows: with
-  // the first warp ahead in one order, and the last in the other.
+  // A warp runs as far as it can before the next one starts, so that a missing barrier shows: in one order the
+  // first warp is ahead, in the other the last.
   for (;;) {
     for (unsigned k = 0; k < threads; k += WARP) {
       const unsigned first = last_warp_first ? threads - WARP - k : k;
@@ -148,33 +149,33 @@ inline void run_block() {
 }
 
 template <class T>
-T shuffle_down(T value, unsigned distance, int line) {
+T shuffle_down(T value, unsigned distance, int place) {
   static_assert(sizeof(T) <= sizeof(unsigned long long), "wider than a slot");
-  const unsigned thread = of_thread.x, lane = thread % WARP;
-  // Two sets of slots in turn: a thread that is ahead writes where nobody reads any more.
-  unsigned long long* slots = &exchanged[fibers[thread]->exchanges++ % 2 * block.x];
+  const unsigned thread = thread_index.x, lane = thread % WARP;
+  // Two sets of slots in turn, because a thread that is ahead must not overwrite a slot that is still read.
+  unsigned long long* slots = &exchanged[fibers[thread]->exchanges++ % 2 * block_size.x];
   std::memcpy(&slots[thread], &value, sizeof value);
-  wait(State::AT_WARP_BARRIER, line);
+  wait(State::AT_WARP_BARRIER, place);
   const unsigned from = lane + distance < WARP ? thread + distance : thread;
   std::memcpy(&value, &slots[from], sizeof value);
   return value;
 }
 
-// Of so many blocks, those before `first` are left out.
-inline void launch(void (*of)(void**), unsigned blocks, unsigned first, unsigned threads, unsigned shared_bytes,
+// Runs the blocks of a launch from `first` on.
+inline void launch(void (*entry)(void**), unsigned blocks, unsigned first, unsigned threads, unsigned shared_bytes,
                    void** with) {
   if (threads % WARP != 0) fail("blocks must be made of whole warps");
-  kernel = of;
+  kernel = entry;
   arguments = with;
-  grid.x = blocks;
-  block.x = threads;
-  shared.reset(new unsigned[shared_bytes / sizeof(unsigned)]);  // exactly, for the address sanitizer
+  grid_size.x = blocks;
+  block_size.x = threads;
+  shared.reset(new unsigned[shared_bytes / sizeof(unsigned)]);  // no larger, for the address sanitizer
   exchanged.assign(2 * threads, 0);
   while (fibers.size() < threads) fibers.emplace_back(new Fiber);
-  for (of_block.x = first; of_block.x < blocks; ++of_block.x) run_block();
+  for (block_index.x = first; block_index.x < blocks; ++block_index.x) run_block();
 }
 
-// Calls a kernel with arguments that are pointed to, as a driver launches it.
+// Calls a kernel with an array of pointers to its arguments, as a driver does.
 template <auto Kernel>
 struct Call;
 template <class... Parameters, void (*Kernel)(Parameters...)>
@@ -189,13 +190,13 @@ struct Call<Kernel> {
 
 }  // namespace emulator
 
-#define gridDim emulator::grid
-#define blockDim emulator::block
-#define blockIdx emulator::of_block
-#define threadIdx emulator::of_thread
-#define __syncthreads() emulator::wait(emulator::State::AT_BLOCK_BARRIER, __LINE__)
+#define gridDim emulator::grid_size
+#define blockDim emulator::block_size
+#define blockIdx emulator::block_index
+#define threadIdx emulator::thread_index
+#define __syncthreads() emulator::wait(emulator::State::AT_BLOCK_BARRIER, __COUNTER__)
 #define __shfl_down_sync(mask, value, distance)                              \
-  ((mask) == 0xffffffffu ? emulator::shuffle_down(value, distance, __LINE__) \
+  ((mask) == 0xffffffffu ? emulator::shuffle_down(value, distance, __COUNTER__) \
                          : (emulator::fail("a shuffle of a part of a warp"), value))
 
 #endif
