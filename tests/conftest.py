@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parent / "data"
 
+BACKENDS = ("native", "torch")
+"""Backends of a loss that run on a CPU."""
+
 SANITIZED = "BANDPO_SANITIZED" in os.environ
 """Whether the emulator runs under sanitizers, which have to be loaded before Python."""
 
@@ -64,6 +67,11 @@ REFERENCE_FILES = sorted(DATA.glob("band_*.csv.gz"))
 )
 def reference(request: pytest.FixtureRequest) -> Reference:
     return read_reference(request.param)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

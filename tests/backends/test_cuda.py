@@ -49,6 +49,7 @@ from bandpo.torch import (
     upload,
 )
 from conftest import REFERENCE_FILES, SANITIZED, Reference, read_reference
+from support.batches import random_batch
 from support.emulated import SANITIZERS, Emulator, build, missing_compiler
 
 KL = bandpo.Band("kl", 0.05)
@@ -113,24 +114,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def batch(
     shape: tuple[int, int], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[torch.Tensor]:
-    """Old and new log-probs, advantages and which tokens count: all kinds, some of them extreme."""
-    rng = np.random.default_rng(seed)
-    old = -rng.exponential(3.0, shape)
-    new = old + rng.normal(0.0, 0.5, shape)
-    advantages = rng.normal(0.0, 1.0, shape)
-    special = rng.integers(0, 40, shape)
-    old[special == 0] = 0.0
-    new[special == 1] = old[special == 1] - 30.0
-    new[special == 2] += 25.0
-    old[special == 3] = -200.0
-    advantages[special == 4] = 0.0
-    old[special == 5] *= 1e-6
-    valid = rng.random(shape) < 0.8
-    # What is masked may hold anything.
-    for column in (old, new, advantages):
-        column[~valid & (special > 20)] = np.nan
-    tensors = [torch.from_numpy(column).to(dtype) for column in (old, new, advantages)]
-    return [*tensors, torch.from_numpy(valid)]
+    """Old and new log-probs, advantages and the mask of random tokens, some of them extreme."""
+    return list(random_batch(shape, seed, dtype, extremes=True))
 
 
 def equal(actual: torch.Tensor, wanted: torch.Tensor) -> bool:

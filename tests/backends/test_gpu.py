@@ -28,6 +28,7 @@ from bandpo.torch import (
     token_loss_op,
     torch,
 )
+from support.batches import random_batch
 
 pytestmark = [
     pytest.mark.usefixtures("gpu"),
@@ -44,12 +45,7 @@ MORE_THAN_INT32 = 2**31 + 1
 
 
 def batch(shape: tuple[int, ...], device: str | torch.device = "cuda") -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    old = -torch.empty(shape).exponential_(0.3, generator=generator)
-    new = old + 0.5 * torch.randn(shape, generator=generator)
-    advantages = torch.randn(shape, generator=generator)
-    valid = torch.rand(shape, generator=generator) < 0.8
-    return [tensor.to(device) for tensor in (old, new, advantages, valid)]
+    return [tensor.to(device) for tensor in random_batch(shape)]
 
 
 def gradient(tokens: list[torch.Tensor], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from scipy.stats import binomtest, norm
 
 from bandpo import Band
 from bandpo.check import Float64Array
+from support.tokens import wide_tokens
 
 CLOSED_FORM = 2e-13
 """Relative tolerance of an end of an interval from a closed form.
@@ -181,13 +182,10 @@ def test_jeffreys_divergence_at_the_bounds_is_delta(delta: float) -> None:
 
 def random_tokens(count: int) -> tuple[Float64Array, Float64Array]:
     """Log-probs of a language model, sure and rare ones, and log-ratios on both sides of a band."""
-    rng = np.random.default_rng(20260304)
-    odds = rng.uniform(-12, 12, count)
-    logp = -np.logaddexp(0, -odds)
-    log_ratio = rng.laplace(0, 1, count) * rng.choice([0.1, 0.5, 3.0], count)
-    # Left out are ratios outside the simplex, and those so near it that 1 - q loses its digits.
-    kept = logp + log_ratio < -1e-7
-    return logp[kept], log_ratio[kept]
+    old, new, *_ = wide_tokens(count, 20260304, logits=(-12, 12))
+    # Without ratios outside the simplex, or so near its edge that 1 - q loses its digits.
+    kept = new < -1e-7
+    return old[kept], (new - old)[kept]
 
 
 Mask = Callable[[Float64Array, Float64Array], Float64Array]

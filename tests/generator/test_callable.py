@@ -14,6 +14,7 @@ from bandpo import Band, BandpoError
 from bandpo.check import BoolArray, Float64Array
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.generator import BLOCK, LOG_REACH, MAX_CALLS, CallableGenerator
+from support.tokens import log_probs
 
 RELATIVE = 1e-10
 """What a log bound may be off the built-in's, relatively, for delta >= 1e-5."""
@@ -63,15 +64,6 @@ WITH_MULTIPLE_OF_U_MINUS_1: dict[str, tuple[str, Function]] = {
 }
 
 
-def tokens(seed: int, count: int) -> Float64Array:
-    """Log-probabilities of rare, sure and ordinary tokens; p in [1e-12, 1 - 1e-12]."""
-    rng = np.random.default_rng(seed)
-    rare, sure, logit = rng.uniform(size=(3, count // 3))
-    return np.concatenate(
-        [-27.6 * rare, -(10.0 ** (-12 * sure)), -np.log1p(np.exp(54 * logit - 27))]
-    )
-
-
 def radii(seed: int, count: int, low: float = -5.0) -> Float64Array:
     return np.asarray(10.0 ** np.random.default_rng(seed).uniform(low, 1.0, count))
 
@@ -111,20 +103,20 @@ def assert_agrees(fn: Function, spec: str, logp: Float64Array, delta: Float64Arr
 
 @pytest.mark.parametrize("spec", FUNCTIONS)
 def test_equals_the_built_in(spec: str) -> None:
-    logp = tokens(1, 30_000)
+    logp = log_probs(1, 30_000)
     assert_agrees(FUNCTIONS[spec], spec, logp, radii(2, logp.size))
 
 
 @pytest.mark.parametrize("text", WITH_MULTIPLE_OF_U_MINUS_1)
 def test_a_multiple_of_u_minus_1_changes_nothing(text: str) -> None:
     spec, fn = WITH_MULTIPLE_OF_U_MINUS_1[text]
-    logp = tokens(3, 9_000)
+    logp = log_probs(3, 9_000)
     assert_agrees(fn, spec, logp, radii(4, logp.size))
 
 
 @pytest.mark.parametrize("spec", ["kl", "reverse-kl", "tv", "hellinger", "neyman-chi2"])
 def test_small_radii_lose_little_where_f_is_smooth_or_relative(spec: str) -> None:
-    logp = tokens(5, 9_000)
+    logp = log_probs(5, 9_000)
     delta = radii(6, logp.size, low=-12.0)
     generator = CallableGenerator(FUNCTIONS[spec])
     for actual, exact in zip(
@@ -143,7 +135,7 @@ def test_delta_as_numbers_and_as_arrays() -> None:
 
 
 def test_many_blocks_give_what_one_gives() -> None:
-    logp = np.resize(tokens(8, 999), BLOCK + 12_345)
+    logp = np.resize(log_probs(8, 999), BLOCK + 12_345)
     log_lower, log_upper = CallableGenerator(kl).log_bounds(0.05, 0.05, logp)
     expected = Band("kl", 0.05).log_bounds(logp)
     np.testing.assert_allclose(log_upper, expected[1], rtol=RELATIVE, atol=0)
@@ -317,7 +309,7 @@ def test_limits_of_f_that_are_not_clear_are_asked_for() -> None:
         CallableGenerator(slowly_to_100)
     generator = CallableGenerator(slowly_to_100, at_zero=100.0)
     assert generator.at_zero == 100.0
-    logp = tokens(9, 3000)
+    logp = log_probs(9, 3000)
     log_lower, log_upper = generator.log_bounds(0.05, 0.05, logp)
     expected = Band("alpha:0.01", 0.05).log_bounds(logp)
     normal = np.abs(expected[0]) < LOG_REACH
@@ -478,7 +470,7 @@ def test_calls_are_few_and_on_arrays(spec: str) -> None:
     counted = Counted(FUNCTIONS[spec])
     generator = CallableGenerator(counted)
     assert counted.calls <= 15
-    logp = np.concatenate([tokens(10, 3000), -(10.0 ** np.linspace(-320, 308, 1000))])
+    logp = np.concatenate([log_probs(10, 3000), -(10.0 ** np.linspace(-320, 308, 1000))])
     for delta in [1e-12, 1e-5, 0.05, 20.0]:
         counted.calls = 0
         generator.log_bounds(delta, delta, logp)
@@ -489,13 +481,13 @@ def test_calls_are_few_and_on_arrays(spec: str) -> None:
     assert counted.fewest == 2 * logp.size
 
 
-def test_work_does_not_grow_with_the_number_of_tokens() -> None:
+def test_work_does_not_grow_with_the_number_of_log_probs() -> None:
     counted = Counted(kl)
     generator = CallableGenerator(counted)
     calls = []
     for count in [30, 30_000]:
         counted.calls = 0
-        generator.log_bounds(0.05, 0.05, tokens(11, count))
+        generator.log_bounds(0.05, 0.05, log_probs(11, count))
         calls.append(counted.calls)
     assert max(calls) <= MAX_CALLS
 
@@ -504,7 +496,7 @@ def test_work_does_not_grow_with_the_number_of_tokens() -> None:
 
 
 def test_contains_is_the_divergence_at_most_delta() -> None:
-    logp = tokens(12, 3000)
+    logp = log_probs(12, 3000)
     rng = np.random.default_rng(13)
     log_ratio = np.where(rng.uniform(size=logp.size) < 0.5, 1.0, 1e-3) * rng.normal(size=logp.size)
     for spec in FUNCTIONS:
@@ -537,7 +529,7 @@ def test_contains_at_the_ends() -> None:
 
 @pytest.mark.parametrize("spec", FUNCTIONS)
 def test_nothing_beyond_the_bounds_is_inside(spec: str) -> None:
-    generator, logp = CallableGenerator(FUNCTIONS[spec]), tokens(14, 3000)
+    generator, logp = CallableGenerator(FUNCTIONS[spec]), log_probs(14, 3000)
     log_lower, log_upper = generator.log_bounds(0.05, 0.05, logp)
     assert not generator.contains(0.05, 0.05, logp, log_upper * (1 + 1e-9)).any()
     solved = log_lower > -LOG_REACH
@@ -568,7 +560,7 @@ def differentiated(
 @pytest.mark.parametrize("spec", FUNCTIONS)
 @pytest.mark.parametrize("delta", [1e-4, 0.05, 0.5])
 def test_slopes_equal_differences_of_the_bounds(spec: str, delta: float) -> None:
-    logp = np.concatenate([tokens(15, 900)[:600], -np.linspace(1e-3, 3.0, 300)])
+    logp = np.concatenate([log_probs(15, 900)[:600], -np.linspace(1e-3, 3.0, 300)])
     log_lower, log_upper, *slopes = CallableGenerator(FUNCTIONS[spec]).bounds_with_slopes(
         delta, delta, logp
     )
@@ -584,7 +576,7 @@ def test_slopes_equal_differences_of_the_bounds(spec: str, delta: float) -> None
 
 @pytest.mark.parametrize("spec", FUNCTIONS)
 def test_slopes_have_their_signs_and_ends(spec: str) -> None:
-    logp = np.concatenate([tokens(16, 3000), [0.0, 1.0, -np.inf, -1e-300, -1e3, -1e300]])
+    logp = np.concatenate([log_probs(16, 3000), [0.0, 1.0, -np.inf, -1e-300, -1e3, -1e300]])
     generator = CallableGenerator(FUNCTIONS[spec])
     log_lower, log_upper, of_lower, of_upper = generator.bounds_with_slopes(0.05, 0.2, logp)
     expected = generator.log_bounds(0.05, 0.2, logp)
@@ -605,7 +597,7 @@ def test_compares_hashes_prints_and_pickles() -> None:
     copy = pickle.loads(pickle.dumps(generator))  # noqa: S301 -- our own bytes
     assert copy == generator
     assert hash(copy) == hash(generator)
-    logp = tokens(17, 300)
+    logp = log_probs(17, 300)
     np.testing.assert_array_equal(
         copy.log_bounds(0.05, 0.05, logp), generator.log_bounds(0.05, 0.05, logp)
     )

@@ -8,7 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -30,11 +30,13 @@ from bandpo.loss import (
 )
 from bandpo.schedule import Linear, ScheduledBand
 from bandpo.torch import torch
+from conftest import BACKENDS
+from support.batches import Batch, assert_close, random_batch
+from support.formulas import BoundedTokens, dual_clipped, min_clip
 
 Array: TypeAlias = NDArray[Any]
 Tensor: TypeAlias = torch.Tensor
 
-BACKENDS = ("native", "torch")
 MODES = (
     "token-mean",
     "token-sum",
@@ -51,76 +53,9 @@ CLIP = bandpo.Clip(0.2, 0.28)
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-class Batch(NamedTuple):
-    old_log_prob: Tensor
-    log_prob: Tensor
-    advantages: Tensor
-    response_mask: Tensor
-
-    def loss(self, **options: Any) -> PolicyLossResult:
-        return policy_loss(*self, **options)
-
-    def gradient(self, **options: Any) -> Tensor:
-        log_prob = self.log_prob.detach().requires_grad_()
-        loss = self._replace(log_prob=log_prob).loss(**options).loss
-        return torch.autograd.grad(loss, log_prob)[0]
-
-
-def random_batch(
-    shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32
-) -> Batch:
-    """Tokens of all probabilities, ratios on both sides of most bounds, a quarter masked."""
-    rng = np.random.default_rng(seed)
-    log_prob = -rng.exponential(3.0, shape)
-    log_ratio = rng.normal(0.0, 0.5, shape)
-    new = np.minimum(log_prob + log_ratio, 0.0)
-    columns = (log_prob, new, rng.normal(0.0, 1.0, shape))
-    mask = torch.from_numpy(rng.random(shape) < 0.75)
-    old, new_, advantages = (torch.from_numpy(column).to(dtype) for column in columns)
-    return Batch(old, new_, advantages, mask)
-
-
-class Expected(NamedTuple):
-    per_token: Float64Array
-    gradient: Float64Array
-    clipped_low: Array
-    clipped_high: Array
-    dual_clipped: Array
-    log_ratio: Float64Array
-
-
-def expected(batch: Batch, region: bandpo.Region, dual_clip: float = math.inf) -> Expected:
-    """The definition, in float64 with exact bounds, of every token, masked or not."""
-    old, new, advantage = (tensor.double().numpy() for tensor in batch[:3])
-    log_ratio = np.clip(new - old, -20.0, 20.0)
-    ratio = np.exp(log_ratio)
-    lower, upper = region.bounds(old)
-    surrogate = np.where(
-        advantage > 0,
-        np.minimum(ratio, upper),
-        np.minimum(np.maximum(ratio, lower), dual_clip),
-    )
-    low = (advantage < 0) & (ratio < lower)
-    high = (advantage > 0) & (ratio > upper)
-    dual = (advantage < 0) & (ratio >= dual_clip)
-    stopped = low | high | dual | (np.abs(new - old) > 20.0)
-    return Expected(
-        -advantage * surrogate,
-        np.where(stopped, 0.0, -advantage * ratio),
-        low,
-        high,
-        dual,
-        log_ratio,
-    )
-
-
-def assert_close(actual: Tensor, wanted: Any, rtol: float, atol: float = 0.0) -> None:
-    np.testing.assert_allclose(actual.detach().double().numpy(), wanted, rtol=rtol, atol=atol)
+def exact_losses(batch: Batch, region: bandpo.Region) -> Float64Array:
+    """The loss of every token, masked or not, by exact bounds."""
+    return min_clip(BoundedTokens.of(batch, region))[0]
 
 
 class TestMinClip:
@@ -173,16 +108,16 @@ class TestMinClip:
         exact = not isinstance(region, bandpo.BandTable)
         reference = region.region if isinstance(region, bandpo.BandTable) else region
         batch = random_batch((50, 40), dtype=torch.float64)
-        wanted = expected(batch, reference, dual_clip or math.inf)
+        per_token, gradient = min_clip(BoundedTokens.of(batch, reference), dual_clip or math.inf)
         options: dict[str, Any] = {
             "region": region, "dual_clip": dual_clip, "backend": backend, "exact": exact,
         }  # fmt: skip
         valid = batch.response_mask.numpy()
-        per_token = batch.loss(**options).per_token
         tolerance = 1e-13 if exact else 1e-5
-        assert_close(per_token, np.where(valid, wanted.per_token, 0.0), tolerance)
-        gradient = batch.gradient(**options, loss_agg_mode="token-sum")
-        assert_close(gradient, np.where(valid, wanted.gradient, 0.0), tolerance)
+        found = batch.loss(**options).per_token
+        assert_close(found, np.where(valid, per_token, 0.0), tolerance)
+        found = batch.gradient(**options, loss_agg_mode="token-sum")
+        assert_close(found, np.where(valid, gradient, 0.0), tolerance)
 
     def test_radii_of_every_token(self, backend: str) -> None:
         batch = random_batch((6, 50, 1), dtype=torch.float64)
@@ -200,7 +135,7 @@ class TestMinClip:
                 return np.minimum(*(p[0] for p in pairs)), np.maximum(*(p[1] for p in pairs))
 
         batch = random_batch((20, 30), dtype=torch.float64)
-        wanted = expected(batch, Widest()).per_token * batch.response_mask.numpy()
+        wanted = exact_losses(batch, Widest()) * batch.response_mask.numpy()
         assert_close(batch.loss(region=Widest(), backend=backend).per_token, wanted, 1e-13)
 
     def test_at_a_bound_the_gradient_passes_and_at_the_dual_clip_it_stops(
@@ -607,7 +542,7 @@ class TestAggregation:
     def test_mode_is_its_definition(self, mode: str, backend: str) -> None:
         batch = ragged_batch()
         mask = batch.response_mask.numpy()
-        per_token = expected(batch, KL).per_token
+        per_token = exact_losses(batch, KL)
         for counts in (
             {},
             {"dp_size": 4, "tokens": 400, "sequences": 31.0, "scale": 17.0},
@@ -675,7 +610,7 @@ class TestAggregation:
         batch = random_batch((30,), dtype=torch.float64)
         region = bandpo.Band("kl", np.linspace(0.01, 0.5, 30))
         result = batch.loss(region=region, backend=backend)
-        wanted = expected(batch, region).per_token * batch.response_mask.numpy()
+        wanted = exact_losses(batch, region) * batch.response_mask.numpy()
         assert_close(result.per_token, wanted, 1e-13)
 
 
@@ -803,21 +738,20 @@ class TestMetrics:
         batch = random_batch((40, 50), dtype=torch.float64)
         batch.log_prob[3, 4] = batch.old_log_prob[3, 4] + 25.0
         dual_clip = 1.6
-        wanted = expected(batch, region, dual_clip)
-        valid = batch.response_mask.numpy()
+        tokens = BoundedTokens.of(batch, region)
+        valid, ratio, log_ratio = tokens.valid, tokens.ratio, tokens.log_ratio
         count = valid.sum()
-        ratio = np.exp(wanted.log_ratio)
-        free = np.abs(batch.advantages.numpy()) * ratio
-        removed = free - np.abs(wanted.gradient)
+        unclipped = np.abs(tokens.advantage) * ratio
+        removed = unclipped - np.abs(min_clip(tokens, dual_clip)[1])
         definitions = {
-            "clip_fraction_low": (wanted.clipped_low & valid).sum() / count,
-            "clip_fraction_high": (wanted.clipped_high & valid).sum() / count,
-            "dual_clip_fraction": (wanted.dual_clipped & valid).sum() / count,
-            "gradient_removed": removed[valid].sum() / free[valid].sum(),
+            "clip_fraction_low": (tokens.below & valid).sum() / count,
+            "clip_fraction_high": (tokens.above & valid).sum() / count,
+            "dual_clip_fraction": (dual_clipped(tokens, dual_clip) & valid).sum() / count,
+            "gradient_removed": removed[valid].sum() / unclipped[valid].sum(),
             "all_ratios_one": False,
             "entropy": -batch.old_log_prob.numpy()[valid].mean(),
-            "approx_kl": -wanted.log_ratio[valid].mean(),
-            "approx_kl_k3": (ratio - 1.0 - wanted.log_ratio)[valid].mean(),
+            "approx_kl": -log_ratio[valid].mean(),
+            "approx_kl_k3": (ratio - 1.0 - log_ratio)[valid].mean(),
             "ratio_min": ratio[valid].min(),
             "ratio_max": ratio[valid].max(),
             "nonfinite_tokens": 0,
@@ -836,14 +770,14 @@ class TestMetrics:
         metrics = batch.loss(**options, metrics_by_probability=True).metrics
         bins = np.histogram_bin_edges([], PROBABILITY_EDGES)
         old = np.exp(batch.old_log_prob.numpy())
-        tokens, low, high = (
+        total, low, high = (
             np.histogram(old[chosen & valid], bins)[0]
-            for chosen in (valid, wanted.clipped_low, wanted.clipped_high)
+            for chosen in (valid, tokens.below, tokens.above)
         )
-        assert tokens.all()
-        assert_close(metrics["tokens_by_probability"], tokens, 0.0)
-        assert_close(metrics["clip_fraction_low_by_probability"], low / tokens, 1e-15)
-        assert_close(metrics["clip_fraction_high_by_probability"], high / tokens, 1e-15)
+        assert total.all()
+        assert_close(metrics["tokens_by_probability"], total, 0.0)
+        assert_close(metrics["clip_fraction_low_by_probability"], low / total, 1e-15)
+        assert_close(metrics["clip_fraction_high_by_probability"], high / total, 1e-15)
 
     def test_small_steps_keep_their_digits(self, backend: str) -> None:
         old = torch.full((1, 1000), -1.0)

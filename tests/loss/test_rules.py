@@ -25,6 +25,7 @@ from bandpo.loss import PolicyLoss, policy_loss
 from bandpo.presets import PRESETS, Preset, preset
 from bandpo.region import Combined
 from bandpo.schedule import Bapo, RegionSource
+from support.tokens import wide_tokens
 
 RULE = 1e-9
 """Relative tolerance of a loss or a gradient: the oracles subtract and find roots in double
@@ -270,17 +271,14 @@ def by_preset(
 # --- tokens ------------------------------------------------------------------------------------
 
 
-def tokens(
-    seed: int, scale: float, rows: int = 6, width: int = 50
-) -> tuple[Float64Array, Float64Array, Float64Array, BoolArray]:
-    """Old and new log-probs, one advantage a row, and a mask; new probabilities stay below 1."""
-    rng = np.random.default_rng(seed)
-    old = -np.logaddexp(0, -rng.uniform(-7, 4, (rows, width)))
-    new = old + rng.laplace(0, scale, (rows, width)) * rng.choice([0.1, 1.0, 3.0], (rows, width))
-    new = np.where((new < -1e-3) & (np.abs(new - old) < 20), new, old)  # where no clamp acts
-    advantages = rng.normal(0, 1, (rows, 1))
+def sequences(seed: int, step: float) -> tuple[Float64Array, Float64Array, Float64Array, BoolArray]:
+    """Tokens with one advantage a row, which no clamp touches and whose new p is below 1."""
+    old, new, advantages, mask = wide_tokens(
+        (6, 50), seed, logits=(-7, 4), step=step, factors=(0.1, 1.0, 3.0)
+    )
+    new = np.where((new < -1e-3) & (np.abs(new - old) < 20), new, old)
+    advantages = advantages[:, :1]
     advantages[:2] = [[1.5], [-0.5]]
-    mask = rng.uniform(size=(rows, width)) < 0.8
     return old, new, advantages, mask
 
 
@@ -341,7 +339,7 @@ def test_bounds_of_presets_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED_BOUNDS)
 def test_min_clip_presets_have_the_published_loss(name: str) -> None:
     bounds, dual_clip = PUBLISHED_BOUNDS[name]
-    old, new, advantages, mask = tokens(11, 0.8)
+    old, new, advantages, mask = sequences(11, 0.8)
     published = published_min_clip(old, new, advantages, bounds, dual_clip)
     expected = tuple(np.where(mask, part, 0) for part in published)
     found = preset(name)
@@ -367,7 +365,7 @@ def test_min_clip_presets_have_the_published_loss(name: str) -> None:
 
 
 def test_dual_clip_acts_where_it_was_published() -> None:
-    old, new, advantages, mask = tokens(12, 0.8)
+    old, new, advantages, mask = sequences(12, 0.8)
     loss, gradient = published_dual_clip(old, new, advantages)
     ratio = np.exp(new - old)
     acts = (advantages < 0) & (ratio > 3)
@@ -381,7 +379,7 @@ def test_dual_clip_acts_where_it_was_published() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_train_by_their_tables_as_by_the_solver(name: str) -> None:
     """As a user calls them: no `exact`, any backend."""
-    old, new, advantages, mask = tokens(15, 0.8)
+    old, new, advantages, mask = sequences(15, 0.8)
     found = preset(name)
     if found.ratio_level == "sequence":
         new = old + 1e-3 * (new - old)
@@ -410,10 +408,7 @@ def test_masks_are_the_clip_sets_of_bands(
     name: str, divergence: Callable[[Float64Array, Float64Array], Float64Array], threshold: float
 ) -> None:
     """10^5 tokens, no disagreement: on the mask by divergences, and by `contains` and bounds."""
-    rng = np.random.default_rng(3)
-    old = -np.logaddexp(0, -rng.uniform(-9, 7, 200_000))
-    new = old + rng.laplace(0, 1, old.size) * rng.choice([0.1, 0.5, 3.0], old.size)
-    advantages = rng.normal(0, 1, old.size)
+    old, new, advantages, _ = wide_tokens(200_000, 3, logits=(-9, 7))
     clear = (new < -1e-7) & (np.abs(new - old) < 20)  # where the loss clamps no log-ratio
     clear[clear] &= np.abs(divergence(np.exp(old[clear]), np.exp(new[clear])) / threshold - 1) > TIE
     old, new, advantages = old[clear], new[clear], advantages[clear]
@@ -437,7 +432,7 @@ def test_masks_are_the_clip_sets_of_bands(
 
 
 def test_cispo_has_the_published_loss() -> None:
-    old, new, advantages, mask = tokens(13, 1.5)
+    old, new, advantages, mask = sequences(13, 1.5)
     loss, gradient = published_cispo(old, new, advantages)
     assert (np.exp(new - old) > 5)[mask].any()
     expected = np.where(mask, loss, 0), np.where(mask, gradient, 0)
@@ -445,7 +440,7 @@ def test_cispo_has_the_published_loss() -> None:
 
 
 def test_ce_gppo_has_the_published_loss() -> None:
-    old, new, advantages, mask = tokens(14, 0.5)
+    old, new, advantages, mask = sequences(14, 0.5)
     loss, gradient = published_ce_gppo(old, new, advantages)
     expected = np.where(mask, loss, 0), np.where(mask, gradient, 0)
     assert_same(by_preset(preset("ce-gppo"), old, new, advantages, mask), expected)
@@ -454,7 +449,7 @@ def test_ce_gppo_has_the_published_loss() -> None:
 def test_gspo_has_the_published_loss() -> None:
     seen = set()
     for seed in range(8):
-        old, new, advantages, mask = tokens(seed, 1e-3)
+        old, new, advantages, mask = sequences(seed, 1e-3)
         loss, gradient = published_gspo(old, new, advantages, mask)
         assert_same(by_preset(preset("gspo"), old, new, advantages, mask), (loss, gradient))
         stopped = (gradient == 0).all(1)
@@ -463,7 +458,7 @@ def test_gspo_has_the_published_loss() -> None:
 
 
 def test_gmpo_has_the_published_loss() -> None:
-    old, new, advantages, mask = tokens(15, 0.5)
+    old, new, advantages, mask = sequences(15, 0.5)
     loss, gradient = published_gmpo(old, new, advantages, mask)
     stopped = mask & (gradient == 0)
     assert 0 < stopped.sum() < mask.sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,9 @@ from bandpo.check import Float64Array
 from bandpo.loss import PolicyLoss, policy_loss
 from bandpo.surrogate import GradientPreserving, Mask, Surrogate
 from bandpo.torch import torch
-from loss.test_loss import BACKENDS, Batch, assert_close, random_batch
+from conftest import BACKENDS
+from support.batches import Batch, assert_close, random_batch
+from support.formulas import FORMULAS, BoundedTokens, LossAndGradient
 
 KL = bandpo.Band("kl", 0.05)
 TV = bandpo.Band("tv", 0.15)
@@ -36,80 +38,9 @@ rounding."""
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-class Tokens(NamedTuple):
-    """A batch in float64, with the bounds of each token."""
-
-    log_prob: Float64Array
-    advantage: Float64Array
-    valid: Any
-    log_ratio: Float64Array
-    ratio: Float64Array
-    lower: Float64Array
-    upper: Float64Array
-
-    @classmethod
-    def of(cls, batch: Batch, region: bandpo.Region, log_ratio: Any = None) -> Tokens:
-        old, new, advantage = (tensor.double().numpy() for tensor in batch[:3])
-        log_ratio = np.clip(new - old if log_ratio is None else log_ratio, -20.0, 20.0)
-        lower, upper = region.bounds(old)
-        valid = batch.response_mask.numpy() != 0
-        return cls(new, advantage, valid, log_ratio, np.exp(log_ratio), lower, upper)
-
-    @property
-    def beyond(self) -> Any:
-        low = (self.advantage < 0) & (self.ratio < self.lower)
-        return low | (self.advantage > 0) & (self.ratio > self.upper)
-
-    @property
-    def edge(self) -> Float64Array:
-        return np.where(self.advantage < 0, self.lower, self.upper)
-
-
-def mask_formula(tokens: Tokens, truncation: float) -> tuple[Float64Array, Float64Array]:
-    """DPPO, arXiv 2602.04879: -A sg(min(r, c)) log pi, and nothing for tokens that left."""
-    gradient = np.where(
-        tokens.beyond, 0.0, -tokens.advantage * np.minimum(tokens.ratio, truncation)
-    )
-    return gradient * tokens.log_prob, gradient
-
-
-def weight_formula(tokens: Tokens) -> tuple[Float64Array, Float64Array]:
-    """CISPO, arXiv 2506.13585: -A sg(clip(r, lower, upper)) log pi."""
-    gradient = -tokens.advantage * np.clip(tokens.ratio, tokens.lower, tokens.upper)
-    return gradient * tokens.log_prob, gradient
-
-
-def preserving_formula(
-    tokens: Tokens, beta_low: float, beta_high: float
-) -> tuple[Float64Array, Float64Array]:
-    """CE-GPPO, arXiv 2509.20712: a bounded gradient beyond a bound."""
-    beta = np.where(tokens.advantage < 0, beta_low, beta_high)
-    loss = -tokens.advantage * np.where(tokens.beyond, beta * tokens.edge, tokens.ratio)
-    stopped = (np.abs(tokens.log_ratio) == 20.0) & ~tokens.beyond
-    return loss, np.where(stopped, 0.0, loss)
-
-
-FORMULAS: dict[str, tuple[Surrogate, Any]] = {
-    "mask": ("mask", lambda tokens: mask_formula(tokens, 20.0)),
-    "mask, c = 1.5": (Mask(truncation=1.5), lambda tokens: mask_formula(tokens, 1.5)),
-    "mask, no c": (Mask(truncation=None), lambda tokens: mask_formula(tokens, math.inf)),
-    "weight": ("weight", weight_formula),
-    "preserving": ("gradient-preserving", lambda tokens: preserving_formula(tokens, 1.0, 1.0)),
-    "preserving .75": (
-        GradientPreserving(0.75, 0.5),
-        lambda tokens: preserving_formula(tokens, 0.75, 0.5),
-    ),
-}
-
-
 def check(
     batch: Batch,
-    formula: tuple[Float64Array, Float64Array],
+    formula: LossAndGradient,
     tolerance: float,
     **options: Any,
 ) -> None:
@@ -128,7 +59,7 @@ def test_a_surrogate_is_its_formula(name: str, region: bandpo.Region, backend: s
     surrogate, formula = FORMULAS[name]
     batch = random_batch((12, 20), dtype=torch.float64)
     batch.log_prob[2, 3] = batch.old_log_prob[2, 3] - 30.0
-    tokens = Tokens.of(batch, region)
+    tokens = BoundedTokens.of(batch, region)
     assert (tokens.beyond & tokens.valid).sum() > 5
     options: dict[str, Any] = {"region": region, "surrogate": surrogate, "backend": backend}
     check(batch, formula(tokens), EXACT, **options, exact=True)
@@ -138,7 +69,7 @@ def test_a_surrogate_is_its_formula(name: str, region: bandpo.Region, backend: s
 def test_a_table_serves_all_surrogates(name: str, backend: str) -> None:
     surrogate, formula = FORMULAS[name]
     batch = random_batch((40, 50), seed=3)
-    tokens = Tokens.of(batch, KL)
+    tokens = BoundedTokens.of(batch, KL)
     # A token whose ratio is nearer to a bound than the table is to the solver decides either way.
     near = [np.abs(tokens.ratio - edge) < 1e-5 * edge for edge in (tokens.lower, tokens.upper)]
     batch.response_mask[torch.from_numpy(near[0] | near[1])] = False
@@ -274,7 +205,7 @@ class TestLevels:
         batch = random_batch((60, 20), dtype=torch.float64)
         valid = batch.response_mask.numpy()
         own = batch.log_prob.numpy() - batch.old_log_prob.numpy()
-        tokens = Tokens.of(batch, self.near, sequence_means(own, valid))
+        tokens = BoundedTokens.of(batch, self.near, sequence_means(own, valid))
         options: dict[str, Any] = {"ratio_level": "sequence", "region": self.near}
         check(batch, formula(tokens), EXACT, **options, surrogate=surrogate, backend=backend)
 
@@ -282,8 +213,8 @@ class TestLevels:
     def test_geometric_mean_is_gmpo(self, region: bandpo.Region, backend: str) -> None:
         """arXiv 2507.20673: token ratios clipped on the side of A, then their geometric mean."""
         batch = random_batch((12, 20), dtype=torch.float64)
-        tokens = Tokens.of(batch, region)
-        clipped = np.log(np.where(tokens.beyond, tokens.edge, tokens.ratio))
+        tokens = BoundedTokens.of(batch, region)
+        clipped = np.log(np.where(tokens.beyond, tokens.bound, tokens.ratio))
         loss = -tokens.advantage * np.exp(sequence_means(clipped, tokens.valid))
         gradient = np.where(tokens.beyond, 0.0, loss)
         assert (tokens.beyond & tokens.valid).sum() > 5
@@ -292,8 +223,7 @@ class TestLevels:
         check(batch, (loss, gradient), EXACT, **options)
 
         metrics = batch.loss(**options, metrics_by_probability=True).metrics
-        low = tokens.beyond & (tokens.advantage < 0) & tokens.valid
-        high = tokens.beyond & (tokens.advantage > 0) & tokens.valid
+        low, high = tokens.below & tokens.valid, tokens.above & tokens.valid
         count = tokens.valid.sum()
         assert_close(metrics["clip_fraction_low"], low.sum() / count, EXACT)
         assert_close(metrics["clip_fraction_high"], high.sum() / count, EXACT)
@@ -326,7 +256,7 @@ class TestWholeSequences:
     def test_any_token_outside_drops_all(self, region: bandpo.Region, backend: str) -> None:
         batch = random_batch((12, 20), dtype=torch.float64)
         batch.log_prob[::2] = batch.old_log_prob[::2] + 0.03 * batch.advantages[::2]
-        tokens = Tokens.of(batch, region)
+        tokens = BoundedTokens.of(batch, region)
         outside = (tokens.ratio < tokens.lower) | (tokens.ratio > tokens.upper)
         dropped = (outside & tokens.valid).any(-1, keepdims=True)
         assert 0 < dropped.sum() < 12
@@ -343,10 +273,7 @@ class TestWholeSequences:
 
         metrics = batch.loss(**options).metrics
         assert_close(metrics["masked_sequence_fraction"], dropped.sum() / 12, EXACT)
-        beyond = {
-            "low": (tokens.advantage < 0) & (tokens.ratio < tokens.lower),
-            "high": (tokens.advantage > 0) & (tokens.ratio > tokens.upper),
-        }
+        beyond = {"low": tokens.below, "high": tokens.above}
         by_bin = batch.loss(**options, metrics_by_probability=True).metrics
         for side, flag in beyond.items():
             share = flag[tokens.valid].mean()
@@ -391,7 +318,7 @@ class TestWeights:
         ratio = (batch.old_log_prob - rollout).exp()
         truncated = ratio.clamp(max=1.2)
         masked = torch.where((ratio > 0.8) & (ratio < 1.25), ratio, 0.0)
-        tokens = Tokens.of(batch, KL)
+        tokens = BoundedTokens.of(batch, KL)
         for name, (surrogate, formula) in FORMULAS.items():
             for weights in (truncated, masked):
                 padded = weights.clone()

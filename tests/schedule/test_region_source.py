@@ -16,15 +16,10 @@ import bandpo.torch
 from bandpo.loss import PolicyLoss
 from bandpo.schedule import Bapo, Linear, RegionSource, ScheduledBand
 from bandpo.torch import torch
-from loss.test_loss import BACKENDS, random_batch
+from support.batches import random_batch
 
 # torch's own, raised on the first import of its compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def scheduled() -> ScheduledBand:

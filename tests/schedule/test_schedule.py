@@ -7,7 +7,7 @@ import gc
 import json
 import math
 import pickle
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from bandpo.schedule import (
     Schedule,
     ScheduledBand,
 )
+from support.tokens import wide_tokens
 
 ROUNDING = 1e-15
 """Relative tolerance of a value that is computed with a few roundings."""
@@ -245,7 +246,7 @@ def test_a_source_goes_on_from_its_state(kind: str) -> None:
 
     source = copy.deepcopy(make())
     if isinstance(source, Bapo):
-        source.step(*batch(3, -0.4))
+        source.step(*rollout(3, -0.4))
     elif isinstance(source, ScheduledBand):
         source.step()
     fresh = copy.deepcopy(make())
@@ -256,17 +257,22 @@ def test_a_source_goes_on_from_its_state(kind: str) -> None:
     assert listener.heard == [source.region]
 
 
-Batch = tuple[Float64Array, Float64Array, Float64Array]
+class Rollout(NamedTuple):
+    """What `Bapo.step` learns from."""
+
+    advantages: Float64Array
+    log_ratio: Float64Array
+    old_log_prob: Float64Array
 
 
-def batch(seed: int, mean: float, count: int = 3000) -> Batch:
-    """Advantages with a mean, log-ratios on both sides of all bounds, and old log-probs."""
-    rng = np.random.default_rng(seed)
-    advantages = rng.normal(mean, 1, count) * (rng.uniform(size=count) > 0.1)
-    return advantages, rng.laplace(0, 0.7, count), -rng.exponential(1.5, count)
+def rollout(seed: int, mean: float) -> Rollout:
+    """Tokens with advantages around a mean, many of them 0."""
+    tokens = wide_tokens(3000, seed, logits=(-5, 5), step=0.7, factors=(1.0,))
+    advantages = (mean + tokens.advantages) * tokens.mask
+    return Rollout(advantages, tokens.log_prob - tokens.old_log_prob, tokens.old_log_prob)
 
 
-def share(tokens: Batch, lower: float, upper: float) -> float:
+def share(tokens: Rollout, lower: float, upper: float) -> float:
     """The left side of Eq. 8 of arXiv 2510.18927, sums of sizes above and below the bar."""
     advantages, log_ratio, logp = tokens
     p, r = np.exp(logp), np.exp(log_ratio)
@@ -274,7 +280,7 @@ def share(tokens: Batch, lower: float, upper: float) -> float:
     return float(surrogate[advantages > 0].sum() / np.abs(surrogate).sum())
 
 
-def published_bapo(tokens: Batch, target: float) -> tuple[int, int, list[float]]:
+def published_bapo(tokens: Rollout, target: float) -> tuple[int, int, list[float]]:
     """Algorithm 1 with the numbers of section 5.1: steps of the lower and of the upper bound, and
     the shares that were compared with the target. Counted, as 1.2 + 36 * 0.05 is above 3.
     """
@@ -293,7 +299,7 @@ def published_bapo(tokens: Batch, target: float) -> tuple[int, int, list[float]]
 def test_bapo_is_its_published_algorithm(target: float) -> None:
     moved = set()
     for seed in range(60):
-        tokens = batch(seed, mean=-1.8 + 0.04 * seed)
+        tokens = rollout(seed, mean=-1.8 + 0.04 * seed)
         low, high, shares = published_bapo(tokens, target)
         if min(abs(np.array(shares) / target - 1)) < SUM:
             continue
@@ -313,9 +319,9 @@ def test_bapo_is_its_published_algorithm(target: float) -> None:
 def test_bapo_begins_anew_with_every_batch() -> None:
     source = Bapo()
     assert source.region == Clip(0.4, 1.2 - 1)
-    source.step(*batch(1, -1.0))
+    source.step(*rollout(1, -1.0))
     assert source.region != Clip(0.4, 1.2 - 1)
-    source.step(*batch(1, 2.0))
+    source.step(*rollout(1, 2.0))
     assert source.region == Clip(0.4, 1.2 - 1)
 
 
@@ -337,7 +343,7 @@ def test_bapo_on_batches_at_the_edge(tokens: Any, bounds: tuple[float, float]) -
 
 
 def test_bapo_finds_the_same_bounds_on_every_rank() -> None:
-    advantages, log_ratio, logp = batch(7, -0.5)
+    advantages, log_ratio, logp = rollout(7, -0.5)
     whole = Bapo()
     whole.step(advantages, log_ratio, logp)
     collected: list[Float64Array] = []

@@ -1,0 +1,47 @@
+"""Random batches as tensors, with the loss and the gradient of a batch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bandpo.loss import PolicyLossResult, policy_loss
+from bandpo.torch import torch
+from support.tokens import random_tokens, with_extremes
+
+
+class Batch(NamedTuple):
+    """The tensors of a policy loss, in the order of its arguments."""
+
+    old_log_prob: torch.Tensor
+    log_prob: torch.Tensor
+    advantages: torch.Tensor
+    response_mask: torch.Tensor
+
+    def loss(self, **options: Any) -> PolicyLossResult:
+        return policy_loss(*self, **options)
+
+    def gradient(self, **options: Any) -> torch.Tensor:
+        log_prob = self.log_prob.detach().requires_grad_()
+        loss = self._replace(log_prob=log_prob).loss(**options).loss
+        return torch.autograd.grad(loss, log_prob)[0]
+
+
+def random_batch(
+    shape: tuple[int, ...],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    *,
+    extremes: bool = False,
+) -> Batch:
+    """The tokens of `random_tokens`, on request those of `with_extremes`."""
+    tokens = random_tokens(shape, seed)
+    if extremes:
+        tokens = with_extremes(tokens, seed)
+    old, new, advantages = (torch.from_numpy(column).to(dtype) for column in tokens[:3])
+    return Batch(old, new, advantages, torch.from_numpy(tokens.mask))
+
+
+def assert_close(actual: torch.Tensor, wanted: Any, rtol: float, atol: float = 0.0) -> None:
+    np.testing.assert_allclose(actual.detach().double().numpy(), wanted, rtol=rtol, atol=atol)
