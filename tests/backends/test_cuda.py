@@ -50,7 +50,7 @@ from bandpo.torch import (
 )
 from conftest import REFERENCE_FILES, SANITIZED, Reference, read_reference
 from support.batches import random_batch
-from support.emulated import SANITIZERS, Emulator, build, missing_compiler
+from support.emulated import INDEXING_TESTS, SANITIZERS, Emulator, build, missing_compiler
 
 KL = bandpo.Band("kl", 0.05)
 REGIONS = (
@@ -183,12 +183,15 @@ class TestLoss:
         for rule in RULES:
             check_as_rust(device, tokens, bounds_of(REGIONS[4], tokens[0]), rule, mean)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize(
         "shape", [(0, 7), (3, 0), (1, 1), (1, 31), (33, 1), (1, 8191), (3, 2731), (2, 12289)]
     )
-    def test_of_any_size(self, shape: tuple[int, int], device: torch.device) -> None:
+    def test_of_any_size(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
         """None, fewer than a vector, next to a warp, to a chunk (8192), and several of them."""
-        tokens = batch(shape, seed=shape[1])
+        tokens = batch(shape, dtype, seed=shape[1])
         for region in (KL, REGIONS[4]):
             check_as_rust(device, tokens, bounds_of(region, tokens[0]), RULES[1])
 
@@ -810,8 +813,8 @@ class TestEmulator:
 
     def test_the_sanitizers_find_nothing(self) -> None:
         """This file once more, in the emulator alone: every kernel and every way to index."""
-        some = "size or strides or each_token or half or float64_log or clip or sets or limits"
-        options = ["-q", "-x", "-p", "no:cacheprovider", "-k", f"not gpu and ({some} or Totals)"]
+        chosen = f"not gpu and ({INDEXING_TESTS})"
+        options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
         output = self.python(["-m", "pytest", *options, __file__], SANITIZERS)
         assert re.search(r"\d\d passed", output), output[-3000:]
         assert output.endswith("exit 0"), output[-3000:]

@@ -29,6 +29,7 @@ from bandpo.torch import (
     torch,
 )
 from support.batches import random_batch
+from support.emulated import INDEXING_TESTS
 
 pytestmark = [
     pytest.mark.usefixtures("gpu"),
@@ -371,12 +372,11 @@ def test_the_sanitizer_of_cuda_finds_nothing(tool: str) -> None:
     )
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer on the PATH")
-    some = "size or strides or each_token or half or float64_log or clip or sets"
     done = subprocess.run(
         [sanitizer, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no",
          "--kernel-regex", "kns=bandpo", sys.executable, "-m", "pytest", "-q", "-W", "default",
          "-p", "no:cacheprovider", str(Path(__file__).with_name("test_cuda.py")),
-         "-k", f"gpu and ({some})"],
+         "-k", f"gpu and ({INDEXING_TESTS})"],
         # Its allocator would put tensors next to each other, where nobody sees an overrun.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True, text=True, check=False,

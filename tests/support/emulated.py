@@ -30,6 +30,12 @@ KERNELS = (
 )
 """Every kernel that `bandpo.cuda` can ask for."""
 
+INDEXING_TESTS = (
+    "any_size or any_strides or each_token or half_precision_is or float64_log_probs "
+    "or test_clip or sets_of_regions or limits or Totals"
+)
+"""Tests of test_cuda.py that run every kernel and every way to index, as an argument of ``-k``."""
+
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 FLAGS = (
