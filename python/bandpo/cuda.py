@@ -16,13 +16,11 @@ import numpy as np
 
 from bandpo import _core
 from bandpo.divergence import CompiledSolver
+from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
 from bandpo.error import BrokenExtraError, MissingExtraError
 from bandpo.region import Band, Clip, Combined, Region
 from bandpo.surrogate import NAMES
 from bandpo.torch import (
-    COUNTS,
-    PROBABILITY_BINS,
-    SUMS,
     clipped_op,
     compute_dtype,
     keep,
@@ -140,57 +138,57 @@ def _compiled(kernel: str, device_index: int) -> Any:
 
 
 def token_loss(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    log_ratio: torch.Tensor | None,
-    advantages: torch.Tensor,
-    valid: torch.Tensor,
-    bounds: torch.Tensor,
-    surrogate: str,
-    parameters: list[float],
-    by_probability: bool,
+    *args: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The implementation of ``bandpo::token_loss`` for CUDA tensors, which may have any strides.
 
-    Arguments are those of `bandpo.torch.TokenLoss`; returns losses, gradients, counts and sums.
+    Arguments are `LossInputs`; returns losses, gradients, counts and sums.
     """
+    inputs = LossInputs(*args)
+    log_prob, bounds = inputs.log_prob, inputs.bounds
     count, row_length = log_prob.numel(), log_prob.shape[1]
     like: dict[str, Any] = {"device": log_prob.device}
     per_token, gradient = (
         torch.empty(log_prob.shape, dtype=compute_dtype(log_prob), **like) for _ in range(2)
     )
     chunks = -(-count // CHUNK)
-    kinds = COUNTS + 3 * PROBABILITY_BINS * by_probability
+    kinds = COUNTS + 3 * PROBABILITY_BINS * inputs.by_probability
     sums = torch.empty((SUMS, chunks), dtype=torch.float64, **like)
     counts = torch.empty((kinds, chunks), dtype=torch.int32, **like)
     total_sums = torch.empty(SUMS, dtype=torch.float64, **like)
     total_counts = torch.empty(kinds, dtype=torch.int64, **like)
 
     if count > 0:
-        inputs = [old_log_prob, log_prob, log_ratio, advantages.expand(log_prob.shape), valid]
+        tokens = [
+            inputs.old_log_prob,
+            log_prob,
+            inputs.log_ratio,
+            inputs.advantages.expand(log_prob.shape),
+            inputs.valid,
+        ]
         in_vectors = sum(
             1 << bit
-            for bit, tensor in enumerate([*inputs, per_token, gradient])
+            for bit, tensor in enumerate([*tokens, per_token, gradient])
             if tensor is not None and _is_whole(tensor)
         )
-        first, second = [*parameters, math.inf, math.inf][:2]
+        first, second = [*inputs.parameters, math.inf, math.inf][:2]
         kind, bounds, words = _bounds_kind(bounds)
         _launch(
             f"bandpo::policy_loss<{_STORED[log_prob.dtype]}, bandpo::{kind}>",
             log_prob.device,
             chunks,
             (
-                *(argument for tensor in inputs for argument in _strided(tensor)),
+                *(argument for tensor in tokens for argument in _strided(tensor)),
                 np.int64(count),
                 np.int64(row_length),
                 np.uint32(in_vectors),
                 _pointer(bounds),
                 np.int32(words),
-                np.int32(NAMES.index(surrogate)),
+                np.int32(NAMES.index(inputs.surrogate)),
                 np.float64(first),
                 np.float64(second),
-                np.float64(math.log(first) if surrogate == "min-clip" else 0.0),
-                np.int32(by_probability),
+                np.float64(math.log(first) if inputs.surrogate == "min-clip" else 0.0),
+                np.int32(inputs.by_probability),
                 *map(_pointer, (per_token, gradient, sums, counts)),
             ),
             4 * words,

@@ -11,6 +11,12 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import numpy as np
 
+from bandpo.backends.contract import (
+    PROBABILITY_BINS,
+    PROBABILITY_EDGES,
+    LossInputs,
+    Totals,
+)
 from bandpo.check import check_name, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Clip
@@ -23,9 +29,6 @@ from bandpo.surrogate import (
     Surrogate,
 )
 from bandpo.torch import (
-    COUNTS,
-    PROBABILITY_BINS,
-    PROBABILITY_EDGES,
     AnyRegion,
     TokenLoss,
     bounds_of,
@@ -336,20 +339,20 @@ def policy_loss(
             divisor = float(divisor.detach().cpu().double().numpy())  # which knows no bfloat16
         weight = dp_size / divisor
         inputs = _inputs(rule, tokens, exact, metrics_by_probability)
-        loss, counts, sums = weighted_sum(weight, *inputs)
+        loss, counts, sums = weighted_sum(weight, inputs)
         given = (old_log_prob, log_prob, advantages, response_mask, rollout_is_weights)
         return PolicyLossResult(
             loss,
             _per_token_later(rule, tokens, exact, log_prob.shape, given),
-            Metrics(lambda: _metrics(rule, counts, sums, dtype)),
+            Metrics(lambda: _metrics(rule, Totals.of(counts, sums), dtype)),
         )
-    per_token, total, counts, sums, more = _token_losses(
+    per_token, total, totals, more = _token_losses(
         rule, tokens, backend_loss, exact, metrics_by_probability
     )
-    loss = _aggregate(per_token, total, counts[0], tokens, reduction)
+    loss = _aggregate(per_token, total, totals.valid, tokens, reduction)
 
     def metrics() -> dict[str, torch.Tensor]:
-        return {**_metrics(rule, counts, sums, dtype), **more}
+        return {**_metrics(rule, totals, dtype), **more}
 
     # A compiler computes them in one kernel; else few of those who train look at all of them.
     found = metrics() if torch.compiler.is_compiling() else Metrics(metrics)
@@ -537,7 +540,7 @@ def _inputs(
     tokens: _Tokens,
     exact: bool,
     by_probability: bool,
-) -> _Inputs:
+) -> LossInputs:
     """The arguments of a `TokenLoss` for a rule that leaves the tokens as they are."""
     old_log_prob, log_prob, advantages, valid, _ = tokens
     of_sequence = rule.ratio_level == "sequence"
@@ -554,7 +557,7 @@ def _inputs(
         bounds = membership_of(
             rule.region, old_log_prob, ratio_of_tokens, valid_tokens, exact=exact
         )
-    return _Inputs(
+    return LossInputs(
         _shaped(old_log_prob, log_prob.shape),
         log_prob,
         log_ratio,
@@ -567,23 +570,9 @@ def _inputs(
     )
 
 
-class _Inputs(NamedTuple):
-    """The arguments of a `TokenLoss`."""
-
-    old_log_prob: torch.Tensor
-    log_prob: torch.Tensor
-    log_ratio: torch.Tensor | None
-    advantages: torch.Tensor
-    valid: torch.Tensor
-    bounds: torch.Tensor
-    surrogate: str
-    parameters: list[float]
-    by_probability: bool
-
-
 def _token_losses(
     rule: _Rule, tokens: _Tokens, backend_loss: TokenLoss, exact: bool, by_probability: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, Totals, dict[str, torch.Tensor]]:
     """What a `TokenLoss` returns, and the metrics that only some rules have."""
     old_log_prob, log_prob, advantages, valid, _ = tokens
     shape = log_prob.shape
@@ -595,7 +584,7 @@ def _token_losses(
         clipped = low | high
         bound = torch.where(low, lower.reshape(shape), upper.reshape(shape))
         mean = _sequence_mean(torch.where(clipped, bound, own), tokens)
-        per_token, total, counts, sums = backend_loss(
+        inputs = LossInputs(
             _shaped(old_log_prob, shape),
             torch.where(clipped, log_prob.detach(), log_prob),
             mean,
@@ -606,13 +595,15 @@ def _token_losses(
             rule.parameters,
             by_probability,
         )
+        per_token, total, counts, sums = backend_loss(inputs)
         removed = torch.where(clipped, per_token.detach(), 0.0).abs().sum()
-        counts, sums = _with_clipped(counts, sums, low, high, removed, old_log_prob, valid)
-        return per_token, total, counts, sums, {}
+        totals = _with_clipped(Totals.of(counts, sums), low, high, removed, inputs)
+        return per_token, total, totals, {}
 
     inputs = _inputs(rule, tokens, exact, by_probability)
     if rule.mask is None or not rule.mask.whole_sequence:
-        return *backend_loss(*inputs), {}
+        per_token, total, counts, sums = backend_loss(inputs)
+        return per_token, total, Totals.of(counts, sums), {}
 
     ratio = tokens.log_ratio() if inputs.log_ratio is None else inputs.log_ratio
     bounds = inputs.bounds
@@ -626,17 +617,18 @@ def _token_losses(
     masked = sequences.spread(dropped) & valid & ~(ratio.isnan() | advantages.isnan())
     advantages = advantages.expand(shape)
     kept = inputs._replace(advantages=torch.where(masked, 0.0, advantages))
-    per_token, total, counts, sums = backend_loss(*kept)
+    per_token, total, counts, sums = backend_loss(kept)
     removed = torch.where(masked, advantages.abs() * ratio.exp(), 0.0).sum()
     low, high = below & (advantages < 0.0), above & (advantages > 0.0)
-    counts, sums = _with_clipped(counts, sums, low, high, removed, old_log_prob, valid)
-    sums = sums + torch.nn.functional.pad(removed[None], (3, 3))
+    totals = _with_clipped(Totals.of(counts, sums), low, high, removed, inputs)
+    # What is masked has no advantage, so the backend misses its gradient.
+    totals = totals._replace(gradient_unclipped=totals.gradient_unclipped + removed)
     if rule.parameters:
         limited = valid & ~masked & (ratio.exp() > rule.parameters[0])
-        counts = torch.cat([counts[:4], limited.sum()[None], counts[5:]])
+        totals = totals._replace(limited=limited.sum())
     nonempty = (sequences.lengths > 0).sum().clamp(min=1)
     share = dropped.sum().to(log_prob.dtype) / nonempty
-    return per_token, total, counts, sums, {"masked_sequence_fraction": share}
+    return per_token, total, totals, {"masked_sequence_fraction": share}
 
 
 def _per_token_later(
@@ -681,24 +673,25 @@ def _sequence_mean(values: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
 
 
 def _with_clipped(
-    counts: torch.Tensor,
-    sums: torch.Tensor,
+    totals: Totals,
     low: torch.Tensor,
     high: torch.Tensor,
     removed: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    valid: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The counts and sums of a loss whose tokens were clipped or masked before it."""
-    found = [low.sum(), high.sum()]
-    rest = [counts[4:]]
-    if counts.shape[0] > COUNTS:
-        index = probability_bin(old_log_prob.reshape(valid.shape))
+    inputs: LossInputs,
+) -> Totals:
+    """The totals of a loss whose tokens were clipped or masked before it."""
+    by_probability = totals.by_probability
+    if by_probability is not None:
+        index = probability_bin(inputs.old_log_prob)
         bins = [index == k for k in range(PROBABILITY_BINS)]
-        by_bin = [(flag & one).sum() for flag in (low, high) for one in bins]
-        rest = [counts[4 : COUNTS + PROBABILITY_BINS], torch.stack(by_bin)]
-    counts = torch.cat([counts[:2], torch.stack(found), *rest])
-    return counts, sums + torch.nn.functional.pad(removed[None], (4, 2))
+        clipped = [torch.stack([(flag & one).sum() for one in bins]) for flag in (low, high)]
+        by_probability = torch.stack([by_probability[0], *clipped])
+    return totals._replace(
+        clipped_low=low.sum(),
+        clipped_high=high.sum(),
+        gradient_removed=totals.gradient_removed + removed,
+        by_probability=by_probability,
+    )
 
 
 _TOKEN_LOSS = {"native": token_loss_fused, "cuda": token_loss_fused, "torch": token_loss_torch}
@@ -718,34 +711,38 @@ def _backend(backend: Backend, device: torch.device) -> TokenLoss:
     return _TOKEN_LOSS[backend]
 
 
-def _metrics(
-    rule: _Rule, counts: torch.Tensor, sums: torch.Tensor, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    valid, nonfinite = counts[:2].unbind()
+def _metrics(rule: _Rule, totals: Totals, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    valid, free = totals.valid, totals.gradient_unclipped
     some = valid.clamp(min=1)
-    low, high, limited = (counts[2:COUNTS].to(dtype) / some).unbind()
-    kl, kl_k3, entropy = (sums[:3].to(dtype) / some).unbind()
-    free, removed = sums[3:5].unbind()
-    log_ratio_min, log_ratio_max = torch.where(valid > 0, sums[5:], 0.0).unbind()
+
+    def mean(total: torch.Tensor) -> torch.Tensor:
+        return total.to(dtype) / some
+
+    log_ratio_min, log_ratio_max = (
+        torch.where(valid > 0, extreme, 0.0)
+        for extreme in (totals.log_ratio_min, totals.log_ratio_max)
+    )
     metrics = {
-        "clip_fraction_low": low,
-        "clip_fraction_high": high,
-        "gradient_removed": torch.where(free == 0.0, free, removed / free).to(dtype),
+        "clip_fraction_low": mean(totals.clipped_low),
+        "clip_fraction_high": mean(totals.clipped_high),
+        "gradient_removed": torch.where(free == 0.0, free, totals.gradient_removed / free).to(
+            dtype
+        ),
         "all_ratios_one": (log_ratio_min == 0.0) & (log_ratio_max == 0.0),
-        "entropy": entropy,
-        "approx_kl": kl,
-        "approx_kl_k3": kl_k3,
+        "entropy": mean(totals.entropy),
+        "approx_kl": mean(totals.negative_log_ratio),
+        "approx_kl_k3": mean(totals.excess),
         "ratio_min": log_ratio_min.exp().to(dtype),
         "ratio_max": log_ratio_max.exp().to(dtype),
-        "nonfinite_tokens": nonfinite,
+        "nonfinite_tokens": totals.nonfinite,
         "valid_tokens": valid,
     }
     if rule.name == "min-clip":
-        metrics["dual_clip_fraction"] = limited
+        metrics["dual_clip_fraction"] = mean(totals.limited)
     if rule.name == "mask":
-        metrics["truncation_fraction"] = limited
-    if counts.shape[0] > COUNTS:
-        tokens, low, high = counts[COUNTS:].reshape(3, PROBABILITY_BINS).unbind()
+        metrics["truncation_fraction"] = mean(totals.limited)
+    if totals.by_probability is not None:
+        tokens, low, high = totals.by_probability.unbind()
         metrics["tokens_by_probability"] = tokens
         metrics["clip_fraction_low_by_probability"] = low.to(dtype) / tokens.clamp(min=1)
         metrics["clip_fraction_high_by_probability"] = high.to(dtype) / tokens.clamp(min=1)

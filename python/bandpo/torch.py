@@ -17,6 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bandpo import _core
+from bandpo.backends.contract import (
+    COUNTS,
+    PROBABILITY_BINS,
+    PROBABILITY_EDGES,
+    SCHEMA,
+    SUMS,
+    LossInputs,
+    gradients_of,
+)
 from bandpo.error import (
     BackendWarning,
     BrokenExtraError,
@@ -40,12 +49,6 @@ except (ImportError, OSError) as broken:
 
 __all__ = ["clip", "clip_ratio", "contains", "log_bounds"]
 
-PROBABILITY_EDGES = (0.0, 1e-3, 1e-2, 1e-1, 0.5, 1.0)
-"""Edges of the bins of the old probability; a bin includes its lower edge, the last one both."""
-
-PROBABILITY_BINS = len(PROBABILITY_EDGES) - 1
-COUNTS = 5  # that a backend of the loss returns before those of the bins
-SUMS = 7  # and the sums and extremes
 MOST_TABLE_WORDS = 32 * 1024 // 4
 AnyRegion: TypeAlias = Region | RegionSource
 """A region, or what changes one between steps."""
@@ -679,43 +682,12 @@ def read_table(
 
 
 class TokenLoss(Protocol):
-    """A backend: the loss of every token, as `bandpo.loss.policy_loss` defines it.
-
-    Args:
-        old_log_prob: [B, T], float32 or float64; on CUDA devices the fused one reads bfloat16 and
-            float16 as well, and computes in float32, the dtype of the other arguments then.
-        log_prob: [B, T], same dtype; the loss carries its gradient.
-        log_ratio: Taken in place of ``log_prob - old_log_prob``, [B, T], same dtype, without
-            gradient; a token's own ratio where it is None.
-        advantages: [B, T] or [B, 1], same dtype.
-        valid: Which tokens count, bool [B, T].
-        bounds: As `bounds_of` makes them; per token, [2, B, T].
-        surrogate: Its name.
-        parameters: The dual clip of min-clip or the truncation of mask, if any; both betas of
-            gradient-preserving.
-        by_probability: Whether to count by bin of the old probability.
-
-    Returns:
-        The loss per token, [B, T]; their sum, 0-dim; the counts, int64: valid, nonfinite, clipped
-        low, clipped high, limited (by the dual clip or the truncation), then by bin all valid, all
-        clipped low and all clipped high; and [7]: the sums of ``-x``, of ``r - 1 - x``, of
-        ``-old_log_prob``, of ``abs(A) r`` and of what the rule takes from it, and the extremes of
-        the log-ratio x (arbitrary where no token counts).
-    """
+    """A backend: the loss of every token, as `bandpo.loss.policy_loss` defines it."""
 
     def __call__(
-        self,
-        old_log_prob: torch.Tensor,
-        log_prob: torch.Tensor,
-        log_ratio: torch.Tensor | None,
-        advantages: torch.Tensor,
-        valid: torch.Tensor,
-        bounds: torch.Tensor,
-        surrogate: str,
-        parameters: list[float],
-        by_probability: bool,
+        self, inputs: LossInputs
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns losses, their sum, counts and sums."""
+        """Returns losses, [B, T], their sum, and the counts and sums of `Totals`."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -771,17 +743,11 @@ def gpu_report() -> str:
 
 
 def token_loss_torch(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    log_ratio: torch.Tensor | None,
-    advantages: torch.Tensor,
-    valid: torch.Tensor,
-    bounds: torch.Tensor,
-    surrogate: str,
-    parameters: list[float],
-    by_probability: bool,
+    inputs: LossInputs,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`TokenLoss` in plain torch, for any device; a compiler can fuse it."""
+    old_log_prob, log_prob, log_ratio, advantages, valid, bounds, *_ = inputs
+    surrogate, parameters = inputs.surrogate, inputs.parameters
     old_log_prob = torch.where(valid, old_log_prob, 0.0)
     log_prob = torch.where(valid, log_prob, 0.0)
     cost = torch.where(valid, -advantages, 0.0)
@@ -839,7 +805,7 @@ def token_loss_torch(
         slope = torch.where(clamped & ~beyond, 0.0, per_token.detach())
 
     counted = [valid, ~per_token.isfinite(), clipped_low, clipped_high, limited]
-    if by_probability:
+    if inputs.by_probability:
         index = probability_bin(old_log_prob)
         bins = [index == k for k in range(PROBABILITY_BINS)]
         counted += [flag & one for flag in (valid, clipped_low, clipped_high) for one in bins]
@@ -876,47 +842,17 @@ def _excess(x: torch.Tensor) -> torch.Tensor:
     return torch.where(near, z * z * series, x.expm1() - x)
 
 
-@torch.library.custom_op(
-    "bandpo::token_loss",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor old_log_prob, Tensor log_prob, Tensor? log_ratio, Tensor advantages, "
-    "Tensor valid, Tensor bounds, str surrogate, float[] parameters, bool by_probability) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def token_loss_op(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    log_ratio: torch.Tensor | None,
-    advantages: torch.Tensor,
-    valid: torch.Tensor,
-    bounds: torch.Tensor,
-    surrogate: str,
-    parameters: list[float],
-    by_probability: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("bandpo::token_loss", mutates_args=(), device_types="cpu", schema=SCHEMA)
+def token_loss_op(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses, gradients, counts and sums of a batch on the CPU; `bandpo.cuda` adds its kernel."""
-    per_token, gradient, _, counts, sums = _all_in_rust(
-        old_log_prob,
-        log_prob,
-        log_ratio,
-        advantages,
-        valid,
-        bounds,
-        surrogate,
-        parameters,
-        by_probability,
-    )
+    per_token, gradient, _, counts, sums = _all_in_rust(LossInputs(*inputs))
     return per_token, gradient, counts, sums
 
 
-def _all_in_rust(
-    old_log_prob: torch.Tensor, log_prob: torch.Tensor, *others: Any
-) -> tuple[torch.Tensor, ...]:
+def _all_in_rust(inputs: LossInputs) -> tuple[torch.Tensor, ...]:
     """Losses, gradients, their sum, counts and sums."""
-    per_token = _empty_like(log_prob)
-    found = _in_rust(old_log_prob, log_prob, *others, per_token=per_token)
-    return per_token, *found
+    per_token = _empty_like(inputs.log_prob)
+    return per_token, *_in_rust(inputs, per_token=per_token)
 
 
 def _empty_like(log_prob: torch.Tensor) -> torch.Tensor:
@@ -924,24 +860,13 @@ def _empty_like(log_prob: torch.Tensor) -> torch.Tensor:
 
 
 def _in_rust(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    log_ratio: torch.Tensor | None,
-    advantages: torch.Tensor,
-    valid: torch.Tensor,
-    bounds: torch.Tensor,
-    surrogate: str,
-    parameters: list[float],
-    by_probability: bool,
-    weight: float = 1.0,
-    *,
-    per_token: torch.Tensor | None = None,
+    inputs: LossInputs, weight: float = 1.0, *, per_token: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
     """Gradients and sum of the losses, both times the weight, counts and sums.
 
     The losses themselves are written to ``per_token``.
     """
-    log_prob = log_prob.detach()
+    log_prob, bounds = inputs.log_prob.detach(), inputs.bounds
     gradient = _empty_like(log_prob)
 
     def array(tensor: torch.Tensor) -> NDArray[Any]:
@@ -949,16 +874,16 @@ def _in_rust(
 
     is_table = bounds.dtype == torch.int32
     total, counts, sums = _core.policy_loss(
-        array(old_log_prob),
+        array(inputs.old_log_prob),
         array(log_prob),
-        None if log_ratio is None else array(log_ratio),
-        array(advantages),
-        array(valid).view(np.uint8),
+        None if inputs.log_ratio is None else array(inputs.log_ratio),
+        array(inputs.advantages),
+        array(inputs.valid).view(np.uint8),
         array(bounds).view(np.uint32) if is_table else array(bounds),
         log_prob.shape[1],
-        surrogate,
-        parameters,
-        by_probability,
+        inputs.surrogate,
+        inputs.parameters,
+        inputs.by_probability,
         weight,
         None if per_token is None else per_token.numpy(),
         gradient.numpy(),
@@ -972,35 +897,28 @@ def _in_rust(
 
 
 @token_loss_op.register_fake
-def _(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    log_ratio: torch.Tensor | None,
-    advantages: torch.Tensor,
-    valid: torch.Tensor,
-    bounds: torch.Tensor,
-    surrogate: str,
-    parameters: list[float],
-    by_probability: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = LossInputs(*args)
+    log_prob = inputs.log_prob
     dtype = compute_dtype(log_prob)
     per_token, gradient = (
         torch.empty_like(log_prob, dtype=dtype, memory_format=torch.contiguous_format)
         for _ in range(2)
     )
-    counts = log_prob.new_empty(COUNTS + 3 * PROBABILITY_BINS * by_probability, dtype=torch.int64)
+    count = COUNTS + 3 * PROBABILITY_BINS * inputs.by_probability
+    counts = log_prob.new_empty(count, dtype=torch.int64)
     return per_token, gradient, counts, log_prob.new_empty(SUMS, dtype=torch.float64)
 
 
-def _save_gradient(ctx: Any, inputs: tuple[Any, ...], gradient: torch.Tensor) -> None:
+def _save_gradient(ctx: Any, surrogate: str, gradient: torch.Tensor) -> None:
     ctx.save_for_backward(gradient)
     ctx.set_materialize_grads(False)
     # The gradient of the other two does not depend on log_prob: its ratio is a constant.
-    ctx.carries_ratio = inputs[6] in ("min-clip", "gradient-preserving")
+    ctx.carries_ratio = surrogate in ("min-clip", "gradient-preserving")
 
 
 def _save_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _save_gradient(ctx, inputs, output[1])
+    _save_gradient(ctx, LossInputs(*inputs).surrogate, output[1])
 
 
 def _backward(
@@ -1022,38 +940,19 @@ def _gradients(
         gradient, grad_gradient = gradient.detach(), None
     grads = [grad for grad in (grad_per_token, grad_gradient) if grad is not None]
     if not grads:
-        return (None,) * 9
+        return gradients_of(None)
     whole = grads[0] if len(grads) == 1 else grads[0] + grads[1]
-    return None, gradient * whole, *[None] * 7
+    return gradients_of(gradient * whole)
 
 
 token_loss_op.register_autograd(_backward, setup_context=_save_of_op)
 
 
 def token_loss_fused(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    log_ratio: torch.Tensor | None,
-    advantages: torch.Tensor,
-    valid: torch.Tensor,
-    bounds: torch.Tensor,
-    surrogate: str,
-    parameters: list[float],
-    by_probability: bool,
+    inputs: LossInputs,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`TokenLoss` with its gradient in one pass: in Rust on the CPU, a kernel on CUDA devices."""
-    inputs = (
-        old_log_prob,
-        log_prob,
-        log_ratio,
-        advantages,
-        valid,
-        bounds,
-        surrogate,
-        parameters,
-        by_probability,
-    )
-    if not (_is_in_memory(log_prob) or _is_transformed()):
+    if not (_is_in_memory(inputs.log_prob) or _is_transformed()):
         per_token, _, counts, sums = token_loss_op(*inputs)
         return per_token, per_token.sum(), counts, sums.detach()
     per_token, _, total, counts, sums = _TokenLossFunction.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -1074,7 +973,9 @@ def needs_no_dispatcher(tensor: torch.Tensor) -> bool:
     )
 
 
-def weighted_sum(weight: float, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def weighted_sum(
+    weight: float, inputs: LossInputs
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the sum of the losses times a weight, counts and sums of a `TokenLoss`.
 
     Nothing but the gradient is written, already weighted: for a loss that is a mean, neither it nor
@@ -1083,16 +984,18 @@ def weighted_sum(weight: float, *inputs: Any) -> tuple[torch.Tensor, torch.Tenso
 
     Args:
         weight: What the sum is multiplied by.
-        inputs: The arguments of a `TokenLoss`, for which `needs_no_dispatcher`.
+        inputs: Those of a `TokenLoss`, for which `needs_no_dispatcher`.
     """
-    _, loss, counts, sums = _WeightedSum.apply(*inputs, weight)  # type: ignore[no-untyped-call]
+    _, loss, counts, sums = _WeightedSum.apply(weight, *inputs)  # type: ignore[no-untyped-call]
     return loss, counts, sums
 
 
-def _forward_mode(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tangents of the losses and of their gradients."""
+def _forward_mode(
+    ctx: Any, tangents: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tangents of the losses and of their gradients, for those of `LossInputs`."""
     (gradient,) = ctx.saved_tensors
-    moved = gradient * tangents[1]
+    moved = gradient * LossInputs(*tangents).log_prob  # type: ignore[arg-type]
     return moved, moved if ctx.carries_ratio else torch.zeros_like(moved)
 
 
@@ -1102,24 +1005,25 @@ class _TokenLossFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(old_log_prob: torch.Tensor, log_prob: torch.Tensor, *others: Any) -> Any:
+    def forward(*args: Any) -> Any:
         """Returns losses, gradients, the sum of the losses, counts and sums."""
-        if needs_no_dispatcher(log_prob):
-            return _all_in_rust(old_log_prob, log_prob, *others)
-        per_token, gradient, counts, sums = token_loss_op(old_log_prob, log_prob, *others)
+        inputs = LossInputs(*args)
+        if needs_no_dispatcher(inputs.log_prob):
+            return _all_in_rust(inputs)
+        per_token, gradient, counts, sums = token_loss_op(*inputs)
         return per_token, gradient, per_token.sum(), counts, sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         """Saves the gradient."""
-        _save_gradient(ctx, inputs, output[1])
+        _save_gradient(ctx, LossInputs(*inputs).surrogate, output[1])
         ctx.save_for_forward(output[1])
         ctx.mark_non_differentiable(*output[3:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Returns the tangents of the outputs."""
-        moved, of_gradient = _forward_mode(ctx, *tangents)
+        moved, of_gradient = _forward_mode(ctx, tangents)
         return moved, of_gradient, moved.sum(), None, None
 
     @staticmethod
@@ -1141,18 +1045,21 @@ class _TokenLossFunction(torch.autograd.Function):
 class _WeightedSum(torch.autograd.Function):
     # Not in the newer form with setup_context: for that torch inspects signatures at every call.
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        output = _in_rust(*inputs)
-        _save_gradient(ctx, inputs, output[0])
+    def forward(ctx: Any, weight: float, *args: Any) -> tuple[torch.Tensor, ...]:
+        inputs = LossInputs(*args)
+        output = _in_rust(inputs, weight)
+        _save_gradient(ctx, inputs.surrogate, output[0])
         ctx.is_shared = _has_hooks_on_saved_tensors()
         ctx.save_for_forward(output[0])
         ctx.mark_non_differentiable(*output[2:])
         return output
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def jvp(
+        ctx: Any, weight: None, *tangents: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         """Returns the tangents of the outputs."""
-        moved, of_gradient = _forward_mode(ctx, *tangents)
+        moved, of_gradient = _forward_mode(ctx, tangents)
         return of_gradient, moved.sum(), None, None
 
     @staticmethod
@@ -1169,7 +1076,7 @@ class _WeightedSum(torch.autograd.Function):
             or torch.is_grad_enabled()
             or not needs_no_dispatcher(grad_loss)
         ):
-            return *_gradients(ctx, grad_loss, grad_gradient), None
+            return None, *_gradients(ctx, grad_loss, grad_gradient)
         (saved,) = ctx.saved_tensors
         # Where the graph is about to be freed nobody needs the gradient as it was, and memory that
         # is new to the process costs more than all the rest.
@@ -1178,7 +1085,7 @@ class _WeightedSum(torch.autograd.Function):
             # In Rust as well: the threads of torch would go on to spin for a while, where those of
             # the next loss are to run.
             _core.scale(gradient.numpy(), grad_loss.numpy())
-        return None, gradient, *[None] * 8
+        return None, *gradients_of(gradient)
 
 
 def _keeps_graph() -> bool:

@@ -28,13 +28,11 @@ pytest.importorskip("torch")
 import bandpo
 import bandpo.loss
 from bandpo import _core, cuda
+from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
 from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
 from bandpo.schedule import Constant, ScheduledBand
 from bandpo.surrogate import NAMES
 from bandpo.torch import (
-    COUNTS,
-    PROBABILITY_BINS,
-    SUMS,
     _Kept,
     _kernels,
     _source,
@@ -546,7 +544,7 @@ class TestOperators:
         weights = torch.linspace(0.5, 1.5, 40, dtype=advantages.dtype)
 
         def loss(log_prob: torch.Tensor) -> torch.Tensor:
-            per_token, total, *_ = token_loss_fused(old, log_prob, None, *arguments)
+            per_token, total, *_ = token_loss_fused(LossInputs(old, log_prob, None, *arguments))
             return (weights * per_token).sum() + total
 
         leaf = new.clone().requires_grad_()
@@ -565,7 +563,7 @@ class TestOperators:
         assert by_func.abs() > rounding
 
         def per_token(log_prob: torch.Tensor) -> torch.Tensor:
-            return token_loss_fused(old, log_prob, None, *arguments)[0]
+            return token_loss_fused(LossInputs(old, log_prob, None, *arguments))[0]
 
         several = torch.stack([new, new + tangent])
         wanted = torch.stack([per_token(log_prob) for log_prob in several])

@@ -19,6 +19,7 @@ pytest.importorskip("torch")
 
 import bandpo
 from bandpo import cuda
+from bandpo.backends.contract import LossInputs
 from bandpo.torch import bounds_of, token_loss_fused, token_loss_torch, torch
 from conftest import DATA
 
@@ -80,9 +81,12 @@ def loss_and_gradient(
     surrogate, *parameters = rule.split()
     valid = torch.ones_like(old, dtype=torch.bool)
     numbers = [float(parameter) for parameter in parameters]
-    result = run(old, new, None, advantage, valid, bounds.to(device), surrogate, numbers, False)
+    bounds = bounds.to(device)
+    inputs = LossInputs(old, new, None, advantage, valid, bounds, surrogate, numbers, False)
     if run is cuda.token_loss:  # the kernel itself
+        result = run(*inputs)
         return result[0][0].numpy(), result[1][0].numpy()
+    result = run(inputs)
     gradient = torch.autograd.grad(result[0].sum(), new)[0]
     return result[0][0].detach().cpu().numpy(), gradient[0].cpu().numpy()
 

@@ -1,0 +1,1 @@
+"""What computes the loss of a token: compiled code, a CUDA kernel, or plain torch."""

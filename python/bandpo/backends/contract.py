@@ -1,0 +1,101 @@
+"""What a backend of the loss takes and gives, and the names of its counts and sums."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+PROBABILITY_EDGES = (0.0, 1e-3, 1e-2, 1e-1, 0.5, 1.0)
+"""Edges of the bins of the old probability; a bin includes its lower edge, the last one both."""
+
+PROBABILITY_BINS = len(PROBABILITY_EDGES) - 1
+
+
+class LossInputs(NamedTuple):
+    """The tokens of a batch and the rule for them, as `bandpo.loss.policy_loss` defines it.
+
+    Attributes:
+        old_log_prob: [B, T], float32 or float64, without gradient. A backend that reads half
+            precision takes bfloat16 and float16 as well; the other floats are float32 then.
+        log_prob: [B, T], same dtype; the loss carries its gradient.
+        log_ratio: Replaces ``log_prob - old_log_prob``, [B, T], without gradient; None for the
+            ratio of each token.
+        advantages: [B, T] or [B, 1], without gradient.
+        valid: Which tokens count, bool [B, T].
+        bounds: As `bandpo.tensors.bounds.bounds_of` makes them; per token, [2, B, T].
+        surrogate: Its name.
+        parameters: Those of the surrogate: the dual clip of min-clip or the truncation of mask, if
+            there is one; both betas of gradient-preserving.
+        by_probability: Whether to count by bin of the old probability.
+    """
+
+    old_log_prob: torch.Tensor
+    log_prob: torch.Tensor
+    log_ratio: torch.Tensor | None
+    advantages: torch.Tensor
+    valid: torch.Tensor
+    bounds: torch.Tensor
+    surrogate: str
+    parameters: list[float]
+    by_probability: bool
+
+
+SCHEMA = (
+    "(Tensor old_log_prob, Tensor log_prob, Tensor? log_ratio, Tensor advantages, Tensor valid, "
+    "Tensor bounds, str surrogate, float[] parameters, bool by_probability) "
+    "-> (Tensor per_token, Tensor gradient, Tensor counts, Tensor sums)"
+)
+"""`LossInputs` as torch declares them, and what the compiled backends return."""
+
+
+def gradients_of(log_prob: torch.Tensor | None) -> tuple[Any, ...]:
+    """Returns the gradients of `LossInputs`, of which only ``log_prob`` has one."""
+    return None, log_prob, *[None] * (len(LossInputs._fields) - 2)
+
+
+class Totals(NamedTuple):
+    """Counts (int64) and sums (floats) over the tokens that count, each 0-dim.
+
+    x is the log-ratio, clamped, r is ``exp(x)``, and A the advantage.
+    """
+
+    valid: torch.Tensor
+    """Tokens that count."""
+    nonfinite: torch.Tensor
+    """Those of them whose loss is infinite or NaN."""
+    clipped_low: torch.Tensor
+    clipped_high: torch.Tensor
+    limited: torch.Tensor
+    """Tokens that the dual clip or the truncation limits."""
+    negative_log_ratio: torch.Tensor
+    """Sum of -x."""
+    excess: torch.Tensor
+    """Sum of ``r - 1 - x``."""
+    entropy: torch.Tensor
+    """Sum of ``-old_log_prob``."""
+    gradient_unclipped: torch.Tensor
+    """Sum of ``abs(A) r``."""
+    gradient_removed: torch.Tensor
+    """Sum of what the rule takes from it."""
+    log_ratio_min: torch.Tensor
+    log_ratio_max: torch.Tensor
+    """The extremes of x; arbitrary where no token counts."""
+    by_probability: torch.Tensor | None
+    """Tokens that count, are clipped low and are clipped high, by bin, [3, bins]."""
+
+    @classmethod
+    def of(cls, counts: torch.Tensor, sums: torch.Tensor) -> Totals:
+        """Returns views of the counts, [5], or [5 + 3 bins], and the sums, [7], of a backend."""
+        by_bin = None
+        if counts.shape[0] > COUNTS:
+            counts, by_bin = counts[:COUNTS], counts[COUNTS:].reshape(3, PROBABILITY_BINS)
+        return cls(*counts.unbind(), *sums.unbind(), by_probability=by_bin)
+
+
+COUNTS = Totals._fields.index("negative_log_ratio")
+"""How many counts there are beside those by bin."""
+
+SUMS = len(Totals._fields) - 1 - COUNTS
+"""How many sums and extremes there are."""
