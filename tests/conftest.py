@@ -84,11 +84,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def emulator(library: Path, monkeypatch: pytest.MonkeyPatch) -> Emulator:
-    """Runs the kernels of `bandpo.cuda` on tensors of the CPU."""
-    from bandpo import cuda
+    """Runs the CUDA kernels on tensors of the CPU."""
+    from bandpo.backends.cuda import kernels
 
     emulator = Emulator(library)
-    monkeypatch.setattr(cuda, "_launch", emulator.launch)
+    monkeypatch.setattr(kernels, "launch", emulator.launch)
     return emulator
 
 
@@ -97,10 +97,10 @@ def gpu() -> torch.device:
     """A GPU, if there is one."""
     import torch
 
-    from bandpo import cuda
+    from bandpo.backends.cuda.launch import obstacle
 
     if SANITIZED:
         pytest.skip("the sanitizers look at the emulator")
-    if reason := cuda.obstacle():
+    if reason := obstacle():
         pytest.skip(f"needs a GPU: {reason}")
     return torch.device("cuda")

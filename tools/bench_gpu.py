@@ -34,8 +34,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from bandpo import Band, __version__, cuda
-from bandpo.torch import bounds_of, token_loss_op, torch
+import torch
+
+from bandpo import Band, __version__
+from bandpo.backends.cuda.launch import obstacle
+from bandpo.backends.native import token_loss_op
+from bandpo.tensors.bounds import bounds_of
 
 BYTES_A_TOKEN = 4 + 4 + 4 + 1 + 4 + 4
 REPEATS = 20
@@ -225,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--most", type=int, default=28, help="binary logarithm of the most tokens")
     most = parser.parse_args().most
-    if reason := cuda.obstacle():
+    if reason := obstacle():
         raise SystemExit(f"needs a GPU: {reason}")
     makers: dict[str, Make] = {
         "copy": copy,

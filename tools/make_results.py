@@ -23,9 +23,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 import bandpo  # noqa: E402
 from bandpo import _core  # noqa: E402
-from bandpo.torch import gpu_report, torch  # noqa: E402
+from bandpo.backends.select import gpu_report  # noqa: E402
 from benchmarks import loss, process, solver, table  # noqa: E402
 from benchmarks.interleaved import Comparison, median_seconds  # noqa: E402
 from benchmarks.solver import EXPRESSION, region  # noqa: E402

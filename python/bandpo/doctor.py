@@ -32,8 +32,8 @@ def _version(distribution: str) -> str | None:
 
 def _backends() -> dict[str, str | None]:
     try:
-        from bandpo.cuda import obstacle
-        from bandpo.torch import default_backend, gpu_report
+        from bandpo.backends.cuda.launch import obstacle
+        from bandpo.backends.select import default_backend, gpu_report
     except (BrokenExtraError, MissingExtraError) as reason:
         none = f"none: {reason}"
         return {"backend on a CPU": none, "backend on a GPU": none, "GPU": "unknown without torch"}

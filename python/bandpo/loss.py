@@ -5,18 +5,36 @@ Every backend turns tokens into a loss of each token, first; one reducer turns t
 
 from __future__ import annotations
 
+# First, because it reports a torch that is missing or broken.
+from bandpo.tensors.check import (
+    AnyRegion,
+    check_float,
+    check_region,
+    check_tensor,
+    compute_dtype,
+)
+
+# isort: split
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 import numpy as np
+import torch
 
+from bandpo.backends.autograd import token_loss_fused, weighted_sum
 from bandpo.backends.contract import (
     PROBABILITY_BINS,
     PROBABILITY_EDGES,
     LossInputs,
+    TokenLoss,
     Totals,
 )
+from bandpo.backends.internals import needs_no_dispatcher
+from bandpo.backends.native import count_valid
+from bandpo.backends.plain import probability_bin, token_loss_torch
+from bandpo.backends.select import default_backend, require_kernels
+from bandpo.backends.sides import sides_of
 from bandpo.check import check_name, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Clip
@@ -28,26 +46,7 @@ from bandpo.surrogate import (
     Mask,
     Surrogate,
 )
-from bandpo.torch import (
-    AnyRegion,
-    TokenLoss,
-    bounds_of,
-    check_float,
-    check_region,
-    check_tensor,
-    compute_dtype,
-    count_valid,
-    default_backend,
-    membership_of,
-    needs_no_dispatcher,
-    probability_bin,
-    require_kernels,
-    sides_of,
-    token_loss_fused,
-    token_loss_torch,
-    torch,
-    weighted_sum,
-)
+from bandpo.tensors.bounds import bounds_of, membership_of
 
 __all__ = [
     "LOG_RATIO_LIMIT",

@@ -25,27 +25,32 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
 import bandpo
 import bandpo.loss
-from bandpo import _core, cuda
+from bandpo import _core
+from bandpo.backends.autograd import token_loss_fused
 from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
+from bandpo.backends.cuda import kernels
+from bandpo.backends.cuda.launch import (
+    BLOCKS_A_PROCESSOR,
+    CHUNK,
+    COMPILER_OPTIONS,
+    THREADS,
+    TOTALS_KERNEL,
+    _compiled,
+    obstacle,
+)
+from bandpo.backends.native import token_loss_op
+from bandpo.backends.select import default_backend
 from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
 from bandpo.schedule import Constant, ScheduledBand
 from bandpo.surrogate import NAMES
-from bandpo.torch import (
-    _Kept,
-    _kernels,
-    _source,
-    bounds_of,
-    clip,
-    clip_ratio,
-    default_backend,
-    read_table,
-    token_loss_fused,
-    token_loss_op,
-    torch,
-    upload,
-)
+from bandpo.tensors.bounds import _source, bounds_of
+from bandpo.tensors.cached import Cached, upload
+from bandpo.tensors.lookup import read_table
+from bandpo.torch import clip, clip_ratio
 from conftest import REFERENCE_FILES, SANITIZED, Reference, read_reference
 from support.batches import random_batch
 from support.emulated import INDEXING_TESTS, SANITIZERS, Emulator, build, missing_compiler
@@ -93,7 +98,7 @@ log(lower) is, an ulp of 1 at most, because x e^x is below 1."""
 
 WELL_CONDITIONED = 20.0
 SOLVED = 1e-12
-"""Relative error that `bandpo.cuda.log_bounds` states where the condition number is at most 20."""
+"""Relative error that `kernels.log_bounds` states where the condition number is at most 20."""
 CONVERTED = 1e-10
 """The same for renyi and bhattacharyya next to their greatest value: rounding the radius of their
 generator moves the bound by more than its condition number says."""
@@ -137,7 +142,7 @@ def check_as_rust(
     wanted = token_loss_op(old, new, log_ratio, advantages, valid, bounds, *rule, True)
     old, new, advantages, valid, bounds = on(device, [*tokens, bounds])
     moved = None if log_ratio is None else log_ratio.to(device)
-    actual = cuda.token_loss(old, new, moved, advantages, valid, bounds, *rule, True)
+    actual = kernels.token_loss(old, new, moved, advantages, valid, bounds, *rule, True)
     wide = old.dtype == torch.float64
     for mine, rusts in zip(actual[:2], wanted[:2], strict=True):
         assert mine.dtype == rusts.dtype
@@ -214,7 +219,7 @@ class TestLoss:
         bounds = bounds_of(KL, whole[0])
         tokens = [tensor.clone() for tensor in whole]
         tokens[2] = tokens[2][:, :1].nan_to_num().expand(rows, 65).contiguous()
-        wanted = cuda.token_loss(*self._arguments(device, tokens, bounds))
+        wanted = kernels.token_loss(*self._arguments(device, tokens, bounds))
         for change in (
             lambda tensor: torch.cat([tensor, tensor], 1)[:, :65],
             lambda tensor: torch.cat([tensor[:, :1], tensor], 1)[:, 1:],
@@ -222,7 +227,7 @@ class TestLoss:
         ):
             changed = [change(tensor) for tensor in on(device, tokens)]
             changed[2] = on(device, tokens)[2][:, :1]  # [B, 1]
-            actual = cuda.token_loss(*self._arguments(device, changed, bounds))
+            actual = kernels.token_loss(*self._arguments(device, changed, bounds))
             for mine, other in zip(actual, wanted, strict=True):
                 assert equal(mine, other.cpu())
 
@@ -244,8 +249,8 @@ class TestLoss:
             wide = [old.float(), new.float(), advantages, valid]
             bounds = bounds_of(region, wide[0])
             narrow = [old, new, advantages, valid]
-            actual = cuda.token_loss(*self._arguments(device, narrow, bounds))
-            wanted = cuda.token_loss(*self._arguments(device, wide, bounds))
+            actual = kernels.token_loss(*self._arguments(device, narrow, bounds))
+            wanted = kernels.token_loss(*self._arguments(device, wide, bounds))
             assert actual[0].dtype == torch.float32
             for mine, other in zip(actual, wanted, strict=True):
                 assert equal(mine, other.cpu())
@@ -255,7 +260,7 @@ class TestLoss:
         results = []
         for emulator.grid, emulator.last_warp_first in product((1, 2, 5, 1000), (False, True)):
             arguments = self._arguments(torch.device("cpu"), tokens, bounds_of(KL, tokens[0]))
-            results.append(cuda.token_loss(*arguments))
+            results.append(kernels.token_loss(*arguments))
         for result in results[1:]:
             for mine, first in zip(result, results[0], strict=True):
                 assert equal(mine, first)
@@ -279,7 +284,7 @@ class TestTotals:
             pointers = [np.uint64(array.ctypes.data) for array in arrays]
             sizes = np.int64(chunks), np.int32(COUNTS)
             arguments = (*pointers[:2], *sizes, *pointers[2:])
-            emulator.launch(cuda.TOTALS, None, SUMS + COUNTS, arguments)
+            emulator.launch(TOTALS_KERNEL, None, SUMS + COUNTS, arguments)
             np.testing.assert_array_equal(total_counts, counts.sum(1, dtype=np.int64))
             # In double precision, of terms of one sign mostly.
             wanted = [math.fsum(row) for row in sums[:-2]]
@@ -299,7 +304,7 @@ class TestTotals:
             np.uint64(array.ctypes.data) for array in (sums, counts, total_sums, total_counts)
         ]
         arguments = (*pointers[:2], np.int64(300), np.int32(1), *pointers[2:])
-        emulator.launch(cuda.TOTALS, None, SUMS + 1, arguments)
+        emulator.launch(TOTALS_KERNEL, None, SUMS + 1, arguments)
         assert np.isnan(total_sums).all()
 
 
@@ -313,10 +318,10 @@ class TestManyTokens:
         whole = emulator.launch
 
         def launch(kernel: str, device: object, blocks: int, *arguments: Any) -> None:
-            emulator.skipped = 0 if kernel == cuda.TOTALS else blocks - 1
+            emulator.skipped = 0 if kernel == TOTALS_KERNEL else blocks - 1
             whole(kernel, device, blocks, *arguments)
 
-        monkeypatch.setattr(cuda, "_launch", launch)
+        monkeypatch.setattr(kernels, "launch", launch)
 
     @staticmethod
     def untouched(count: int, dtype: type) -> torch.Tensor:
@@ -338,12 +343,12 @@ class TestManyTokens:
     @pytest.mark.parametrize("count", [2**31 + 1, 2**32 + 5])
     @pytest.mark.parametrize(("in_vectors", "rows"), [(True, 3), (False, 3), (False, 1)])
     def test_of_the_loss(self, count: int, in_vectors: bool, rows: int) -> None:
-        here = count % cuda.CHUNK
+        here = count % CHUNK
         old, new, advantages, _ = batch((rows, here), torch.float16, seed=1)
         advantages = advantages[:, :1].nan_to_num().float()
         bounds = bounds_of(KL, old)
         rule = bounds, "min-clip", [3.0], True
-        wanted = cuda.token_loss(old, new, None, advantages, torch.ones_like(old) > 0, *rule)
+        wanted = kernels.token_loss(old, new, None, advantages, torch.ones_like(old) > 0, *rule)
         assert wanted[0][-1].count_nonzero() > 0
         tokens = []
         for end in (old, new, torch.ones(rows, here, dtype=torch.bool)):
@@ -352,7 +357,9 @@ class TestManyTokens:
             whole = self.untouched(count, dtype)[0 if in_vectors else 1 :][:count]
             tokens.append(whole.view(rows, count // rows))
             tokens[-1][-1, -here:] = end[-1]
-        found = self.run(cuda.token_loss, tokens[0], tokens[1], None, advantages, tokens[2], *rule)
+        found = self.run(
+            kernels.token_loss, tokens[0], tokens[1], None, advantages, tokens[2], *rule
+        )
         for mine, other in zip(found[:2], wanted[:2], strict=True):
             assert equal(mine[-1, -here:], other[-1])
 
@@ -361,8 +368,8 @@ class TestManyTokens:
         old = self.untouched(count, np.float16)[:count]
         old[-1] = -3.0
         words = bounds_of(KL, old[-1:])
-        found = self.run(cuda.table_log_bounds, words, old)
-        assert equal(found[:, -1:], cuda.table_log_bounds(words, old[-1:]))
+        found = self.run(kernels.table_log_bounds, words, old)
+        assert equal(found[:, -1:], kernels.table_log_bounds(words, old[-1:]))
 
 
 def every_kind_of_float() -> torch.Tensor:
@@ -390,7 +397,7 @@ class TestTable:
         lower, upper = (
             read_table(words, logp, torch.tensor(side)).numpy() for side in (True, False)
         )
-        [log_lower, log_upper] = cuda.table_log_bounds(*on(device, [words, logp])).cpu().numpy()
+        [log_lower, log_upper] = kernels.table_log_bounds(*on(device, [words, logp])).cpu().numpy()
         np.testing.assert_array_equal(
             np.where(np.abs(upper) < SMALLEST_NORMAL, 0.0, upper),
             np.where(np.abs(log_upper) < SMALLEST_NORMAL, 0.0, log_upper),
@@ -420,7 +427,7 @@ class TestTable:
             lower, upper = (
                 read_table(words, logp, torch.tensor(side)).numpy() for side in (True, False)
             )
-        log_lower, log_upper = cuda.table_log_bounds(*on(device, [words, logp])).cpu().numpy()
+        log_lower, log_upper = kernels.table_log_bounds(*on(device, [words, logp])).cpu().numpy()
         np.testing.assert_allclose(log_upper, upper, rtol=0.0, atol=SMALLEST_NORMAL)
         self.check_logarithms(log_lower, lower)
 
@@ -437,7 +444,7 @@ class TestTable:
             lower, upper = bounds.double()
         wanted = torch.where(old.isnan(), old.double(), x.double().clamp(lower, upper)).to(dtype)
         tensors = on(device, [bounds, old, x])
-        moved, inside = cuda.clipped(tensors[0], tensors[1], tensors[2], of_ratio=False)
+        moved, inside = kernels.clipped(tensors[0], tensors[1], tensors[2], of_ratio=False)
         for found in (moved.cpu(), clip(region, old, x)):
             torch.testing.assert_close(
                 found, wanted, rtol=LOGARITHM[dtype], atol=0.0, equal_nan=True
@@ -463,7 +470,7 @@ class TestTable:
         wanted = torch.where(old.isnan(), old.double(), ratio.double().clamp(lower, upper))
         wanted = wanted.to(dtype)
         tensors = on(device, [bounds, old, ratio])
-        moved, inside = cuda.clipped(tensors[0], tensors[1], tensors[2], of_ratio=True)
+        moved, inside = kernels.clipped(tensors[0], tensors[1], tensors[2], of_ratio=True)
         torch.testing.assert_close(
             moved.cpu(), wanted, rtol=EXPONENTIATED[dtype], atol=0.0, equal_nan=True
         )
@@ -482,7 +489,7 @@ class TestOperators:
     @pytest.fixture
     def in_place_of_rust(self, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
         """Makes the emulated kernel that of the operator for tensors of the CPU."""
-        monkeypatch.setitem(token_loss_op._backend_fns, "cpu", cuda.token_loss)
+        monkeypatch.setitem(token_loss_op._backend_fns, "cpu", kernels.token_loss)
 
     @pytest.mark.usefixtures("in_place_of_rust")
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -536,7 +543,8 @@ class TestOperators:
         self, rule: tuple[str, list[float]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An operator alone would be a constant for them."""
-        monkeypatch.setattr(bandpo.torch, "_is_in_memory", lambda tensor: False)
+        for module in ("autograd", "internals"):
+            monkeypatch.setattr(f"bandpo.backends.{module}.is_in_memory", lambda tensor: False)
         tokens = [tensor.nan_to_num() for tensor in batch((3, 40))]
         old, new = (tensor.to(dtype) for tensor in tokens[:2])
         advantages = tokens[2].to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -591,10 +599,10 @@ class TestOperators:
         old, new, _, _ = batch((4, 9), torch.float64)
         x = (new - old).requires_grad_()
         for function, values in ((clip, x), (clip_ratio, x.exp())):
-            monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "torch")
+            monkeypatch.setattr("bandpo.torch.default_backend", lambda device: "torch")
             wanted = function(region, old, values)
             [slope] = torch.autograd.grad(wanted.nansum(), x, retain_graph=True)
-            monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "cuda")
+            monkeypatch.setattr("bandpo.torch.default_backend", lambda device: "cuda")
             moved = function(region, old, values)
             torch.testing.assert_close(moved, wanted, equal_nan=True)
             [moved_slope] = torch.autograd.grad(moved.nansum(), x)
@@ -605,7 +613,7 @@ class TestOperators:
     def test_clip_by_the_operator_is_transformed(
         self, function: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(bandpo.torch, "default_backend", lambda device: "cuda")
+        monkeypatch.setattr("bandpo.torch.default_backend", lambda device: "cuda")
         old, new, _, _ = (tensor.nan_to_num() for tensor in batch((4, 9), torch.float64))
         values = new - old if function is clip else (new - old).exp()
         inside = function(KL, old, values) == values
@@ -636,7 +644,7 @@ class TestExact:
         if device.type == "cpu":
             request.getfixturevalue("emulator").flush_to_zero = False  # never of float64
         logp = torch.from_numpy(solved.logp).to(device)
-        bounds = cuda.log_bounds(bandpo.Band(solved.spec, solved.delta), logp)
+        bounds = kernels.log_bounds(bandpo.Band(solved.spec, solved.delta), logp)
         assert bounds is not None
         near = (solved.logp >= FAR[0]) & (solved.logp <= FAR[1])
         sides = (
@@ -669,7 +677,7 @@ class TestExact:
         outer, inner = (region.contains(logp, x * (1.0 + step)) for step in (1e-9, -1e-9))
         clear = outer == inner
         tensors = on(device, [torch.from_numpy(logp), torch.from_numpy(x)])
-        inside = cuda.contains(region, *tensors)
+        inside = kernels.contains(region, *tensors)
         assert inside is not None
         wanted = region.contains(logp, x)
         assert clear.sum() > 1500
@@ -682,10 +690,10 @@ class TestExact:
         old = torch.from_numpy(-rng.exponential(3.0, 500)).to(device)
         old[:4] = torch.tensor([0.0, 1.0, -float("inf"), -700.0])
         region = bandpo.Band(spec, (0.02, 0.3))
-        bounds = cuda.log_bounds(region, old)
+        bounds = kernels.log_bounds(region, old)
         assert bounds is not None
         for bound in bounds:
-            inside = cuda.contains(region, old, bound)
+            inside = kernels.contains(region, old, bound)
             assert inside is not None
             assert inside.all()
 
@@ -693,7 +701,7 @@ class TestExact:
     def test_limits_are_those_of_the_cpu(self, spec: str, device: torch.device) -> None:
         logp = np.array([0.0, 3.0, -np.inf, np.nan])
         region = bandpo.Band(spec, (0.02, 0.3))
-        bounds = cuda.log_bounds(region, torch.from_numpy(logp).to(device))
+        bounds = kernels.log_bounds(region, torch.from_numpy(logp).to(device))
         assert bounds is not None
         np.testing.assert_allclose(bounds.cpu().numpy(), region.log_bounds(logp), rtol=SOLVED)
 
@@ -706,7 +714,7 @@ class TestExact:
             (band | bandpo.Clip(0.2, 0.28)).cap(10),
             bandpo.sides(lower=bandpo.Clip(0.2), upper=band),
         ):
-            bounds, inside = cuda.log_bounds(region, old), cuda.contains(region, old, ratio)
+            bounds, inside = kernels.log_bounds(region, old), kernels.contains(region, old, ratio)
             assert bounds is not None
             assert inside is not None
             np.testing.assert_allclose(bounds.cpu().numpy(), region.log_bounds(logp), rtol=SOLVED)
@@ -722,14 +730,14 @@ class TestExact:
             bandpo.Band("kl", np.full(3, 0.1)),
             bandpo.Band("kl", np.full((4, 2), 0.1)),
         ):
-            assert cuda.log_bounds(region, old) is None
-            assert cuda.contains(region, old, old) is None
+            assert kernels.log_bounds(region, old) is None
+            assert kernels.contains(region, old, old) is None
 
 
 def test_nothing_is_initialised_before_the_first_use() -> None:
     """So that a process may be forked after all imports."""
     program = (
-        "import sys, torch, bandpo.cuda, bandpo.loss\n"
+        "import sys, torch, bandpo.backends.cuda.kernels, bandpo.loss\n"
         "assert 'cupy' not in sys.modules and not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -742,8 +750,8 @@ def constants_of_the_source() -> Iterator[tuple[str, int]]:
 
 def test_python_knows_the_sizes_and_numbers_of_the_source() -> None:
     sizes = dict(constants_of_the_source())
-    assert sizes["THREADS"] == cuda.THREADS
-    assert sizes["THREADS"] * sizes["WIDTH"] * sizes["VECTORS"] == cuda.CHUNK
+    assert sizes["THREADS"] == THREADS
+    assert sizes["THREADS"] * sizes["WIDTH"] * sizes["VECTORS"] == CHUNK
     assert sizes["WIDTH"] * sizes["VECTORS"] < 64  # what six bits of a flag hold
     for number, name in enumerate(NAMES):
         assert f"{name.upper().replace('-', '_')} = {number}" in _core.KERNEL_SOURCE
@@ -851,14 +859,14 @@ class FakeCupy:
         if self.broken is not None:
             raise self.broken
         assert code == _core.KERNEL_SOURCE
-        assert options == cuda.COMPILER_OPTIONS
+        assert options == COMPILER_OPTIONS
         [kernel] = name_expressions
         device = self.devices[-1]
         self.log.append(("compiled", kernel, device))
 
         def launch(grid: Any, block: Any, arguments: Any, *, shared_mem: int) -> None:
             assert self.devices[-1] == device
-            assert block == (cuda.THREADS,)
+            assert block == (THREADS,)
             assert all(isinstance(argument, np.generic) for argument in arguments)
             self.log.append(("launched", kernel, device, self.streams[-1], *grid))
             self.emulator.grid = grid[0]
@@ -874,8 +882,8 @@ class TestLaunch:
     @pytest.fixture
     def cupy(self, library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
         cupy = FakeCupy(Emulator(library))
-        monkeypatch.setattr(cuda, "_cupy", lambda: cupy)
-        monkeypatch.setattr(cuda, "_compiled", cache(cuda._compiled.__wrapped__))
+        monkeypatch.setattr("bandpo.backends.cuda.launch._cupy", lambda: cupy)
+        monkeypatch.setattr("bandpo.backends.cuda.launch._compiled", cache(_compiled.__wrapped__))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
         monkeypatch.setattr(
@@ -892,9 +900,9 @@ class TestLaunch:
         tokens = batch((5, 8192))
         check_as_rust(torch.device("cpu"), tokens, bounds_of(KL, tokens[0]), RULES[1])
         totals = SUMS + COUNTS + 3 * PROBABILITY_BINS
-        most = cuda.BLOCKS_A_PROCESSOR * self.PROCESSORS
-        launches = [("launched", self.LOSS, 1, 77, 5), ("launched", cuda.TOTALS, 1, 77, most)]
-        compiled = [("compiled", self.LOSS, 1), ("compiled", cuda.TOTALS, 1)]
+        most = BLOCKS_A_PROCESSOR * self.PROCESSORS
+        launches = [("launched", self.LOSS, 1, 77, 5), ("launched", TOTALS_KERNEL, 1, 77, most)]
+        compiled = [("compiled", self.LOSS, 1), ("compiled", TOTALS_KERNEL, 1)]
         assert totals > most
         assert cupy.log == [compiled[0], launches[0], compiled[1], launches[1]]
         assert (cupy.devices, cupy.streams) == ([], [])
@@ -907,25 +915,25 @@ class TestLaunch:
         bounds = bounds_of(KL, old)
         for index in (0, 1, 0, 1):
             monkeypatch.setattr(torch.cuda, "current_device", lambda index=index: index)
-            cuda.token_loss(old, new, None, advantages, valid, bounds, "mask", [], False)
+            kernels.token_loss(old, new, None, advantages, valid, bounds, "mask", [], False)
         assert [entry[2] for entry in cupy.log if entry[0] == "compiled"] == [0, 0, 1, 1]
         assert [entry[2] for entry in cupy.log if entry[0] == "launched"] == [0, 0, 1, 1] * 2
 
     def test_a_compiler_that_fails_is_an_obstacle(self, cupy: FakeCupy) -> None:
-        assert cuda.obstacle() is None
-        assert cupy.log == [("compiled", cuda.TOTALS, 1)]
-        cuda._compiled.cache_clear()
+        assert obstacle() is None
+        assert cupy.log == [("compiled", TOTALS_KERNEL, 1)]
+        bandpo.backends.cuda.launch._compiled.cache_clear()
         cupy.broken = RuntimeError("Failed to find CUDA headers.\nTry this")
-        obstacle = cuda.obstacle()
-        assert isinstance(obstacle, BrokenExtraError)
+        reason = obstacle()
+        assert isinstance(reason, BrokenExtraError)
         wanted = "bandpo[cuda13] cannot be compiled: Failed to find CUDA headers."
-        assert str(obstacle).endswith(wanted)
+        assert str(reason).endswith(wanted)
 
     def test_an_old_cupy_is_an_obstacle(self, cupy: FakeCupy) -> None:
         cupy.cuda.Stream = SimpleNamespace()
         cupy.__version__ = "13.6.0"
         wanted = "bandpo[cuda13] needs CuPy 14 or newer, got 13.6.0"
-        assert str(cuda.obstacle()) == wanted
+        assert str(obstacle()) == wanted
 
 
 @pytest.mark.parametrize(
@@ -939,11 +947,11 @@ def test_a_missing_cupy_names_an_extra_that_exists(
     def missing() -> None:
         raise ModuleNotFoundError("No module named 'cupy'", name="cupy")
 
-    monkeypatch.setattr(cuda, "_cupy", missing)
+    monkeypatch.setattr("bandpo.backends.cuda.launch._cupy", missing)
     monkeypatch.setattr(torch.version, "cuda", version)
-    obstacle = cuda.obstacle()
-    assert isinstance(obstacle, MissingExtraError)
-    assert obstacle.extra == extra
+    reason = obstacle()
+    assert isinstance(reason, MissingExtraError)
+    assert reason.extra == extra
     project = Path(__file__).parents[2] / "pyproject.toml"
     assert f"\n{extra} = [" in project.read_text(encoding="utf-8")
 
@@ -974,7 +982,7 @@ class TestKept:
         tensor: Any = SimpleNamespace(is_cuda=True, device="cuda:0", record_stream=recorded.append)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: one)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        kept = _Kept(tensor)
+        kept = Cached(tensor)
         assert len(one.events) == 1
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: other)
         assert kept.ready() is tensor
@@ -1007,13 +1015,13 @@ class TestKept:
             copies.append(array)
             return upload(array, device)
 
-        monkeypatch.setattr(cuda, "upload", counted)
+        monkeypatch.setattr(kernels, "upload", counted)
         old = torch.full((3, 50), -1.0, dtype=torch.float64)
         for band in (bandpo.Band("renyi:2", delta), bandpo.Band("renyi:2", delta)):
             for _ in range(2):
-                bounds = cuda.log_bounds(band, old)
+                bounds = kernels.log_bounds(band, old)
                 assert bounds is not None
-                assert cuda.contains(band, old, bounds[0]) is not None
+                assert kernels.contains(band, old, bounds[0]) is not None
                 exact = band.log_bounds(old.numpy())
                 np.testing.assert_allclose(bounds.numpy(), exact, rtol=SOLVED)
         assert len(copies) == 2  # with each band its own
@@ -1022,7 +1030,7 @@ class TestKept:
 class TestWithoutAGpu:
     @pytest.fixture(autouse=True)
     def _no_gpu(self) -> None:
-        if cuda.obstacle() is None:
+        if obstacle() is None:
             pytest.skip("there is a GPU")
 
     def test_asking_for_the_kernel_names_the_extra(self) -> None:
@@ -1032,7 +1040,7 @@ class TestWithoutAGpu:
         assert isinstance(raised.value, (MissingExtraError, BrokenExtraError))
 
     def test_auto_says_once_why_it_takes_torch(self) -> None:
-        _kernels.cache_clear()
+        bandpo.backends.select.kernels.cache_clear()
         with pytest.warns(BackendWarning, match="take the torch backend") as warned:
             assert default_backend("cuda") == "torch"
         assert len(warned) == 1

@@ -16,18 +16,14 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
 import bandpo
-from bandpo import cuda
+from bandpo.backends.cuda import kernels
+from bandpo.backends.native import token_loss_op
 from bandpo.loss import PolicyLoss, policy_loss
-from bandpo.torch import (
-    bounds_of,
-    clip,
-    clip_ratio,
-    contains,
-    log_bounds,
-    token_loss_op,
-    torch,
-)
+from bandpo.tensors.bounds import bounds_of
+from bandpo.torch import clip, clip_ratio, contains, log_bounds
 from support.batches import random_batch
 from support.emulated import INDEXING_TESTS
 
@@ -318,14 +314,14 @@ def test_more_tokens_than_an_int32_counts() -> None:
     valid = torch.ones_like(half, dtype=torch.bool)
     advantages = torch.ones((1, 1), device="cuda")
     bounds = bounds_of(KL, torch.zeros(1, device="cuda"))
-    loss, slope, counts, sums = cuda.token_loss(
+    loss, slope, counts, sums = kernels.token_loss(
         half, new, None, advantages, valid, bounds, "min-clip", [], False
     )
     assert counts.tolist() == [MORE_THAN_INT32, 0, 0, 1, 0]
     assert sums[0].item() == -2.0
     assert (loss[0, -2].item(), slope[0, -2].item(), slope[0, -1].item()) == (-1.0, -1.0, 0.0)
     del loss, slope
-    log_lower, log_upper = cuda.table_log_bounds(bounds, new[0])
+    log_lower, log_upper = kernels.table_log_bounds(bounds, new[0])
     for end, logp in ((-2, -2.0), (-1, 0.0)):
         wanted = KL.table().log_bounds(logp)
         found = [log_lower[end].item(), log_upper[end].item()]
@@ -347,7 +343,7 @@ print(policy_loss(old, old, old, old, region=bandpo.Band("kl", 0.05), backend="c
 """
 FORKED = f"""
 import os
-import bandpo.cuda, bandpo.loss
+import bandpo.backends.cuda.kernels, bandpo.loss
 child = os.fork()
 if child:
     raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

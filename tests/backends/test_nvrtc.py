@@ -18,15 +18,16 @@ import pytest
 
 pytest.importorskip("torch")
 
-from bandpo import _core, cuda
-from bandpo.torch import MOST_TABLE_WORDS
+from bandpo import _core
+from bandpo.backends.cuda.launch import COMPILER_OPTIONS, THREADS, _cupy
+from bandpo.tensors.bounds import MOST_TABLE_WORDS
 from support.emulated import KERNELS
 
 ARCHITECTURES = {12: (70, 75, 80, 86, 89, 90, 100, 120), 13: (75, 80, 86, 89, 90, 100, 120)}
 """By the major version of CUDA, what users have; the last line of compilers with sm_70 is 12."""
 
 ADDED_BY_CUPY = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
-"""What CuPy 14 adds to `bandpo.cuda.COMPILER_OPTIONS`, beside folders of headers, not used here."""
+"""What CuPy 14 adds to `COMPILER_OPTIONS`, beside folders of headers, not used here."""
 
 REGISTERS_OF_AN_SM = 65536
 THREADS_THAT_HIDE_MEMORY = 768
@@ -133,7 +134,7 @@ def test_every_kernel_compiles_everywhere_without_spills(major: int, architectur
     if nvrtc is None:
         pytest.skip(f"needs NVRTC {major}: pip install '.[nvrtc]'")
     options = [
-        *cuda.COMPILER_OPTIONS, *ADDED_BY_CUPY, f"-arch=sm_{architecture}", "--ptxas-options=-v",
+        *COMPILER_OPTIONS, *ADDED_BY_CUPY, f"-arch=sm_{architecture}", "--ptxas-options=-v",
     ]  # fmt: skip
     log, names, _ = nvrtc.compile(_core.KERNEL_SOURCE, KERNELS, options)
     warned = [line for line in log.splitlines() if "warning" in line]
@@ -144,7 +145,7 @@ def test_every_kernel_compiles_everywhere_without_spills(major: int, architectur
     for kernel, name in zip(KERNELS, names, strict=True):
         registers, shared_bytes, spilled = found[name]
         assert set(spilled) == {0}, kernel
-        assert registers * cuda.THREADS <= REGISTERS_OF_AN_SM, kernel
+        assert registers * THREADS <= REGISTERS_OF_AN_SM, kernel
         assert shared_bytes + 4 * MOST_TABLE_WORDS <= SHARED_BYTES, kernel
         if "policy_loss<" in kernel and "double" not in kernel:
             assert registers * THREADS_THAT_HIDE_MEMORY <= REGISTERS_OF_AN_SM, kernel
@@ -154,7 +155,7 @@ def test_a_spill_is_seen() -> None:
     nvrtc = compiler(13)
     if nvrtc is None:
         pytest.skip("needs NVRTC 13: pip install '.[nvrtc]'")
-    options = [*cuda.COMPILER_OPTIONS, "-arch=sm_90", "--ptxas-options=-v"]
+    options = [*COMPILER_OPTIONS, "-arch=sm_90", "--ptxas-options=-v"]
     one, eight = (f"__launch_bounds__(THREADS, {blocks}) band_solve" for blocks in (1, 8))
     assert one in _core.KERNEL_SOURCE
     source = _core.KERNEL_SOURCE.replace(one, eight)  # of which each has 32 registers
@@ -172,7 +173,7 @@ def test_tokens_are_read_and_written_in_vectors(stored: str, loads: int, stores:
     nvrtc = compiler(13)
     if nvrtc is None:
         pytest.skip("needs NVRTC 13: pip install '.[nvrtc]'")
-    options = [*cuda.COMPILER_OPTIONS, *ADDED_BY_CUPY, "-arch=sm_90"]
+    options = [*COMPILER_OPTIONS, *ADDED_BY_CUPY, "-arch=sm_90"]
     kernel = f"bandpo::policy_loss<{stored}, bandpo::Table>"
     ptx = nvrtc.compile(_core.KERNEL_SOURCE, [kernel], options).ptx
     for instruction, wanted in (("ld", loads), ("st", stores)):
@@ -189,9 +190,9 @@ class TestCupy:
     def test_the_options_are_those_of_cupy(self) -> None:
         from cupy._core import core
 
-        own = core.assemble_cupy_compiler_options(cuda.COMPILER_OPTIONS)
+        own = core.assemble_cupy_compiler_options(COMPILER_OPTIONS)
         added = [option for option in own if not option.startswith("-I")]
-        assert set(added) <= {*cuda.COMPILER_OPTIONS, *ADDED_BY_CUPY}
+        assert set(added) <= {*COMPILER_OPTIONS, *ADDED_BY_CUPY}
 
     def test_it_compiles_the_string_with_its_headers(self) -> None:
         from cupy._core import core
@@ -199,7 +200,7 @@ class TestCupy:
 
         assert nvrtc.getVersion()[0] == 13
         kernel = "bandpo::policy_loss<bandpo::Half, bandpo::Table>"
-        options = (*core.assemble_cupy_compiler_options(cuda.COMPILER_OPTIONS), *ADDED_BY_CUPY)
+        options = (*core.assemble_cupy_compiler_options(COMPILER_OPTIONS), *ADDED_BY_CUPY)
         program = nvrtc.createProgram(_core.KERNEL_SOURCE, "bandpo.cu", (), ())
         nvrtc.addNameExpression(program, kernel)
         nvrtc.compileProgram(program, (*options, "-arch=sm_90"))
@@ -211,7 +212,7 @@ class TestCupy:
         """And does not call it deprecated: warnings are errors here."""
         import cupy
 
-        assert cuda._cupy() is cupy
+        assert _cupy() is cupy
         assert issubclass(cupy.cuda.runtime.CUDARuntimeError, Exception)
         with pytest.raises(TypeError, match="2-tuple"):
             cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: 77))

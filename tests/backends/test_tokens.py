@@ -17,10 +17,14 @@ from numpy.typing import NDArray
 
 pytest.importorskip("torch")
 
+import torch
+
 import bandpo
-from bandpo import cuda
+from bandpo.backends.autograd import token_loss_fused
 from bandpo.backends.contract import LossInputs
-from bandpo.torch import bounds_of, token_loss_fused, token_loss_torch, torch
+from bandpo.backends.cuda import kernels
+from bandpo.backends.plain import token_loss_torch
+from bandpo.tensors.bounds import bounds_of
 from conftest import DATA
 
 Backend: TypeAlias = Callable[..., Any]
@@ -62,7 +66,7 @@ def backend(request: pytest.FixtureRequest) -> tuple[Backend, torch.device]:
     found = request.getfixturevalue(request.param)
     if request.param == "gpu":
         return token_loss_fused, found
-    return cuda.token_loss, torch.device("cpu")
+    return kernels.token_loss, torch.device("cpu")
 
 
 def loss_and_gradient(
@@ -83,7 +87,7 @@ def loss_and_gradient(
     numbers = [float(parameter) for parameter in parameters]
     bounds = bounds.to(device)
     inputs = LossInputs(old, new, None, advantage, valid, bounds, surrogate, numbers, False)
-    if run is cuda.token_loss:  # the kernel itself
+    if run is kernels.token_loss:  # the kernel itself
         result = run(*inputs)
         return result[0][0].numpy(), result[1][0].numpy()
     result = run(inputs)
@@ -117,8 +121,8 @@ class TestTokens:
         token = columns()[region]
         old = torch.from_numpy(token["old_log_prob"])
         band = bandpo.Band(*region)
-        if backend[0] is cuda.token_loss:
-            solved = cuda.log_bounds(band, old)
+        if backend[0] is kernels.token_loss:
+            solved = kernels.log_bounds(band, old)
             assert solved is not None
         else:
             solved = bounds_of(band, old.to(backend[1]), exact=True)

@@ -27,7 +27,7 @@ pytest.importorskip("matplotlib")
 from bandpo import plot
 from bandpo.demo import experiment, grpo, task
 from bandpo.loss import PROBABILITY_EDGES, policy_loss
-from bandpo.torch import torch
+import torch
 
 RULES = (FIXED, BAND, NO_CLIP, CONSTANT)
 SMALL: dict[str, Any] = {

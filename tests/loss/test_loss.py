@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 pytest.importorskip("torch")
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bandpo
 import bandpo.torch
+from bandpo.backends.select import default_backend, gpu_report
 from bandpo.check import Float64Array
 from bandpo.loss import (
     PROBABILITY_EDGES,
@@ -29,7 +31,7 @@ from bandpo.loss import (
     policy_loss,
 )
 from bandpo.schedule import Linear, ScheduledBand
-from bandpo.torch import torch
+from bandpo.tensors.bounds import bounds_of
 from conftest import BACKENDS
 from support.batches import Batch, assert_close, random_batch
 from support.formulas import BoundedTokens, dual_clipped, min_clip
@@ -401,8 +403,8 @@ FORKED = """
 import os, signal
 import numpy as np
 import bandpo
+import torch
 from bandpo.loss import policy_loss
-from bandpo.torch import torch
 
 band = bandpo.Band("kl", 0.05)
 torch.set_num_threads(2)
@@ -926,7 +928,7 @@ class TestCompile:
         batch = random_batch((4, 8), dtype=torch.float64)
         old = batch.old_log_prob
         region: bandpo.Region = CLIP if kind == "constant" else KL
-        bounds = bandpo.torch.bounds_of(region, old, exact=kind == "per token")
+        bounds = bounds_of(region, old, exact=kind == "per token")
         for by_probability in (False, True):
             torch.library.opcheck(
                 torch.ops.bandpo.token_loss.default,
@@ -940,7 +942,7 @@ class TestCompile:
 
 def register(region: bandpo.Region) -> int:
     """The number by which the solver's operator knows a region."""
-    bandpo.torch.bounds_of(region, torch.zeros(1), exact=True)
+    bounds_of(region, torch.zeros(1), exact=True)
     return id(region)
 
 
@@ -1249,8 +1251,8 @@ for module in ("bandpo.torch", "bandpo.loss"):
 
 
 def test_doctor_is_told_what_torch_can_do() -> None:
-    assert bandpo.torch.default_backend("cpu") == "native"
-    report = bandpo.torch.gpu_report()
+    assert default_backend("cpu") == "native"
+    report = gpu_report()
     assert "\n" not in report
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     assert report.startswith("usable: " if accelerated else "not usable: ")

@@ -11,12 +11,13 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
 import bandpo
 import bandpo.torch
 from bandpo.check import Float64Array
 from bandpo.loss import PolicyLoss, policy_loss
 from bandpo.surrogate import GradientPreserving, Mask, Surrogate
-from bandpo.torch import torch
 from conftest import BACKENDS
 from support.batches import Batch, assert_close, random_batch
 from support.formulas import FORMULAS, BoundedTokens, LossAndGradient

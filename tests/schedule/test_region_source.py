@@ -11,11 +11,13 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
 import bandpo
 import bandpo.torch
 from bandpo.loss import PolicyLoss
 from bandpo.schedule import Bapo, Linear, RegionSource, ScheduledBand
-from bandpo.torch import torch
+from bandpo.tensors.bounds import _LIVE, bounds_of
 from support.batches import random_batch
 
 # torch's own, raised on the first import of its compiler.
@@ -97,13 +99,13 @@ def test_a_step_compiles_nothing_again(make: Any, backend: str) -> None:
 @pytest.mark.parametrize("make", SOURCES)
 def test_its_tensor_stays_where_a_captured_graph_reads_it(make: Any) -> None:
     source, old = make(), torch.full((3,), -1.0)
-    first = bandpo.torch.bounds_of(source, old)
+    first = bounds_of(source, old)
     kept = first.clone()
     source.step()
-    second = bandpo.torch.bounds_of(source, old)
+    second = bounds_of(source, old)
     assert second.data_ptr() == first.data_ptr()
     assert not torch.equal(second, kept)
-    words = bandpo.torch.bounds_of(source.region, old)
+    words = bounds_of(source.region, old)
     assert torch.equal(second[: words.shape[0]], words)
 
 
@@ -136,7 +138,7 @@ def test_a_source_may_not_change_between_a_clip_and_a_table() -> None:
 def test_tensors_of_a_source_go_with_it() -> None:
     source = scheduled()
     random_batch((2, 8)).loss(region=source)
-    bounds = weakref.ref(bandpo.torch._LIVE[source])
+    bounds = weakref.ref(_LIVE[source])
     del source
     gc.collect()
     assert bounds() is None

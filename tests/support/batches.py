@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bandpo.loss import PolicyLossResult, policy_loss
-from bandpo.torch import torch
+import torch
 from support.tokens import random_tokens, with_extremes
 
 

@@ -28,7 +28,7 @@ KERNELS = (
     *(f"bandpo::band_solve<{stored}>" for stored in STORED[:2]),
     *(f"bandpo::band_contains<{stored}>" for stored in STORED[:2]),
 )
-"""Every kernel that `bandpo.cuda` can ask for."""
+"""Every kernel that the CUDA backend launches."""
 
 INDEXING_TESTS = (
     "any_size or any_strides or each_token or half_precision_is or float64_log_probs "
@@ -130,7 +130,7 @@ class Emulator:
         arguments: tuple[Any, ...],
         shared_bytes: int = 0,
     ) -> None:
-        """Takes the place of `bandpo.cuda._launch`."""
+        """Takes the place of `bandpo.backends.cuda.launch.launch`."""
         name = kernel.encode()
         wanted = self._library.parameters_of(name)
         if wanted != len(arguments):

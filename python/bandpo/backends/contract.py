@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ class Totals(NamedTuple):
         by_bin = None
         if counts.shape[0] > COUNTS:
             counts, by_bin = counts[:COUNTS], counts[COUNTS:].reshape(3, PROBABILITY_BINS)
-        return cls(*counts.unbind(), *sums.unbind(), by_probability=by_bin)
+        return cls(*counts.unbind(), *sums.unbind(), by_bin)  # type: ignore[call-arg]
 
 
 COUNTS = Totals._fields.index("negative_log_ratio")
@@ -99,3 +99,12 @@ COUNTS = Totals._fields.index("negative_log_ratio")
 
 SUMS = len(Totals._fields) - 1 - COUNTS
 """How many sums and extremes there are."""
+
+
+class TokenLoss(Protocol):
+    """A backend: the loss of every token, as `bandpo.loss.policy_loss` defines it."""
+
+    def __call__(
+        self, inputs: LossInputs
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns losses, [B, T], their sum, and the counts and sums of `Totals`."""

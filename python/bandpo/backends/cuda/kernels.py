@@ -9,39 +9,21 @@ replay, so keep the region as well. Nothing here waits for a device.
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
 
 from bandpo import _core
 from bandpo.divergence import CompiledSolver
 from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
-from bandpo.error import BrokenExtraError, MissingExtraError
+from bandpo.backends.cuda.launch import CHUNK, THREADS, TOTALS_KERNEL, launch
+from bandpo.backends.native import token_loss_op
 from bandpo.region import Band, Clip, Combined, Region
 from bandpo.surrogate import NAMES
-from bandpo.torch import (
-    clipped_op,
-    compute_dtype,
-    keep,
-    table_log_bounds_op,
-    token_loss_op,
-    torch,
-    upload,
-)
-
-# As in cuda/types.cuh and cuda/batch.cuh.
-THREADS = 256
-CHUNK = 8192
-
-COMPILER_OPTIONS = ("-std=c++17", "-fmad=false")
-"""No fused multiply-adds, so that float32 has the bits that it has in Rust."""
-
-BLOCKS_A_PROCESSOR = 8
-"""More blocks than run at a time would copy the table again."""
-
-TOTALS = "bandpo::policy_loss_totals<double>"
-"""The kernel that every loss needs."""
+from bandpo.tensors.cached import cached, upload
+from bandpo.tensors.check import compute_dtype
+from bandpo.tensors.lookup import clipped_op, table_log_bounds_op
 
 _STORED = {
     torch.float32: "float",
@@ -49,92 +31,6 @@ _STORED = {
     torch.float16: "bandpo::Half",
     torch.bfloat16: "bandpo::BFloat16",
 }
-
-
-def _cupy() -> Any:
-    """CuPy, whose import takes longer than all of bandpo's."""
-    import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-    return cupy
-
-
-def obstacle() -> ImportError | None:
-    """Returns the error that says why the kernels cannot run here, or None if they can."""
-    version = torch.version.cuda
-    if torch.version.hip is not None:
-        return BrokenExtraError("the kernels need CUDA, this torch is built for ROCm")
-    # Of an older CUDA there is no CuPy 14; a newer one runs what was made for 13.
-    extra = "cuda12" if version and int(version.partition(".")[0]) <= 12 else "cuda13"
-    try:
-        cupy = _cupy()
-    except ModuleNotFoundError as missing:
-        if missing.name == "cupy":
-            return MissingExtraError("cupy", extra)
-        return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {missing}")
-    except (ImportError, OSError) as broken:
-        return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {broken}")
-    if not hasattr(cupy.cuda.Stream, "from_external"):
-        return BrokenExtraError(f"bandpo[{extra}] needs CuPy 14 or newer, got {cupy.__version__}")
-    if version is None:
-        return BrokenExtraError(
-            f"the kernels of bandpo[{extra}] need a torch built with CUDA, "
-            f"torch {torch.__version__} is not"
-        )
-    try:
-        devices = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as reason:
-        return BrokenExtraError(f"the kernels of bandpo[{extra}] need a CUDA driver: {reason}")
-    if devices == 0:
-        return BrokenExtraError(f"the kernels of bandpo[{extra}] need a CUDA device: there is none")
-    try:
-        _compiled(TOTALS, torch.cuda.current_device())
-    except Exception as reason:  # CuPy has one of its own for each of its parts
-        line = str(reason).strip().partition("\n")[0]
-        return BrokenExtraError(f"the kernels of bandpo[{extra}] cannot be compiled: {line}")
-    return None
-
-
-def _launch(
-    kernel: str,
-    device: torch.device,
-    blocks: int,
-    arguments: tuple[np.generic, ...],
-    shared_bytes: int = 0,
-) -> None:
-    """Enqueues a kernel on torch's current stream of a device.
-
-    Tensors that were allocated for that stream may be released at once: the allocator hands their
-    memory on in the order of the stream.
-    """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    grid = max(1, min(blocks, BLOCKS_A_PROCESSOR * processors))
-    index = torch.cuda.current_device() if device.index is None else device.index
-    stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
-    function = _compiled(kernel, index)
-    of_cupy = _cupy().cuda
-    with of_cupy.Device(index), of_cupy.Stream.from_external(stream):
-        function((grid,), (THREADS,), arguments, shared_mem=shared_bytes)
-
-
-class _Stream(NamedTuple):
-    """A stream of torch as CuPy takes it; those of old versions of torch do not say it."""
-
-    pointer: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        """The version of the protocol, and the handle."""
-        return 0, self.pointer
-
-
-@cache
-def _compiled(kernel: str, device_index: int) -> Any:
-    """The kernel, compiled and loaded, for the device of this index."""
-    cupy = _cupy()
-    with cupy.cuda.Device(device_index):
-        module = cupy.RawModule(
-            code=_core.KERNEL_SOURCE, options=COMPILER_OPTIONS, name_expressions=(kernel,)
-        )
-        return module.get_function(kernel)
 
 
 def token_loss(
@@ -173,7 +69,7 @@ def token_loss(
         )
         first, second = [*inputs.parameters, math.inf, math.inf][:2]
         kind, bounds, words = _bounds_kind(bounds)
-        _launch(
+        launch(
             f"bandpo::policy_loss<{_STORED[log_prob.dtype]}, bandpo::{kind}>",
             log_prob.device,
             chunks,
@@ -193,8 +89,8 @@ def token_loss(
             ),
             4 * words,
         )
-    _launch(
-        TOTALS,
+    launch(
+        TOTALS_KERNEL,
         log_prob.device,
         SUMS + kinds,
         (
@@ -220,7 +116,7 @@ def table_log_bounds(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.T
     count = old_log_prob.numel()
     if count > 0:
         _, words, size = _bounds_kind(words)
-        _launch(
+        launch(
             f"bandpo::band_bounds<{_STORED[old_log_prob.dtype]}>",
             old_log_prob.device,
             -(-count // THREADS),
@@ -246,7 +142,7 @@ def clipped(
     count = moved.numel()
     if count > 0:
         kind, bounds, words = _bounds_kind(bounds)
-        _launch(
+        launch(
             f"bandpo::band_clip<{_STORED[old_log_prob.dtype]}, bandpo::{kind}>",
             moved.device,
             -(-count // THREADS),
@@ -297,7 +193,7 @@ def log_bounds(region: Region, old_log_prob: torch.Tensor) -> torch.Tensor | Non
     bounds = torch.empty((2, *old_log_prob.shape), dtype=torch.float64, device=old_log_prob.device)
     if count > 0:
         arguments, _ = solver  # which holds the radii
-        _launch(
+        launch(
             f"bandpo::band_solve<{_STORED[old_log_prob.dtype]}>",
             old_log_prob.device,
             -(-2 * count // THREADS),
@@ -335,7 +231,7 @@ def contains(
     count = inside.numel()
     if count > 0:
         arguments, _ = solver  # which holds the radii
-        _launch(
+        launch(
             f"bandpo::band_contains<{_STORED[old_log_prob.dtype]}>",
             old_log_prob.device,
             -(-count // THREADS),
@@ -392,7 +288,7 @@ def _radii_of(region: Band, divergence: _core.Divergence, device: torch.device) 
         radii = divergence.generator_radii(np.ascontiguousarray(deltas).reshape(-1))
         return upload(radii.reshape(deltas.shape), device)
 
-    return keep(region, "radii", device, make)
+    return cached(region, "radii", device, make)
 
 
 def _bounds_kind(bounds: torch.Tensor) -> tuple[str, torch.Tensor, int]:

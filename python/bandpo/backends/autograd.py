@@ -1,0 +1,182 @@
+"""The gradient of the compiled loss for autograd and the transforms of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bandpo import _core
+from bandpo.backends.contract import LossInputs, gradients_of
+from bandpo.backends.internals import (
+    has_saved_tensor_hooks,
+    is_in_memory,
+    is_transformed,
+    keeps_graph,
+    needs_no_dispatcher,
+)
+from bandpo.backends.native import all_in_rust, in_rust, token_loss_op
+
+
+def _save_gradient(ctx: Any, surrogate: str, gradient: torch.Tensor) -> None:
+    ctx.save_for_backward(gradient)
+    ctx.set_materialize_grads(False)
+    # The gradient of the other two does not depend on log_prob: its ratio is a constant.
+    ctx.carries_ratio = surrogate in ("min-clip", "gradient-preserving")
+
+
+def _save_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _save_gradient(ctx, LossInputs(*inputs).surrogate, output[1])
+
+
+def _backward(
+    ctx: Any,
+    grad_per_token: torch.Tensor | None,
+    grad_gradient: torch.Tensor | None,
+    *_: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    return _gradients(ctx, grad_per_token, grad_gradient)
+
+
+def _gradients(
+    ctx: Any, grad_per_token: torch.Tensor | None, grad_gradient: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Those of the inputs, of which only ``log_prob`` has one."""
+    (gradient,) = ctx.saved_tensors
+    # Where a gradient carries the ratio, its own derivative is itself: good for any order.
+    if not ctx.carries_ratio:
+        gradient, grad_gradient = gradient.detach(), None
+    grads = [grad for grad in (grad_per_token, grad_gradient) if grad is not None]
+    if not grads:
+        return gradients_of(None)
+    whole = grads[0] if len(grads) == 1 else grads[0] + grads[1]
+    return gradients_of(gradient * whole)
+
+
+token_loss_op.register_autograd(_backward, setup_context=_save_of_op)
+
+
+def token_loss_fused(
+    inputs: LossInputs,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`TokenLoss` with its gradient in one pass: in Rust on the CPU, a kernel on CUDA devices."""
+    if not (is_in_memory(inputs.log_prob) or is_transformed()):
+        per_token, _, counts, sums = token_loss_op(*inputs)
+        return per_token, per_token.sum(), counts, sums.detach()
+    per_token, _, total, counts, sums = _TokenLossFunction.apply(*inputs)  # type: ignore[no-untyped-call]
+    return per_token, total, counts, sums
+
+
+def weighted_sum(
+    weight: float, inputs: LossInputs
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the sum of the losses times a weight, counts and sums of a `TokenLoss`.
+
+    Nothing but the gradient is written, already weighted: for a loss that is a mean, neither it nor
+    its gradient needs another pass over the tokens. And without the dispatcher, which costs more
+    than the loss of a thousand tokens.
+
+    Args:
+        weight: What the sum is multiplied by.
+        inputs: Those of a `TokenLoss`, for which `needs_no_dispatcher`.
+    """
+    _, loss, counts, sums = _WeightedSum.apply(weight, *inputs)  # type: ignore[no-untyped-call]
+    return loss, counts, sums
+
+
+def _forward_mode(
+    ctx: Any, tangents: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tangents of the losses and of their gradients, for those of `LossInputs`."""
+    (gradient,) = ctx.saved_tensors
+    moved = gradient * LossInputs(*tangents).log_prob  # type: ignore[arg-type]
+    return moved, moved if ctx.carries_ratio else torch.zeros_like(moved)
+
+
+class _TokenLossFunction(torch.autograd.Function):
+    """The operator in the form that `torch.func` takes, with the sum of the losses."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        """Returns losses, gradients, the sum of the losses, counts and sums."""
+        inputs = LossInputs(*args)
+        if needs_no_dispatcher(inputs.log_prob):
+            return all_in_rust(inputs)
+        per_token, gradient, counts, sums = token_loss_op(*inputs)
+        return per_token, gradient, per_token.sum(), counts, sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        """Saves the gradient."""
+        _save_gradient(ctx, LossInputs(*inputs).surrogate, output[1])
+        ctx.save_for_forward(output[1])
+        ctx.mark_non_differentiable(*output[3:])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Returns the tangents of the outputs."""
+        moved, of_gradient = _forward_mode(ctx, tangents)
+        return moved, of_gradient, moved.sum(), None, None
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_per_token: torch.Tensor | None,
+        grad_gradient: torch.Tensor | None,
+        grad_total: torch.Tensor | None,
+        *_: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Returns the gradients of the inputs."""
+        if grad_total is None:
+            return _gradients(ctx, grad_per_token, grad_gradient)
+        # To add to each of the losses is to add to their sum.
+        whole = grad_total if grad_per_token is None else grad_per_token + grad_total
+        return _gradients(ctx, whole, grad_gradient)
+
+
+class _WeightedSum(torch.autograd.Function):
+    # Not in the newer form with setup_context: for that torch inspects signatures at every call.
+    @staticmethod
+    def forward(ctx: Any, weight: float, *args: Any) -> tuple[torch.Tensor, ...]:
+        inputs = LossInputs(*args)
+        output = in_rust(inputs, weight)
+        _save_gradient(ctx, inputs.surrogate, output[0])
+        ctx.is_shared = has_saved_tensor_hooks()
+        ctx.save_for_forward(output[0])
+        ctx.mark_non_differentiable(*output[2:])
+        return output
+
+    @staticmethod
+    def jvp(
+        ctx: Any, weight: None, *tangents: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Returns the tangents of the outputs."""
+        moved, of_gradient = _forward_mode(ctx, tangents)
+        return of_gradient, moved.sum(), None, None
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        grad_gradient: torch.Tensor | None,
+        grad_loss: torch.Tensor | None,
+        *_: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Returns the gradients of the inputs."""
+        if (
+            grad_gradient is not None
+            or grad_loss is None
+            or torch.is_grad_enabled()
+            or not needs_no_dispatcher(grad_loss)
+        ):
+            return None, *_gradients(ctx, grad_loss, grad_gradient)
+        (saved,) = ctx.saved_tensors
+        # Where the graph is about to be freed nobody needs the gradient as it was, and memory that
+        # is new to the process costs more than all the rest.
+        gradient = saved.clone() if ctx.is_shared or keeps_graph() else saved.detach()
+        if grad_loss.numpy() != 1.0:
+            # In Rust as well: the threads of torch would go on to spin for a while, where those of
+            # the next loss are to run.
+            _core.scale(gradient.numpy(), grad_loss.numpy())
+        return None, *gradients_of(gradient)

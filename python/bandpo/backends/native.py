@@ -1,0 +1,86 @@
+"""The loss in Rust on the CPU, as an operator of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bandpo import _core
+from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SCHEMA, SUMS, LossInputs
+from bandpo.tensors.check import compute_dtype
+
+
+@torch.library.custom_op("bandpo::token_loss", mutates_args=(), device_types="cpu", schema=SCHEMA)
+def token_loss_op(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, gradients, counts and sums of a batch on the CPU; `bandpo.cuda` adds its kernel."""
+    per_token, gradient, _, counts, sums = all_in_rust(LossInputs(*inputs))
+    return per_token, gradient, counts, sums
+
+
+def all_in_rust(inputs: LossInputs) -> tuple[torch.Tensor, ...]:
+    """Losses, gradients, their sum, counts and sums."""
+    per_token = _empty_like(inputs.log_prob)
+    return per_token, *in_rust(inputs, per_token=per_token)
+
+
+def _empty_like(log_prob: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(log_prob.detach(), memory_format=torch.contiguous_format)
+
+
+def in_rust(
+    inputs: LossInputs, weight: float = 1.0, *, per_token: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Gradients and sum of the losses, both times the weight, counts and sums.
+
+    The losses themselves are written to ``per_token``.
+    """
+    log_prob, bounds = inputs.log_prob.detach(), inputs.bounds
+    gradient = _empty_like(log_prob)
+
+    def array(tensor: torch.Tensor) -> NDArray[Any]:
+        return tensor.contiguous().numpy()
+
+    is_table = bounds.dtype == torch.int32
+    total, counts, sums = _core.policy_loss(
+        array(inputs.old_log_prob),
+        array(log_prob),
+        None if inputs.log_ratio is None else array(inputs.log_ratio),
+        array(inputs.advantages),
+        array(inputs.valid).view(np.uint8),
+        array(bounds).view(np.uint32) if is_table else array(bounds),
+        log_prob.shape[1],
+        inputs.surrogate,
+        inputs.parameters,
+        inputs.by_probability,
+        weight,
+        None if per_token is None else per_token.numpy(),
+        gradient.numpy(),
+    )
+    return (
+        gradient,
+        torch.tensor(weight * total, dtype=log_prob.dtype),
+        torch.from_numpy(counts),
+        torch.from_numpy(sums),
+    )
+
+
+@token_loss_op.register_fake
+def _(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = LossInputs(*args)
+    log_prob = inputs.log_prob
+    dtype = compute_dtype(log_prob)
+    per_token, gradient = (
+        torch.empty_like(log_prob, dtype=dtype, memory_format=torch.contiguous_format)
+        for _ in range(2)
+    )
+    count = COUNTS + 3 * PROBABILITY_BINS * inputs.by_probability
+    counts = log_prob.new_empty(count, dtype=torch.int64)
+    return per_token, gradient, counts, log_prob.new_empty(SUMS, dtype=torch.float64)
+
+
+def count_valid(valid: torch.Tensor) -> int:
+    """Returns how many tokens count, of a bool tensor of the CPU."""
+    return _core.count_valid(valid.contiguous().numpy().view(np.uint8))

@@ -1,0 +1,44 @@
+"""Both log bounds of every token, read by what is fastest for its device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from bandpo import _core
+from bandpo.backends.internals import needs_no_dispatcher
+from bandpo.backends.select import default_backend
+from bandpo.tensors.bounds import bounds_of
+from bandpo.tensors.check import AnyRegion
+from bandpo.tensors.lookup import table_log_bounds, table_log_bounds_op
+
+
+def sides_of(
+    region: AnyRegion,
+    old_log_prob: torch.Tensor,
+    *,
+    bounds: torch.Tensor | None = None,
+    exact: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns both log bounds of every token, like ``old_log_prob``.
+
+    Args:
+        region: Where the bounds come from.
+        old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
+        bounds: What `bounds_of` or `membership_of` made for them, if that is known.
+        exact: Use the solver even where there is a table.
+    """
+    if bounds is None:
+        bounds = bounds_of(region, old_log_prob, exact=exact)
+    if bounds.dtype == torch.int32:
+        if default_backend(bounds.device.type) == "cuda":
+            log_lower, log_upper = table_log_bounds_op(bounds, old_log_prob).unbind()
+            return log_lower, log_upper
+        if needs_no_dispatcher(old_log_prob) and old_log_prob.is_contiguous():
+            lower, log_upper = (torch.empty_like(old_log_prob) for _ in range(2))
+            arrays = (tensor.numpy() for tensor in (old_log_prob, lower, log_upper))
+            _core.table_bounds(bounds.numpy().view(np.uint32), *arrays)
+            return lower.log_(), log_upper
+        return table_log_bounds(bounds, old_log_prob)
+    log_lower, log_upper = bounds.unbind()
+    return log_lower.expand(old_log_prob.shape), log_upper.expand(old_log_prob.shape)

@@ -1,0 +1,186 @@
+"""The bounds of a region as one tensor, which every backend reads."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from bandpo.error import InvalidValueError
+from bandpo.region import Clip, Region
+from bandpo.schedule import RegionSource
+from bandpo.tensors.cached import Cached, cached, check_no_capture, upload
+from bandpo.tensors.check import AnyRegion, compute_dtype
+from bandpo.tensors.exact import REGIONS, contains, solve
+
+
+def bounds_of(
+    region: AnyRegion,
+    old_log_prob: torch.Tensor,
+    *,
+    valid: torch.Tensor | None = None,
+    exact: bool = False,
+) -> torch.Tensor:
+    """Returns the bounds of a region as one tensor, of one of three kinds.
+
+    - Constants, [2]: ``log_lower`` and ``log_upper`` of every token, for a `Clip`.
+    - A table, int32 [words]: the image described in ``docs/table-format.md``, for other regions.
+      Devices other than the CPU keep theirs as long as the table lives.
+    - Per token, [2, ...] and the shape of ``old_log_prob``: the bounds of each token, by
+      `Region.log_bounds`, which runs on the CPU in float64, or by `bandpo.cuda.log_bounds`; with
+      ``exact``, and for regions that no table can hold, such as a `Band` with an array of radii.
+
+    A tensor enters a compiled graph as data. Under `torch.compile` the region itself is a constant:
+    another region object compiles again. A `RegionSource` does not: it has one tensor for each
+    device, filled anew in place whenever its region changes, so that graphs that were compiled or
+    captured with it go on to be right.
+
+    Args:
+        region: Where the bounds come from.
+        old_log_prob: Old log-probabilities, any float, without gradient, any shape. The bounds are
+            in float32, in float64 where it is.
+        valid: Bool, like ``old_log_prob``; the solver skips the other tokens.
+        exact: Use the solver even where there is a table.
+
+    Raises:
+        InvalidValueError: If an array of radii does not broadcast to the shape, or the region is
+            first used on a device in the capture of a CUDA graph.
+    """
+    dtype = compute_dtype(old_log_prob)
+    source: _Source = _source(region, dtype, old_log_prob.device, exact)
+    if source.bounds is not None:
+        return source.bounds
+    old_log_prob = old_log_prob.to(dtype)
+    if valid is not None:
+        # The solver is at its limit at once where the probability is 1.
+        old_log_prob = torch.where(valid, old_log_prob, 0.0)
+    bounds: torch.Tensor = solve(old_log_prob, source.region)
+    return bounds
+
+
+def membership_of(
+    region: AnyRegion,
+    old_log_prob: torch.Tensor,
+    log_ratio: Callable[[], torch.Tensor],
+    valid: torch.Tensor,
+    *,
+    exact: bool = False,
+) -> torch.Tensor:
+    """Returns bounds that say of these log-ratios alone whether they are beyond the region's.
+
+    They are those of `bounds_of` where that needs no solver. Where it would, one evaluation of the
+    divergence decides, and they are infinite for a ratio that is inside and 0 for one that is not.
+
+    Args:
+        region: Where the bounds come from.
+        old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
+        log_ratio: Returns the log-ratios, the same; called only if the divergence decides.
+        valid: Which tokens count, bool, the same shape.
+        exact: Use the divergence even where there is a table.
+
+    Raises:
+        InvalidValueError: If an array of radii does not broadcast to the shape.
+    """
+    source: _Source = _source(region, old_log_prob.dtype, old_log_prob.device, exact)
+    if source.bounds is not None:
+        return source.bounds
+    ratios = log_ratio()
+    inside: torch.Tensor = contains(
+        torch.where(valid, old_log_prob, 0.0), torch.where(valid, ratios, 0.0), source.region
+    )
+    # A NaN is in no region, but to be kept, not clipped.
+    limit = torch.where(inside | ratios.isnan(), math.inf, 0.0).to(old_log_prob.dtype)
+    return torch.stack([-limit, limit])
+
+
+class _Source(NamedTuple):
+    """Either the bounds themselves or, by its id in `REGIONS`, the region to ask for them."""
+
+    bounds: torch.Tensor | None
+    region: int
+
+
+# A region cannot be traced: torch.compile calls this once, guards on the identity of the region
+# and takes the tensor it returns as an input of the graph.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _source(region: AnyRegion, dtype: torch.dtype, device: torch.device, exact: bool) -> _Source:
+    now = region.region if isinstance(region, RegionSource) else region
+    if isinstance(now, Clip) or not (exact or now.per_token):
+        if isinstance(region, RegionSource):
+            return _Source(_live_bounds(region).on(dtype, device), 0)
+        return _Source(_kept_bounds(region, dtype, device), 0)
+    REGIONS[id(region)] = region
+    return _Source(None, id(region))
+
+
+def _kept_bounds(region: Region, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The constants or the table of a region."""
+    if isinstance(region, Clip):
+        return cached(region, dtype, device, lambda: _constants(region, dtype, device))
+    return cached(region, "table", device, lambda: upload(region.table().words, device))
+
+
+MOST_TABLE_WORDS = 32 * 1024 // 4
+
+
+class _LiveBounds:
+    """The bounds of a source on every device that asked for them, kept as its region changes."""
+
+    def __init__(self, source: RegionSource) -> None:
+        self._region = source.region
+        self._tensors: dict[tuple[torch.dtype, torch.device], Cached] = {}
+        source.subscribe(self.change)
+
+    def on(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        kept = self._tensors.get((dtype, device))
+        if kept is None:
+            check_no_capture(device)
+            with torch.inference_mode(False):  # or it could not be filled anew outside of it
+                if isinstance(self._region, Clip):
+                    tensor = torch.empty(2, dtype=dtype, device=device)
+                else:  # as large as any table, since the next may be larger
+                    tensor = torch.zeros(MOST_TABLE_WORDS, dtype=torch.int32, device=device)
+            if type(tensor) is not torch.Tensor:  # a fake one would outlive its mode
+                return tensor
+            kept = self._tensors[dtype, device] = Cached(tensor)
+            self._fill(kept)
+        return kept.ready()
+
+    def change(self, region: Region) -> None:
+        if isinstance(region, Clip) is not isinstance(self._region, Clip):
+            raise InvalidValueError(
+                f"the region of a source must stay a Clip or stay none, it was {self._region!r} "
+                f"and is {region!r}"
+            )
+        self._region = region
+        for kept in self._tensors.values():
+            self._fill(kept)
+
+    def _fill(self, kept: Cached) -> None:
+        tensor = kept.tensor
+        if isinstance(self._region, Clip):
+            tensor.copy_(_constants(self._region, tensor.dtype, tensor.device))
+        else:
+            words = upload(self._region.table().words, tensor.device)
+            tensor[: words.shape[0]].copy_(words)
+        kept.note_filled()
+
+
+_LIVE: weakref.WeakKeyDictionary[RegionSource, _LiveBounds] = weakref.WeakKeyDictionary()
+
+
+def _live_bounds(source: RegionSource) -> _LiveBounds:
+    live = _LIVE.get(source)
+    if live is None:
+        live = _LIVE[source] = _LiveBounds(source)
+    return live
+
+
+def _constants(clip: Clip, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # Filled on the device: a copy from the host would have to wait for it.
+    bounds = torch.full((2,), clip.log_upper, dtype=dtype, device=device)
+    bounds[0].fill_(clip.log_lower)
+    return bounds

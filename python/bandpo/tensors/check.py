@@ -1,0 +1,53 @@
+"""Checks of the tensors and regions that callers give."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+
+from bandpo.error import InvalidTypeError
+from bandpo.region import Region
+from bandpo.schedule import RegionSource
+
+AnyRegion: TypeAlias = Region | RegionSource
+"""A region, or what changes one between steps."""
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_region(region: AnyRegion) -> None:
+    """Raises InvalidTypeError unless the region is one, or the source of one."""
+    if not isinstance(region, (Region, RegionSource)):
+        raise InvalidTypeError(
+            f"region must be a bandpo.Band, Clip, BandTable or another Region, or a "
+            f"bandpo.schedule.RegionSource, got {type(region).__name__}; a preset is given by "
+            f"**preset(name).arguments(), and a schedule within a ScheduledBand"
+        )
+
+
+def check_float(argument: str, tensor: torch.Tensor) -> None:
+    """Raises InvalidTypeError unless the argument is a dense tensor of floats."""
+    check_tensor(argument, tensor)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise InvalidTypeError(
+            f"{argument} must be float32, float64, bfloat16 or float16, got {tensor.dtype}"
+        )
+
+
+def check_tensor(argument: str, tensor: torch.Tensor) -> None:
+    """Raises InvalidTypeError unless the argument is a dense tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidTypeError(f"{argument} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise InvalidTypeError(
+            f"{argument} must be a dense tensor, got a nested one: of a jagged tensor, pass the "
+            f".values() as packed [N], and the .offsets() as cu_seqlens"
+        )
+    if tensor.layout != torch.strided:
+        raise InvalidTypeError(f"{argument} must be a dense tensor, got layout {tensor.layout}")
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """Returns float64 if any of the tensors is, else float32."""
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
