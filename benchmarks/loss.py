@@ -24,9 +24,9 @@ COMPILED = "torch compiled"
 """The backend torch under `torch.compile`."""
 
 if HAS_TORCH:
-    from bandpo.loss import Backend, policy_loss
+    from bandpo.loss import BackendName, policy_loss
 
-    NAMES = get_args(Backend)
+    NAMES = get_args(BackendName)
 else:
     NAMES = ("native", "torch")  # all of them n/a
 BACKENDS = (*(name for name in NAMES if name != "auto"), COMPILED)

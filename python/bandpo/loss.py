@@ -22,18 +22,18 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 import numpy as np
 import torch
 
-from bandpo.backends.autograd import token_loss_fused, weighted_sum
 from bandpo.backends.contract import (
     PROBABILITY_BINS,
     PROBABILITY_EDGES,
+    Backend,
     LossInputs,
-    TokenLoss,
+    TokenLosses,
     Totals,
 )
 from bandpo.backends.internals import needs_no_dispatcher
 from bandpo.backends.native import count_valid
-from bandpo.backends.plain import probability_bin, token_loss_torch
-from bandpo.backends.select import default_backend, require_kernels
+from bandpo.backends.plain import probability_bin
+from bandpo.backends.select import select
 from bandpo.backends.sides import sides_of
 from bandpo.check import check_name, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
@@ -65,12 +65,12 @@ AggregationMode: TypeAlias = Literal[
     "seq-mean-token-sum-norm",
 ]
 RatioLevel: TypeAlias = Literal["token", "sequence", "geometric-mean"]
-Backend: TypeAlias = Literal["auto", "native", "cuda", "torch"]
+BackendName: TypeAlias = Literal["auto", "native", "cuda", "torch"]
 Count: TypeAlias = "float | torch.Tensor"
 
 _MODES: tuple[str, ...] = get_args(AggregationMode)
 _LEVELS: tuple[str, ...] = get_args(RatioLevel)
-_BACKENDS: tuple[str, ...] = get_args(Backend)
+_BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 _NO_CLIP = Clip(1.0, math.inf)
 
@@ -169,7 +169,7 @@ def policy_loss(
     loss_agg_mode: AggregationMode = "token-mean",
     rollout_is_weights: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
     exact: bool = False,
     dp_size: int = 1,
     batch_num_tokens: Count | None = None,
@@ -301,7 +301,7 @@ def policy_loss(
         old_log_prob, log_prob, advantages, response_mask, rollout_is_weights
     )
     _check_sequences(rule, reduction, cu_seqlens, log_prob)
-    backend_loss = _backend(backend, log_prob.device)
+    chosen = select(backend, log_prob.device)
 
     dtype = compute_dtype(old_log_prob, log_prob)
     valid = _shaped(response_mask, shape)
@@ -311,10 +311,9 @@ def policy_loss(
         # Every surrogate is homogeneous in the advantage, so a weight may go there.
         weights = rollout_is_weights.detach().to(dtype)
         cost = cost * weights.reshape(_advantages_shape(rollout_is_weights, shape))
-    # The kernel reads half precision itself, unless torch has to compute with it as well.
+    # Half precision is read where it is, unless torch has to compute with it as well.
     narrow = (
-        backend_loss is token_loss_fused
-        and log_prob.device.type == "cuda"
+        chosen.reads_half
         and log_prob.dtype == old_log_prob.dtype
         and ratio_level == "token"
         and rule.mask is None
@@ -328,7 +327,7 @@ def policy_loss(
         cu_seqlens,
     )
     if (
-        backend_loss is token_loss_fused
+        chosen.weighted_sum is not None
         and not rule.changes_tokens
         and loss_agg_mode != "seq-mean-token-mean"
         and needs_no_dispatcher(log_prob)
@@ -338,24 +337,22 @@ def policy_loss(
             divisor = float(divisor.detach().cpu().double().numpy())  # which knows no bfloat16
         weight = dp_size / divisor
         inputs = _inputs(rule, tokens, exact, metrics_by_probability)
-        loss, counts, sums = weighted_sum(weight, inputs)
+        loss, totals = chosen.weighted_sum(weight, inputs)
         given = (old_log_prob, log_prob, advantages, response_mask, rollout_is_weights)
         return PolicyLossResult(
             loss,
-            _per_token_later(rule, tokens, exact, log_prob.shape, given),
-            Metrics(lambda: _metrics(rule, Totals.of(counts, sums), dtype)),
+            _per_token_later(rule, tokens, chosen, exact, log_prob.shape, given),
+            Metrics(lambda: _metrics(rule, totals(), dtype)),
         )
-    per_token, total, totals, more = _token_losses(
-        rule, tokens, backend_loss, exact, metrics_by_probability
-    )
-    loss = _aggregate(per_token, total, totals.valid, tokens, reduction)
+    losses, more = _token_losses(rule, tokens, chosen, exact, metrics_by_probability)
+    loss = _aggregate(losses, tokens, reduction)
 
     def metrics() -> dict[str, torch.Tensor]:
-        return {**_metrics(rule, totals, dtype), **more}
+        return {**_metrics(rule, losses.totals(), dtype), **more}
 
     # A compiler computes them in one kernel; else few of those who train look at all of them.
     found = metrics() if torch.compiler.is_compiling() else Metrics(metrics)
-    return PolicyLossResult(loss, _shaped(per_token, log_prob.shape), found)
+    return PolicyLossResult(loss, _shaped(losses.per_token, log_prob.shape), found)
 
 
 def _shaped(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -391,7 +388,7 @@ class PolicyLoss(torch.nn.Module):
         dual_clip: float | None = None,
         ratio_level: RatioLevel = "token",
         loss_agg_mode: AggregationMode = "token-mean",
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
         exact: bool = False,
         dp_size: int = 1,
         loss_scale_factor: float | None = None,
@@ -405,7 +402,7 @@ class PolicyLoss(torch.nn.Module):
         self.dual_clip = dual_clip
         self.ratio_level: RatioLevel = ratio_level
         self.loss_agg_mode: AggregationMode = loss_agg_mode
-        self.backend: Backend = backend
+        self.backend: BackendName = backend
         self.exact = exact
         self.dp_size = dp_size
         self.loss_scale_factor = loss_scale_factor
@@ -459,7 +456,7 @@ class _Rule(NamedTuple):
     surrogate: Surrogate
     dual_clip: float | None
     ratio_level: RatioLevel
-    backend: Backend
+    backend: BackendName
 
     @property
     def name(self) -> str:
@@ -570,9 +567,9 @@ def _inputs(
 
 
 def _token_losses(
-    rule: _Rule, tokens: _Tokens, backend_loss: TokenLoss, exact: bool, by_probability: bool
-) -> tuple[torch.Tensor, torch.Tensor, Totals, dict[str, torch.Tensor]]:
-    """What a `TokenLoss` returns, and the metrics that only some rules have."""
+    rule: _Rule, tokens: _Tokens, backend: Backend, exact: bool, by_probability: bool
+) -> tuple[TokenLosses, dict[str, torch.Tensor]]:
+    """The losses, and the metrics that only some rules have."""
     old_log_prob, log_prob, advantages, valid, _ = tokens
     shape = log_prob.shape
     if rule.ratio_level == "geometric-mean":
@@ -594,15 +591,14 @@ def _token_losses(
             rule.parameters,
             by_probability,
         )
-        per_token, total, counts, sums = backend_loss(inputs)
-        removed = torch.where(clipped, per_token.detach(), 0.0).abs().sum()
-        totals = _with_clipped(Totals.of(counts, sums), low, high, removed, inputs)
-        return per_token, total, totals, {}
+        losses = backend.token_losses(inputs)
+        removed = torch.where(clipped, losses.per_token.detach(), 0.0).abs().sum()
+        totals = _with_clipped(losses.totals(), low, high, removed, inputs)
+        return losses._replace(totals=lambda: totals), {}
 
     inputs = _inputs(rule, tokens, exact, by_probability)
     if rule.mask is None or not rule.mask.whole_sequence:
-        per_token, total, counts, sums = backend_loss(inputs)
-        return per_token, total, Totals.of(counts, sums), {}
+        return backend.token_losses(inputs), {}
 
     ratio = tokens.log_ratio() if inputs.log_ratio is None else inputs.log_ratio
     bounds = inputs.bounds
@@ -616,10 +612,10 @@ def _token_losses(
     masked = sequences.spread(dropped) & valid & ~(ratio.isnan() | advantages.isnan())
     advantages = advantages.expand(shape)
     kept = inputs._replace(advantages=torch.where(masked, 0.0, advantages))
-    per_token, total, counts, sums = backend_loss(kept)
+    losses = backend.token_losses(kept)
     removed = torch.where(masked, advantages.abs() * ratio.exp(), 0.0).sum()
     low, high = below & (advantages < 0.0), above & (advantages > 0.0)
-    totals = _with_clipped(Totals.of(counts, sums), low, high, removed, inputs)
+    totals = _with_clipped(losses.totals(), low, high, removed, inputs)
     # What is masked has no advantage, so the backend misses its gradient.
     totals = totals._replace(gradient_unclipped=totals.gradient_unclipped + removed)
     if rule.parameters:
@@ -627,12 +623,13 @@ def _token_losses(
         totals = totals._replace(limited=limited.sum())
     nonempty = (sequences.lengths > 0).sum().clamp(min=1)
     share = dropped.sum().to(log_prob.dtype) / nonempty
-    return per_token, total, totals, {"masked_sequence_fraction": share}
+    return losses._replace(totals=lambda: totals), {"masked_sequence_fraction": share}
 
 
 def _per_token_later(
     rule: _Rule,
     tokens: _Tokens,
+    backend: Backend,
     exact: bool,
     shape: torch.Size,
     given: tuple[torch.Tensor | None, ...],
@@ -658,8 +655,8 @@ def _per_token_later(
                 "changed in place"
             )
         with torch.inference_mode(inference), torch.set_grad_enabled(with_gradient):
-            per_token = _token_losses(rule, tokens, token_loss_fused, exact, False)[0]
-            return _shaped(per_token, shape)
+            losses, _ = _token_losses(rule, tokens, backend, exact, False)
+            return _shaped(losses.per_token, shape)
 
     return compute() if untracked else compute
 
@@ -691,23 +688,6 @@ def _with_clipped(
         gradient_removed=totals.gradient_removed + removed,
         by_probability=by_probability,
     )
-
-
-_TOKEN_LOSS = {"native": token_loss_fused, "cuda": token_loss_fused, "torch": token_loss_torch}
-
-
-def _backend(backend: Backend, device: torch.device) -> TokenLoss:
-    if backend == "auto":
-        return _TOKEN_LOSS[default_backend(device.type)]
-    if backend == "cuda":
-        require_kernels()
-    runs_on = {"native": "cpu", "cuda": "cuda"}.get(backend, device.type)
-    if device.type != runs_on:
-        raise InvalidValueError(
-            f"backend {backend!r} runs on {runs_on.upper()} tensors, log_prob is on {device}; "
-            f"use 'torch' or 'auto'"
-        )
-    return _TOKEN_LOSS[backend]
 
 
 def _metrics(rule: _Rule, totals: Totals, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -756,19 +736,14 @@ class _Reduction(NamedTuple):
     loss_scale_factor: float | None
 
 
-def _aggregate(
-    per_token: torch.Tensor,
-    total: torch.Tensor,
-    valid_tokens: torch.Tensor,
-    batch: _Tokens,
-    reduction: _Reduction,
-) -> torch.Tensor:
+def _aggregate(losses: TokenLosses, batch: _Tokens, reduction: _Reduction) -> torch.Tensor:
     """Every mode is a sum over tokens, 0 where masked, with one weight for each sequence."""
+    per_token, total, totals = losses
     if reduction.mode == "seq-mean-token-mean":
         of_batch = batch.sequences()
         total = (per_token / of_batch.spread(of_batch.lengths).clamp(min=1)).sum()
     total = total if reduction.dp_size == 1 else total * reduction.dp_size
-    loss = total / _divisor(lambda: valid_tokens, batch, reduction)
+    loss = total / _divisor(lambda: totals().valid, batch, reduction)
     return loss.to(total.dtype)  # a count in float64 has no say in it
 
 

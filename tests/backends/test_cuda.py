@@ -30,7 +30,7 @@ import torch
 import bandpo
 import bandpo.loss
 from bandpo import _core
-from bandpo.backends.autograd import token_loss_fused
+from bandpo.backends.autograd import token_losses
 from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
 from bandpo.backends.cuda import kernels
 from bandpo.backends.cuda.launch import (
@@ -40,6 +40,7 @@ from bandpo.backends.cuda.launch import (
     THREADS,
     TOTALS_KERNEL,
     _compiled,
+    kernels_run,
     obstacle,
 )
 from bandpo.backends.native import token_loss_op
@@ -552,7 +553,7 @@ class TestOperators:
         weights = torch.linspace(0.5, 1.5, 40, dtype=advantages.dtype)
 
         def loss(log_prob: torch.Tensor) -> torch.Tensor:
-            per_token, total, *_ = token_loss_fused(LossInputs(old, log_prob, None, *arguments))
+            per_token, total, *_ = token_losses(LossInputs(old, log_prob, None, *arguments))
             return (weights * per_token).sum() + total
 
         leaf = new.clone().requires_grad_()
@@ -571,7 +572,7 @@ class TestOperators:
         assert by_func.abs() > rounding
 
         def per_token(log_prob: torch.Tensor) -> torch.Tensor:
-            return token_loss_fused(LossInputs(old, log_prob, None, *arguments))[0]
+            return token_losses(LossInputs(old, log_prob, None, *arguments))[0]
 
         several = torch.stack([new, new + tangent])
         wanted = torch.stack([per_token(log_prob) for log_prob in several])
@@ -1040,7 +1041,7 @@ class TestWithoutAGpu:
         assert isinstance(raised.value, (MissingExtraError, BrokenExtraError))
 
     def test_auto_says_once_why_it_takes_torch(self) -> None:
-        bandpo.backends.select.kernels.cache_clear()
+        kernels_run.cache_clear()
         with pytest.warns(BackendWarning, match="take the torch backend") as warned:
             assert default_backend("cuda") == "torch"
         assert len(warned) == 1

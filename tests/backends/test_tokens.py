@@ -20,10 +20,9 @@ pytest.importorskip("torch")
 import torch
 
 import bandpo
-from bandpo.backends.autograd import token_loss_fused
+from bandpo.backends import autograd, plain
 from bandpo.backends.contract import LossInputs
 from bandpo.backends.cuda import kernels
-from bandpo.backends.plain import token_loss_torch
 from bandpo.tensors.bounds import bounds_of
 from conftest import DATA
 
@@ -61,11 +60,11 @@ RULES = [name.removeprefix("loss of ") for name in columns()[REGIONS[0]] if name
 def backend(request: pytest.FixtureRequest) -> tuple[Backend, torch.device]:
     """Returns losses and, by autograd, gradients; with where its tensors are."""
     if request.param in ("native", "torch"):
-        loss = token_loss_fused if request.param == "native" else token_loss_torch
-        return loss, torch.device("cpu")
+        module = autograd if request.param == "native" else plain
+        return module.token_losses, torch.device("cpu")
     found = request.getfixturevalue(request.param)
     if request.param == "gpu":
-        return token_loss_fused, found
+        return autograd.token_losses, found
     return kernels.token_loss, torch.device("cpu")
 
 

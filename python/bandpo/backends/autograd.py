@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bandpo import _core
-from bandpo.backends.contract import LossInputs, gradients_of
+from bandpo.backends.contract import LossInputs, TokenLosses, Totals, WeightedSum, gradients_of
 from bandpo.backends.internals import (
     has_saved_tensor_hooks,
     is_in_memory,
@@ -56,32 +56,28 @@ def _gradients(
 token_loss_op.register_autograd(_backward, setup_context=_save_of_op)
 
 
-def token_loss_fused(
-    inputs: LossInputs,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`TokenLoss` with its gradient in one pass: in Rust on the CPU, a kernel on CUDA devices."""
+def token_losses(inputs: LossInputs) -> TokenLosses:
+    """Returns losses, with their gradient in the same pass: Rust on the CPU, a kernel on CUDA."""
     if not (is_in_memory(inputs.log_prob) or is_transformed()):
         per_token, _, counts, sums = token_loss_op(*inputs)
-        return per_token, per_token.sum(), counts, sums.detach()
+        sums = sums.detach()
+        return TokenLosses(per_token, per_token.sum(), lambda: Totals.of(counts, sums))
     per_token, _, total, counts, sums = _TokenLossFunction.apply(*inputs)  # type: ignore[no-untyped-call]
-    return per_token, total, counts, sums
+    return TokenLosses(per_token, total, lambda: Totals.of(counts, sums))
 
 
-def weighted_sum(
-    weight: float, inputs: LossInputs
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the sum of the losses times a weight, counts and sums of a `TokenLoss`.
+def weighted_sum(weight: float, inputs: LossInputs) -> WeightedSum:
+    """Returns the sum of the losses times a weight, and what returns the counts and sums.
 
-    Nothing but the gradient is written, already weighted: for a loss that is a mean, neither it nor
-    its gradient needs another pass over the tokens. And without the dispatcher, which costs more
-    than the loss of a thousand tokens.
+    It writes the gradient alone, already weighted, so a loss that is a mean takes one pass over the
+    tokens. It avoids the dispatcher, which costs more than the loss of a thousand tokens.
 
     Args:
-        weight: What the sum is multiplied by.
-        inputs: Those of a `TokenLoss`, for which `needs_no_dispatcher`.
+        weight: Factor of the sum.
+        inputs: Tokens with a log-prob for which `needs_no_dispatcher` holds.
     """
     _, loss, counts, sums = _WeightedSum.apply(weight, *inputs)  # type: ignore[no-untyped-call]
-    return loss, counts, sums
+    return loss, lambda: Totals.of(counts, sums)
 
 
 def _forward_mode(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -101,10 +103,33 @@ SUMS = len(Totals._fields) - 1 - COUNTS
 """How many sums and extremes there are."""
 
 
-class TokenLoss(Protocol):
-    """A backend: the loss of every token, as `bandpo.loss.policy_loss` defines it."""
+class TokenLosses(NamedTuple):
+    """What a backend returns for `LossInputs`."""
 
-    def __call__(
-        self, inputs: LossInputs
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns losses, [B, T], their sum, and the counts and sums of `Totals`."""
+    per_token: torch.Tensor
+    """[B, T], 0 where masked."""
+    total: torch.Tensor
+    """Their sum, 0-dim."""
+    totals: Callable[[], Totals]
+    """Returns the counts and sums."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute the loss of each token.
+
+    Attributes:
+        token_losses: Returns the losses, with their gradient.
+        runs_on: The type of its devices, such as ``"cpu"``; None for any.
+        reads_half: Whether log-probs may be bfloat16 or float16.
+        weighted_sum: Returns the sum of the losses times a number, 0-dim, and what returns the
+            counts and sums, where it can; see `bandpo.backends.autograd.weighted_sum`.
+    """
+
+    token_losses: Callable[[LossInputs], TokenLosses]
+    runs_on: str | None = None
+    reads_half: bool = False
+    weighted_sum: Callable[[float, LossInputs], WeightedSum] | None = None
+
+
+WeightedSum: TypeAlias = "tuple[torch.Tensor, Callable[[], Totals]]"

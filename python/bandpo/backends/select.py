@@ -1,15 +1,41 @@
-"""Which backend runs on a device, and why another one cannot."""
+"""Which backend computes a loss on a device, and why another one cannot."""
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
-from types import ModuleType
-
 import torch
 
-from bandpo.backends.cuda.launch import obstacle
-from bandpo.error import BackendWarning
+from bandpo.backends import autograd, plain
+from bandpo.backends.contract import Backend
+from bandpo.backends.cuda import kernels as kernels  # registers them with the operators
+from bandpo.backends.cuda.launch import kernels_run, obstacle
+from bandpo.error import InvalidValueError
+
+_BACKENDS = {
+    "native": Backend(autograd.token_losses, runs_on="cpu", weighted_sum=autograd.weighted_sum),
+    "cuda": Backend(autograd.token_losses, runs_on="cuda", reads_half=True),
+    "torch": Backend(plain.token_losses),
+}
+
+
+def select(name: str, device: torch.device) -> Backend:
+    """Returns the backend of a name, ``"auto"`` included, for tensors on a device.
+
+    Raises:
+        InvalidValueError: If it does not run on the device.
+        MissingExtraError: If it is "cuda" and CuPy is not installed.
+        BrokenExtraError: If it is "cuda" and the kernels cannot run.
+    """
+    if name == "auto":
+        return _BACKENDS[default_backend(device.type)]
+    if name == "cuda":
+        _require_kernels()
+    backend = _BACKENDS[name]
+    if backend.runs_on not in (None, device.type):
+        raise InvalidValueError(
+            f"backend {name!r} runs on {backend.runs_on.upper()} tensors, "
+            f"log_prob is on {device}; use 'torch' or 'auto'"
+        )
+    return backend
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -19,34 +45,15 @@ def default_backend(device: str) -> str:
     Warns once, with a `BackendWarning`, where the kernels for CUDA cannot run.
     """
     if device == "cuda":
-        return "torch" if kernels() is None else "cuda"
+        return "cuda" if kernels_run() else "torch"
     return "native" if device == "cpu" else "torch"
 
 
-@cache
-def kernels() -> ModuleType | None:
-    reason = obstacle()
-    if reason is None:
-        from bandpo.backends.cuda import kernels
-
-        return kernels
-    warnings.warn(f"CUDA tensors take the torch backend: {reason}", BackendWarning, stacklevel=1)
-    return None
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def require_kernels() -> bool:
-    """Returns True if the kernels for CUDA can run.
-
-    Raises:
-        MissingExtraError: If CuPy is not installed.
-        BrokenExtraError: If it cannot be used, or there is no CUDA driver or device.
-    """
+def _require_kernels() -> bool:
     reason = obstacle()
     if reason is not None:
         raise reason
-    import bandpo.backends.cuda.kernels  # noqa: F401
-
     return True
 
 

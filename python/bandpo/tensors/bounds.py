@@ -14,7 +14,7 @@ from bandpo.region import Clip, Region
 from bandpo.schedule import RegionSource
 from bandpo.tensors.cached import Cached, cached, check_no_capture, upload
 from bandpo.tensors.check import AnyRegion, compute_dtype
-from bandpo.tensors.exact import REGIONS, contains, solve
+from bandpo.tensors.exact import REGIONS, exact_contains_op, exact_log_bounds_op
 
 
 def bounds_of(
@@ -30,7 +30,7 @@ def bounds_of(
     - A table, int32 [words]: the image described in ``docs/table-format.md``, for other regions.
       Devices other than the CPU keep theirs as long as the table lives.
     - Per token, [2, ...] and the shape of ``old_log_prob``: the bounds of each token, by
-      `Region.log_bounds`, which runs on the CPU in float64, or by `bandpo.cuda.log_bounds`; with
+      `Region.log_bounds`, which runs on the CPU in float64, or by a kernel; with
       ``exact``, and for regions that no table can hold, such as a `Band` with an array of radii.
 
     A tensor enters a compiled graph as data. Under `torch.compile` the region itself is a constant:
@@ -57,7 +57,7 @@ def bounds_of(
     if valid is not None:
         # The solver is at its limit at once where the probability is 1.
         old_log_prob = torch.where(valid, old_log_prob, 0.0)
-    bounds: torch.Tensor = solve(old_log_prob, source.region)
+    bounds: torch.Tensor = exact_log_bounds_op(old_log_prob, source.region)
     return bounds
 
 
@@ -88,7 +88,7 @@ def membership_of(
     if source.bounds is not None:
         return source.bounds
     ratios = log_ratio()
-    inside: torch.Tensor = contains(
+    inside: torch.Tensor = exact_contains_op(
         torch.where(valid, old_log_prob, 0.0), torch.where(valid, ratios, 0.0), source.region
     )
     # A NaN is in no region, but to be kept, not clipped.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from bandpo.table import BandTable
 from bandpo.tensors.check import AnyRegion
 
 REGIONS: weakref.WeakValueDictionary[int, AnyRegion] = weakref.WeakValueDictionary()
+"""Regions by the number that an operator takes in place of one."""
 
 
 @torch.library.custom_op(
@@ -22,20 +22,30 @@ REGIONS: weakref.WeakValueDictionary[int, AnyRegion] = weakref.WeakValueDictiona
     mutates_args=(),
     schema="(Tensor old_log_prob, int region) -> Tensor",
 )
-def solve(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
-    if old_log_prob.is_cuda and (kernels := _kernels()) is not None:
-        solved: torch.Tensor | None = kernels.log_bounds(_exact_region(region), old_log_prob)
-        if solved is not None:
-            return solved.to(old_log_prob.dtype)
-    tokens = old_log_prob.detach().to("cpu", torch.float64).numpy()
-    bounds = np.stack(_exact_region(region).log_bounds(tokens))
-    _check_broadcast(bounds.shape[1:], tokens.shape)
-    return torch.from_numpy(bounds).to(old_log_prob)
+def exact_log_bounds_op(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
+    """Log bounds of every token, [2, ...], in the dtype of ``old_log_prob``.
+
+    Args:
+        old_log_prob: Old log-probabilities, float32 or float64.
+        region: Key in `REGIONS`.
+
+    Raises:
+        InvalidValueError: If an array of radii does not broadcast to the shape.
+    """
+    return log_bounds_on_host(old_log_prob, region)
 
 
-@solve.register_fake
+@exact_log_bounds_op.register_fake
 def _(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     return old_log_prob.new_empty((2, *old_log_prob.shape))
+
+
+def log_bounds_on_host(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
+    """Returns `exact_log_bounds_op` by `Region.log_bounds`, in float64."""
+    tokens = old_log_prob.detach().to("cpu", torch.float64).numpy()
+    bounds = np.stack(exact_region(region).log_bounds(tokens))
+    _check_broadcast(bounds.shape[1:], tokens.shape)
+    return torch.from_numpy(bounds).to(old_log_prob)
 
 
 @torch.library.custom_op(
@@ -43,33 +53,41 @@ def _(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     mutates_args=(),
     schema="(Tensor old_log_prob, Tensor log_ratio, int region) -> Tensor",
 )
-def contains(old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int) -> torch.Tensor:
-    if old_log_prob.is_cuda and (kernels := _kernels()) is not None:
-        decided: torch.Tensor | None = kernels.contains(
-            _exact_region(region), old_log_prob, log_ratio
-        )
-        if decided is not None:
-            return decided
-    tokens, ratios = (
-        tensor.detach().to("cpu", torch.float64).numpy() for tensor in (old_log_prob, log_ratio)
-    )
-    inside = _exact_region(region).contains(tokens, ratios)
-    _check_broadcast(inside.shape, tokens.shape)
-    return torch.from_numpy(inside).to(old_log_prob.device)
+def exact_contains_op(
+    old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int
+) -> torch.Tensor:
+    """True for each log-ratio inside the region, bool, in the shape of ``old_log_prob``.
+
+    Args:
+        old_log_prob: Old log-probabilities, float32 or float64.
+        log_ratio: Log-ratios, the same shape and dtype.
+        region: Key in `REGIONS`.
+
+    Raises:
+        InvalidValueError: If an array of radii does not broadcast to the shape.
+    """
+    return contains_on_host(old_log_prob, log_ratio, region)
 
 
-@contains.register_fake
+@exact_contains_op.register_fake
 def _(old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int) -> torch.Tensor:
     return torch.empty_like(old_log_prob, dtype=torch.bool)
 
 
-def _kernels() -> ModuleType | None:
-    from bandpo.backends.select import kernels
+def contains_on_host(
+    old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int
+) -> torch.Tensor:
+    """Returns `exact_contains_op` by `Region.contains`, in float64."""
+    tokens, ratios = (
+        tensor.detach().to("cpu", torch.float64).numpy() for tensor in (old_log_prob, log_ratio)
+    )
+    inside = exact_region(region).contains(tokens, ratios)
+    _check_broadcast(inside.shape, tokens.shape)
+    return torch.from_numpy(inside).to(old_log_prob.device)
 
-    return kernels()
 
-
-def _exact_region(key: int) -> Region:
+def exact_region(key: int) -> Region:
+    """Returns the region of a key in `REGIONS`, as it is now, not as a table."""
     region = REGIONS[key]
     if isinstance(region, RegionSource):
         region = region.region

@@ -17,12 +17,19 @@ import torch
 from bandpo import _core
 from bandpo.divergence import CompiledSolver
 from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
-from bandpo.backends.cuda.launch import CHUNK, THREADS, TOTALS_KERNEL, launch
+from bandpo.backends.cuda.launch import CHUNK, THREADS, TOTALS_KERNEL, kernels_run, launch
 from bandpo.backends.native import token_loss_op
 from bandpo.region import Band, Clip, Combined, Region
 from bandpo.surrogate import NAMES
 from bandpo.tensors.cached import cached, upload
 from bandpo.tensors.check import compute_dtype
+from bandpo.tensors.exact import (
+    contains_on_host,
+    exact_contains_op,
+    exact_log_bounds_op,
+    exact_region,
+    log_bounds_on_host,
+)
 from bandpo.tensors.lookup import clipped_op, table_log_bounds_op
 
 _STORED = {
@@ -315,6 +322,29 @@ def _pointer(tensor: torch.Tensor | None) -> np.uint64:
     return pointer
 
 
-token_loss_op.register_kernel("cuda")(token_loss)
-table_log_bounds_op.register_kernel("cuda")(table_log_bounds)
-clipped_op.register_kernel("cuda")(clipped)
+def _exact_log_bounds(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
+    if kernels_run():
+        solved = log_bounds(exact_region(region), old_log_prob)
+        if solved is not None:
+            return solved.to(old_log_prob.dtype)
+    return log_bounds_on_host(old_log_prob, region)
+
+
+def _exact_contains(
+    old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int
+) -> torch.Tensor:
+    if kernels_run():
+        inside = contains(exact_region(region), old_log_prob, log_ratio)
+        if inside is not None:
+            return inside
+    return contains_on_host(old_log_prob, log_ratio, region)
+
+
+for _operator, _kernel in (
+    (token_loss_op, token_loss),
+    (table_log_bounds_op, table_log_bounds),
+    (clipped_op, clipped),
+    (exact_log_bounds_op, _exact_log_bounds),
+    (exact_contains_op, _exact_contains),
+):
+    _operator.register_kernel("cuda")(_kernel)

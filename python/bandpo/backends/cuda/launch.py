@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from bandpo import _core
-from bandpo.error import BrokenExtraError, MissingExtraError
+from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
 
 # As in cuda/band.cu.
 THREADS = 256
@@ -66,6 +67,16 @@ def obstacle() -> ImportError | None:
         line = str(reason).strip().partition("\n")[0]
         return BrokenExtraError(f"the kernels of bandpo[{extra}] cannot be compiled: {line}")
     return None
+
+
+@cache
+def kernels_run() -> bool:
+    """Returns True if the kernels can run here; otherwise warns why not, once."""
+    reason = obstacle()
+    if reason is not None:
+        message = f"CUDA tensors take the torch backend: {reason}"
+        warnings.warn(message, BackendWarning, stacklevel=1)
+    return reason is None
 
 
 def launch(
