@@ -1,4 +1,4 @@
-"""Pictures of regions and of the demo; the only module that imports matplotlib."""
+"""Pictures of regions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,16 +24,13 @@ except ModuleNotFoundError as error:
         raise
     raise MissingExtraError("matplotlib", "plot") from None
 
-if TYPE_CHECKING:
-    from bandpo.demo import Result
-
 SUFFIXES = (".png", ".svg", ".pdf")
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the dashes say it once more.
 _COLOURS = ("#D55E00", "#0072B2", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DASHES = ("--", "-", ":", "-.")
-_GRID: Mapping[str, Any] = {"color": "0.9", "linewidth": 0.6}
-_DOTS_PER_INCH = 140
+GRID: Mapping[str, Any] = {"color": "0.9", "linewidth": 0.6}
+DOTS_PER_INCH = 140
 
 
 def band_figure(
@@ -43,7 +40,7 @@ def band_figure(
     ratio_range: tuple[float, float] = (1e-2, 1e3),
 ) -> Figure:
     """Returns a figure of the bounds of each region, by name; see `draw_regions`."""
-    figure = Figure(figsize=(6.4, 4.8), dpi=_DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.8), dpi=DOTS_PER_INCH, layout="constrained")
     draw_regions(
         figure.add_subplot(),
         regions,
@@ -72,7 +69,7 @@ def draw_regions(
         ratio_range: Least and greatest ratio of the vertical axis, above 0.
     """
     curves = {name: curve_of(region, probability_range) for name, region in regions.items()}
-    _draw_ratios(axes, curves, list(islice(_styles(), len(curves))), ratio_range)
+    _draw_ratios(axes, curves, list(islice(styles(), len(curves))), ratio_range)
     axes.legend()
 
 
@@ -87,13 +84,13 @@ def comparison_figure(regions: Mapping[str, Region]) -> Figure:
         names.setdefault(region, []).append(name)
     curves = {", ".join(same): curve_of(region) for region, same in names.items()}
     # Each line is wider than those above it, and so shows on both sides of them.
-    styles = [
+    looks = [
         {**style, "linewidth": width, "zorder": 4.0 - width}
-        for style, width in zip(_styles(), np.linspace(1.4, 3.2, len(curves)), strict=False)
+        for style, width in zip(styles(), np.linspace(1.4, 3.2, len(curves)), strict=False)
     ]
-    figure = Figure(figsize=(12.0, 6.4), dpi=_DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(12.0, 6.4), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.subplot_mosaic([["ratio", "rise"], ["ratio", "fall"]], width_ratios=[1.15, 1.0])
-    _draw_ratios(axes["ratio"], curves, styles, (1e-2, 1e2))
+    _draw_ratios(axes["ratio"], curves, looks, (1e-2, 1e2))
     axes["ratio"].set_title("Bounds of the ratio")
     p = next(iter(curves.values())).p
     changes = (0.1 * p[0], 1.0)
@@ -101,7 +98,7 @@ def comparison_figure(regions: Mapping[str, Region]) -> Figure:
         ("rise", 1.0 - p, "How far p may rise: p (upper - 1)"),
         ("fall", p, "How far p may fall: p (1 - lower)"),
     ):
-        for curve, style in zip(curves.values(), styles, strict=True):
+        for curve, style in zip(curves.values(), looks, strict=True):
             _draw(axes[side], p, getattr(curve, side), changes, style)
         _draw_edge(axes[side], p, all_there_is, changes[1])
         axes[side].set_title(title)
@@ -166,47 +163,11 @@ def _log_log(axes: Axes, p: Float64Array, up: tuple[float, float], ylabel: str) 
         ylabel=ylabel,
     )
     axes.set_axisbelow(True)
-    axes.grid(**_GRID)
+    axes.grid(**GRID)
 
 
-def demo_figure(result: Result, regions: Mapping[str, Region]) -> Figure:
-    """Returns three panels: reward, entropy, and the bounds of the rules that were compared.
-
-    Args:
-        result: The demo's runs.
-        regions: The region of each rule, by the rule's name, in the order of the runs.
-    """
-    figure = Figure(figsize=(14.0, 4.6), dpi=_DOTS_PER_INCH, layout="constrained")
-    reward, entropy, bounds = figure.subplots(1, 3)
-    for rule, style in zip(regions, _styles(), strict=False):
-        runs = result.of_rule(rule)
-        _draw_runs(reward, [run.reward for run in runs], rule, style)
-        _draw_runs(entropy, [run.entropy for run in runs], rule, style)
-    reward.axhline(0.5, color="0.6", linewidth=0.8)
-    reward.set(title="Expected reward", ylabel="mean probability of the right answer", ylim=(0, 1))
-    entropy.set(title="Entropy of the answers", ylabel="nats")
-    entropy.set_ylim(bottom=0)
-    for axes in (reward, entropy):
-        axes.set(xlabel="rollout batches", xlim=(0, result.settings.batches))
-        axes.grid(**_GRID)
-    reward.legend(loc="upper left", title="line: median, area: all seeds")
-    draw_regions(bounds, regions)
-    bounds.set_title(f"Ratios that a rule allows (band: delta {result.settings.delta:g})")
-    return figure
-
-
-def _draw_runs(
-    axes: Axes, curves: Sequence[Sequence[float]], name: str, style: Mapping[str, Any]
-) -> None:
-    values = np.asarray(curves)
-    batches = np.arange(values.shape[1])
-    axes.fill_between(
-        batches, values.min(0), values.max(0), color=style["color"], alpha=0.12, linewidth=0
-    )
-    axes.plot(batches, np.median(values, axis=0), label=name, **style)
-
-
-def _styles() -> Iterator[dict[str, Any]]:
+def styles() -> Iterator[dict[str, Any]]:
+    """Yields the look of one line after another, over and over."""
     for colour, dashes in zip(cycle(_COLOURS), cycle(_DASHES), strict=False):
         yield {"color": colour, "linestyle": dashes, "linewidth": 1.8}
 

@@ -24,10 +24,11 @@ from bandpo.error import InvalidTypeError, InvalidValueError, OutputPathError
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
+import torch
+
 from bandpo import plot
 from bandpo.demo import experiment, grpo, task
 from bandpo.loss import PROBABILITY_EDGES, policy_loss
-import torch
 
 RULES = (FIXED, BAND, NO_CLIP, CONSTANT)
 SMALL: dict[str, Any] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from bandpo.loss import PolicyLossResult, policy_loss
-import torch
 from support.tokens import random_tokens, with_extremes
 
 

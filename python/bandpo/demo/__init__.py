@@ -53,6 +53,7 @@ def run(
     try:
         if output is not None:
             from bandpo import plot
+            from bandpo.demo.figure import demo_figure
 
             plot.check_output(output)
         from bandpo.demo import experiment
@@ -64,5 +65,5 @@ def run(
     result = replace(result, conclusion=conclusion(result))
     if output is not None:
         result = replace(result, picture=os.fspath(output))
-        plot.save(plot.demo_figure(result, regions(table)), output)
+        plot.save(demo_figure(result, regions(table)), output)
     return result

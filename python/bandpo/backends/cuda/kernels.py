@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from bandpo import _core
-from bandpo.divergence import CompiledSolver
 from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
 from bandpo.backends.cuda.launch import CHUNK, THREADS, TOTALS_KERNEL, kernels_run, launch
 from bandpo.backends.native import token_loss_op
+from bandpo.divergence import CompiledSolver
 from bandpo.region import Band, Clip, Combined, Region
 from bandpo.surrogate import NAMES
 from bandpo.tensors.cached import cached, upload
