@@ -1,4 +1,4 @@
-"""f-divergences: by name, from an expression, from a Python function."""
+"""f-divergences by name, from an expression or from a Python function."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Delta: TypeAlias = "float | Float64Array"
 
 
 class Solver(Protocol):
-    """What solves for the bounds of a divergence; every array is one-dimensional, [n]."""
+    """Solver of the bounds of a divergence; every array is one-dimensional, [n]."""
 
     @property
     def curvature(self) -> float | None:
@@ -81,8 +81,8 @@ class CompiledSolver(NamedTuple):
 class Divergence:
     """An f-divergence between the old and the new policy, ``E_old[f(new/old)]`` (Csiszár 1967).
 
-    Built in, with their generators ``f(u)``, ``u = new/old``, which fix the normalisation, as
-    `from_expression` takes them:
+    Built in, with their generators ``f(u)``, ``u = new/old``, as `from_expression` takes them. They
+    fix the normalisation:
 
     ================ ===========================================
     name             f(u)
@@ -108,13 +108,13 @@ class Divergence:
     alpha for a = 0 and a = 1. renyi is of new || old, with the limit reverse-kl for a = 1. alpha
     takes any finite a, renyi a > 0, vajda k >= 1, bwcs 0 <= l <= 1, hockey-stick g >= 1.
 
-    ``f(0)`` and ``f'(inf) = lim f(u)/u`` say where bounds saturate, ``f''(1)`` how wide a band of
-    small delta is. From the greatest value on, which is ``f(0) + f'(inf)`` in the units of delta,
-    a delta allows every token everything. Where a condition does not hold the number is inf, and
-    of ``f''(1)`` there is none, as where f has a kink or is flat at 1:
+    ``f(0)`` and ``f'(inf) = lim f(u)/u`` set where bounds saturate, ``f''(1)`` the width of a band
+    of small delta. A delta from the max value on, ``f(0) + f'(inf)`` in the units of delta, allows
+    every token everything. If a condition does not hold, the number is inf. ``f''(1)`` is none if
+    f has a kink or is flat at 1:
 
     ================ ============= =============== ========= =====================
-    name             f(0)          f'(inf)         f''(1)    greatest value
+    name             f(0)          f'(inf)         f''(1)    max value
     ================ ============= =============== ========= =====================
     kl               inf           1               1         inf
     reverse-kl       1             inf             1         inf
@@ -133,7 +133,7 @@ class Divergence:
     hockey-stick:g   0             1               none      1
     ================ ============= =============== ========= =====================
 
-    Of bhattacharyya and renyi, f(0) and f'(inf) are those of hellinger and alpha.
+    bhattacharyya and renyi have the f(0) and f'(inf) of hellinger and alpha.
 
     Args:
         spec: A name of the table, with its parameter after a colon where it has one.
@@ -173,8 +173,8 @@ class Divergence:
                 (log), exp, sqrt, abs, min, max, sin, cos. Any multiple of ``u - 1`` may be added.
                 Convexity is judged by the slope, on 1100 pairs of neighbours on each side of 1, for
                 ``abs(ln u) <= 700``, and beside each kink and pole of the text. A smooth dent that
-                lies between two pairs is not seen.
-            at_zero: The limit f(0), where it cannot be found out (the error says so).
+                lies between two pairs is not detected.
+            at_zero: The limit f(0), where it cannot be derived (the error then names it).
             slope_at_infinity: The limit f'(inf), likewise.
 
         Raises:
@@ -212,7 +212,7 @@ class Divergence:
 
         Args:
             fn: Takes a float64 array of ``u > 0`` and returns ``f(u)``, of the same shape.
-            at_zero: The limit f(0), where it cannot be found out (the error says so).
+            at_zero: The limit f(0), where it cannot be derived (the error then names it).
             slope_at_infinity: The limit f'(inf), likewise.
 
         Raises:
@@ -238,7 +238,7 @@ class Divergence:
 
     @property
     def solver(self) -> CompiledSolver | CallableGenerator:
-        """What solves for its bounds; see `Solver`."""
+        """Solver of its bounds; see `Solver`."""
         return self._solver
 
     @property
@@ -259,7 +259,7 @@ class Divergence:
         return self.solver.divergences(logp, log_ratio)
 
     def describe(self) -> dict[str, object]:
-        """What `from_description` makes the same divergence of, as JSON takes it."""
+        """Returns a description, for JSON, of which `from_description` makes the same."""
         kind, *values = self._key
         if kind == "name":
             return {"divergence": self.spec}
@@ -272,7 +272,7 @@ class Divergence:
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> Divergence:
-        """Makes the divergence that `describe` described.
+        """Returns the divergence of a description that `describe` returned.
 
         Raises:
             InvalidValueError: If it was made from a Python function, which no description holds.

@@ -1,4 +1,4 @@
-"""Every error that bandpo raises on purpose: one root, each also the builtin a caller expects."""
+"""Errors of bandpo: one root, each also the builtin that a caller expects."""
 
 
 class BandpoError(Exception):
@@ -6,7 +6,7 @@ class BandpoError(Exception):
 
 
 class InvalidValueError(BandpoError, ValueError):
-    """An argument has the right type but a value that is not allowed; the message says which."""
+    """An argument of the right type has a value that is not allowed; the message names it."""
 
 
 class InvalidTypeError(BandpoError, TypeError):
@@ -18,7 +18,7 @@ class TableFileError(BandpoError, ValueError):
 
 
 class InputPathError(BandpoError, OSError):
-    """A file could not be read; the message says why."""
+    """A file could not be read; the message gives the reason."""
 
 
 class OutputPathError(BandpoError, OSError):
@@ -35,11 +35,11 @@ class MissingExtraError(BandpoError, ImportError):
 
 
 class BrokenExtraError(BandpoError, ImportError):
-    """An optional dependency is installed but cannot be imported; the message says why."""
+    """An optional dependency is installed but cannot be imported; the message gives the reason."""
 
 
 class BackendWarning(UserWarning):
-    """The fastest backend for a device cannot run; the message says why and which one does."""
+    """The fastest backend of a device cannot run; the message gives the reason and the fallback."""
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Published methods by name: what to give the loss, and where the numbers were published.
+"""Published methods by name: arguments of the loss, and the source of their numbers.
 
 >>> from bandpo.presets import preset
 >>> preset("dapo").region
@@ -6,8 +6,8 @@ Clip(0.2, 0.28)
 
 ``policy_loss(..., **preset("dppo-tv").arguments())`` trains by the rule of a method. A preset holds
 the rule for the ratios and no more: not the advantages, the sampling, or a penalty on a divergence
-from a reference model. What a paper does not say of the aggregation is left at the default. The
-KL3 clip (arXiv 2602.05494) has none, as no radius of it could be read: ``Clip.kl3(delta)``.
+from a reference model. An aggregation that a paper does not state is left at the default. The KL3
+clip (arXiv 2602.05494) has no preset, because no published delta was found: ``Clip.kl3(delta)``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Preset:
     ratio_level: RatioLevel = "token"
     loss_agg_mode: AggregationMode = "token-mean"
     source: str = field(kw_only=True)
-    """The paper, and where in it or in its code the numbers stand."""
+    """The paper, and the place of the numbers in it or in its code."""
 
     def arguments(self, **changes: Any) -> dict[str, Any]:
         """Returns keyword arguments for `bandpo.loss.policy_loss` and `bandpo.loss.PolicyLoss`.
@@ -109,7 +109,7 @@ _PRESETS: Final = (
         Dcpo(0.16, 0.20).cap(10.0),
         dual_clip=10.0,
         loss_agg_mode="seq-mean-token-mean",
-        source="DCPO, arXiv 2509.02333, Eq. 4 and 8; appendices A.6 and A.9 (greatest ratio 10 for "
+        source="DCPO, arXiv 2509.02333, Eq. 4 and 8; appendices A.6 and A.9 (max ratio 10 for "
         "both signs). Its loss is the sum over the sequences, not their mean",
     ),
     Preset(
@@ -151,7 +151,7 @@ _PRESETS: Final = (
 
 
 class _Presets(Mapping[str, Preset]):
-    """Every look-up makes a region source of its own, because it has a state."""
+    """Presets by name; each look-up copies a region source, because it has a state."""
 
     def __init__(self) -> None:
         self._by_name = {preset.name: preset for preset in _PRESETS}

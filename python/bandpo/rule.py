@@ -20,7 +20,7 @@ AggregationMode: TypeAlias = Literal[
 RatioLevel: TypeAlias = Literal["token", "sequence", "geometric-mean"]
 Backend: TypeAlias = Literal["auto", "native", "cuda", "torch"]
 AnyRegion: TypeAlias = Region | RegionSource
-"""A region, or what changes one between steps."""
+"""A region, or a source of one that changes between steps."""
 
 AGGREGATION_MODES: tuple[str, ...] = get_args(AggregationMode)
 RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
@@ -28,7 +28,7 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 class Rule(NamedTuple):
-    """What `bandpo.loss.policy_loss` does with a token, checked; see `Rule.of`."""
+    """A checked rule of `bandpo.loss.policy_loss`; made by `Rule.of`."""
 
     region: AnyRegion
     surrogate: TokenSurrogate
@@ -42,7 +42,7 @@ class Rule(NamedTuple):
         dual_clip: float | None,
         ratio_level: RatioLevel,
     ) -> Rule:
-        """Returns the rule of arguments that a user gave.
+        """Returns the rule that the arguments of `bandpo.loss.policy_loss` describe.
 
         Raises:
             InvalidTypeError: If an argument has the wrong type.
@@ -80,7 +80,7 @@ def current(region: AnyRegion) -> Region:
 
 
 def check_region(region: object) -> None:
-    """Raises InvalidTypeError unless the argument is a region, or the source of one."""
+    """Raises InvalidTypeError unless the argument is a region or a source of one."""
     if not isinstance(region, (Region, RegionSource)):
         raise InvalidTypeError(
             f"region must be a bandpo.Band, Clip, BandTable or another Region, or a "

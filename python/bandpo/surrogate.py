@@ -1,8 +1,8 @@
 """Surrogates: the loss of a token, given its ratio, its bounds and its advantage.
 
 A surrogate is named, or is an object where it has parameters of its own; a name stands for the
-defaults. `bandpo.loss.policy_loss` defines their formulas. Each class carries what a loss has to
-consider of its surrogate, so that nothing else compares names.
+defaults. `bandpo.loss.policy_loss` defines their formulas. Each class carries its own data, so that
+nothing else compares names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOG_RATIO_LIMIT = 20.0
 
 
 class TokenSurrogate:
-    """What a loss has to consider of any surrogate."""
+    """Data of a surrogate that a loss needs."""
 
     name: ClassVar[str]
     gradient_carries_ratio: ClassVar[bool] = False
@@ -42,7 +42,7 @@ class TokenSurrogate:
 
 @dataclass(frozen=True)
 class MinClip(TokenSurrogate):
-    """The lesser of the unclipped and the clipped gain (PPO, arXiv 1707.06347, Eq. 7).
+    """The min of the unclipped and the clipped gain (PPO, arXiv 1707.06347, Eq. 7).
 
     Args:
         dual_clip: Max ratio where ``A < 0``, above 1, or None (arXiv 1912.09729, Eq. 5).

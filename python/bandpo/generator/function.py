@@ -65,7 +65,7 @@ class Function:
     Attributes:
         at_zero: f(0), maybe inf.
         slope_at_infinity: f'(inf), maybe inf.
-        tangent: The c for which ``f(u) - c (u-1)``, the normalised f, is least at 1.
+        tangent: The c for which ``f(u) - c (u-1)``, the normalised f, has its min at 1.
         scale: The size of f around 1.
         rough_curvature: About f''(1), where an iteration starts; a guess where f has a kink.
     """
@@ -124,15 +124,15 @@ class Function:
             u: Where to evaluate, float64 [n].
             excess: ``u - 1`` without the rounding error of u, float64 [n].
         """
-        asked = np.clip(u, SMALLEST, LARGEST)
-        f = self._call(asked)
-        rounded = asked - 1.0
+        clamped = np.clip(u, SMALLEST, LARGEST)
+        f = self._call(clamped)
+        rounded = clamped - 1.0
         value = f - self.tangent * rounded
-        plain = np.isfinite(value) & (asked == u)
+        plain = np.isfinite(value) & (clamped == u)
         if not plain.all():
-            wrong = ~np.isfinite(f) & ((f != np.inf) & (np.abs(np.log(asked)) <= GRID_REACH))
+            wrong = ~np.isfinite(f) & ((f != np.inf) & (np.abs(np.log(clamped)) <= GRID_REACH))
             if wrong.any():
-                raise InvalidValueError(self._not_finite(asked[wrong], f[wrong]))
+                raise InvalidValueError(self._not_finite(clamped[wrong], f[wrong]))
             tail = np.where(u < 1.0, self.normal_at_zero, self.normal_slope * excess)
             value = np.where(plain, value, tail)
         near = np.abs(excess) < 0.5
@@ -230,7 +230,7 @@ class Function:
             )
 
     def _check_overflow(self, u: Float64Array, f: Float64Array) -> None:
-        """An inf at an end is an overflow, unless f jumps there."""
+        """Refuses an inf at an end that is no overflow, because f jumps there."""
         finite = np.flatnonzero(f < np.inf)
         for last, beyond in ((finite[0], finite[0] - 1), (finite[-1], finite[-1] + 1)):
             if 0 <= beyond < f.size and f[last] < min(HUGE * self.scale, 1e285):
@@ -248,7 +248,7 @@ class Function:
             )
 
     def _check_convex(self, log_u: Float64Array, u: Float64Array, f: Float64Array) -> None:
-        """Refuses an f that lies above a chord, looked for at neighbours near and far."""
+        """Refuses an f that lies above a chord between neighbours, near and far."""
         slack = self._slack(log_u, u, f)
         worst, message = 1.0, ""
         reach = 1
@@ -277,9 +277,9 @@ class Function:
         self._check_convex_between(log_u, u, f)
 
     def _check_convex_between(self, log_u: Float64Array, u: Float64Array, f: Float64Array) -> None:
-        """Looks closer where f'' dips, as beside a concave kink that the curvature around it hides.
+        """Refines the grid where f'' dips, because the curvature around a concave kink may hide it.
 
-        Over a finer grid f' gains less, and the fall of a kink stays, until a chord shows it.
+        On a finer grid f' gains less while the fall at a kink stays, until a chord exposes it.
         """
         log_u, u, f = log_u[None], u[None], f[None]
         for _ in range(MAX_REFINEMENTS):
@@ -299,12 +299,12 @@ class Function:
             # f'' and how far rounding errors may have moved it, against its neighbours.
             curvature = np.where(bent, np.diff(slope) / width, np.nan)
             doubt = (noise[:, :-1] + noise[:, 1:]) / width
-            least = np.minimum(curvature[:, :-4], curvature[:, 4:]) - doubt[:, :-4] - doubt[:, 4:]
-            dip = curvature[:, 2:-2] + doubt[:, 2:-2] < DIP * least
+            floor = np.minimum(curvature[:, :-4], curvature[:, 4:]) - doubt[:, :-4] - doubt[:, 4:]
+            dip = curvature[:, 2:-2] + doubt[:, 2:-2] < DIP * floor
             rows, columns = np.nonzero(dip)
             if rows.size == 0:
                 return
-            deepest = np.argsort((curvature[:, 2:-2] / least)[dip])[:MAX_SUSPECTS]
+            deepest = np.argsort((curvature[:, 2:-2] / floor)[dip])[:MAX_SUSPECTS]
             rows, columns = rows[deepest], columns[deepest]
             left, right = u[rows, columns + 1], u[rows, columns + 5]
             u = left[:, None] + np.linspace(0.0, 1.0, FINER + 1) * (right - left)[:, None]
@@ -330,9 +330,9 @@ class Function:
         def value(t: Float64Array) -> Float64Array:
             return self._call(np.exp(-t))
 
-        seen = f[f < np.inf]
-        found = _settle(value, self.scale, float(seen[0]))
-        return self._reconcile("at_zero", "f(0)", found, given, float(seen[0]))
+        reached = f[f < np.inf]
+        found = _settle(value, self.scale, float(reached[0]))
+        return self._reconcile("at_zero", "f(0)", found, given, float(reached[0]))
 
     def _find_slope_at_infinity(
         self, u: Float64Array, f: Float64Array, given: float | None
@@ -342,31 +342,33 @@ class Function:
             return self._call(large) / (large - 1.0)
 
         last = int(np.flatnonzero(f < np.inf)[-1])
-        seen = float(f[last] / (u[last] - 1.0))
-        found = _settle(value, self.scale, seen)
-        return self._reconcile("slope_at_infinity", "f'(inf)", found, given, seen)
+        reached = float(f[last] / (u[last] - 1.0))
+        found = _settle(value, self.scale, reached)
+        return self._reconcile("slope_at_infinity", "f'(inf)", found, given, reached)
 
     def _reconcile(
-        self, argument: str, symbol: str, found: float | None, given: float | None, seen: float
+        self, argument: str, symbol: str, found: float | None, given: float | None, reached: float
     ) -> float:
         """The limit found or given; both are kept from contradicting each other."""
         if given is None:
             if found is None:
                 raise InvalidValueError(
-                    f"{symbol} is not clear from values of f, the farthest of which is {seen:.6g}; "
-                    f"give it as {argument}=..., inf included"
+                    f"{symbol} is not clear from values of f, the farthest of which is "
+                    f"{reached:.6g}; give it as {argument}=..., inf included"
                 )
             return found
-        slack = 1e-9 * max(abs(seen), self.scale)
+        slack = 1e-9 * max(abs(reached), self.scale)
         settled = found is not None and found < math.inf
-        if given < seen - slack or (settled and not abs(given - (found or 0.0)) <= slack):
-            raise InvalidValueError(f"{argument} is {given!r}, but f reaches {seen!r} on its way")
+        if given < reached - slack or (settled and not abs(given - (found or 0.0)) <= slack):
+            raise InvalidValueError(
+                f"{argument} is {given!r}, but f reaches {reached!r} on its way"
+            )
         return given
 
     def _find_series(self) -> Series | None:
         """The normalised f around 1 as a polynomial, if it is one to rounding errors.
 
-        Where f is of order y^2 its values are off by rounding errors of order 1. Over a wide
+        If f is of order y^2, its values are off by rounding errors of order 1. Over a wide
         interval they average out, and ``y^2 q(y)`` loses nothing for small y.
         """
         for reach in SERIES_REACHES:
@@ -399,24 +401,24 @@ def _scale(log_u: Float64Array, f: Float64Array, tangent: float) -> float:
     """The size of f, in units of ``1+u``, around 1 and no farther out than where it is not 0."""
     size = np.where(f < np.inf, np.abs(f) / (1.0 + np.exp(log_u)), 0.0)
 
-    def largest(reach: float) -> float:
+    def max_value(reach: float) -> float:
         return float(size[np.abs(log_u) <= reach].max()) + abs(tangent)
 
     # Less far where f explodes on the way, as e^(1000 (u-1)) does.
-    nearest = largest(0.001)
+    near_1 = max_value(0.001)
     for reach in (math.log(2.0), 0.1, 0.01):
-        if 0.0 < largest(reach) <= EXPLODED * nearest:
-            return largest(reach)
+        if 0.0 < max_value(reach) <= EXPLODED * near_1:
+            return max_value(reach)
     reaches = (math.log(2.0), 5.0, 50.0, GRID_REACH)
-    return next((largest(reach) for reach in reaches if largest(reach) > 0.0), 0.0)
+    return next((max_value(reach) for reach in reaches if max_value(reach) > 0.0), 0.0)
 
 
 def _settle(
-    value: Callable[[Float64Array], Float64Array], scale: float, seen: float
+    value: Callable[[Float64Array], Float64Array], scale: float, reached: float
 ) -> float | None:
     """The limit at infinity of a monotone function, inf included; None where it is not clear.
 
-    Where it converges as a power of u, two steps tell how far it is from the limit; where it grows
+    If it converges as a power of u, two steps give its distance from the limit; if it grows
     without a bound, it grows by as much again or more when ln u doubles, as a logarithm does.
     """
     for last in (600.0, 300.0, 150.0):
@@ -431,7 +433,7 @@ def _settle(
             if whole - half >= 2.0 * (half - quarter) * (1.0 - 1e-9) > 0.0:
                 return math.inf
             break
-    return math.inf if seen > UNBOUNDED * scale else None
+    return math.inf if reached > UNBOUNDED * scale else None
 
 
 def checked_limit(argument: str, value: object) -> float | None:

@@ -1,4 +1,4 @@
-"""Constants of the checks and of the solver."""
+"""Constants of the checks of a Python function and of its solver."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 EPS = float(np.finfo(np.float64).eps)
 
 LOG_REACH = 708.39
-"""How far from 1 the callable is asked, in ``|ln u|``: as far as float64 numbers are normal."""
+"""Max ``|ln u|`` at which the callable is evaluated; beyond, float64 numbers are not normal."""
 
 BLOCK = 2**18
 """Tokens that are solved at the same time; it bounds the memory of a call."""
@@ -18,7 +18,7 @@ SMALLEST = math.exp(-LOG_REACH - 0.001)
 
 LARGEST = math.exp(LOG_REACH + 0.001)
 
-# ln m of an outcome that shrinks as far as the callable can be asked.
+# ln m of an outcome that shrinks to the min u of the callable.
 FARTHEST = math.log(LOG_REACH)
 
 # Odds from which on the growth of the other outcome is formed from logarithms.
@@ -38,14 +38,14 @@ MAX_ITERATIONS = 100
 MAX_MOVES = 27
 
 MAX_CALLS = 2 + MAX_EXPANSIONS + MAX_ITERATIONS + MAX_MOVES
-"""Most calls of the callable for the bounds of a block of `BLOCK` tokens, whatever the arguments.
+"""Max calls of the callable for the bounds of a block of `BLOCK` tokens, for any arguments.
 
 Two are for saturation and for the far end. The mean over tokens is about 8, but the slowest token
 of 100 000 takes 15 to 80.
 """
 
-# Where f is looked at once, on construction: |ln u| <= GRID_REACH, 6e-5 apart around u = 1 and
-# 1.6 apart at the ends. The tail beyond GRID_REACH is used for limits only.
+# Grid of the checks on construction: |ln u| <= GRID_REACH, 6e-5 apart around u = 1 and 1.6 apart at
+# the ends. The tail beyond GRID_REACH serves limits only.
 GRID_REACH = 300.0
 
 GRID_HALF = 2000
@@ -53,8 +53,8 @@ GRID_HALF = 2000
 # The rounding errors, in units of eps and of the terms of f, that are no violation.
 ROUNDING = 32.0
 
-# Where f'' is less than this part of what it is two points away on both sides, finer grids are
-# laid: each of so many points over 4 intervals, at so many of the deepest dips.
+# Finer grids are laid where f'' is below DIP times its values two points away on both sides. Each
+# grid has FINER points over 4 intervals; the MAX_SUSPECTS deepest dips get one.
 DIP = 0.99
 
 FINER = 24
@@ -63,7 +63,7 @@ MAX_SUSPECTS = 64
 
 MAX_REFINEMENTS = 9
 
-# f has exploded where it is this many times what it is within 0.001 of u = 1.
+# f has exploded where it exceeds its max within 0.001 of u = 1 by this factor.
 EXPLODED = 1e13
 
 # A value next to an overflow is at least this many times f around 1, or 1e285; else f has an edge
@@ -78,11 +78,12 @@ SHORT_STEP = 2.0**-17
 
 LONG_STEP = 2.0**-8
 
-# What a step is relative to, at least.
+# Min of the number that a step is relative to.
 SHORTEST_STEP = 2.0**-46
 
 # A polynomial stands for f around 1: its order, the |u-1| it is tried for, and how far f may be off
-# it, in units of f around 1. Nodes: Chebyshev's, and towards 1 for what is to be seen there only.
+# it, in units of f around 1. Nodes: Chebyshev's, and some towards 1, where details show that do not
+# show elsewhere.
 SERIES_ORDER = 12
 
 SERIES_REACHES = (2.0**-4, 2.0**-6, 2.0**-8)

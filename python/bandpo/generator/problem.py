@@ -1,4 +1,4 @@
-"""Two-outcome problems, of which a bound is the solution."""
+"""Two-outcome problems, whose solution is a bound."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bandpo.generator.limits import (
 
 
 class Tally:
-    """Evaluations of D of each problem, also of those that are taken out of a batch."""
+    """Evaluations of D of each problem, also after a selection from a batch."""
 
     def __init__(self, counts: NDArray[np.uint32], problems: NDArray[np.intp]) -> None:
         self.counts = counts
@@ -37,19 +37,19 @@ class Problems(NamedTuple):
     shrinking: Float64Array
     growing: Float64Array
     # Square roots of the two: w f(u) is formed in two steps, so that a probability below the
-    # smallest float still meets a large f(u).
+    # min float still meets a large f(u).
     half_shrinking: Float64Array
     half_growing: Float64Array
     odds: Float64Array  # shrinking / growing, which may overflow
     log_odds: Float64Array
-    # Whether the unknown is not ln m but the ln of the growth, which alone is a float here: the
-    # shrinking outcome hardly changes at any growth that the callable can be asked about.
+    # True if the unknown is the ln of the growth in place of ln m, which is no float here, because
+    # the shrinking outcome hardly changes at any growth within reach of the callable.
     by_growth: BoolArray
     tally: Tally
 
     @classmethod
     def of(cls, logp: Float64Array, upper: BoolArray, steep: bool) -> Problems:
-        """The problems of tokens; ``steep`` says that f'(inf) is infinite."""
+        """The problems of tokens; ``steep`` if f'(inf) is infinite."""
         token, others = np.exp(logp), -np.expm1(logp)
         half_token, half_others = np.exp(0.5 * logp), np.sqrt(others)
         shrinking = np.where(upper, others, token)

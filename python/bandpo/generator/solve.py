@@ -40,29 +40,29 @@ from bandpo.generator.problem import Move, Problems, move_by_log_ratio, move_by_
 class CallableGenerator:
     """The f of an f-divergence, given as a callable; bounds and membership of its bands.
 
-    On construction ``fn`` is looked at on 4001 points ``u = e^t``, ``|t| <= 300``, and at a few
+    On construction ``fn`` is checked on 4001 points ``u = e^t``, ``|t| <= 300``, and at a few
     farther out, and refused if it is not the f of a divergence: it must be finite, convex and 0 at
-    ``u = 1``. Kinks and flat parts are welcome. Where f'' dips among neighbours, finer points are
-    asked for, so that a concave kink does not hide between two points behind the curvature around
-    it. What is not seen: a kink that makes f' fall by less than 1 % of what it gains between two
+    ``u = 1``. Kinks and flat parts are allowed. A dip of f'' among neighbours gets a finer grid,
+    because a concave kink may hide between two points behind the curvature around it. Not detected
+    is a kink that makes f' fall by less than 1 % of what it gains between two
     points (6e-5 apart around 1, 1.3 % of u at 10), or less than the growth of f'' adds to that, a
     smooth dent that lies between two points, and what rounding errors of ``fn`` would hide.
 
-    ``f(u) + c (u-1)`` has the same divergence for every c. The c for which f is least at 1 is found
-    and used within. Where f is smooth around 1, a polynomial fitted to ``fn`` takes its place
+    ``f(u) + c (u-1)`` has the same divergence for every c. The c that puts the min of f at 1 is
+    used within. If f is smooth around 1, a polynomial fitted to ``fn`` takes its place
     there, so that the rounding errors of ``fn``, which are absolute ones, do not swamp a small f.
 
-    What follows from seeing only float64 values of f:
+    Consequences of float64 values of f:
 
     - A bound is off by a few rounding errors of D times its condition number. For
       ``delta >= 1e-5`` that is less than 1e-10 of the log bound, and mostly less than 1e-13. The
       exception is the lower side next to saturation, where D hardly depends on the ratio: below a
       ratio of 1e-4 the error is about 1e-15/ratio. An f that is written so that large terms cancel
       loses what they lose.
-    - A bound lies inside as far as ``fn`` can tell: `contains` is true there.
-    - ``fn`` is asked for normal float64 numbers. Where the bound's ratio, or that of everything
+    - A bound lies inside by the values of ``fn``: `contains` is true there.
+    - ``fn`` gets normal float64 numbers only. Where the bound's ratio, or that of everything
       else, is none, or ``fn`` overflows there, the bound is replaced by a limit on its inner side,
-      the farthest ratio that ``fn`` could be asked about: ``log_lower`` is no less than -708.39
+      the farthest ratio within reach of ``fn``: ``log_lower`` is no less than -708.39
       where it is not -inf by saturation, and ``log_upper`` no more than 708.39 where ``f'(inf)`` is
       infinite. So ``log_lower`` is not to be used to compare tokens below that.
 
@@ -166,15 +166,15 @@ class CallableGenerator:
         """
         delta = np.where(log_ratio < 0.0, delta_low, delta_high)
         tokens = np.minimum(logp, 0.0)
-        # A ratio of 1 has no divergence, whatever rounding says; and a token of no probability has
+        # A ratio of 1 has no divergence, whatever the rounding; and a token of no probability has
         # none at any ratio.
         inside = np.asarray((log_ratio == 0.0) & ~np.isnan(logp))
         inside |= (logp == -np.inf) & ~np.isnan(log_ratio)
-        asked = ~inside & (tokens > -np.inf) & (log_ratio <= -tokens)
-        if asked.any():
+        solvable = ~inside & (tokens > -np.inf) & (log_ratio <= -tokens)
+        if solvable.any():
             with np.errstate(all="ignore"):
-                problems = self._problems(tokens[asked], log_ratio[asked] > 0.0)
-                inside[asked] = self._is_inside(problems, delta[asked], log_ratio[asked])
+                problems = self._problems(tokens[solvable], log_ratio[solvable] > 0.0)
+                inside[solvable] = self._is_inside(problems, delta[solvable], log_ratio[solvable])
         return inside
 
     def diagnose(
@@ -202,7 +202,7 @@ class CallableGenerator:
                 problems = self._problems(tokens, np.full(block.size, upper))
                 found = self._solve(problems, radii[block])
                 free = found == (-tokens if upper else -np.inf)
-                # The farthest ratio that fn could be asked about.
+                # The farthest ratio within reach of fn.
                 unasked = np.abs(found) >= LOG_REACH * (1.0 - 4.0 * EPS)
                 unasked &= ~free & (self.slope_at_infinity == math.inf if upper else True)
                 status[block] = np.select([status[block] > 0, free, unasked], [status[block], 1, 2])
@@ -225,12 +225,12 @@ class CallableGenerator:
             A float64 array [n]; inf outside the simplex.
         """
         divergences = np.where(log_ratio <= -logp, 0.0, np.inf)
-        asked = (log_ratio <= -logp) & (log_ratio != 0.0)
-        if asked.any():
+        solvable = (log_ratio <= -logp) & (log_ratio != 0.0)
+        if solvable.any():
             with np.errstate(all="ignore"):
-                problems = self._problems(logp[asked], log_ratio[asked] > 0.0)
-                move = move_by_log_ratio(problems, log_ratio[asked])
-                divergences[asked] = self._divergence(problems, move)
+                problems = self._problems(logp[solvable], log_ratio[solvable] > 0.0)
+                move = move_by_log_ratio(problems, log_ratio[solvable])
+                divergences[solvable] = self._divergence(problems, move)
         return divergences
 
     def bounds_with_slopes(
@@ -300,7 +300,7 @@ class CallableGenerator:
         return bound
 
     def _root(self, problems: Problems, delta: Float64Array) -> Float64Array:
-        """The largest unknown found for which ``D <= delta``, by Chandrupatla's method."""
+        """Returns the max unknown found with ``D <= delta``, by Chandrupatla's method."""
         farthest = self._farthest(problems)
         root: Float64Array = farthest.copy()
         at_farthest = self._log_excess(problems, delta, farthest)
@@ -342,8 +342,8 @@ class CallableGenerator:
                     f3 - f1
                 ) * f2 / (f3 - f2)
                 share[safe] = interpolated[safe]
-            least = 0.5 * tolerance / width
-            share = np.clip(share, least, 1.0 - least)
+            margin = 0.5 * tolerance / width
+            share = np.clip(share, margin, 1.0 - margin)
         root[todo] = np.where(f1 <= 0.0, x1, x2)
         return root
 
@@ -387,7 +387,7 @@ class CallableGenerator:
         return low, high, at_low, at_high
 
     def _farthest(self, problems: Problems) -> Float64Array:
-        """The largest unknown for which neither u leaves the normal float64 numbers."""
+        """Returns the max unknown at which both u are normal float64 numbers."""
         farthest = np.full_like(problems.logp, FARTHEST)
         if self.slope_at_infinity == math.inf:
             log_lost = LOG_REACH - problems.log_odds
@@ -425,7 +425,7 @@ class CallableGenerator:
         end = np.where(problems.upper, np.nextafter(-problems.logp, np.inf), -np.inf)
         end = 0.0 * bound if inwards else end
         if inwards:
-            # `contains` is to say the same, though a function may round otherwise in another array.
+            # `contains` must agree, though a function may round differently in another array.
             delta = delta * (1.0 - 2.0 * EPS)
         todo = np.arange(bound.size)
         for move in range(MAX_MOVES):

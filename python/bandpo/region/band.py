@@ -1,4 +1,4 @@
-"""The band of a divergence: the region that this package is named for."""
+"""`Band`: every ratio within an f-divergence of the old policy."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from bandpo.region.base import Curves, Region
 
 
 class Status(IntEnum):
-    """How a bound came about."""
+    """Origin of a bound."""
 
     CONVERGED = 0
     """The equation D = delta was solved."""
     SATURATED = 1
     """The whole side is allowed: exactly -inf or -logp."""
     LIMIT = 2
-    """The limit: logp is 0 or -inf, or a Python function cannot be asked farther out."""
+    """The limit: logp is 0 or -inf, or a Python function reaches no farther."""
     READ_AS_CERTAIN = 3
     """logp is above 0 and was read as 0."""
     NOT_A_NUMBER = 4
@@ -40,11 +40,11 @@ class SideDiagnosis(NamedTuple):
     status: NDArray[np.uint8]
     """A `Status` for each element."""
     iterations: NDArray[np.uint32]
-    """Evaluations of D_f, two of f each, by the scalar solver; docs/accuracy.md has the most."""
+    """Evaluations of D_f, two of f each, by the scalar solver; docs/accuracy.md gives the max."""
 
 
 class Diagnosis(NamedTuple):
-    """What `Band.diagnose` returns."""
+    """Result of `Band.diagnose`."""
 
     lower: SideDiagnosis
     upper: SideDiagnosis
@@ -92,9 +92,9 @@ class Band(Region):
                 )
             self.delta_low, self.delta_high = (real_number("delta", side) for side in delta)
         elif isinstance(delta, np.ndarray) and delta.ndim > 0:
-            radii = float64_array("delta", delta).copy()
-            radii.flags.writeable = False
-            self.delta_low = self.delta_high = radii
+            deltas = float64_array("delta", delta).copy()
+            deltas.flags.writeable = False
+            self.delta_low = self.delta_high = deltas
         elif np.ndim(delta) == 0 and np.asarray(delta).dtype.kind in "fiu":
             self.delta_low = self.delta_high = real_number("delta", delta)
         else:
@@ -110,14 +110,14 @@ class Band(Region):
 
     @property
     def per_token(self) -> bool:
-        """Whether delta is an array, with a radius for every token."""
+        """True if delta is an array, one for every token."""
         return isinstance(self.delta_low, np.ndarray)
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the exact ``(log_lower, log_upper)``; see `Region.log_bounds`.
 
         Raises:
-            InvalidValueError: If ``logp`` and an array of radii do not broadcast.
+            InvalidValueError: If ``logp`` and an array of deltas do not broadcast.
         """
         tokens, low, high = self._with_deltas(logp=float64_array("logp", logp))
         log_lower, log_upper = self.divergence.solver.log_bounds(low, high, _flat(tokens))
@@ -135,10 +135,10 @@ class Band(Region):
         return np.asarray(inside.reshape(tokens.shape), dtype=np.bool_)
 
     def diagnose(self, logp: ArrayLike) -> Diagnosis:
-        """Returns the bounds with how each was found; no element ever fails the others.
+        """Returns the bounds, and the origin of each; no element fails the others.
 
         Raises:
-            InvalidValueError: If ``logp`` and an array of radii do not broadcast, or a Python
+            InvalidValueError: If ``logp`` and an array of deltas do not broadcast, or a Python
                 function of the divergence fails.
         """
         tokens, low, high = self._with_deltas(logp=float64_array("logp", logp))
@@ -164,7 +164,7 @@ class Band(Region):
             InvalidTypeError: If ``p`` is not a real number.
             InvalidValueError: If a divergence has no ``f''(1)`` (tv, hockey-stick, vajda but for
                 k = 2) and no ``p`` is given; if ``p`` is not in (0, 1); if a bound of this band is
-                saturated at ``p``, so that no finite delta is meant by it; or if the other
+                saturated at ``p``, so that no finite delta belongs to it; or if the other
                 divergence is 0 or infinite at a bound (flat around 1, as hockey-stick is).
         """
         other = divergence if isinstance(divergence, Divergence) else Divergence(divergence)
@@ -196,15 +196,15 @@ class Band(Region):
         return Band(other, (low, high))
 
     def _with_deltas(self, **arrays: Float64Array) -> list[Any]:
-        """The first array, the radii as the core takes them, then the rest; all broadcast."""
+        """Returns the first array, both deltas for the core, then the rest, all broadcast."""
         if not isinstance(self.delta_low, np.ndarray):
             first, *rest = broadcast(**arrays)
             return [first, self.delta_low, self.delta_high, *rest]
-        first, radii, *rest = broadcast(logp=arrays.pop("logp"), delta=self.delta_low, **arrays)
-        return [first, _flat(radii), _flat(radii), *rest]
+        first, deltas, *rest = broadcast(logp=arrays.pop("logp"), delta=self.delta_low, **arrays)
+        return [first, _flat(deltas), _flat(deltas), *rest]
 
     def describe(self) -> dict[str, Any]:
-        """Its divergence and radii; see `Region.describe`."""
+        """Returns its divergence and deltas; see `Region.describe`."""
         low, high = self._deltas_of_a_table()
         return {"band": {**self.divergence.describe(), "delta": [low, high]}}
 

@@ -1,4 +1,4 @@
-"""What every region has: bounds, membership, a table, and what combines it with others."""
+"""`Region`: bounds, membership, a table, and the operators that combine regions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Region(ABC):
     """A map from an old log-probability to the log-ratios a token may take.
 
     ``log_lower(logp) <= 0 <= log_upper(logp)``. Log-probabilities above 0, which rounding makes,
-    are read as 0. NaN in gives NaN out, for that element alone.
+    count as 0. A NaN gives NaN, for that element alone.
     """
 
     @abstractmethod
@@ -52,7 +52,7 @@ class Region(ABC):
         """Returns ``(lower, upper)``, the bounds of the ratio new/old itself.
 
         A finite ``log_lower`` gives at least the smallest positive float: 0 means that the ratio
-        may be 0. An ``upper`` beyond the largest float is inf.
+        may be 0. An ``upper`` beyond the max float is inf.
         """
         log_lower, log_upper = self.log_bounds(logp)
         with np.errstate(over="ignore", under="ignore"):
@@ -62,11 +62,11 @@ class Region(ABC):
 
     @property
     def per_token(self) -> bool:
-        """Whether the bounds depend on more than logp, so that there is no table of them."""
+        """True if the bounds depend on more than logp, so that no table can hold them."""
         return True
 
     def describe(self) -> dict[str, Any]:
-        """What `from_description` makes the same region of, as JSON takes it.
+        """Returns a description, for JSON, from which `from_description` makes the same region.
 
         Raises:
             InvalidValueError: If the region cannot be described.
@@ -147,7 +147,7 @@ class Region(ABC):
 
 
 def _combined(kind: Literal["union", "intersection"], left: Region, right: object) -> Region:
-    """A combination is a region itself, so that its class is known here only when it is needed."""
+    """Returns the combination; `Combined` is a Region, so that it is imported late."""
     from bandpo.region.combined import Combined
 
     return Combined(kind, left, right) if isinstance(right, Region) else NotImplemented

@@ -1,4 +1,4 @@
-"""The constant interval of PPO and its variants."""
+"""`Clip`: a constant interval of ratios."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bandpo.check import Float64Array, float64_array, real_number
+from bandpo.check import Float64Array, float64_array, positive_number, real_number
 from bandpo.error import InvalidValueError
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ class Clip(Region):
     """The constant interval ``[1 - eps_low, 1 + eps_high]`` of PPO and its variants.
 
     ``Clip(0.2)`` is PPO's, ``Clip(0.2, 0.28)`` DAPO's clip-higher, ``Clip(1, inf)`` does not clip.
-    The arguments are widths. Where the two ends are at hand, `Clip.between` takes them:
-    ``Clip(0.2, 0.28)`` is ``Clip.between(0.8, 1.28)``.
+    The arguments are widths; `Clip.between` takes the ends: ``Clip(0.2, 0.28)`` is
+    ``Clip.between(0.8, 1.28)``.
 
     Args:
         eps_low: How far below 1 the ratio may fall, in [0, 1].
@@ -92,7 +92,7 @@ class Clip(Region):
                 raise InvalidValueError(f"{argument} must be a width, at least 0, got {width}")
         with np.errstate(over="ignore"):
             clip = cls(float(-np.expm1(-low)), float(np.expm1(high)))
-        # As they were given: an epsilon next to 1 has lost them.
+        # As given, because an epsilon next to 1 has lost the digits of a log bound.
         clip.log_lower, clip.log_upper = -low, high
         return clip
 
@@ -101,20 +101,18 @@ class Clip(Region):
         """Returns the ratios with ``r - 1 - ln r <= delta`` (arXiv 2602.05494).
 
         They are ``[-W0(-e^(-1-delta)), -W-1(-e^(-1-delta))]``, with Lambert's W. The left side is
-        Schulman's estimator k3 of a KL divergence in the ratio r = new/old. If old/new is meant,
-        the bounds are the reciprocals of these.
+        Schulman's estimator k3 of a KL divergence in the ratio r = new/old. For old/new the bounds
+        are the reciprocals of these.
 
         Args:
-            delta: The greatest value of the estimator, finite and above 0.
+            delta: Max value of the estimator, finite and above 0.
 
         Raises:
             InvalidTypeError: If ``delta`` is not a real number.
             InvalidValueError: If it is out of range.
         """
-        radius = real_number("delta", delta)
-        if not 0.0 < radius < math.inf:
-            raise InvalidValueError(f"delta must be finite and above 0, got {delta}")
-        return cls.from_log_ratio(-_kl3_root(radius, -1.0), _kl3_root(radius, 1.0))
+        value = positive_number("delta", delta)
+        return cls.from_log_ratio(-_kl3_root(value, -1.0), _kl3_root(value, 1.0))
 
     @property
     def per_token(self) -> bool:
@@ -127,12 +125,12 @@ class Clip(Region):
         return unknown + self.log_lower, unknown + self.log_upper
 
     def describe(self) -> dict[str, Any]:
-        """Its two epsilons, or widths of the log-ratio; see `Region.describe`."""
+        """Returns its two epsilons, or its widths in the log-ratio; see `Region.describe`."""
         kind, low, high = self._widths()
         return {kind: [str(low), str(high)]}
 
     def _widths(self) -> tuple[str, float, float]:
-        """The arguments that make the same clip, to the last bit, and whose they are."""
+        """Returns a constructor's kind and the arguments that make the same clip bit for bit."""
         plain = Clip(self.eps_low, self.eps_high)
         if plain == self:
             return "clip", self.eps_low, self.eps_high

@@ -1,4 +1,4 @@
-"""Two regions as one: union, intersection, and each side from another."""
+"""`Combined`: the union or intersection of two regions, or one side of each."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def sides(*, lower: Region, upper: Region) -> Region:
     holds what they may lose to a fixed clip.
 
     Args:
-        lower: Decides for ratios below 1.
-        upper: Decides for ratios above 1.
+        lower: Bounds ratios below 1.
+        upper: Bounds ratios above 1.
 
     Raises:
         InvalidTypeError: If one is not a region.
@@ -49,7 +49,7 @@ class Combined(Region):
 
     @property
     def per_token(self) -> bool:
-        """Whether one of the parts is; see `Region.per_token`."""
+        """True if one of the parts is; see `Region.per_token`."""
         return any(part.per_token for part in self.parts)
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
@@ -62,7 +62,7 @@ class Combined(Region):
         return np.maximum(low_a, low_b), np.minimum(up_a, up_b)
 
     def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
-        """Returns whether each log-ratio lies in one part, in both, or in that of its side."""
+        """Returns whether each log-ratio lies in one part, in both, or in the part of its side."""
         left, right = (part.contains(logp, log_ratio) for part in self.parts)
         inside: BoolArray
         if self.kind == "sides":
@@ -72,15 +72,15 @@ class Combined(Region):
         return inside
 
     def describe(self) -> dict[str, Any]:
-        """Its parts; see `Region.describe`."""
+        """Returns its parts; see `Region.describe`."""
         return {self.kind: [part.describe() for part in self.parts]}
 
     def curves(self, upper: bool) -> Curves:
-        """The curves of whichever part holds the bound, cut where the other takes over."""
+        """Returns the curves of the part that bounds each stretch; see `Region.curves`."""
         if self.kind == "sides":
             return self.parts[int(upper)].curves(upper)
         sides = [part.curves(upper) for part in self.parts]
-        # The part that reaches further out holds a union; on the lower side that is the lesser.
+        # A union takes the outer part: on the lower side the smaller bound.
         outer = self.kind == "union"
 
         def left_holds(y: Float64Array) -> BoolArray:

@@ -1,4 +1,4 @@
-"""DCPO's bounds."""
+"""`Dcpo`: the closed-form bounds of DCPO."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     pass
 from bandpo.region.base import Curves, Region
 
-_MOST_RARE = 600.0
-"""The greatest ``-logp`` that is exponentiated: 1/p overflows at 709."""
+_MAX_Y = 600.0
+"""Max ``-logp`` that is exponentiated; 1/p overflows at 709."""
 
 
 class Dcpo(Region):
@@ -54,14 +54,14 @@ class Dcpo(Region):
 
     def _log_upper(self, y: Float64Array) -> Float64Array:
         # With k = eps / p: r - 1 = 2 k / (1 + sqrt(1 + 4 k)).
-        k = self.eps_high * np.exp(np.minimum(y, _MOST_RARE))
+        k = self.eps_high * np.exp(np.minimum(y, _MAX_Y))
         near = np.log1p(2.0 * k / (1.0 + np.sqrt(1.0 + 4.0 * k)))
-        # Where 1/p overflows, r is the square root of k to the last bit.
+        # If 1/p overflows, r is the square root of k to the last bit.
         far = 0.5 * (math.log(self.eps_high) + y)
-        return np.asarray(np.where(y > _MOST_RARE, far, near))
+        return np.asarray(np.where(y > _MAX_Y, far, near))
 
     def _log_lower(self, y: Float64Array) -> Float64Array:
-        k = self.eps_low * np.exp(np.minimum(y, _MOST_RARE))
+        k = self.eps_low * np.exp(np.minimum(y, _MAX_Y))
         root = np.sqrt(np.maximum(1.0 - 4.0 * k, 0.0))
         return np.asarray(
             np.where(
@@ -70,7 +70,7 @@ class Dcpo(Region):
         )
 
     def describe(self) -> dict[str, Any]:
-        """Its two epsilons; see `Region.describe`."""
+        """Returns its two epsilons; see `Region.describe`."""
         return {"dcpo": [str(self.eps_low), str(self.eps_high)]}
 
     def curves(self, upper: bool) -> Curves:
@@ -82,7 +82,7 @@ class Dcpo(Region):
         return [(0.0, self._sample), (kink, 0.5)] if kink > 2e-12 else [(0.0, 0.5)]
 
     def _kink(self) -> float:
-        """The least float32 ``-logp`` from which on the lower bound is 1/2."""
+        """Returns the first float32 ``-logp`` at which the lower bound is 1/2."""
         kink = -math.log(4.0 * self.eps_low)
         nearest = np.float32(kink)
         return float(
@@ -99,7 +99,7 @@ class Dcpo(Region):
         with np.errstate(divide="ignore"):
             slope = np.where(root > 0.0, -np.expm1(log_bound) / root, 0.0)
         # A table grades its grid towards the place where a side saturates, which the square root
-        # needs at its end; what is said beyond is not read, as the constant follows there.
+        # needs at its end; the values beyond are not used, because the constant follows there.
         return np.where(-logp > self._kink(), -np.inf, log_bound), slope
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Regions as JSON takes them."""
+"""Regions from their descriptions in JSON."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _WIDTHS: dict[str, Callable[[float, float], Region]] = {
     "log-clip": Clip.from_log_ratio,
     "dcpo": Dcpo,
 }
-"""What makes a region of two numbers, by the kind that its description names."""
+"""Constructors of regions with two numbers, by kind."""
 
 
 def from_description(description: dict[str, Any]) -> Region:
-    """Makes the region that `Region.describe` described.
+    """Returns the region of a description that `Region.describe` returned.
 
     Raises:
-        InvalidValueError: If it holds a Python function, which a description cannot, or a kind of
-            region that this version does not know.
+        InvalidValueError: If it names a Python function, which no description holds, or a kind of
+            region that this version lacks.
     """
     kind: Any
     [(kind, content)] = description.items()

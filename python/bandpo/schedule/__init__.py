@@ -1,4 +1,4 @@
-"""What changes a region between optimiser steps: schedules of delta, and BAPO's controller.
+"""Regions that change between optimiser steps: schedules of delta, and BAPO's controller.
 
 A `Schedule` is a number that changes. A `RegionSource` is a region that does: `ScheduledBand`
 follows a schedule, `Bapo` the batch. Call ``step`` of a schedule once after each optimiser step.

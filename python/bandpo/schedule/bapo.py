@@ -1,4 +1,4 @@
-"""BAPO's controller of constant bounds."""
+"""`Bapo`: a controller of constant bounds."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Bapo(RegionSource):
     absolute values over all tokens, p being the old probability.
 
     The numbers are those of section 5.1. The code released with the paper (WooooDyy/BAPO) differs:
-    it raises the lower bound first, leaves p out, and says 0.5 for the target.
+    it raises the lower bound first, leaves p out, and has 0.5 as the target.
 
     Args:
-        lower: Least and greatest lower bound of the ratio, in [0, 1].
-        upper: Least and greatest upper bound of the ratio, finite and at least 1.
+        lower: Min and max of the lower bound of the ratio, in [0, 1].
+        upper: Min and max of the upper bound of the ratio, finite and at least 1.
         lower_step: Step of the lower bound, finite and above 0.
         upper_step: Step of the upper bound, likewise.
         target: The share to reach, in [0, 1].
@@ -68,18 +68,17 @@ class Bapo(RegionSource):
         *,
         all_reduce: Callable[[Float64Array], Float64Array] | None = None,
     ) -> None:
-        """Finds the bounds of a batch, before its loss.
+        """Moves the bounds to those of a batch, before its loss.
 
-        An advantage of 0 counts for nothing; if all are, the bounds are the low ends. This runs on
-        the CPU, on what numpy makes arrays of: tokens on a GPU have to be copied, for which the
-        host waits once a step.
+        An advantage of 0 has no weight; if all are 0, the bounds are the low ends. The controller
+        runs on the CPU: tokens on a GPU have to be copied, so that the host waits once a step.
 
         Args:
             advantages: Advantages of the tokens that count: real and finite, any shape.
             log_ratio: Their log-ratios ``ln(new/old)``, the same shape.
             old_log_prob: Their old log-probabilities (natural), the same shape.
             all_reduce: From an array of sums over this rank's tokens, float64 [n], to the sums over
-                all ranks, so that all find the same bounds. It is called once.
+                all ranks, so that all get the same bounds. It is called once.
 
         Raises:
             InvalidTypeError: If an array does not hold real numbers.
@@ -101,7 +100,7 @@ class Bapo(RegionSource):
         weight = np.exp(np.minimum(given["old_log_prob"], 0.0)) * np.abs(given["advantages"])
         positive, negative = given["advantages"] > 0.0, given["advantages"] < 0.0
 
-        # Each bound acts on one sign, so that sums for every value of each cover all pairs.
+        # Each bound acts on one sign, so that a sum for every value of each covers all pairs.
         uppers = _values(self.upper, self.upper_step)
         lowers = _values(self.lower, self.lower_step)
         rising = [weight[positive] @ np.minimum(ratio[positive], upper) for upper in uppers]
@@ -118,7 +117,7 @@ class Bapo(RegionSource):
         self._move(lowers[max(moves - (len(uppers) - 1), 0)], uppers[min(moves, len(uppers) - 1)])
 
     step = update
-    """The same method by the name that it had first."""
+    """Alias of `update`."""
 
     def _move(self, lower: float, upper: float) -> None:
         self._bounds = (lower, upper)
@@ -129,13 +128,11 @@ class Bapo(RegionSource):
         return dict(zip(("lower", "upper"), self._bounds, strict=True))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the two bounds; see `Schedule.load_state_dict`."""
+        """Restores the two bounds; see `Schedule.load_state_dict`."""
         bounds = entries(state, "lower", "upper")
-        for name, (least, greatest) in (("lower", self.lower), ("upper", self.upper)):
-            if not least <= bounds[name] <= greatest:
-                raise InvalidValueError(
-                    f"{name} must be from {least} to {greatest}, got {bounds[name]}"
-                )
+        for name, (low, high) in (("lower", self.lower), ("upper", self.upper)):
+            if not low <= bounds[name] <= high:
+                raise InvalidValueError(f"{name} must be from {low} to {high}, got {bounds[name]}")
         self._move(bounds["lower"], bounds["upper"])
 
     def __repr__(self) -> str:
@@ -143,22 +140,22 @@ class Bapo(RegionSource):
 
 
 def _range(
-    argument: str, ends: tuple[float, float], least: float, most: float
+    argument: str, ends: tuple[float, float], min_end: float, max_end: float
 ) -> tuple[float, float]:
     if not isinstance(ends, tuple) or len(ends) != 2:
-        raise InvalidTypeError(f"{argument} must be a pair (least, greatest), got {ends!r}")
+        raise InvalidTypeError(f"{argument} must be a pair (min, max), got {ends!r}")
     low, high = (real_number(argument, end) for end in ends)
-    if not (least <= low <= high <= most and high < math.inf):
+    if not (min_end <= low <= high <= max_end and high < math.inf):
         raise InvalidValueError(
-            f"{argument} must be a pair that rises and lies in [{least}, {most}], got {ends}"
+            f"{argument} must be a pair that rises and lies in [{min_end}, {max_end}], got {ends}"
         )
     return low, high
 
 
 def _values(ends: tuple[float, float], step: float) -> list[float]:
-    """From the low end on by steps, as far as they stay in range."""
+    """Returns the values from the low end by steps, as far as they stay in range."""
     low, high = ends
-    # 36 steps of 0.05 are to lead from 1.2 to 3, which their rounded sum exceeds.
+    # 36 steps of 0.05 lead from 1.2 to 3, but their rounded sum exceeds it.
     steps = int((high - low) / step * (1.0 + 1e-12))
     return [min(low + k * step, high) for k in range(steps + 1)]
 

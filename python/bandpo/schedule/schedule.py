@@ -22,11 +22,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def step(self, entropy: float | None = None) -> None:
-        """Goes on by one optimiser step.
+        """Advances by one optimiser step.
 
         Args:
             entropy: Mean entropy of the policy over the tokens of the batch, finite and at least 0.
-                `EntropyTargeted` needs it, the others pay no regard to it.
+                `EntropyTargeted` needs it, the others ignore it.
 
         Raises:
             InvalidTypeError: If the entropy is needed and is not a real number.
@@ -35,11 +35,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Returns what changes with the steps, as plain numbers."""
+        """Returns its state as plain numbers."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where ``state_dict`` was made.
+        """Restores the state that ``state_dict`` returned.
 
         Raises:
             InvalidTypeError: If the state is not a mapping, or an entry not a number.
@@ -74,7 +74,7 @@ class Constant(Schedule):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes an empty state; see `Schedule.load_state_dict`."""
+        """Accepts an empty state; see `Schedule.load_state_dict`."""
         entries(state)
 
     def __repr__(self) -> str:
@@ -96,7 +96,7 @@ class _Ramp(Schedule):
 
     @abstractmethod
     def _share(self, progress: float) -> float:
-        """How much of the way is done, when this share of the steps is taken."""
+        """Returns the share of the way after this share of the steps."""
 
     @property
     def value(self) -> float:
@@ -105,7 +105,7 @@ class _Ramp(Schedule):
         return (1.0 - share) * self.start + share * self.end
 
     def step(self, entropy: float | None = None) -> None:
-        """Takes one of the steps; see `Schedule.step`."""
+        """Advances by one step; see `Schedule.step`."""
         if self._taken >= self.steps:
             raise InvalidValueError(
                 f"all {self.steps} steps are taken and the value is {self.end}; "
@@ -118,7 +118,7 @@ class _Ramp(Schedule):
         return {"taken": self._taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the number of steps taken; see `Schedule.load_state_dict`."""
+        """Restores the number of steps taken; see `Schedule.load_state_dict`."""
         taken = entries(state, "taken")["taken"]
         if taken != int(taken) or not 0 <= taken <= self.steps:
             raise InvalidValueError(
@@ -169,15 +169,15 @@ class EntropyTargeted(Schedule):
 
     Each step multiplies it by ``exp(rate * x)``, where x is the relative shortfall
     ``(target - entropy) / target``, limited to [-1, 1], and keeps it in [least, greatest]. So no
-    step changes it by more than a factor of ``e^rate``. This rule is this package's own; whether a
-    wider band raises the entropy of a policy has to be seen in the run.
+    step changes it by more than a factor of ``e^rate``. This rule is not published elsewhere, and
+    a wider band need not raise the entropy of a policy.
 
     Args:
         start: The number before the first step.
-        target: The entropy to reach, above 0, in the unit of what `step` is given.
-        rate: The greatest change of the logarithm of the number in a step, finite and above 0.
-        least: The number does not fall below this, finite and above 0.
-        greatest: It does not rise above this, finite and at least ``least``.
+        target: The entropy to reach, above 0, in the unit of the entropy that `step` takes.
+        rate: Max change of the logarithm of the number in a step, finite and above 0.
+        least: Min of the number, finite and above 0.
+        greatest: Max of the number, finite and at least ``least``.
 
     Raises:
         InvalidTypeError: If an argument is not a real number.
@@ -201,7 +201,7 @@ class EntropyTargeted(Schedule):
         return self._value
 
     def step(self, entropy: float | None = None) -> None:
-        """Takes a step towards the target; see `Schedule.step`."""
+        """Moves the number towards the target; see `Schedule.step`."""
         measured = real_number("entropy", entropy)
         if not 0.0 <= measured < math.inf:
             raise InvalidValueError(f"entropy must be finite and at least 0, got {entropy}")
@@ -214,7 +214,7 @@ class EntropyTargeted(Schedule):
         return {"value": self._value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the number; see `Schedule.load_state_dict`."""
+        """Restores the number; see `Schedule.load_state_dict`."""
         self._value = self._in_range("value", entries(state, "value")["value"])
 
     def __repr__(self) -> str:

@@ -16,8 +16,8 @@ from bandpo.schedule.schedule import Schedule
 class RegionSource(ABC):
     """A region that changes between steps; the loss reads it once an optimiser step.
 
-    What it returns as ``region`` stays the same object until it changes, and those that
-    subscribed are then called with the new one, so that they can fill their tensors in place.
+    ``region`` is the same object until it changes. Subscribers are then called with the new one, so
+    that they can fill their tensors in place.
     """
 
     def __init__(self, region: Region) -> None:
@@ -30,10 +30,10 @@ class RegionSource(ABC):
         return self._region
 
     def subscribe(self, callback: Callable[[Region], object]) -> None:
-        """Has ``callback(region)`` called after each change.
+        """Registers ``callback(region)``, which is called after each change.
 
-        The callback is held weakly (a bound method as long as its object lives), so a lambda that
-        nobody else holds is gone at once. A copy, or what is unpickled, begins without subscribers.
+        The callback is held weakly (a bound method as long as its object lives), so that a lambda
+        without another reference is gone at once. A copy starts without subscribers.
         """
         kind = weakref.WeakMethod if hasattr(callback, "__self__") else weakref.ref
         reference = kind(callback)
@@ -41,7 +41,7 @@ class RegionSource(ABC):
             self._subscribers.append(reference)
 
     def __or__(self, other: object) -> NoReturn:
-        """Refused, as ``&`` is: regions are combined, what changes them is not."""
+        """Raises InvalidTypeError, as ``&`` does: only regions combine."""
         raise InvalidTypeError(
             f"{type(self).__name__} is no Region and combines with none; combine within it: "
             f"ScheduledBand(..., within=lambda band: band | ...), or cap= and at_least="
@@ -61,11 +61,11 @@ class RegionSource(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Returns what changes with the steps, as plain numbers."""
+        """Returns its state as plain numbers."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where ``state_dict`` was made, and tells subscribers; see `Schedule`."""
+        """Restores the state of ``state_dict`` and calls the subscribers; see `Schedule`."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_subscribers": []}
@@ -74,8 +74,8 @@ class RegionSource(ABC):
 class ScheduledBand(RegionSource):
     """The band of a divergence with a delta that follows a schedule.
 
-    The table of each delta is built when it is first needed, in a millisecond or two for a band and
-    some milliseconds for a set of regions, and the last 64 are kept.
+    The table of each delta is built at its first use, in 1 to 3 ms for a band and some milliseconds
+    for combined regions. The last 64 tables are kept.
 
     >>> from bandpo.schedule import Linear
     >>> source = ScheduledBand("kl", Linear(0.1, 0.05, 100), cap=10)
@@ -125,7 +125,7 @@ class ScheduledBand(RegionSource):
         super().__init__(self._now())
 
     def step(self, entropy: float | None = None) -> None:
-        """Takes a step of the schedule; see `Schedule.step`."""
+        """Advances the schedule by one step; see `Schedule.step`."""
         self.schedule.step(entropy)
         self._change(self._now())
 
@@ -144,7 +144,7 @@ class ScheduledBand(RegionSource):
         return self.schedule.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the state of the schedule; see `Schedule.load_state_dict`."""
+        """Restores the state of the schedule; see `Schedule.load_state_dict`."""
         self.schedule.load_state_dict(state)
         self._change(self._now())
 

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a schedule."""
+"""Check of the state that a checkpoint keeps of a schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bandpo.error import InvalidTypeError, InvalidValueError
 
 
 def entries(state: Mapping[str, Any], *names: str) -> dict[str, float]:
-    """The entries of a state, which must be these and no others, all of them numbers."""
+    """Returns the entries of a state, which must have these names and be finite numbers."""
     if not isinstance(state, Mapping):
         raise InvalidTypeError(f"state must be a mapping, got {type(state).__name__}")
     if set(state) != set(names):

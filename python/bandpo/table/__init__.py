@@ -1,4 +1,4 @@
-"""A region's bounds as a lookup table that is verified, saved and read by every backend."""
+"""`BandTable`: the bounds of a region as a verified lookup table, which every backend reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Band, Region, from_description
 
 TARGET = 1e-6
-"""What the error of a table may be: absolute, beyond one float32 ulp of the bound."""
+"""Max error of a table: absolute, beyond one float32 ulp of the bound."""
 
 _BLOCK = 1 << 20
 """Values that are compared between two reports of progress."""
@@ -110,7 +110,7 @@ class BandTable(Region):
         return from_description(json.loads(self._core.region))
 
     def describe(self) -> dict[str, Any]:
-        """What was tabulated; see `Region.describe`."""
+        """Returns the description of the tabulated region; see `Region.describe`."""
         description: dict[str, Any] = json.loads(self._core.region)
         return description
 
@@ -131,7 +131,7 @@ class BandTable(Region):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What a saved file says of itself, without its checksum."""
+        """Metadata of a saved file, without its checksum."""
         return dict(self._core.metadata)
 
     def verify(
@@ -188,7 +188,7 @@ class BandTable(Region):
         if samples is not None:
             # Near a saturation point cells hold so few floats that even spacing misses them.
             state.merge(self._core.errors_in_cells(exact), count)
-            # A sample that sees less than an earlier one takes nothing back.
+            # A smaller sample must not replace the error that an earlier one found.
             state.merge(self._core.max_error, count)
         return BandTable(self._core.verified(count, *state.max_error))
 
@@ -231,7 +231,7 @@ def _from_bytes(data: bytes) -> BandTable:
 
 
 def _exact(region: Region) -> object:
-    """What a table of the region is measured against, as the core takes it."""
+    """Returns the exact bounds of the region, as the core takes them, to measure a table."""
     if isinstance(region, Band) and isinstance(region.divergence.solver, CompiledSolver):
         return region.divergence.solver.core, region.delta_low, region.delta_high
     return region.log_bounds

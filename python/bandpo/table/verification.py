@@ -1,4 +1,4 @@
-"""What a verification of a table keeps, to go on after an interruption."""
+"""Checkpoint of a verification, from which an interrupted one continues."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from bandpo.error import InvalidValueError, OutputPathError
 
 
 class Checkpoint:
-    """How far a verification got, in memory and in a file.
+    """Progress of a verification, in memory and in a file.
 
     Args:
-        path: The file, or None for none.
-        table: What is verified.
-        count: How many values are looked at.
+        path: The file, or None.
+        table: Bytes of the table.
+        count: Number of values to verify.
 
     Raises:
-        InvalidValueError: If the file is none of these.
+        InvalidValueError: If the file is no checkpoint, or that of another verification.
         OutputPathError: If it cannot be written.
     """
 
@@ -32,7 +32,7 @@ class Checkpoint:
         if self.path is None:
             return
         if not self.path.exists():
-            self.save()  # now, rather than after minutes, if it cannot be written
+            self.save()  # fails now, not after minutes, if it cannot be written
             return
         try:
             kept = json.loads(self.path.read_text())
@@ -49,7 +49,7 @@ class Checkpoint:
         self.done, self.max_error = done, max_error
 
     def merge(self, found: tuple[float, float], done: int) -> None:
-        """Takes the errors of the values up to the number that is done."""
+        """Merges the max errors of the values up to number ``done``."""
         self.max_error = (max(self.max_error[0], found[0]), max(self.max_error[1], found[1]))
         self.done = done
 
