@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 import bandpo
-from bandpo.region import BoolArray, Float64Array
+from bandpo.check import BoolArray, Float64Array
 from bandpo.surrogate import GradientPreserving, Mask, Surrogate
 from support.batches import Batch
 

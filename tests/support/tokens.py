@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bandpo.region import BoolArray, Float64Array
+from bandpo.check import BoolArray, Float64Array
 
 
 class Tokens(NamedTuple):
