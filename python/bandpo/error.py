@@ -29,7 +29,10 @@ class MissingExtraError(BandpoError, ImportError):
     """An optional dependency is missing; the message names the extra that brings it."""
 
     def __init__(self, module: str, extra: str) -> None:
-        super().__init__(f"{module} is not installed; run: pip install 'bandpo[{extra}]'")
+        super().__init__(
+            f"{module} is not installed; run: pip install '.[{extra}]' in a checkout of bandpo, "
+            "which is not on PyPI yet"
+        )
         self.module = module
         self.extra = extra
 

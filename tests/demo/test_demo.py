@@ -175,7 +175,8 @@ def test_a_missing_extra_is_named(tmp_path: Path, module: str, output: str) -> N
     )
     assert ended.stderr.splitlines()[-1] == (
         "bandpo.error.MissingExtraError: "
-        f"{module} is not installed; run: pip install 'bandpo[demo]'"
+        f"{module} is not installed; run: pip install '.[demo]' in a checkout of bandpo, "
+        "which is not on PyPI yet"
     )
 
 

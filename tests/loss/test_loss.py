@@ -1246,7 +1246,8 @@ for module in ("bandpo.torch", "bandpo.loss"):
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     assert run.stdout.splitlines() == 2 * [
-        "torch is not installed; run: pip install 'bandpo[torch]'"
+        "torch is not installed; run: pip install '.[torch]' in a checkout of bandpo, "
+        "which is not on PyPI yet"
     ]
 
 
