@@ -37,6 +37,15 @@ pub enum Error {
         /// What is wrong there.
         reason: String,
     },
+    /// A spec of a region that cannot be read.
+    Spec {
+        /// The text given.
+        text: String,
+        /// Where reading failed: the number of the character in the text, from 1.
+        column: usize,
+        /// What is wrong there.
+        reason: String,
+    },
     /// A function that is no generator of a divergence.
     Generator {
         /// The text given.
@@ -100,14 +109,10 @@ impl fmt::Display for Error {
                 write!(out, "divergence {:?}: {allowed}", excerpt(spec, 1))
             }
             Self::Expression { text, column, reason } => {
-                let before: Vec<char> = text.chars().take(column.saturating_sub(1)).collect();
-                let lines = before.iter().filter(|&&character| character == '\n').count();
-                let in_line = before.iter().rev().take_while(|&&c| c != '\n').count() + 1;
-                write!(out, "expression {:?}, ", excerpt(text, *column))?;
-                if text.trim_end().contains('\n') {
-                    write!(out, "line {}, ", lines + 1)?;
-                }
-                write!(out, "column {in_line}: {reason}")
+                write!(out, "{}: {reason}", located("expression", text, *column))
+            }
+            Self::Spec { text, column, reason } => {
+                write!(out, "{}: {reason}", located("region", text, *column))
             }
             Self::Generator { text, reason } => {
                 write!(out, "expression {:?}: {reason}", excerpt(text, 1))
@@ -127,6 +132,19 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// A place in a text, as messages name it: by line, if there are several, and column.
+pub(crate) fn located(what: &str, text: &str, column: usize) -> String {
+    let before: Vec<char> = text.chars().take(column.saturating_sub(1)).collect();
+    let lines = before.iter().filter(|&&character| character == '\n').count();
+    let in_line = before.iter().rev().take_while(|&&c| c != '\n').count() + 1;
+    let line = if text.trim_end().contains('\n') {
+        format!("line {}, ", lines + 1)
+    } else {
+        String::new()
+    };
+    format!("{what} {:?}, {line}column {in_line}", excerpt(text, column))
+}
 
 /// Characters of a text that a message shows.
 const MOST_SHOWN: usize = 60;

@@ -21,6 +21,8 @@ mod image;
 pub mod loss;
 pub mod number;
 mod simd;
+#[cfg(any(feature = "python", test))]
+mod spec;
 pub mod table;
 mod threads;
 

@@ -15,6 +15,7 @@ from bandpo._core import __version__
 from bandpo.divergence import Divergence
 from bandpo.error import BandpoError
 from bandpo.region import Band, Clip, Dcpo, Region, sides
+from bandpo.spec import region_from_spec
 from bandpo.surrogate import GradientPreserving, Mask
 from bandpo.table import BandTable, TableAccuracyWarning
 
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "error",
     "presets",
+    "region_from_spec",
     "schedule",
     "sides",
 ]

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "DIVERGENCES",
     "KERNEL_SOURCE",
     "BandTable",
     "Divergence",
@@ -16,6 +17,7 @@ __all__ = [
     "diagnose",
     "divergences",
     "log_bounds",
+    "parse_spec",
     "policy_loss",
     "scale",
     "table_bounds",
@@ -24,6 +26,7 @@ __all__ = [
 
 __version__: str
 KERNEL_SOURCE: str
+DIVERGENCES: list[str]
 
 _FloatArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 
@@ -97,6 +100,7 @@ def contains(
     log_ratio: NDArray[np.float64],
     /,
 ) -> NDArray[np.bool_]: ...
+def parse_spec(text: str, /) -> str: ...
 def policy_loss(
     old_log_prob: _FloatArray,
     log_prob: _FloatArray,

@@ -91,9 +91,24 @@ def check_name(argument: str, name: object, names: Iterable[str]) -> None:
         )
 
 
+_SYNONYMS = {
+    "chi2": "pearson-chi2",
+    "forward-kl": "kl",
+    "js": "jensen-shannon",
+    "total-variation": "tv",
+}
+"""Names in use elsewhere that are spelled too differently to be found by comparison."""
+
+
 def suggestion(name: object, names: Iterable[str]) -> str:
     """Returns the end of a message, ``; did you mean 'kl'?``, or nothing if no name is near."""
     import difflib  # for messages alone
 
-    near = difflib.get_close_matches(name, list(names), 1) if isinstance(name, str) else []
+    known = list(names)
+    if not isinstance(name, str) or name in known:
+        return ""
+    lower = name.lower()
+    near = difflib.get_close_matches(lower, known, 1)
+    if _SYNONYMS.get(lower) in known:
+        near = [_SYNONYMS[lower]]
     return f"; did you mean {near[0]!r}?" if near else ""

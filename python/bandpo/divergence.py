@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bandpo import _core
-from bandpo.check import BoolArray, Float64Array
+from bandpo.check import BoolArray, Float64Array, suggestion
 from bandpo.error import InvalidTypeError, InvalidValueError
 
 if TYPE_CHECKING:
@@ -152,7 +152,11 @@ class Divergence:
     def __init__(self, spec: str) -> None:
         if not isinstance(spec, str):
             raise InvalidTypeError(f"divergence must be a name (str), got {type(spec).__name__}")
-        self._solver = CompiledSolver(_core.Divergence(spec))
+        try:
+            self._solver = CompiledSolver(_core.Divergence(spec))
+        except InvalidValueError as error:
+            names = [known.partition(":")[0] for known in _core.DIVERGENCES]
+            raise InvalidValueError(f"{error}{suggestion(spec.partition(':')[0], names)}") from None
         self._key = ("name", spec)
 
     @classmethod

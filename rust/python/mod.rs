@@ -5,12 +5,13 @@
 
 mod band;
 mod loss;
+mod spec;
 mod table;
 mod threads;
 
 use pyo3::prelude::*;
 
-use crate::error::Error;
+use crate::error::{Error, KNOWN_DIVERGENCES};
 
 impl From<Error> for PyErr {
     /// Each kind of error becomes the class of `bandpo.error` that callers expect.
@@ -38,6 +39,8 @@ impl From<Error> for PyErr {
 /// The compiled half of bandpo. Private: use `bandpo` itself.
 #[pymodule(gil_used = false)]
 mod _core {
+    use super::{Bound, KNOWN_DIVERGENCES, PyModule, PyModuleMethods, PyResult};
+
     #[pymodule_export]
     use super::band::{PyDivergence, contains, diagnose, divergences, log_bounds};
     #[pymodule_export]
@@ -48,9 +51,17 @@ mod _core {
     use super::threads::thread_count;
 
     #[pymodule_export]
+    use super::spec::parse_spec;
+
+    #[pymodule_export]
     const KERNEL_SOURCE: &str = crate::KERNEL_SOURCE;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)] // Python's name for it
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("DIVERGENCES", KNOWN_DIVERGENCES.split(", ").collect::<Vec<_>>())
+    }
 }

@@ -1,0 +1,241 @@
+"""The language of region specs: any region in one line, for command lines and configurations.
+
+>>> from bandpo.spec import region_from_spec
+>>> region_from_spec("kl@0.01 | clip@0.2,0.28")
+(Band('kl', 0.01) | Clip(0.2, 0.28))
+
+=============================  =======================================================
+spec                           region
+=============================  =======================================================
+``kl@0.05``                    ``Band("kl", 0.05)``, with any name of a `Divergence`
+``alpha:0.5@0.01/0.1``         ``Band("alpha:0.5", (0.01, 0.1))``
+``"u*ln(u) - u + 1"@0.01``     a band of an expression, in double or single quotes
+``clip@0.2``                   ``Clip(0.2)``
+``clip@0.2,0.28``              ``Clip(0.2, 0.28)``
+``log-clip@0.4``               ``Clip.from_log_ratio(0.4)``, with one width or two
+``kl3@0.05``                   ``Clip.kl3(0.05)``
+``dcpo@0.16,0.2``              ``Dcpo(0.16, 0.2)``
+``dapo`` or ``preset:dapo``    the region of a preset
+``a | b``                      union
+``a & b``                      intersection, which binds tighter
+``(a).cap(10)``                ``a.cap(10)``
+``(a).at_least(0.1, 0.2)``     ``a.at_least(0.1, 0.2)``, with one width or two
+``sides(a, b)``                ``sides(lower=a, upper=b)``
+=============================  =======================================================
+
+Spaces may stand between all parts. A spec has up to 4 KiB, 32 nested parentheses and 64 regions.
+A preset gives its region alone; `bandpo.presets.preset` has the rest of the method.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from bandpo import _core
+from bandpo.check import suggestion
+from bandpo.divergence import Divergence
+from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.presets import PRESETS, preset
+from bandpo.region import Band, Clip, Combined, Dcpo, Region, sides
+from bandpo.schedule import RegionSource
+
+_Node: TypeAlias = dict[str, Any]
+"""Of the tree that `_core.parse_spec` returns."""
+
+_INTERVALS: dict[str, tuple[Callable[..., Region], tuple[int, ...], str]] = {
+    "clip": (Clip, (1, 2), "clip@0.2 or clip@0.2,0.28"),
+    "log-clip": (Clip.from_log_ratio, (1, 2), "log-clip@0.4 or log-clip@0.4,0.5"),
+    "dcpo": (Dcpo, (2,), "dcpo@0.16,0.2"),
+    "kl3": (Clip.kl3, (1,), "kl3@0.05"),
+}
+"""What makes a region of numbers alone, how many it takes, and an example."""
+
+_METHODS: dict[str, tuple[Callable[..., Region], tuple[int, ...], str]] = {
+    "cap": (Region.cap, (1,), "cap(10)"),
+    "at_least": (Region.at_least, (1, 2), "at_least(0.1) or at_least(0.1, 0.2)"),
+}
+
+
+def region_from_spec(text: str) -> Region:
+    """Returns the region that a spec names, such as ``"(kl@0.05).cap(10)"``.
+
+    Raises:
+        InvalidTypeError: If ``text`` is not a string.
+        InvalidValueError: If it cannot be read, with the column and the reason; or if its region
+            changes with the batch, as that of the preset bapo.
+    """
+    return _region(_tree(text))
+
+
+def region_or_source_from_spec(text: str) -> Region | RegionSource:
+    """Returns the region that a spec names, or the source of a preset whose region changes.
+
+    A source has a state, so every call makes a new one. It cannot be a part of another region.
+
+    Raises:
+        InvalidTypeError: If ``text`` is not a string.
+        InvalidValueError: If it cannot be read, with the column and the reason.
+    """
+    return _build(_tree(text))
+
+
+def _tree(text: str) -> _Node:
+    if not isinstance(text, str):
+        raise InvalidTypeError(f"a region's spec must be a str, got {type(text).__name__}")
+    tree: _Node = json.loads(_core.parse_spec(text))
+    return tree
+
+
+def _region(node: _Node) -> Region:
+    found = _build(node)
+    if isinstance(found, RegionSource):
+        raise InvalidValueError(
+            f"{node['place']}: the region of {node['leaf']} changes with the batch; "
+            "bandpo.presets.preset makes what changes it"
+        )
+    return found
+
+
+def _build(node: _Node) -> Region | RegionSource:
+    if "leaf" in node:
+        return _leaf(node)
+    if "method" in node:
+        of = _region(node["of"])
+        return _call(_METHODS, node["method"], node, of)
+    [(kind, parts)] = node.items()
+    left, right = (_region(part) for part in parts)
+    if kind == "sides":
+        return sides(lower=left, upper=right)
+    return left | right if kind == "union" else left & right
+
+
+def _leaf(node: _Node) -> Region | RegionSource:
+    word: str = node["leaf"]
+    numbers = [float(number) for number in node["numbers"]]
+    if not numbers and (word in PRESETS or word.startswith("preset:")):
+        return _preset(word.removeprefix("preset:"), node)
+    if word in _INTERVALS and not node["quoted"]:
+        if node["separator"] == "/":
+            raise _error(node, f"widths are separated by a comma: {_INTERVALS[word][2]}")
+        return _call(_INTERVALS, word, node)
+    if not numbers:
+        raise _error(node, _unknown(word, node["quoted"]))
+    if node["separator"] == ",":
+        raise _error(
+            node, f"radii below and above 1 are written {word}@{'/'.join(node['numbers'])}"
+        )
+    try:
+        make = Divergence.from_expression if node["quoted"] else Divergence
+        return Band(make(word), (numbers[0], numbers[-1]))
+    except InvalidValueError as error:
+        raise _error(node, error) from None
+
+
+def _preset(name: str, node: _Node) -> Region | RegionSource:
+    try:
+        return preset(name).region
+    except InvalidValueError as error:
+        raise _error(node, error) from None
+
+
+def _unknown(word: str, quoted: bool) -> str:
+    """What is wrong with a leaf without numbers that is no preset."""
+    if quoted:
+        return 'an expression needs a radius, as in "u*ln(u) - u + 1"@0.01'
+    names = [name.partition(":")[0] for name in _core.DIVERGENCES]
+    if word.partition(":")[0] in names:
+        return f"a divergence needs a radius, as in {word}@0.05"
+    return (
+        f"{word!r} is neither a preset ({', '.join(PRESETS)}) nor a region such as kl@0.05"
+        f"{suggestion(word, [*PRESETS, *names, *_INTERVALS])}"
+    )
+
+
+def _call(
+    makers: dict[str, tuple[Callable[..., Region], tuple[int, ...], str]],
+    name: str,
+    node: _Node,
+    *arguments: Region,
+) -> Region:
+    """Makes a region of a node's numbers, after checking how many there are."""
+    if name not in makers:
+        raise _error(node, f"{name!r} is not known, only {' and '.join(makers)}")
+    make, counts, example = makers[name]
+    numbers = [float(number) for number in node["numbers"]]
+    if len(numbers) not in counts:
+        raise _error(node, f"{name} is written {example}")
+    try:
+        return make(*arguments, *numbers)
+    except InvalidValueError as error:
+        raise _error(node, error) from None
+
+
+def _error(node: _Node, reason: object) -> InvalidValueError:
+    return InvalidValueError(f"{node['place']}: {reason}")
+
+
+def spec_from_region(region: Region) -> str:
+    """Returns a spec of a region, from which `region_from_spec` makes an equal one.
+
+    >>> spec_from_region(Band("kl", 0.05).cap(10) | Clip(0.2, 0.28))
+    '(kl@0.05).cap(10)|clip@0.2,0.28'
+
+    Raises:
+        InvalidTypeError: If ``region`` is not a `Region`.
+        InvalidValueError: If it has no spec: one that holds a table, an array of radii, a Python
+            function or an expression with given limits, or is beyond the size of a spec.
+    """
+    if not isinstance(region, Region):
+        raise InvalidTypeError(f"region must be a Region, got {type(region).__name__}")
+    text = _text(region)
+    try:
+        exact = region_from_spec(text) == region
+    except InvalidValueError:
+        exact = False
+    if not exact:
+        raise InvalidValueError(f"{region!r} has no spec")
+    return text
+
+
+def _text(region: Region) -> str:
+    """The text of a region, of which the reader decides whether it means the same."""
+    if isinstance(region, Band):
+        name = region.divergence.spec
+        source = name if "divergence" in region.divergence.describe() else f'"{name}"'
+        return f"{source}@{_pair(region.delta_low, region.delta_high, '/')}"
+    if isinstance(region, Clip):
+        clip = f"clip@{_pair(region.eps_low, region.eps_high, ',')}"
+        log_clip = f"log-clip@{_pair(-region.log_lower, region.log_upper, ',')}"
+        return min((clip, log_clip), key=lambda text: (region_from_spec(text) != region, len(text)))
+    if isinstance(region, Dcpo):
+        return f"dcpo@{_digits(region.eps_low)},{_digits(region.eps_high)}"
+    if not isinstance(region, Combined):
+        return repr(region)
+    left, right = region.parts
+    if region.kind == "sides":
+        return f"sides({_text(left)},{_text(right)})"
+    if region.kind == "union":
+        return f"{_text(left)}|{_within(right, 'union')}"
+    if isinstance(right, Clip) and right.eps_low == 1.0:
+        upper = 1.0 + right.eps_high
+        if Clip(1.0, upper - 1.0) == right:
+            return f"({_text(left)}).cap({_digits(upper)})"
+    return f"{_within(left, 'union')}&{_within(right, 'union', 'intersection')}"
+
+
+def _within(region: Region, *looser: str) -> str:
+    """The text of a part, in parentheses if it is of a kind that binds no tighter."""
+    text = _text(region)
+    return f"({text})" if isinstance(region, Combined) and region.kind in looser else text
+
+
+def _pair(low: object, high: object, separator: str) -> str:
+    """Two numbers, or one if they are equal; an array is not text that can be read."""
+    same = _digits(low) == _digits(high)
+    return _digits(low) if same else f"{_digits(low)}{separator}{_digits(high)}"
+
+
+def _digits(number: object) -> str:
+    return repr(number).removesuffix(".0")
