@@ -8,10 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from bandpo.check import Float64Array
-from bandpo.error import InvalidValueError
-from bandpo.presets import PRESETS, preset
-from bandpo.region import Band, Region
+from bandpo.region import Region
 from bandpo.schedule import RegionSource
+from bandpo.spec import region_or_source_from_spec
 
 POINTS = 601
 """Old probabilities that a curve is made of, evenly spaced in their logarithm."""
@@ -46,24 +45,11 @@ def curve_of(region: Region, probability_range: tuple[float, float] = (1e-4, 1.0
     return Curve(p, lower, upper, p * (1.0 - lower), p * (upper - 1.0))
 
 
-def named_region(name: str) -> Region:
-    """Returns the region of a preset, or of a band written like ``kl@0.05``.
-
-    The region of a preset that changes with the batch is the one that it begins with.
+def named_region(spec: str) -> Region:
+    """Returns the region of a spec; of a preset that changes it, the region that it begins with.
 
     Raises:
-        InvalidValueError: If it is neither.
+        InvalidValueError: If the spec cannot be read; see `bandpo.spec`.
     """
-    if name in PRESETS:
-        region = preset(name).region
-        return region.region if isinstance(region, RegionSource) else region
-    divergence, separator, delta = name.rpartition("@")
-    if not separator:
-        raise InvalidValueError(
-            f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a band such as kl@0.05"
-        )
-    try:
-        radius = float(delta)
-    except ValueError:
-        raise InvalidValueError(f"delta must be a number, got {delta!r} in {name!r}") from None
-    return Band(divergence, radius)
+    found = region_or_source_from_spec(spec)
+    return found.region if isinstance(found, RegionSource) else found

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import bandpo
-from bandpo.cli import main
+from bandpo import Band, Divergence, region_from_spec
+from bandpo.cli import _parse, main
+from bandpo.presets import PRESETS
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, stdin: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "bandpo.cli", *arguments],
+        [sys.executable, "-m", "bandpo", *arguments],
         capture_output=True,
         text=True,
         check=False,
+        input=stdin,
+        env={**os.environ, **environment},
     )
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """The JSON that a command prints."""
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
 
 
 def test_bounds_prints_a_row_for_each_probability(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +56,100 @@ def test_bounds_as_json_reads_back_exactly(capsys: pytest.CaptureFixture[str]) -
     log_lower, log_upper = bandpo.Band("kl", (0.01, 0.2)).log_bounds(-1.0)
     assert content["bounds"][0]["log_lower"] == float(log_lower)
     assert content["bounds"][0]["log_upper"] == float(log_upper)
-    assert float(content["bounds"][1]["log_upper"]) == float("inf")
+    assert content["bounds"][1]["log_upper"] == "inf"
+
+
+@pytest.mark.parametrize(
+    "spec", ["kl@0.05", "dapo", "kl@0.01/0.1|clip@0.2", "(tv@0.1).cap(10)", "'-ln(u)'@0.1", "bapo"]
+)
+def test_bounds_takes_any_region_before_or_after_the_numbers(
+    spec: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [printed(capsys, "bounds", *words) for words in (["0.5", spec], [spec, "0.5"])]
+    assert found[0] == found[1]
+    region = region_from_spec("clip@0.4,0.2" if spec == "bapo" else spec)
+    lower, upper = region.bounds(math.log(0.5))
+    [row] = found[0]["bounds"]
+    assert (row["lower"], row["upper"]) == (lower, pytest.approx(float(upper), rel=1e-15))
+    assert found[0]["region"] == bandpo.region_from_spec(found[0]["spec"]).describe()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "region"),
+    [
+        (["--preset", "dppo-tv"], Band("tv", 0.15)),
+        (["--divergence", "tv"], Band("tv", 0.05)),
+        (["--delta", "0.2", "--delta-high", "0.3"], Band("kl", (0.2, 0.3))),
+        (["--expression", "-ln(u)"], Band(Divergence.from_expression("-ln(u)"), 0.05)),
+        (["--expression=-ln(u)"], Band(Divergence.from_expression("-ln(u)"), 0.05)),
+        (["--expression", "1/u - u"], Band(Divergence.from_expression("1/u - u"), 0.05)),
+        (["--expression", "-u+1/u"], Band(Divergence.from_expression("-u+1/u"), 0.05)),
+    ],
+)
+def test_a_region_can_be_given_by_options(
+    arguments: list[str], region: Band, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = printed(capsys, "bounds", "0.5", *arguments)
+    assert region_from_spec(content["spec"]) == region
+    assert content["divergence"] == region.divergence.spec
+    assert (content["delta_low"], content["delta_high"]) == (region.delta_low, region.delta_high)
+
+
+def test_numbers_may_follow_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    logp = [-1.0, -2.3, -3.0]
+    for arguments in (
+        ["bounds", "kl@0.05", "--logp", "-1", "-2.3", "-3"],
+        ["bounds", "-1", "--logp=-2.3", "-3", "kl@0.05"],
+    ):
+        assert [row["logp"] for row in printed(capsys, *arguments)["bounds"]] == logp
+
+
+def test_a_dash_reads_numbers_from_standard_input() -> None:
+    outcome = run("bounds", "0.5", "-", "kl@0.05", "--json", stdin="0.1 0.2\n\n0.3,1\n")
+    assert [row["p"] for row in json.loads(outcome.stdout)["bounds"]] == [0.5, 0.1, 0.2, 0.3, 1.0]
+    outcome = run("bounds", "-", stdin="0.1\nx\n")
+    assert outcome.returncode == 2
+    assert outcome.stderr == (
+        "bandpo: error: standard input must hold numbers, got 'x' in line 2\n"
+    )
+    assert "give at least one probability" in run("bounds", "-", stdin="").stderr
+
+
+@pytest.mark.parametrize("columns", [20, 40, 200])
+def test_no_number_is_cut_however_narrow_the_terminal(columns: int) -> None:
+    arguments = ("bounds", "0.001", "0.5", "kl@0.05")
+    narrow = run(*arguments, COLUMNS=str(columns), TERM="dumb", NO_COLOR="1")
+    piped = run(*arguments, COLUMNS="")
+    header, *rows = (line.split() for line in piped.stdout.splitlines())
+    lines = [line.split() for line in narrow.stdout.splitlines()]
+    if columns < 80:
+        blocks = [list(zip(header, row, strict=True)) for row in rows]
+        assert lines == [list(pair) for pair in blocks[0]] + [[]] + [
+            list(pair) for pair in blocks[1]
+        ]
+    else:
+        assert lines == [header, *rows]
+
+
+def test_presets_are_listed_with_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    text = capsys.readouterr().out
+    rules = printed(capsys, "presets")
+    assert [rule["name"] for rule in rules] == list(PRESETS)
+    for rule in rules:
+        preset = PRESETS[rule["name"]]
+        assert rule["source"] == preset.source
+        assert rule["name"] in text
+        if rule["region"] is not None:
+            assert region_from_spec(rule["region"]) == preset.region
+            assert rule["region"] in text
+    by_name = {rule["name"]: rule for rule in rules}
+    assert by_name["bapo"]["region"] is None
+    assert by_name["bandpo-kl"]["surrogate"] == {"name": "min-clip", "dual_clip": 10.0}
+    assert by_name["gspo"]["ratio_level"] == "sequence"
+    stacked = run("presets", COLUMNS="40").stdout
+    assert max(map(len, stacked.splitlines())) <= 40
+    assert "region     (pearson-chi2@0.05).cap(10)\n" in stacked
 
 
 def test_a_table_is_built_inspected_and_verified(
@@ -48,14 +157,17 @@ def test_a_table_is_built_inspected_and_verified(
 ) -> None:
     path = str(tmp_path / "tv.safetensors")
     assert main(["table", "build", "--divergence", "tv", "--delta", "0.1", "-o", path]) == 0
-    capsys.readouterr()
+    assert capsys.readouterr().out.splitlines()[0].split() == ["path", path]
     assert main(["table", "inspect", path, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert json.loads(content["region"]) == {"band": {"divergence": "tv", "delta": [0.1, 0.1]}}
+    assert content["region"] == {"band": {"divergence": "tv", "delta": [0.1, 0.1]}}
+    assert content["format_version"] == 1
+    assert content["path"] == path
     assert main(["table", "verify", path, "--samples", "20000", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["passed"] is True
-    assert float(content["max_error_log_upper"]) <= content["target"]
+    assert 0.0 <= content["max_error_log_upper"] <= content["target"]
+    assert 0.0 <= content["max_error_lower"] <= content["target"]
     assert bandpo.BandTable.load(path).region == bandpo.Band("tv", 0.1)
 
 
@@ -82,22 +194,6 @@ def test_plot_prints_the_numbers_it_draws(
     assert list(tmp_path.iterdir()) == [], "no picture was asked for"
 
 
-def test_doctor_reports_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
-    import numpy as np
-
-    torch = pytest.importorskip("torch")
-    assert main(["doctor", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["bandpo"] == bandpo.__version__
-    assert report["numpy"] == np.__version__
-    assert report["torch"] == torch.__version__
-    assert report["backend on a CPU"] == "native"
-    assert report["backend on a GPU"].startswith(("cuda", "torch (not cuda: "))
-    assert report["GPU"].startswith("usable") == torch.cuda.is_available()
-    if torch.version.cuda is None and torch.version.hip is None:
-        assert "built without CUDA" in report["GPU"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,12 +206,35 @@ def test_doctor_reports_what_is_there(capsys: pytest.CaptureFixture[str]) -> Non
         (["bounds", "0.5", "--expression", "u*ln(v)"], 'column 6: "v" is not known'),
         (["bounds", "0.5", "--expression", "u-1", "--divergence", "kl"], "not both"),
         (["plot", "ppo", "nobody"], "'nobody' is neither a preset (ppo, dapo, "),
+        (["bounds", "0.5", "--divergence", "chi2"], "did you mean 'pearson-chi2'?"),
+        (["bounds", "0.5", "--divergence", ""], 'divergence "" is not known'),
+        (["bounds", "0.5", "--expression", ""], "column 1: empty"),
+        (["bounds", "0.5", "--preset", ""], "preset must be one of ppo, "),
+        (["bounds", "0.5", "--preset", "dapoo"], "did you mean 'dapo'?"),
+        (["bounds", "0.5", ""], "column 1: empty; write a region"),
+        (["bounds", "0.5", "a-half"], "'a-half' is neither a preset (ppo, "),
+        (["bounds", "0.5", "kl@0.05", "dapo"], "give one region, got 'kl@0.05' and 'dapo'"),
+        (["bounds", "kl@0.05"], "give at least one probability"),
+        (["bounds", "0.5", "kl@0.05", "--delta", "1"], "give a region or --delta, not both"),
+        (["bounds", "0.5", "--preset", "ppo", "--delta-high", "1"], "--delta-high or --preset"),
+        (["table", "build", "bapo", "-o", "t"], "the region of bapo changes with the batch"),
+        (["plot", "DAPO"], "did you mean 'dapo'?"),
+        (["plot", ""], "column 1: empty; write a region"),
         (["plot", "kll@0.05"], 'divergence "kll" is not known'),
         (["plot", "kl@-1"], "delta must be finite and above 0, got -1.0"),
-        (["plot", "ppo", "-o", "no-such-folder/p.png"], "cannot write no-such-folder/p.png"),
         (["plot", "ppo", "-o", "p.txt"], "cannot write p.txt: use one of .png, .svg, .pdf"),
-        (["table", "inspect", "no-such-file"], "cannot read no-such-file"),
-        (["table", "build", "-o", "no-such-folder/t"], "cannot write no-such-folder/t"),
+        (
+            ["table", "inspect", "no-such-file"],
+            "cannot read no-such-file: ",
+        ),
+        (
+            ["table", "build", "-o", "no-such-folder/t"],
+            "cannot write no-such-folder/t: ",
+        ),
+        (
+            ["plot", "ppo", "-o", "no-such-folder/p.png"],
+            "cannot write no-such-folder/p.png: No such file or directory\n",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
@@ -138,10 +257,108 @@ def test_an_altered_table_is_refused(tmp_path: Path) -> None:
     assert "altered" in outcome.stderr
 
 
-def test_usage_errors_and_version() -> None:
-    assert run().returncode == 2
-    assert run("bounds", "a-half").returncode == 2
-    assert run("--version").stdout == f"bandpo {bandpo.__version__}\n"
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["bounds"], "the following arguments are required: P|REGION"),
+        (["bounds", "0.5", "--delta", "x"], "argument --delta: 'x' is not a number"),
+        (["bounds", "0.5", "--nothing"], "unrecognized arguments: --nothing"),
+        (["doctor", "0.5"], "unrecognized arguments: 0.5"),
+        (["plots"], "'plots' is none of help, bounds, .*; did you mean 'plot'\\?"),
+        (["table", "biuld"], "'biuld' is none of build, .*; did you mean 'build'\\?"),
+        (["help", "bound"], "'bound' is none of .*; did you mean 'bounds'\\?"),
+        (["plot", "-o", ""], "argument -o/--output: a path must not be empty"),
+        (["table", "build", "-o", ""], "argument -o/--output: a path must not be empty"),
+        (["table", "inspect", ""], "argument path: a path must not be empty"),
+        (["demo", "-o", ""], "argument -o/--output: a path must not be empty"),
+    ],
+)
+def test_usage_errors_exit_with_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_version_is_printed() -> None:
+    for option in ("-V", "--version"):
+        assert run(option).stdout == f"bandpo {bandpo.__version__}\n"
+
+
+COMMANDS = [
+    *[("bounds",), ("plot",), ("presets",), ("demo",), ("doctor",)],
+    *[("table", action) for action in ("build", "inspect", "verify")],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("columns", ["40", "100"])
+def test_the_help_of_a_command_has_examples_that_are_read(
+    command: tuple[str, ...],
+    columns: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    texts = []
+    for arguments in (["help", *command], [*command, "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    _, _, text = texts[0].partition("\n\n")  # argparse lets the first lines run on
+    before, _, after = text.partition("examples:\n")
+    assert max(map(len, before.splitlines())) <= int(columns)
+    examples = [line.partition(" | ")[2] or line for line in after.splitlines()]
+    assert len(examples) == 2
+    for example in examples:
+        program, *words = shlex.split(example)
+        assert program == "bandpo"
+        assert words[: len(command)] == list(command)
+        _parse(words)
+
+
+def test_help_lists_the_regions_and_divergences(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["help", "bounds"])
+    text = capsys.readouterr().out
+    for word in ("kl@0.05", "sides(a,b)", "hockey-stick", '"inf"'):
+        assert word in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_device_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        outcome = subprocess.run(
+            [sys.executable, "-m", "bandpo", "bounds", "0.5"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert outcome.returncode == 2
+    assert outcome.stderr == (
+        "bandpo: error: cannot write standard output: No space left on device\n"
+    )
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bandpo", "plot", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+    process.stderr.close()
 
 
 def test_a_table_above_the_target_warns_in_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""What doctor finds, with GPUs and drivers that are not there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import bandpo
+from bandpo import doctor
+from bandpo.cli import main
+from bandpo.error import MissingExtraError
+
+torch = pytest.importorskip("torch")
+
+Report = dict[str, object]
+
+
+@pytest.fixture
+def report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Report]:
+    """Returns what doctor prints for a number of GPUs, what torch says, and why no kernel runs."""
+    from bandpo.backends import select
+    from bandpo.backends.cuda import launch
+
+    def made(gpus: int, gpu: str, obstacle: ImportError | None = None, code: int = 0) -> Report:
+        monkeypatch.setattr(doctor, "_driver", lambda: (gpus, "13.0" if gpus else None))
+        monkeypatch.setattr(select, "gpu_report", lambda: gpu)
+        monkeypatch.setattr(launch, "obstacle", lambda: obstacle)
+        assert main(["doctor", "--json", "--check"]) == code
+        found: Report = json.loads(capsys.readouterr().out)
+        assert main(["doctor", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == found
+        return found
+
+    return made
+
+
+def test_this_machine_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bandpo"] == bandpo.__version__
+    assert found["numpy"] == np.__version__
+    assert found["torch"] == torch.__version__
+    assert found["backend_cpu"] == "native"
+    assert isinstance(found["threads"], int)
+    assert isinstance(found["gpus"], int)
+    assert (found["gpu"] is not None) == (
+        torch.cuda.is_available() or torch.backends.mps.is_available()
+    )
+    assert all(name == name.lower() and " " not in name for name in found)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["bandpo", bandpo.__version__]
+    assert any(line.startswith("GPU ") for line in lines)
+
+
+def test_without_a_gpu_nothing_is_recommended(
+    report: Callable[..., Report], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = report(0, "not usable: torch is built without CUDA", MissingExtraError("cupy", "x"))
+    assert (found["gpu"], found["backend_gpu"], found["problems"]) == (None, None, [])
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "none found" in text
+    assert "pip install" not in text
+
+
+def test_a_gpu_that_torch_cannot_use_is_a_problem(report: Callable[..., Report]) -> None:
+    found = report(2, "not usable: torch is built without CUDA", code=1)
+    assert found["problems"] == ["torch cannot use the GPU: torch is built without CUDA"]
+    assert (found["gpus"], found["cuda_driver"], found["backend_gpu"]) == (2, "13.0", None)
+
+
+def test_a_gpu_whose_kernels_cannot_run_is_a_problem(report: Callable[..., Report]) -> None:
+    found = report(1, "usable: H100", MissingExtraError("cupy", "cuda13"), code=1)
+    assert (found["gpu"], found["backend_gpu"]) == ("H100", "torch")
+    assert found["problems"] == [
+        "the kernels for the GPU cannot run: cupy is not installed; run: pip install '.[cuda13]' in"
+        " a checkout of bandpo, which is not on PyPI yet"
+    ]
+
+
+def test_a_gpu_that_works_takes_the_kernels(report: Callable[..., Report]) -> None:
+    found = report(1, "usable: H100")
+    assert (found["gpu"], found["backend_gpu"], found["problems"]) == ("H100", "cuda", [])
+
+
+def test_a_gpu_of_another_maker_takes_torch(report: Callable[..., Report]) -> None:
+    found = report(0, "usable: MPS")
+    assert (found["gpu"], found["backend_gpu"], found["problems"]) == ("MPS", "torch", [])
+
+
+def test_without_torch_the_loss_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in list(sys.modules):
+        if name.startswith(("bandpo.backends", "bandpo.tensors")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["doctor", "--check", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["backend_cpu"] is None
+    [problem] = found["problems"]
+    assert problem.startswith("the loss cannot run: torch is not installed")
