@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -554,9 +553,7 @@ def _rule(preset: Preset) -> dict[str, Any]:
     """A preset as JSON takes it; the spec of its region is None where that changes."""
     surrogate = resolve(preset.surrogate, preset.dual_clip)
     parameters = {
-        field.name: value
-        for field in fields(surrogate)
-        if (value := getattr(surrogate, field.name)) not in (None, False)
+        name: value for name, value in vars(surrogate).items() if value not in (None, False)
     }
     region = preset.region
     return {

@@ -99,8 +99,8 @@ def _backends(gpus: int) -> dict[str, Any]:
         problems = [f"torch cannot use the GPU: {detail}"] if gpus else []
         return {**found, "problems": problems}
     found["gpu"] = detail
-    reason = obstacle() if gpus else None
-    found["backend_gpu"] = "cuda" if gpus and reason is None else "torch"
-    if reason is not None:
-        found["problems"] = [f"the kernels for the GPU cannot run: {reason}"]
+    hindrance = obstacle() if gpus else None
+    found["backend_gpu"] = "cuda" if gpus and hindrance is None else "torch"
+    if hindrance is not None:
+        found["problems"] = [f"the kernels for the GPU cannot run: {hindrance}"]
     return found
