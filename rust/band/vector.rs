@@ -9,7 +9,8 @@
 
 use crate::band::{BENIGN_CONDITION, FAR_REST, FAR_TAIL, MARGIN, MOST_LOG_LOSS, Side};
 use crate::divergence::Generator;
-use crate::simd::doubles::{Doubles, MOST_DOUBLES, Truth, Vector, Work, widest};
+use crate::simd::doubles::{Doubles, MOST_DOUBLES, Truth, Vector, Work};
+use crate::simd::widest;
 
 /// Most evaluations of `D`; what has not converged then is left to the scalar solver.
 const MOST_STEPS: u32 = 6;

@@ -17,7 +17,8 @@ use crate::image::Image;
 use crate::loss::surrogate::{
     Applied, GradientPreserving, Mask, MinClip, Rule, Surrogate, Vector, Weight,
 };
-use crate::simd::lanes::{Lanes, MOST_LANES, Number, Work};
+use crate::simd::Number;
+use crate::simd::lanes::{Lanes, MOST_LANES, Work};
 use crate::threads::map_parts;
 
 pub use crate::LOG_RATIO_LIMIT;

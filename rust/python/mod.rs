@@ -50,6 +50,12 @@ mod _core {
     #[pymodule_export]
     use super::threads::thread_count;
 
+    /// Refuses a `BANDPO_SIMD` that names no instructions.
+    #[pymodule_init]
+    fn init(_module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        Ok(crate::simd::check()?)
+    }
+
     #[pymodule_export]
     use super::spec::parse_spec;
 

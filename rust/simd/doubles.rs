@@ -3,7 +3,7 @@
 //!
 //! [`Doubles`] is the register, [`Vector`] a number of it that formulas are written with. Multiplication and
 //! addition may be fused, and every kind of vector does so at the same places; so all kinds give the same
-//! bits. Where a processor cannot fuse them ([`widest`] then does nothing), the scalar solver does all.
+//! bits.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
@@ -64,27 +64,6 @@ pub trait Doubles: Copy {
 /// Work to be done with whatever vectors of doubles the processor has.
 pub trait Work {
     fn run<L: Doubles>(self, lanes: L);
-}
-
-/// Does the work with the widest vectors that this processor has, and returns whether it has any that fuse
-/// multiplication and addition. Without them the work is not done.
-pub fn widest<W: Work>(work: W) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if let Some(lanes) = crate::simd::avx512::Avx512::new() {
-            lanes.run_doubles(work);
-            return true;
-        }
-        if let Some(lanes) = crate::simd::avx2::Avx2Fused::new() {
-            lanes.run_doubles(work);
-            return true;
-        }
-    }
-    if cfg!(target_arch = "aarch64") {
-        work.run(Twice(PortableDoubles));
-        return true;
-    }
-    false
 }
 
 /// A vector as a number.

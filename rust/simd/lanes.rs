@@ -87,51 +87,10 @@ pub trait Lanes: Copy {
     -> Self::Float;
 }
 
-/// A number that vectors are made of.
-pub trait Number: Copy {
-    const ZERO: Self;
-    /// Does the work with the widest vectors that this processor has.
-    fn run<W: Work<Self>>(work: W) -> W::Output;
-    fn to_f64(self) -> f64;
-}
-
 /// Work to be done with whatever vectors the processor has.
 pub trait Work<T> {
     type Output;
     fn run<L: Lanes<Scalar = T>>(self, lanes: L) -> Self::Output;
-}
-
-impl Number for f32 {
-    const ZERO: Self = 0.0;
-
-    fn run<W: Work<Self>>(work: W) -> W::Output {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
-                return lanes.run(work);
-            }
-            if let Some(lanes) = crate::simd::avx2::Avx2::new() {
-                return lanes.run(work);
-            }
-        }
-        work.run(Portable)
-    }
-
-    fn to_f64(self) -> f64 {
-        f64::from(self)
-    }
-}
-
-impl Number for f64 {
-    const ZERO: Self = 0.0;
-
-    fn run<W: Work<Self>>(work: W) -> W::Output {
-        work.run(Double)
-    }
-
-    fn to_f64(self) -> f64 {
-        self
-    }
 }
 
 /// Vectors of f32 that can be taken for their bits.

@@ -1,4 +1,11 @@
-//! Vector registers: [`lanes`] for the loss, [`doubles`] for the solver, and the instruction sets of both.
+//! Vector registers, and which instructions run.
+//!
+//! The loss is written over the registers of [`lanes`], the solver over those of [`doubles`]. Each is compiled
+//! for every set of instructions; the widest one that the processor has runs.
+//!
+//! The environment variable `BANDPO_SIMD` sets the widest set that may run: `portable`, `avx2` or `avx512`. It
+//! is read once. `portable` also keeps the solver off vectors on `x86_64`, since doubles there have none that
+//! fuse multiplication and addition.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
@@ -6,3 +13,143 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod doubles;
 pub(crate) mod lanes;
+
+use std::env;
+use std::sync::LazyLock;
+
+use crate::error::{Error, Result};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::avx2::{Avx2, Avx2Fused};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::avx512::Avx512;
+use crate::simd::lanes::{Double, Portable};
+
+/// Environment variable that holds a [`Level`].
+const SWITCH: &str = "BANDPO_SIMD";
+
+/// Widest instructions that may run.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Level {
+    Portable,
+    Avx2,
+    Avx512,
+}
+
+impl Level {
+    fn from_environment() -> Result<Self> {
+        let Some(value) = env::var_os(SWITCH) else { return Ok(Self::Avx512) };
+        match value.to_str() {
+            Some("portable") => Ok(Self::Portable),
+            Some("avx2") => Ok(Self::Avx2),
+            Some("avx512") => Ok(Self::Avx512),
+            _ => Err(Error::Argument {
+                argument: SWITCH,
+                value: format!("{:?}", value.to_string_lossy()),
+                allowed: "portable, avx2 or avx512",
+            }),
+        }
+    }
+}
+
+/// Registers that the processor has and [`SWITCH`] allows.
+struct Available {
+    #[cfg(target_arch = "x86_64")]
+    avx512: Option<Avx512>,
+    #[cfg(target_arch = "x86_64")]
+    avx2: Option<Avx2>,
+    #[cfg(target_arch = "x86_64")]
+    avx2_fused: Option<Avx2Fused>,
+}
+
+impl Available {
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
+    fn up_to(level: Level) -> Self {
+        Self {
+            #[cfg(target_arch = "x86_64")]
+            avx512: Avx512::new().filter(|_| level >= Level::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            avx2: Avx2::new().filter(|_| level >= Level::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            avx2_fused: Avx2Fused::new().filter(|_| level >= Level::Avx2),
+        }
+    }
+}
+
+static AVAILABLE: LazyLock<Result<Available>> =
+    LazyLock::new(|| Level::from_environment().map(Available::up_to));
+
+/// Refuses a `BANDPO_SIMD` that names no instructions. The extension checks when it is imported; everything
+/// below panics without that.
+#[cfg(feature = "python")]
+pub(crate) fn check() -> Result<()> {
+    AVAILABLE.as_ref().map(|_| ()).map_err(Clone::clone)
+}
+
+#[cfg(target_arch = "x86_64")]
+fn available() -> &'static Available {
+    AVAILABLE.as_ref().unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A number that vectors are made of.
+pub trait Number: Copy {
+    const ZERO: Self;
+    /// Does the work with the widest vectors that may run.
+    fn run<W: lanes::Work<Self>>(work: W) -> W::Output;
+    fn to_f64(self) -> f64;
+}
+
+impl Number for f32 {
+    const ZERO: Self = 0.0;
+
+    fn run<W: lanes::Work<Self>>(work: W) -> W::Output {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let available = available();
+            if let Some(lanes) = available.avx512 {
+                return lanes.run(work);
+            }
+            if let Some(lanes) = available.avx2 {
+                return lanes.run(work);
+            }
+        }
+        work.run(Portable)
+    }
+
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+impl Number for f64 {
+    const ZERO: Self = 0.0;
+
+    fn run<W: lanes::Work<Self>>(work: W) -> W::Output {
+        work.run(Double)
+    }
+
+    fn to_f64(self) -> f64 {
+        self
+    }
+}
+
+/// Does the work with the widest vectors of doubles that may run, and returns whether there are any that fuse
+/// multiplication and addition. Without them the work is not done.
+pub(crate) fn widest<W: doubles::Work>(work: W) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let available = available();
+        if let Some(lanes) = available.avx512 {
+            lanes.run_doubles(work);
+            return true;
+        }
+        if let Some(lanes) = available.avx2_fused {
+            lanes.run_doubles(work);
+            return true;
+        }
+    }
+    if cfg!(target_arch = "aarch64") {
+        work.run(doubles::Twice(doubles::PortableDoubles));
+        return true;
+    }
+    false
+}
