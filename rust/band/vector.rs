@@ -649,7 +649,7 @@ impl Law for ChiSquare {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::doubles::PortableDoubles;
+    use crate::simd::portable::PortableDoubles;
 
     type Bounds = (Vec<u64>, Vec<u64>, Vec<(usize, Side)>);
 

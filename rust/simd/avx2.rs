@@ -7,7 +7,10 @@ use std::arch::x86_64::*;
 
 use crate::image::Image;
 use crate::simd::doubles::{self, Doubles};
-use crate::simd::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up, reach};
+use crate::simd::interleaved::Twice;
+use crate::simd::lanes::{FloatBits, Lanes, Work};
+use crate::simd::lookup::{look_up, reach};
+use crate::simd::math::{Exponentials, exponentials};
 
 /// Exists only where the processor has the instructions.
 #[derive(Clone, Copy)]
@@ -45,7 +48,7 @@ impl Avx2Fused {
     pub fn run_doubles<W: doubles::Work>(self, work: W) {
         #[target_feature(enable = "avx2,fma,popcnt")]
         fn compiled<W: doubles::Work>(lanes: Avx2Fused, work: W) {
-            work.run(doubles::Twice(doubles::Twice(lanes)));
+            work.run(Twice(Twice(lanes)));
         }
         // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX2
         // count bits.

@@ -7,7 +7,10 @@ use std::arch::x86_64::*;
 
 use crate::image::Image;
 use crate::simd::doubles::{self, Doubles};
-use crate::simd::lanes::{Exponentials, FloatBits, Lanes, Work, exponentials, look_up, reach};
+use crate::simd::interleaved::Twice;
+use crate::simd::lanes::{FloatBits, Lanes, Work};
+use crate::simd::lookup::{look_up, reach};
+use crate::simd::math::{Exponentials, exponentials};
 
 /// Exists only where the processor has the instructions.
 #[derive(Clone, Copy)]
@@ -38,7 +41,7 @@ impl Avx512 {
     pub fn run_doubles<W: doubles::Work>(self, work: W) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
         fn compiled<W: doubles::Work>(lanes: Avx512, work: W) {
-            work.run(doubles::Twice(doubles::Twice(lanes)));
+            work.run(Twice(Twice(lanes)));
         }
         // SAFETY: as above.
         unsafe { compiled(self, work) }

@@ -12,7 +12,13 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 pub(crate) mod doubles;
+mod interleaved;
 pub(crate) mod lanes;
+mod lookup;
+pub(crate) mod math;
+pub(crate) mod portable;
+#[cfg(test)]
+mod tests;
 
 use std::env;
 use std::sync::LazyLock;
@@ -22,7 +28,8 @@ use crate::error::{Error, Result};
 use crate::simd::avx2::{Avx2, Avx2Fused};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::avx512::Avx512;
-use crate::simd::lanes::{Double, Portable};
+use crate::simd::interleaved::Twice;
+use crate::simd::portable::{Double, Portable, PortableDoubles};
 
 /// Environment variable that holds a [`Level`].
 const SWITCH: &str = "BANDPO_SIMD";
@@ -148,7 +155,7 @@ pub(crate) fn widest<W: doubles::Work>(work: W) -> bool {
         }
     }
     if cfg!(target_arch = "aarch64") {
-        work.run(doubles::Twice(doubles::PortableDoubles));
+        work.run(Twice(PortableDoubles));
         return true;
     }
     false

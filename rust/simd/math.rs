@@ -1,0 +1,202 @@
+//! Elementary functions on vectors: of float32 for the loss, of float64 for the solver.
+
+// A function of vectors has to become part of one that is compiled for their instructions.
+#![allow(clippy::inline_always)]
+
+use crate::simd::doubles::{Doubles, Vector};
+use crate::simd::lanes::FloatBits;
+
+/// `e^x`, and `e^x - 1 - x` without cancellation.
+#[derive(Clone, Copy)]
+pub struct Exponentials<F> {
+    pub exp: F,
+    pub excess: F,
+}
+
+/// `1.5 * 2^23`: added to a float and taken away again, it rounds it to a whole number, which the low
+/// bits hold in between.
+const ROUNDING_F32: f64 = 12_582_912.0;
+
+/// `ln 2` in two parts, the first so short that its product with a small whole number is exact.
+const LN_2_F32: [f64; 2] = [0.693_359_375, -2.121_944_400_546_905_8e-4];
+
+/// `(e^t - 1 - t)/t^2` for `t` up to `ln(2)/2` on either side, within 1.4e-9 (a Chebyshev fit).
+const EXCESS: [f64; 6] = [
+    0.000_198_910_740_436_987_4,
+    0.001_393_372_542_224_824_4,
+    0.008_333_310_484_886_17,
+    0.041_666_463_017_463_684,
+    0.166_666_671_633_720_4,
+    0.5,
+];
+
+/// [`Lanes::exponentials`] in float32: `e^x` within 1.2 ulp, the excess within 1e-6 of itself.
+#[inline(always)]
+pub fn exponentials<L: FloatBits>(lanes: L, x: L::Float) -> Exponentials<L::Float> {
+    let rounding = lanes.splat(ROUNDING_F32);
+    // x = k ln 2 + t
+    let shifted = lanes.add(lanes.mul(x, lanes.splat(std::f64::consts::LOG2_E)), rounding);
+    let k = lanes.sub(shifted, rounding);
+    let (high, low) =
+        (lanes.mul(k, lanes.splat(LN_2_F32[0])), lanes.mul(k, lanes.splat(LN_2_F32[1])));
+    let t = lanes.sub(lanes.sub(x, high), low);
+    let mut series = lanes.splat(EXCESS[0]);
+    for coefficient in &EXCESS[1..] {
+        series = lanes.add(lanes.mul(series, t), lanes.splat(*coefficient));
+    }
+    let excess = lanes.mul(lanes.mul(t, t), series);
+    let minus_one = lanes.add(excess, t);
+    // 2^k, from the bits of k: those above the exponent's are shifted out.
+    let exponent = lanes.add_words(lanes.as_words(shifted), lanes.words(127));
+    let scale = lanes.as_floats(lanes.shift_left(exponent, lanes.words(23)));
+    let scaled = lanes.mul(scale, minus_one);
+    let far = lanes.sub(lanes.add(scaled, lanes.sub(scale, lanes.splat(1.0))), x);
+    let near = lanes.less(lanes.abs(k), lanes.splat(0.5));
+    Exponentials { exp: lanes.add(scaled, scale), excess: lanes.select(near, excess, far) }
+}
+
+/// Of a number t.
+#[derive(Clone, Copy)]
+pub struct Exponential<L: Doubles> {
+    /// `e^t`
+    pub u: Vector<L>,
+    /// `e^t - 1`
+    pub excess: Vector<L>,
+    /// `e^t - 1 - t`, which does not cancel around 0.
+    pub gap: Vector<L>,
+}
+
+/// Of a number x.
+#[derive(Clone, Copy)]
+pub struct Logarithm<L: Doubles> {
+    /// `ln(1 + x)`
+    pub log: Vector<L>,
+    /// `x - ln(1 + x)`, which does not cancel around 0.
+    pub gap: Vector<L>,
+}
+
+impl<L: Doubles> Vector<L> {
+    /// For a number within plus and minus 708: see [`Exponential`].
+    #[inline(always)]
+    pub fn exponential(self) -> Exponential<L> {
+        let lanes = self.lanes;
+        let one = self.constant(1.0);
+        // self = k ln 2 + r; k = 0 up to 0.7, so that the gap comes from its series there.
+        let shifted =
+            self.mul_add(self.constant(std::f64::consts::LOG2_E), self.constant(ROUNDING_F64));
+        let near = self.abs().less(self.constant(NEAR_ZERO));
+        let shifted = near.select(self.constant(ROUNDING_F64), shifted);
+        let k = shifted - self.constant(ROUNDING_F64);
+        let r = k.mul_add(self.constant(-LN_2_F64[0]), self);
+        let r = k.mul_add(self.constant(-LN_2_F64[1]), r);
+        let gap = r * r * r.polynomial(&EXP_GAP);
+        let excess = r + gap;
+        // 2^k, from the low bits of k: those above the exponent's are shifted out.
+        let exponent = lanes.add_words(lanes.as_words(shifted.values), lanes.words(1023));
+        let scale = self.with(lanes.as_floats(lanes.exponent_up(exponent)));
+        let scaled = scale.mul_add(excess, scale - one);
+        Exponential {
+            u: scale.mul_add(excess, scale),
+            excess: near.select(excess, scaled),
+            gap: near.select(gap, scaled - self),
+        }
+    }
+
+    /// Of `1 + self`, for a number above -1: see [`Logarithm`].
+    #[inline(always)]
+    pub fn log_1p(self) -> Logarithm<L> {
+        let one = self.constant(1.0);
+        let u = self + one;
+        // What rounding u lost.
+        let from_self = u - one;
+        let lost = (self - from_self) + (one - (u - from_self));
+        self.log_of(u, lost)
+    }
+
+    /// Of this positive normal number.
+    #[inline(always)]
+    pub fn ln(self) -> Self {
+        (self - self.constant(1.0)).log_of(self, self.constant(0.0)).log
+    }
+
+    /// Of `u + lost`, which is 1 more than this number; `lost` is less than an ulp of `u`.
+    #[inline(always)]
+    fn log_of(self, u: Self, lost: Self) -> Logarithm<L> {
+        let lanes = self.lanes;
+        // u = 2^k (1 + d); k = 0 around 1, where the gap would cancel.
+        let shifted = lanes.add_words(lanes.as_words(u.values), lanes.words(ONE - ROOT_HALF));
+        let biased = lanes.exponent_down(shifted);
+        let mantissa = lanes.add_words(
+            lanes.and_words(shifted, lanes.words((1 << 52) - 1)),
+            lanes.words(ROOT_HALF),
+        );
+        let k = self.with(lanes.as_floats(lanes.add_words(biased, lanes.words(TWO_52))))
+            - self.constant(f64::from_bits(TWO_52) + 1023.0);
+        let unscale = self
+            .with(lanes.as_floats(lanes.exponent_up(lanes.sub_words(lanes.words(2046), biased))));
+        let d = lost.mul_add(unscale, self.with(lanes.as_floats(mantissa)) - self.constant(1.0));
+        let near = self.constant(NEAR_ONE[0]).less(u) & u.less(self.constant(NEAR_ONE[1]));
+        let d = near.select(self, d);
+        let k = near.select(self.constant(0.0), k);
+        // ln(1 + d) = 2 atanh s = d - s (d - R)
+        let s = d / (d + self.constant(2.0));
+        let square = s * s;
+        let gap = s * (d - square * square.polynomial(&LOG_TAIL));
+        let fraction = d - k.mul_add(self.constant(-LN_2_F64[1]), gap);
+        let log = k.mul_add(self.constant(LN_2_F64[0]), fraction);
+        Logarithm { log, gap: near.select(gap, self - log) }
+    }
+}
+
+/// `1.5 * 2^52`: added to a double and taken away again, it rounds it to a whole number, which the low bits
+/// hold in between.
+const ROUNDING_F64: f64 = 6_755_399_441_055_744.0;
+
+/// `2^52`, whose low bits are those of a whole number added to it.
+const TWO_52: u64 = 1075 << 52;
+
+/// The bits of 1.
+const ONE: u64 = 1023 << 52;
+
+/// The bits of the square root of 1/2, from which on a mantissa is taken.
+const ROOT_HALF: u64 = 0x3fe6_a09e_667f_3bcd;
+
+/// `ln 2` and what a double lacks of it.
+const LN_2_F64: [f64; 2] = [std::f64::consts::LN_2, 2.319_046_813_846_299_6e-17];
+
+/// Up to here an exponential is not reduced.
+const NEAR_ZERO: f64 = 0.7;
+
+/// Between these a logarithm is not reduced.
+const NEAR_ONE: [f64; 2] = [0.6, 1.6];
+
+/// `(e^r - 1 - r)/r^2` up to 0.7 on either side, within 1e-17 (a Chebyshev fit).
+const EXP_GAP: [f64; 13] = [
+    1.1547103037097898e-11,
+    1.6181264692868738e-10,
+    2.087628881183229e-09,
+    2.505135890630596e-08,
+    2.7557320601102605e-07,
+    2.7557321428677544e-06,
+    2.4801587299618648e-05,
+    0.00019841269838118025,
+    0.0013888888888890095,
+    0.008333333333335264,
+    0.041666666666666664,
+    0.16666666666666663,
+    0.5,
+];
+
+/// `(2 atanh(s)/s - 2)/z` for `z = s^2` up to 1/16, within 6e-17 (a Chebyshev fit).
+const LOG_TAIL: [f64; 10] = [
+    0.12759672564548277,
+    0.10071836415430044,
+    0.11799077862303027,
+    0.13331779728642187,
+    0.15384658601910198,
+    0.18181817452386903,
+    0.22222222229277946,
+    0.2857142857139397,
+    0.40000000000000063,
+    0.6666666666666666,
+];

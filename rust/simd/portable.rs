@@ -1,0 +1,440 @@
+//! Vectors without instructions of their own.
+
+// A function of vectors has to become part of one that is compiled for their instructions.
+#![allow(clippy::inline_always)]
+
+use crate::image::Image;
+use crate::simd::doubles::Doubles;
+use crate::simd::lanes::{FloatBits, Lanes};
+use crate::simd::lookup::{look_up, reach};
+use crate::simd::math::{Exponentials, exponentials};
+
+#[inline(always)]
+fn each<const N: usize, A: Copy, T>(a: [A; N], operation: impl Fn(A) -> T) -> [T; N] {
+    a.map(operation)
+}
+
+#[inline(always)]
+fn pairwise<const N: usize, A: Copy, B: Copy, T>(
+    a: [A; N],
+    b: [B; N],
+    operation: impl Fn(A, B) -> T,
+) -> [T; N] {
+    std::array::from_fn(|lane| operation(a[lane], b[lane]))
+}
+
+/// Eight numbers at a time in whatever instructions the compiler finds for arrays.
+#[derive(Clone, Copy)]
+pub struct Portable;
+
+/// Lanes of [`Portable`].
+const EIGHT: usize = 8;
+
+/// All bits of a lane, or none.
+#[inline(always)]
+fn all_bits(truth: bool) -> u32 {
+    if truth { u32::MAX } else { 0 }
+}
+
+impl Lanes for Portable {
+    type Scalar = f32;
+    type Float = [f32; EIGHT];
+    type Mask = [u32; EIGHT];
+    const COUNT: usize = EIGHT;
+
+    #[inline(always)]
+    fn splat(self, value: f64) -> Self::Float {
+        [value as f32; EIGHT]
+    }
+    #[inline(always)]
+    fn load(self, from: &[f32]) -> Self::Float {
+        std::array::from_fn(|lane| from[lane])
+    }
+    #[inline(always)]
+    fn store(self, values: Self::Float, to: &mut [f32]) {
+        to[..EIGHT].copy_from_slice(&values);
+    }
+    #[inline(always)]
+    fn load_mask(self, from: &[u8]) -> Self::Mask {
+        std::array::from_fn(|lane| all_bits(from[lane] != 0))
+    }
+    #[inline(always)]
+    fn add(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        pairwise(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        pairwise(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        pairwise(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::Float) -> Self::Float {
+        each(a, f32::abs)
+    }
+    #[inline(always)]
+    fn lesser(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        pairwise(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn greater(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        pairwise(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn at_most(self, limit: f64, a: Self::Float) -> Self::Float {
+        each(a, |a| if a > limit as f32 { limit as f32 } else { a })
+    }
+    #[inline(always)]
+    fn at_least(self, limit: f64, a: Self::Float) -> Self::Float {
+        each(a, |a| if a < limit as f32 { limit as f32 } else { a })
+    }
+    #[inline(always)]
+    fn less(self, a: Self::Float, b: Self::Float) -> Self::Mask {
+        pairwise(a, b, |a, b| all_bits(a < b))
+    }
+    #[inline(always)]
+    fn less_or_equal(self, a: Self::Float, b: Self::Float) -> Self::Mask {
+        pairwise(a, b, |a, b| all_bits(a <= b))
+    }
+    #[inline(always)]
+    fn is_nan(self, a: Self::Float) -> Self::Mask {
+        each(a, |a| all_bits(a.is_nan()))
+    }
+    #[inline(always)]
+    fn and(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
+        pairwise(a, b, |a, b| a & b)
+    }
+    #[inline(always)]
+    fn or(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
+        pairwise(a, b, |a, b| a | b)
+    }
+    #[inline(always)]
+    fn and_not(self, a: Self::Mask, b: Self::Mask) -> Self::Mask {
+        pairwise(a, b, |a, b| a & !b)
+    }
+    #[inline(always)]
+    fn select(self, mask: Self::Mask, a: Self::Float, b: Self::Float) -> Self::Float {
+        self.as_floats(self.select_words(mask, self.as_words(a), self.as_words(b)))
+    }
+    #[inline(always)]
+    fn bits(self, mask: Self::Mask) -> u32 {
+        (0..EIGHT).fold(0, |bits, lane| bits | (mask[lane] & 1) << lane)
+    }
+    #[inline(always)]
+    fn mask_of(self, bits: u32) -> Self::Mask {
+        std::array::from_fn(|lane| all_bits(bits >> lane & 1 != 0))
+    }
+    #[inline(always)]
+    fn compress(self, mask: Self::Mask, a: Self::Float, to: &mut [f32]) {
+        let mut place = 0;
+        for lane in 0..EIGHT {
+            to[place] = a[lane];
+            place += (mask[lane] & 1) as usize;
+        }
+    }
+    #[inline(always)]
+    fn expand(self, mask: Self::Mask, from: &[f32]) -> Self::Float {
+        let mut place = 0;
+        std::array::from_fn(|lane| {
+            let here = mask[lane] != 0;
+            place += usize::from(here);
+            if here { from[place - 1] } else { 0.0 }
+        })
+    }
+    #[inline(always)]
+    fn exponentials(self, x: Self::Float) -> Exponentials<Self::Float> {
+        exponentials(self, x)
+    }
+    #[inline(always)]
+    fn reach(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask) -> Self::Float {
+        reach(self, image, old_log_prob, lower)
+    }
+    #[inline(always)]
+    fn look_up(
+        self,
+        image: Image<'_>,
+        old_log_prob: Self::Float,
+        lower: Self::Mask,
+    ) -> Self::Float {
+        look_up(self, image, old_log_prob, lower)
+    }
+}
+
+impl FloatBits for Portable {
+    type Words = [u32; EIGHT];
+
+    #[inline(always)]
+    fn words(self, value: u32) -> Self::Words {
+        [value; EIGHT]
+    }
+    #[inline(always)]
+    fn as_words(self, a: Self::Float) -> Self::Words {
+        each(a, f32::to_bits)
+    }
+    #[inline(always)]
+    fn as_floats(self, a: Self::Words) -> Self::Float {
+        each(a, f32::from_bits)
+    }
+    #[inline(always)]
+    fn add_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, u32::wrapping_add)
+    }
+    #[inline(always)]
+    fn sub_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, u32::wrapping_sub)
+    }
+    #[inline(always)]
+    fn and_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, |a, b| a & b)
+    }
+    #[inline(always)]
+    fn or_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, |a, b| a | b)
+    }
+    #[inline(always)]
+    fn shift_left(self, a: Self::Words, by: Self::Words) -> Self::Words {
+        pairwise(a, by, |a, by| a << (by & 31))
+    }
+    #[inline(always)]
+    fn shift_right(self, a: Self::Words, by: Self::Words) -> Self::Words {
+        pairwise(a, by, |a, by| a >> (by & 31))
+    }
+    #[inline(always)]
+    fn least(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, u32::min)
+    }
+    #[inline(always)]
+    fn greatest(self, a: Self::Words, b: Self::Words) -> Self::Words {
+        pairwise(a, b, u32::max)
+    }
+    #[inline(always)]
+    fn select_words(self, mask: Self::Mask, a: Self::Words, b: Self::Words) -> Self::Words {
+        std::array::from_fn(|lane| mask[lane] & a[lane] | !mask[lane] & b[lane])
+    }
+    #[inline(always)]
+    fn of_row(self, row: &[u32; 16], index: Self::Words, _: Self::Mask) -> Self::Words {
+        each(index, |index| row[index as usize & 15])
+    }
+    #[inline(always)]
+    unsafe fn gather(self, words: &[u32], index: Self::Words) -> Self::Words {
+        // SAFETY: the caller says that they lie inside.
+        each(index, |index| unsafe { *words.get_unchecked(index as usize) })
+    }
+    #[inline(always)]
+    unsafe fn gather_four(self, words: &[u32], index: Self::Words) -> [Self::Float; 4] {
+        // SAFETY: the caller says that they lie inside.
+        [0, 1, 2, 3].map(|offset| {
+            each(index, |index| unsafe {
+                f32::from_bits(*words.get_unchecked(index as usize + offset))
+            })
+        })
+    }
+}
+
+/// One f64 at a time.
+#[derive(Clone, Copy)]
+pub struct Double;
+
+impl Lanes for Double {
+    type Scalar = f64;
+    type Float = f64;
+    type Mask = bool;
+    const COUNT: usize = 1;
+
+    fn splat(self, value: f64) -> f64 {
+        value
+    }
+    fn load(self, from: &[f64]) -> f64 {
+        from[0]
+    }
+    fn store(self, value: f64, to: &mut [f64]) {
+        to[0] = value;
+    }
+    fn load_mask(self, from: &[u8]) -> bool {
+        from[0] != 0
+    }
+    fn add(self, a: f64, b: f64) -> f64 {
+        a + b
+    }
+    fn sub(self, a: f64, b: f64) -> f64 {
+        a - b
+    }
+    fn mul(self, a: f64, b: f64) -> f64 {
+        a * b
+    }
+    fn abs(self, a: f64) -> f64 {
+        a.abs()
+    }
+    fn lesser(self, a: f64, b: f64) -> f64 {
+        if a < b { a } else { b }
+    }
+    fn greater(self, a: f64, b: f64) -> f64 {
+        if a > b { a } else { b }
+    }
+    fn at_most(self, limit: f64, a: f64) -> f64 {
+        if a > limit { limit } else { a }
+    }
+    fn at_least(self, limit: f64, a: f64) -> f64 {
+        if a < limit { limit } else { a }
+    }
+    fn less(self, a: f64, b: f64) -> bool {
+        a < b
+    }
+    fn less_or_equal(self, a: f64, b: f64) -> bool {
+        a <= b
+    }
+    fn is_nan(self, a: f64) -> bool {
+        a.is_nan()
+    }
+    fn and(self, a: bool, b: bool) -> bool {
+        a && b
+    }
+    fn or(self, a: bool, b: bool) -> bool {
+        a || b
+    }
+    fn and_not(self, a: bool, b: bool) -> bool {
+        a && !b
+    }
+    fn select(self, mask: bool, a: f64, b: f64) -> f64 {
+        if mask { a } else { b }
+    }
+    fn bits(self, mask: bool) -> u32 {
+        u32::from(mask)
+    }
+    fn mask_of(self, bits: u32) -> bool {
+        bits != 0
+    }
+    fn compress(self, _: bool, a: f64, to: &mut [f64]) {
+        to[0] = a;
+    }
+    fn expand(self, mask: bool, from: &[f64]) -> f64 {
+        if mask { from[0] } else { 0.0 }
+    }
+    fn exponentials(self, x: f64) -> Exponentials<f64> {
+        // By its series where the difference has lost digits; the next term is 3e-15 of it.
+        let excess = if x.abs() < 1e-3 {
+            x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0))))
+        } else {
+            x.exp_m1() - x
+        };
+        Exponentials { exp: x.exp(), excess }
+    }
+    fn reach(self, _: Image<'_>, _: f64, _: bool) -> f64 {
+        0.0 // it is in float32
+    }
+    fn look_up(self, image: Image<'_>, old_log_prob: f64, lower: bool) -> f64 {
+        let y = Image::y(old_log_prob as f32);
+        if lower {
+            return f64::from(image.lower(y));
+        }
+        let tabulated = image.log_upper(y);
+        // Where everything is allowed, y in f32 could fall short of a new probability of 1.
+        if tabulated >= y && old_log_prob <= 0.0 { -old_log_prob } else { f64::from(tabulated) }
+    }
+}
+
+/// Four numbers at a time in whatever instructions the compiler finds for arrays.
+#[derive(Clone, Copy)]
+pub struct PortableDoubles;
+
+impl Doubles for PortableDoubles {
+    type Float = [f64; 4];
+    type Mask = [bool; 4];
+    type Words = [u64; 4];
+    const COUNT: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, value: f64) -> [f64; 4] {
+        [value; 4]
+    }
+    #[inline(always)]
+    fn load(self, from: &[f64]) -> [f64; 4] {
+        std::array::from_fn(|lane| from[lane])
+    }
+    #[inline(always)]
+    fn store(self, values: [f64; 4], to: &mut [f64]) {
+        to[..4].copy_from_slice(&values);
+    }
+    #[inline(always)]
+    fn add(self, a: [f64; 4], b: [f64; 4]) -> [f64; 4] {
+        pairwise(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: [f64; 4], b: [f64; 4]) -> [f64; 4] {
+        pairwise(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: [f64; 4], b: [f64; 4]) -> [f64; 4] {
+        pairwise(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, a: [f64; 4], b: [f64; 4]) -> [f64; 4] {
+        pairwise(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn sqrt(self, a: [f64; 4]) -> [f64; 4] {
+        each(a, f64::sqrt)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: [f64; 4], b: [f64; 4], c: [f64; 4]) -> [f64; 4] {
+        std::array::from_fn(|lane| a[lane].mul_add(b[lane], c[lane]))
+    }
+    #[inline(always)]
+    fn less(self, a: [f64; 4], b: [f64; 4]) -> [bool; 4] {
+        pairwise(a, b, |a, b| a < b)
+    }
+    #[inline(always)]
+    fn and(self, a: [bool; 4], b: [bool; 4]) -> [bool; 4] {
+        pairwise(a, b, |a, b| a & b)
+    }
+    #[inline(always)]
+    fn or(self, a: [bool; 4], b: [bool; 4]) -> [bool; 4] {
+        pairwise(a, b, |a, b| a | b)
+    }
+    #[inline(always)]
+    fn not(self, a: [bool; 4]) -> [bool; 4] {
+        each(a, |a| !a)
+    }
+    #[inline(always)]
+    fn select(self, mask: [bool; 4], a: [f64; 4], b: [f64; 4]) -> [f64; 4] {
+        std::array::from_fn(|lane| if mask[lane] { a[lane] } else { b[lane] })
+    }
+    #[inline(always)]
+    fn bits(self, mask: [bool; 4]) -> u32 {
+        (0..4).fold(0, |bits, lane| bits | u32::from(mask[lane]) << lane)
+    }
+    #[inline(always)]
+    fn words(self, value: u64) -> [u64; 4] {
+        [value; 4]
+    }
+    #[inline(always)]
+    fn as_words(self, a: [f64; 4]) -> [u64; 4] {
+        each(a, f64::to_bits)
+    }
+    #[inline(always)]
+    fn as_floats(self, a: [u64; 4]) -> [f64; 4] {
+        each(a, f64::from_bits)
+    }
+    #[inline(always)]
+    fn add_words(self, a: [u64; 4], b: [u64; 4]) -> [u64; 4] {
+        pairwise(a, b, u64::wrapping_add)
+    }
+    #[inline(always)]
+    fn sub_words(self, a: [u64; 4], b: [u64; 4]) -> [u64; 4] {
+        pairwise(a, b, u64::wrapping_sub)
+    }
+    #[inline(always)]
+    fn and_words(self, a: [u64; 4], b: [u64; 4]) -> [u64; 4] {
+        pairwise(a, b, |a, b| a & b)
+    }
+    #[inline(always)]
+    fn exponent_up(self, a: [u64; 4]) -> [u64; 4] {
+        each(a, |a| a << 52)
+    }
+    #[inline(always)]
+    fn exponent_down(self, a: [u64; 4]) -> [u64; 4] {
+        each(a, |a| a >> 52)
+    }
+}

@@ -1,0 +1,339 @@
+//! Every kind of vector that this processor has gives the same bits, and those of scalars.
+
+mod lanes {
+    use crate::band::Band;
+    use crate::divergence::Divergence;
+    use crate::image::Image;
+    use crate::simd::lanes::{Lanes, MOST_LANES, Work};
+    use crate::simd::math::Exponentials;
+    use crate::simd::portable::{Double, Portable};
+    use crate::table::BandTable;
+
+    /// Runs vectors of every kind over the same numbers and returns what each kind made of them.
+    struct Each<'a> {
+        x: &'a [f32],
+        image: Image<'a>,
+    }
+
+    impl Work<f32> for Each<'_> {
+        type Output = Vec<[u32; 4]>;
+
+        fn run<L: Lanes<Scalar = f32>>(self, lanes: L) -> Self::Output {
+            let mut out = Vec::new();
+            for chunk in self.x.chunks_exact(MOST_LANES) {
+                for part in chunk.chunks_exact(L::COUNT) {
+                    let x = lanes.load(part);
+                    let within = lanes.select(lanes.less(lanes.abs(x), lanes.splat(20.0)), x, {
+                        lanes.splat(20.0)
+                    });
+                    let Exponentials { exp, excess } = lanes.exponentials(within);
+                    let upper = lanes.look_up(self.image, x, lanes.less(x, x));
+                    let lower = lanes.look_up(self.image, x, lanes.less_or_equal(x, x));
+                    let mut columns = [[0.0; MOST_LANES]; 4];
+                    for (column, values) in columns.iter_mut().zip([exp, excess, upper, lower]) {
+                        lanes.store(values, column);
+                    }
+                    out.extend(
+                        (0..L::COUNT).map(|lane| columns.map(|column| column[lane].to_bits())),
+                    );
+                }
+            }
+            out
+        }
+    }
+
+    fn kinds(x: &[f32], image: Image<'_>) -> Vec<(&'static str, Vec<[u32; 4]>)> {
+        let mut kinds = vec![("portable", Each { x, image }.run(Portable))];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(lanes) = crate::simd::avx2::Avx2::new() {
+                kinds.push(("AVX2", lanes.run(Each { x, image })));
+            }
+            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
+                kinds.push(("AVX-512", lanes.run(Each { x, image })));
+            }
+        }
+        kinds
+    }
+
+    /// Log-probs of every size and sign, and what is none.
+    fn numbers() -> Vec<f32> {
+        let mut numbers: Vec<f32> = (0..1 << 16)
+            .map(|i: u32| f32::from_bits(i << 16 | i.wrapping_mul(40503) & 0xffff))
+            .collect();
+        numbers.extend((0..1 << 16).map(|i| -(i as f32) * 1e-3));
+        numbers
+    }
+
+    #[test]
+    fn every_kind_of_vector_gives_the_bits_of_the_scalar_table_and_of_each_other() {
+        let numbers = numbers();
+        for (spec, delta) in [("kl", 0.05), ("reverse-kl", 0.3), ("tv", 0.1), ("jeffreys", 1e-4)] {
+            let band = Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap();
+            let table = BandTable::of_band(&band).unwrap();
+            let kinds = kinds(&numbers, table.image());
+            for (name, found) in &kinds {
+                assert_eq!(found.len(), numbers.len());
+                for ((&x, found), portable) in numbers.iter().zip(found).zip(&kinds[0].1) {
+                    let y = Image::y(x);
+                    let scalar = [table.image().log_upper(y), table.image().lower(y)];
+                    for (vector, scalar) in found[2..].iter().zip(scalar) {
+                        let vector = f32::from_bits(*vector);
+                        assert!(
+                            vector == scalar || x.is_nan(),
+                            "{spec} {name} {x:e}: {vector:e} {scalar:e}"
+                        );
+                    }
+                    if !x.is_nan() {
+                        assert_eq!(found[..2], portable[..2], "{name} {x:e}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// No token within its reach may be beyond its bound, whatever the table.
+    struct Reaches<'a> {
+        logp: &'a [f32],
+        image: Image<'a>,
+    }
+
+    impl Work<f32> for Reaches<'_> {
+        /// How many tokens have a reach that is not 0, of each side.
+        type Output = [usize; 2];
+
+        fn run<L: Lanes<Scalar = f32>>(self, lanes: L) -> [usize; 2] {
+            let mut useful = [0; 2];
+            for part in
+                self.logp.chunks_exact(MOST_LANES).flat_map(|part| part.chunks_exact(L::COUNT))
+            {
+                let logp = lanes.load(part);
+                for (side, lower) in [lanes.less(logp, logp), lanes.less_or_equal(logp, logp)]
+                    .into_iter()
+                    .enumerate()
+                {
+                    let (mut reach, mut bound, mut ratio) =
+                        ([0.0; MOST_LANES], [0.0; MOST_LANES], [0.0; MOST_LANES]);
+                    let reached = lanes.reach(self.image, logp, lower);
+                    lanes.store(reached, &mut reach);
+                    lanes.store(lanes.look_up(self.image, logp, lower), &mut bound);
+                    let within = lanes.at_most(20.0, lanes.at_least(-20.0, reached));
+                    lanes.store(lanes.exponentials(within).exp, &mut ratio);
+                    for lane in 0..L::COUNT {
+                        let (logp, reach) = (part[lane], reach[lane]);
+                        let holds = if side == 0 {
+                            (0.0..=bound[lane]).contains(&reach.min(20.0))
+                        } else {
+                            reach <= 0.0 && (reach <= -20.0 || ratio[lane] >= bound[lane])
+                        };
+                        assert!(holds, "side {side} logp {logp:e} {reach:e} {:e}", bound[lane]);
+                        useful[side] += usize::from(reach != 0.0);
+                    }
+                }
+            }
+            useful
+        }
+    }
+
+    #[test]
+    fn what_is_within_reach_is_within_bounds() {
+        let logp: Vec<f32> = numbers().into_iter().filter(|logp| *logp <= 0.0).collect();
+        for delta in [1e-4, 0.05, 1.0] {
+            for spec in ["kl", "reverse-kl", "tv", "jeffreys", "hockey-stick:1.2", "renyi:3.5"] {
+                let band = Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap();
+                let table = BandTable::of_band(&band).unwrap();
+                let work = || Reaches { logp: &logp, image: table.image() };
+                let useful = work().run(Portable);
+                assert!(useful[0] > logp.len() / 2 && useful[1] > 0, "{spec} {useful:?}");
+                #[cfg(target_arch = "x86_64")]
+                {
+                    if let Some(lanes) = crate::simd::avx2::Avx2::new() {
+                        assert_eq!(lanes.run(work()), useful);
+                    }
+                    if let Some(lanes) = crate::simd::avx512::Avx512::new() {
+                        assert_eq!(lanes.run(work()), useful);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Packs and spreads the lanes of every mask of eight neighbours.
+    struct Packed;
+
+    impl Work<f32> for Packed {
+        type Output = ();
+
+        fn run<L: Lanes<Scalar = f32>>(self, lanes: L) {
+            for pattern in 0..256_u32 {
+                let bytes: [u8; MOST_LANES] =
+                    std::array::from_fn(|lane| (pattern >> (lane % 8) & 1) as u8 * 3);
+                let numbers: [f32; MOST_LANES] = std::array::from_fn(|lane| 1.0 + lane as f32);
+                let mask = lanes.load_mask(&bytes);
+                assert_eq!(lanes.bits(lanes.mask_of(lanes.bits(mask))), lanes.bits(mask));
+                let chosen: Vec<f32> = (0..L::COUNT)
+                    .filter(|&lane| bytes[lane] > 0)
+                    .map(|lane| numbers[lane])
+                    .collect();
+                let mut packed = [-1.0; MOST_LANES];
+                lanes.compress(mask, lanes.load(&numbers), &mut packed);
+                assert_eq!(packed[..chosen.len()], chosen[..], "{pattern:b}");
+                let mut spread = [-1.0; MOST_LANES];
+                lanes.store(lanes.expand(mask, &packed), &mut spread);
+                for lane in 0..L::COUNT {
+                    let expected = if bytes[lane] > 0 { numbers[lane] } else { 0.0 };
+                    assert_eq!(spread[lane], expected, "{pattern:b} {lane}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_kind_of_vector_packs_and_spreads_what_a_mask_says() {
+        Packed.run(Portable);
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(lanes) = crate::simd::avx2::Avx2::new() {
+                lanes.run(Packed);
+            }
+            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
+                lanes.run(Packed);
+            }
+        }
+    }
+
+    /// What docs/numerics.md states.
+    #[test]
+    fn exponentials_are_as_good_as_they_say() {
+        let x: Vec<f32> =
+            (0..1 << 20).map(|i| (i - (1 << 19)) as f32 * (20.0 / (1 << 19) as f32)).collect();
+        let small: Vec<f32> = (0..1 << 16)
+            .flat_map(|i| [1.0, -1.0].map(|s| s * f32::from_bits((70 << 23) + (i << 12))))
+            .collect();
+        let band = Band::new(Divergence::parse("kl").unwrap(), 0.05, 0.05).unwrap();
+        let table = BandTable::of_band(&band).unwrap();
+        let (mut worst_exp, mut worst_excess) = (0.0_f64, 0.0_f64);
+        for x in [x, small] {
+            for (&x, found) in x.iter().zip(Each { x: &x, image: table.image() }.run(Portable)) {
+                if x.abs() >= 20.0 {
+                    continue;
+                }
+                let [exp, excess] =
+                    [found[0], found[1]].map(|bits| f64::from(f32::from_bits(bits)));
+                let exact = Double.exponentials(f64::from(x));
+                let ulp = f64::from((exact.exp as f32).next_up()) - f64::from(exact.exp as f32);
+                worst_exp = worst_exp.max((exp - exact.exp).abs() / ulp);
+                // Below 2^-126 float32 has no digits left.
+                if exact.excess > f64::from(f32::MIN_POSITIVE) {
+                    worst_excess = worst_excess.max((excess - exact.excess).abs() / exact.excess);
+                }
+            }
+        }
+        assert!(worst_exp <= 1.2, "{worst_exp}");
+        assert!(worst_excess <= 1e-6, "{worst_excess}");
+    }
+}
+
+mod doubles {
+    use crate::number::{Dd, Real};
+    use crate::simd::doubles::{Doubles, MOST_DOUBLES, Vector, Work};
+    use crate::simd::portable::PortableDoubles;
+
+    /// `[u, excess, gap]` of the exponential and `[log, gap]` of the logarithm of each number.
+    struct Each<'a> {
+        x: &'a [f64],
+        found: &'a mut Vec<[f64; 5]>,
+    }
+
+    impl Work for Each<'_> {
+        #[inline(always)]
+        fn run<L: Doubles>(self, lanes: L) {
+            for part in self.x.chunks_exact(L::COUNT) {
+                let x = Vector::load(lanes, part);
+                let (power, log) = (x.exponential(), x.log_1p());
+                let mut columns = [[0.0; MOST_DOUBLES]; 5];
+                power.u.store(&mut columns[0]);
+                power.excess.store(&mut columns[1]);
+                power.gap.store(&mut columns[2]);
+                log.log.store(&mut columns[3]);
+                log.gap.store(&mut columns[4]);
+                for lane in 0..L::COUNT {
+                    self.found.push(columns.map(|column| column[lane]));
+                }
+            }
+        }
+    }
+
+    fn kinds(x: &[f64]) -> Vec<(&'static str, Vec<[f64; 5]>)> {
+        let mut found = Vec::new();
+        Each { x, found: &mut found }.run(PortableDoubles);
+        let mut kinds = vec![("portable", found)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(lanes) = crate::simd::avx2::Avx2Fused::new() {
+                let mut found = Vec::new();
+                lanes.run_doubles(Each { x, found: &mut found });
+                kinds.push(("AVX2", found));
+            }
+            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
+                let mut found = Vec::new();
+                lanes.run_doubles(Each { x, found: &mut found });
+                kinds.push(("AVX-512", found));
+            }
+        }
+        kinds
+    }
+
+    /// Numbers of every size up to `most`, of both signs, and densely up to 3.
+    fn numbers(most: f64) -> Vec<f64> {
+        let sizes =
+            (0..1 << 13).map(|i| (f64::from(i) * 0.173 - 700.0).exp()).filter(|x| *x < most);
+        let dense = (1..1 << 14).map(|i| f64::from(i) * (3.0 / f64::from(1 << 14)));
+        let mut numbers: Vec<f64> = sizes.chain(dense).flat_map(|x| [x, -x]).collect();
+        numbers.resize(numbers.len().next_multiple_of(MOST_DOUBLES), 1.0);
+        numbers
+    }
+
+    /// What docs/numerics.md states, in units of 2^-53.
+    #[test]
+    fn elementary_functions_are_as_good_as_they_say() {
+        let mut worst = [0.0_f64; 5];
+        let mut compare = |column: usize, found: f64, exact: Dd| {
+            let error = ((Dd::of(found) - exact) / exact).abs().to_f64();
+            worst[column] = worst[column].max(error / (0.5 * f64::EPSILON));
+        };
+        let x = numbers(708.0);
+        for (&x, found) in x.iter().zip(&kinds(&x)[0].1) {
+            let wide = Dd::of(x);
+            compare(0, found[0], wide.exp());
+            compare(1, found[1], wide.exp_m1());
+            // Where 31 digits cancel, too, they still have 16.
+            if x.abs() > 1e-12 {
+                compare(2, found[2], wide.exp_m1() - wide);
+            }
+        }
+        let x = numbers(1e300);
+        for (&x, found) in x.iter().zip(&kinds(&x)[0].1).filter(|(x, _)| **x > -1.0) {
+            let wide = Dd::of(x);
+            compare(3, found[3], wide.ln_1p());
+            if x.abs() > 1e-12 {
+                compare(4, found[4], wide - wide.ln_1p());
+            }
+        }
+        for (column, stated) in [2.0, 2.0, 4.0, 2.0, 6.0].into_iter().enumerate() {
+            assert!(worst[column] <= stated, "{worst:?}");
+        }
+    }
+
+    #[test]
+    fn every_kind_of_vector_gives_the_same_bits() {
+        let x = numbers(708.0);
+        let kinds = kinds(&x);
+        for (name, found) in &kinds {
+            for ((x, found), portable) in x.iter().zip(found).zip(&kinds[0].1) {
+                let same = found.map(f64::to_bits) == portable.map(f64::to_bits);
+                assert!(same || *x <= -1.0, "{name} {x:e}: {found:?} {portable:?}");
+            }
+        }
+    }
+}
