@@ -17,8 +17,8 @@ use crate::image::Image;
 use crate::loss::surrogate::{
     Applied, GradientPreserving, Mask, MinClip, Rule, Surrogate, Vector, Weight,
 };
-use crate::simd::Number;
-use crate::simd::lanes::{Lanes, MOST_LANES, Work};
+use crate::simd::lanes::{Lanes, MOST_LANES};
+use crate::simd::{LossLanes, Number, WithLanes};
 use crate::threads::map_parts;
 
 pub use crate::LOG_RATIO_LIMIT;
@@ -371,11 +371,11 @@ struct LookUp<'a, T> {
     log_upper: &'a mut [T],
 }
 
-impl<T: Float> Work<T> for LookUp<'_, T> {
+impl<T: Float> WithLanes<T> for LookUp<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Lanes<Scalar = T>>(self, lanes: L) {
+    fn run<L: LossLanes<Scalar = T>>(self, lanes: L) {
         for index in (0..self.old_log_prob.len()).step_by(L::COUNT) {
             let logp = if index + L::COUNT <= self.old_log_prob.len() {
                 lanes.load(&self.old_log_prob[index..])
@@ -408,7 +408,7 @@ trait Bounds<T>: Sync {
     ///
     /// # Safety
     /// As of [`load`].
-    unsafe fn keys<const WHOLE: bool, L: Lanes<Scalar = T>>(
+    unsafe fn keys<const WHOLE: bool, L: LossLanes<Scalar = T>>(
         &self,
         lanes: L,
         index: usize,
@@ -417,10 +417,11 @@ trait Bounds<T>: Sync {
     ) -> L::Float;
 
     /// The log-ratio up to which a token is surely not beyond its bound, of at least 0 or at most 0.
-    fn reach<L: Lanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float;
+    fn reach<L: LossLanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask)
+    -> L::Float;
 
     /// The bounds for such keys.
-    fn find<L: Lanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float;
+    fn find<L: LossLanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float;
 }
 
 struct Constant {
@@ -432,7 +433,7 @@ impl<T> Bounds<T> for Constant {
     const LOWER_IS_RATIO: bool = false;
 
     #[inline(always)]
-    unsafe fn keys<const WHOLE: bool, L: Lanes<Scalar = T>>(
+    unsafe fn keys<const WHOLE: bool, L: LossLanes<Scalar = T>>(
         &self,
         lanes: L,
         _: usize,
@@ -443,12 +444,12 @@ impl<T> Bounds<T> for Constant {
     }
 
     #[inline(always)]
-    fn reach<L: Lanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
+    fn reach<L: LossLanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
         keys
     }
 
     #[inline(always)]
-    fn find<L: Lanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
+    fn find<L: LossLanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
         keys
     }
 }
@@ -462,7 +463,7 @@ impl<T: Float> Bounds<T> for PerToken<'_, T> {
     const LOWER_IS_RATIO: bool = false;
 
     #[inline(always)]
-    unsafe fn keys<const WHOLE: bool, L: Lanes<Scalar = T>>(
+    unsafe fn keys<const WHOLE: bool, L: LossLanes<Scalar = T>>(
         &self,
         lanes: L,
         index: usize,
@@ -480,12 +481,12 @@ impl<T: Float> Bounds<T> for PerToken<'_, T> {
     }
 
     #[inline(always)]
-    fn reach<L: Lanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
+    fn reach<L: LossLanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
         keys
     }
 
     #[inline(always)]
-    fn find<L: Lanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
+    fn find<L: LossLanes<Scalar = T>>(&self, _: L, keys: L::Float, _: L::Mask) -> L::Float {
         keys
     }
 }
@@ -494,7 +495,7 @@ impl<T> Bounds<T> for Image<'_> {
     const LOWER_IS_RATIO: bool = true;
 
     #[inline(always)]
-    unsafe fn keys<const WHOLE: bool, L: Lanes<Scalar = T>>(
+    unsafe fn keys<const WHOLE: bool, L: LossLanes<Scalar = T>>(
         &self,
         _: L,
         _: usize,
@@ -505,12 +506,17 @@ impl<T> Bounds<T> for Image<'_> {
     }
 
     #[inline(always)]
-    fn reach<L: Lanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float {
+    fn reach<L: LossLanes<Scalar = T>>(
+        &self,
+        lanes: L,
+        keys: L::Float,
+        lower: L::Mask,
+    ) -> L::Float {
         lanes.reach(*self, keys, lower)
     }
 
     #[inline(always)]
-    fn find<L: Lanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float {
+    fn find<L: LossLanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float {
         lanes.look_up(*self, keys, lower)
     }
 }
@@ -737,11 +743,11 @@ fn clamp<L: Lanes>(lanes: L, log_ratio: L::Float) -> L::Float {
     lanes.at_least(-LOG_RATIO_LIMIT, lanes.at_most(LOG_RATIO_LIMIT, log_ratio))
 }
 
-impl<T: Float, R: Rule, B: Bounds<T>> Work<T> for Collect<'_, T, R, B> {
+impl<T: Float, R: Rule, B: Bounds<T>> WithLanes<T> for Collect<'_, T, R, B> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Lanes<Scalar = T>>(mut self, lanes: L) {
+    fn run<L: LossLanes<Scalar = T>>(mut self, lanes: L) {
         let zero = lanes.splat(0.0);
         let mut sums = Collected {
             valid: 0,
@@ -779,7 +785,7 @@ impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
     /// # Safety
     /// As of [`load`], for every column.
     #[inline(always)]
-    unsafe fn step<const WHOLE: bool, L: Lanes<Scalar = T>>(
+    unsafe fn step<const WHOLE: bool, L: LossLanes<Scalar = T>>(
         &mut self,
         lanes: L,
         index: usize,
@@ -837,11 +843,11 @@ struct Find<'a, T, B> {
     moved: &'a mut Moved<T>,
 }
 
-impl<T: Float, B: Bounds<T>> Work<T> for Find<'_, T, B> {
+impl<T: Float, B: Bounds<T>> WithLanes<T> for Find<'_, T, B> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Lanes<Scalar = T>>(self, lanes: L) {
+    fn run<L: LossLanes<Scalar = T>>(self, lanes: L) {
         let Moved { bounds, log_ratio, count, .. } = self.moved;
         // Behind the last token are others, to which it does no harm.
         for index in (0..*count).step_by(L::COUNT) {
@@ -858,11 +864,11 @@ struct Stop<'a, T, const LOWER_IS_RATIO: bool> {
     moved: &'a mut Moved<T>,
 }
 
-impl<T: Float, const LOWER_IS_RATIO: bool> Work<T> for Stop<'_, T, LOWER_IS_RATIO> {
+impl<T: Float, const LOWER_IS_RATIO: bool> WithLanes<T> for Stop<'_, T, LOWER_IS_RATIO> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Lanes<Scalar = T>>(self, lanes: L) {
+    fn run<L: LossLanes<Scalar = T>>(self, lanes: L) {
         let Moved { bounds, log_ratio, count, .. } = self.moved;
         let zero = lanes.splat(0.0);
         for index in (0..*count).step_by(L::COUNT) {
@@ -871,10 +877,10 @@ impl<T: Float, const LOWER_IS_RATIO: bool> Work<T> for Stop<'_, T, LOWER_IS_RATI
             let lower = lanes.less(log_ratio, zero);
             let above = lanes.and_not(lanes.less(bound, log_ratio), lower);
             let (below, edge) = if LOWER_IS_RATIO {
-                let exp = lanes.exponentials(lanes.select(lower, log_ratio, bound)).exp;
+                let exp = lanes.exp_and_gap(lanes.select(lower, log_ratio, bound)).exp;
                 (lanes.less(exp, bound), lanes.select(lower, bound, exp))
             } else {
-                (lanes.less(log_ratio, bound), lanes.exponentials(bound).exp)
+                (lanes.less(log_ratio, bound), lanes.exp_and_gap(bound).exp)
             };
             let beyond = lanes.or(above, lanes.and(lower, below));
             lanes.store(lanes.select(beyond, edge, zero), &mut bounds[index..]);
@@ -906,11 +912,11 @@ struct Sums<L: Lanes> {
     counts: u64,
 }
 
-impl<T: Float, R: Rule> Work<T> for Apply<'_, T, R> {
+impl<T: Float, R: Rule> WithLanes<T> for Apply<'_, T, R> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Lanes<Scalar = T>>(mut self, lanes: L) {
+    fn run<L: LossLanes<Scalar = T>>(mut self, lanes: L) {
         let zero = lanes.splat(0.0);
         let mut sums = Sums {
             loss: zero,
@@ -938,7 +944,7 @@ impl<T: Float, R: Rule> Apply<'_, T, R> {
     /// # Safety
     /// As of [`load`], for every column and output.
     #[inline(always)]
-    unsafe fn step<const WHOLE: bool, L: Lanes<Scalar = T>>(
+    unsafe fn step<const WHOLE: bool, L: LossLanes<Scalar = T>>(
         &mut self,
         lanes: L,
         index: usize,
@@ -961,7 +967,7 @@ impl<T: Float, R: Rule> Apply<'_, T, R> {
         *stopped += who.count_ones() as usize;
 
         let log_ratio = clamp(lanes, unclamped);
-        let exponentials = lanes.exponentials(log_ratio);
+        let exponentials = lanes.exp_and_gap(log_ratio);
         let ratio = exponentials.exp;
         let free = lanes.mul(cost, ratio);
         let down =
@@ -991,7 +997,7 @@ impl<T: Float, R: Rule> Apply<'_, T, R> {
         let clipped_low = lanes.and(tokens.beyond, down);
         let clipped_high = lanes.and_not(tokens.beyond, down);
         sums.loss = lanes.add(sums.loss, loss);
-        sums.kl_k3 = lanes.add(sums.kl_k3, exponentials.excess);
+        sums.kl_k3 = lanes.add(sums.kl_k3, exponentials.gap);
         sums.gradient_free = lanes.add(sums.gradient_free, lanes.abs(free));
         let removed = lanes.abs(lanes.sub(free, slope));
         sums.gradient_removed = lanes.add(sums.gradient_removed, removed);

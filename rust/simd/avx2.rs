@@ -5,12 +5,10 @@
 
 use std::arch::x86_64::*;
 
-use crate::image::Image;
+use crate::simd::WithLanes;
 use crate::simd::doubles::{self, Doubles};
 use crate::simd::interleaved::Twice;
-use crate::simd::lanes::{FloatBits, Lanes, Work};
-use crate::simd::lookup::{look_up, reach};
-use crate::simd::math::{Exponentials, exponentials};
+use crate::simd::lanes::{FloatBits, Lanes};
 
 /// Exists only where the processor has the instructions.
 #[derive(Clone, Copy)]
@@ -23,9 +21,9 @@ impl Avx2 {
     }
 
     /// Does the work in a function that is compiled for these instructions.
-    pub fn run<W: Work<f32>>(self, work: W) -> W::Output {
+    pub fn run<W: WithLanes<f32>>(self, work: W) -> W::Output {
         #[target_feature(enable = "avx2,popcnt")]
-        fn compiled<W: Work<f32>>(lanes: Avx2, work: W) -> W::Output {
+        fn compiled<W: WithLanes<f32>>(lanes: Avx2, work: W) -> W::Output {
             work.run(lanes)
         }
         // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX2
@@ -238,18 +236,6 @@ impl Lanes for Avx2 {
             let spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(from[..8].as_ptr()), places);
             _mm256_and_ps(mask, spread)
         }
-    }
-    #[inline(always)]
-    fn exponentials(self, x: __m256) -> Exponentials<__m256> {
-        exponentials(self, x)
-    }
-    #[inline(always)]
-    fn reach(self, image: Image<'_>, old_log_prob: __m256, lower: __m256) -> __m256 {
-        reach(self, image, old_log_prob, lower)
-    }
-    #[inline(always)]
-    fn look_up(self, image: Image<'_>, old_log_prob: __m256, lower: __m256) -> __m256 {
-        look_up(self, image, old_log_prob, lower)
     }
 }
 

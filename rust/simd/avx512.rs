@@ -5,12 +5,10 @@
 
 use std::arch::x86_64::*;
 
-use crate::image::Image;
+use crate::simd::WithLanes;
 use crate::simd::doubles::{self, Doubles};
 use crate::simd::interleaved::Twice;
-use crate::simd::lanes::{FloatBits, Lanes, Work};
-use crate::simd::lookup::{look_up, reach};
-use crate::simd::math::{Exponentials, exponentials};
+use crate::simd::lanes::{FloatBits, Lanes};
 
 /// Exists only where the processor has the instructions.
 #[derive(Clone, Copy)]
@@ -27,9 +25,9 @@ impl Avx512 {
     }
 
     /// Does the work in a function that is compiled for these instructions.
-    pub fn run<W: Work<f32>>(self, work: W) -> W::Output {
+    pub fn run<W: WithLanes<f32>>(self, work: W) -> W::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
-        fn compiled<W: Work<f32>>(lanes: Avx512, work: W) -> W::Output {
+        fn compiled<W: WithLanes<f32>>(lanes: Avx512, work: W) -> W::Output {
             work.run(lanes)
         }
         // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX-512
@@ -172,18 +170,6 @@ impl Lanes for Avx512 {
     fn expand(self, mask: __mmask16, from: &[f32]) -> __m512 {
         // SAFETY: the instructions are there.
         unsafe { _mm512_maskz_expand_ps(mask, _mm512_loadu_ps(from[..16].as_ptr())) }
-    }
-    #[inline(always)]
-    fn exponentials(self, x: __m512) -> Exponentials<__m512> {
-        exponentials(self, x)
-    }
-    #[inline(always)]
-    fn reach(self, image: Image<'_>, old_log_prob: __m512, lower: __mmask16) -> __m512 {
-        reach(self, image, old_log_prob, lower)
-    }
-    #[inline(always)]
-    fn look_up(self, image: Image<'_>, old_log_prob: __m512, lower: __mmask16) -> __m512 {
-        look_up(self, image, old_log_prob, lower)
     }
 }
 

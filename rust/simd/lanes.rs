@@ -8,9 +8,6 @@
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
-use crate::image::Image;
-use crate::simd::math::Exponentials;
-
 /// Numbers in the widest vector.
 pub const MOST_LANES: usize = 16;
 
@@ -66,21 +63,6 @@ pub trait Lanes: Copy {
     /// The inverse: the first elements in the lanes where the mask is true, 0 in the others. All of
     /// [`Self::COUNT`] elements may be read.
     fn expand(self, mask: Self::Mask, from: &[Self::Scalar]) -> Self::Float;
-
-    /// For `x` within plus and minus 20; NaN gives NaN.
-    fn exponentials(self, x: Self::Float) -> Exponentials<Self::Float>;
-    /// The log-ratio up to which a token does not reach the tabulated bound of its side, or 0.
-    fn reach(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask) -> Self::Float;
-    /// The tabulated side of each token: `lower`, a ratio, where the mask is true, else `log_upper`. What a
-    /// NaN gives does not count: no ratio can be beyond its bound.
-    fn look_up(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask)
-    -> Self::Float;
-}
-
-/// Work to be done with whatever vectors the processor has.
-pub trait Work<T> {
-    type Output;
-    fn run<L: Lanes<Scalar = T>>(self, lanes: L) -> Self::Output;
 }
 
 /// Vectors of f32 that can be taken for their bits.

@@ -9,6 +9,7 @@ use crate::image::{
     REACH_RANGES, SCALE, START, UPPER_REACH,
 };
 use crate::simd::lanes::{FloatBits, Lanes};
+use crate::simd::portable::Double;
 
 /// The bits of infinity.
 const INFINITY: u32 = 0x7f80_0000;
@@ -20,99 +21,121 @@ fn minus_log_prob<L: Lanes>(lanes: L, old_log_prob: L::Float) -> L::Float {
     lanes.select(lanes.less(zero, old_log_prob), zero, lanes.sub(zero, old_log_prob))
 }
 
-/// [`Lanes::reach`] in float32.
-#[inline(always)]
-pub fn reach<L: FloatBits>(
-    lanes: L,
-    image: Image<'_>,
-    old_log_prob: L::Float,
-    lower: L::Mask,
-) -> L::Float {
-    let y = minus_log_prob(lanes, old_log_prob);
-    let first_range = lanes.words(FIRST_REACH_RANGE);
-    let last_range = lanes.words(FIRST_REACH_RANGE + REACH_RANGES.len() as u32 - 1);
-    let high_bits = lanes.shift_right(lanes.as_words(y), lanes.words(24));
-    let range = lanes.least(lanes.greatest(high_bits, first_range), last_range);
-    let first = lanes.select_words(
-        lower,
-        lanes.words((LOWER_REACH - ENDS) as u32),
-        lanes.words((UPPER_REACH - ENDS) as u32),
-    );
-    let index = lanes.add_words(lanes.sub_words(range, first_range), first);
-    let limit = lanes.as_floats(lanes.of_row(image.row(ENDS), index, lower));
-    lanes.select(lower, limit, lanes.mul(limit, y))
+/// Vectors that a table is looked up in.
+pub trait LookUp: Lanes {
+    /// The log-ratio up to which a token does not reach the tabulated bound of its side, or 0.
+    fn reach(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask) -> Self::Float;
+    /// The tabulated side of each token: `lower`, a ratio, where the mask is true, else `log_upper`. What a
+    /// NaN gives does not count: no ratio can be beyond its bound.
+    fn look_up(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask)
+    -> Self::Float;
 }
 
-/// [`Lanes::look_up`] in float32: the steps of [`Image`], in the same order, on a vector.
-#[inline(always)]
-pub fn look_up<L: FloatBits>(
-    lanes: L,
-    image: Image<'_>,
-    old_log_prob: L::Float,
-    lower: L::Mask,
-) -> L::Float {
-    let zero = lanes.splat(0.0);
-    let words = image.words();
-    let y = minus_log_prob(lanes, old_log_prob);
-    let starts = image.row(START);
-    let mut index = lanes.select_words(lower, lanes.words(MAX_PIECES as u32), lanes.words(0));
-    for k in 1..MAX_PIECES {
-        if starts[k].min(starts[MAX_PIECES + k]) == INFINITY {
-            break; // neither side has more pieces
-        }
-        let start =
-            lanes.select_words(lower, lanes.words(starts[MAX_PIECES + k]), lanes.words(starts[k]));
-        let reached = lanes.less_or_equal(lanes.as_floats(start), y);
-        index = lanes.add_words(index, lanes.select_words(reached, lanes.words(1), lanes.words(0)));
-    }
-    let origin = lanes.of_row(image.row(ORIGIN), index, lower);
-    let scale = lanes.of_row(image.row(SCALE), index, lower);
-    let base = lanes.of_row(image.row(ENTRY_BASE), index, lower);
-    let lowest = lanes.of_row(image.row(MIN_BITS), index, lower);
-    let highest = lanes.of_row(image.row(MAX_BITS), index, lower);
-    let distance = lanes.abs(lanes.sub(y, lanes.as_floats(origin)));
-    let z = lanes.as_words(lanes.mul(distance, lanes.as_floats(scale)));
-    // A NaN is above all other bits, and is brought into the grid like them.
-    let bits = lanes.least(lanes.greatest(z, lowest), highest);
-    let exponent = lanes.shift_right(bits, lanes.words(MANTISSA_BITS));
-    // SAFETY: an image has been checked: it has shown that bits within the grid of any piece lead to an entry
-    // inside the image, and any entry with any mantissa to a cell inside it.
-    let (entry, halvings, cell);
-    unsafe {
-        entry = lanes.gather(words, lanes.add_words(base, exponent));
-        halvings = lanes.and_words(entry, lanes.words(HALVINGS_MASK));
-        let mantissa = lanes.and_words(bits, lanes.words(MANTISSA));
-        let fraction_bits = lanes.sub_words(lanes.words(MANTISSA_BITS), halvings);
-        let node = lanes.add_words(
-            lanes.shift_right(entry, lanes.words(HALVINGS_BITS)),
-            lanes.shift_right(mantissa, fraction_bits),
+impl<L: FloatBits> LookUp for L {
+    #[inline(always)]
+    fn reach(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask) -> Self::Float {
+        let y = minus_log_prob(self, old_log_prob);
+        let first_range = self.words(FIRST_REACH_RANGE);
+        let last_range = self.words(FIRST_REACH_RANGE + REACH_RANGES.len() as u32 - 1);
+        let high_bits = self.shift_right(self.as_words(y), self.words(24));
+        let range = self.least(self.greatest(high_bits, first_range), last_range);
+        let first = self.select_words(
+            lower,
+            self.words((LOWER_REACH - ENDS) as u32),
+            self.words((UPPER_REACH - ENDS) as u32),
         );
-        cell = lanes.gather_four(words, lanes.add_words(node, node));
+        let index = self.add_words(self.sub_words(range, first_range), first);
+        let limit = self.as_floats(self.of_row(image.row(ENDS), index, lower));
+        self.select(lower, limit, self.mul(limit, y))
     }
-    let [v0, s0, v1, s1] = cell;
-    let mantissa = lanes.and_words(lanes.shift_left(bits, halvings), lanes.words(MANTISSA));
-    let one_to_two = lanes.or_words(mantissa, lanes.words(ONE));
-    let t = lanes.sub(lanes.as_floats(one_to_two), lanes.splat(1.0));
-    let width = lanes.sub_words(exponent, halvings);
-    let width = lanes.as_floats(lanes.shift_left(width, lanes.words(MANTISSA_BITS)));
-    let (m0, m1) = (lanes.mul(s0, width), lanes.mul(s1, width));
-    let rise = lanes.sub(v1, v0);
-    let (two, three) = (lanes.splat(2.0), lanes.splat(3.0));
-    let bend = lanes.sub(lanes.sub(lanes.mul(three, rise), lanes.mul(two, m0)), m1);
-    let twist = lanes.sub(lanes.add(m0, m1), lanes.mul(two, rise));
-    let mut value = lanes.add(bend, lanes.mul(t, twist));
-    value = lanes.add(m0, lanes.mul(t, value));
-    value = lanes.add(v0, lanes.mul(t, value));
 
-    let ends = image.row(ENDS);
-    let end = |first: usize| {
-        let (upper_end, lower_end) = (lanes.words(ends[first]), lanes.words(ends[first + 1]));
-        lanes.as_floats(lanes.select_words(lower, lower_end, upper_end))
-    };
-    let (at_zero, far) = (end(AT_ZERO - ENDS), end(AT_FAR - ENDS));
-    value = lanes.select(lanes.less(zero, y), value, at_zero);
-    value = lanes.select(lanes.less_or_equal(lanes.splat(FAR), y), far, value);
-    // Above, never outside the simplex; below, never under 0.
-    let greatest = lanes.select(lower, value, y);
-    lanes.at_least(0.0, lanes.lesser(value, greatest))
+    /// The steps of [`Image`], in the same order, on a vector.
+    #[inline(always)]
+    fn look_up(
+        self,
+        image: Image<'_>,
+        old_log_prob: Self::Float,
+        lower: Self::Mask,
+    ) -> Self::Float {
+        let zero = self.splat(0.0);
+        let words = image.words();
+        let y = minus_log_prob(self, old_log_prob);
+        let starts = image.row(START);
+        let mut index = self.select_words(lower, self.words(MAX_PIECES as u32), self.words(0));
+        for k in 1..MAX_PIECES {
+            if starts[k].min(starts[MAX_PIECES + k]) == INFINITY {
+                break; // neither side has more pieces
+            }
+            let start =
+                self.select_words(lower, self.words(starts[MAX_PIECES + k]), self.words(starts[k]));
+            let reached = self.less_or_equal(self.as_floats(start), y);
+            index = self.add_words(index, self.select_words(reached, self.words(1), self.words(0)));
+        }
+        let origin = self.of_row(image.row(ORIGIN), index, lower);
+        let scale = self.of_row(image.row(SCALE), index, lower);
+        let base = self.of_row(image.row(ENTRY_BASE), index, lower);
+        let lowest = self.of_row(image.row(MIN_BITS), index, lower);
+        let highest = self.of_row(image.row(MAX_BITS), index, lower);
+        let distance = self.abs(self.sub(y, self.as_floats(origin)));
+        let z = self.as_words(self.mul(distance, self.as_floats(scale)));
+        // A NaN is above all other bits, and is brought into the grid like them.
+        let bits = self.least(self.greatest(z, lowest), highest);
+        let exponent = self.shift_right(bits, self.words(MANTISSA_BITS));
+        // SAFETY: an image has been checked: it has shown that bits within the grid of any piece lead to an entry
+        // inside the image, and any entry with any mantissa to a cell inside it.
+        let (entry, halvings, cell);
+        unsafe {
+            entry = self.gather(words, self.add_words(base, exponent));
+            halvings = self.and_words(entry, self.words(HALVINGS_MASK));
+            let mantissa = self.and_words(bits, self.words(MANTISSA));
+            let fraction_bits = self.sub_words(self.words(MANTISSA_BITS), halvings);
+            let node = self.add_words(
+                self.shift_right(entry, self.words(HALVINGS_BITS)),
+                self.shift_right(mantissa, fraction_bits),
+            );
+            cell = self.gather_four(words, self.add_words(node, node));
+        }
+        let [v0, s0, v1, s1] = cell;
+        let mantissa = self.and_words(self.shift_left(bits, halvings), self.words(MANTISSA));
+        let one_to_two = self.or_words(mantissa, self.words(ONE));
+        let t = self.sub(self.as_floats(one_to_two), self.splat(1.0));
+        let width = self.sub_words(exponent, halvings);
+        let width = self.as_floats(self.shift_left(width, self.words(MANTISSA_BITS)));
+        let (m0, m1) = (self.mul(s0, width), self.mul(s1, width));
+        let rise = self.sub(v1, v0);
+        let (two, three) = (self.splat(2.0), self.splat(3.0));
+        let bend = self.sub(self.sub(self.mul(three, rise), self.mul(two, m0)), m1);
+        let twist = self.sub(self.add(m0, m1), self.mul(two, rise));
+        let mut value = self.add(bend, self.mul(t, twist));
+        value = self.add(m0, self.mul(t, value));
+        value = self.add(v0, self.mul(t, value));
+
+        let ends = image.row(ENDS);
+        let end = |first: usize| {
+            let (upper_end, lower_end) = (self.words(ends[first]), self.words(ends[first + 1]));
+            self.as_floats(self.select_words(lower, lower_end, upper_end))
+        };
+        let (at_zero, far) = (end(AT_ZERO - ENDS), end(AT_FAR - ENDS));
+        value = self.select(self.less(zero, y), value, at_zero);
+        value = self.select(self.less_or_equal(self.splat(FAR), y), far, value);
+        // Above, never outside the simplex; below, never under 0.
+        let greatest = self.select(lower, value, y);
+        self.at_least(0.0, self.lesser(value, greatest))
+    }
+}
+
+/// By the lookup of [`Image`], in float32.
+impl LookUp for Double {
+    fn reach(self, _: Image<'_>, _: f64, _: bool) -> f64 {
+        0.0 // it is in float32
+    }
+    fn look_up(self, image: Image<'_>, old_log_prob: f64, lower: bool) -> f64 {
+        let y = Image::y(old_log_prob as f32);
+        if lower {
+            return f64::from(image.lower(y));
+        }
+        let tabulated = image.log_upper(y);
+        // Where everything is allowed, y in f32 could fall short of a new probability of 1.
+        if tabulated >= y && old_log_prob <= 0.0 { -old_log_prob } else { f64::from(tabulated) }
+    }
 }

@@ -29,6 +29,8 @@ use crate::simd::avx2::{Avx2, Avx2Fused};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::avx512::Avx512;
 use crate::simd::interleaved::Twice;
+use crate::simd::lookup::LookUp;
+use crate::simd::math::Exponentials;
 use crate::simd::portable::{Double, Portable, PortableDoubles};
 
 /// Environment variable that holds a [`Level`].
@@ -97,18 +99,28 @@ fn available() -> &'static Available {
     AVAILABLE.as_ref().unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// Vectors with all that the loss does on them.
+pub trait LossLanes: Exponentials + LookUp {}
+impl<L: Exponentials + LookUp> LossLanes for L {}
+
+/// Work on vectors of any width.
+pub trait WithLanes<T> {
+    type Output;
+    fn run<L: LossLanes<Scalar = T>>(self, lanes: L) -> Self::Output;
+}
+
 /// A number that vectors are made of.
 pub trait Number: Copy {
     const ZERO: Self;
     /// Does the work with the widest vectors that may run.
-    fn run<W: lanes::Work<Self>>(work: W) -> W::Output;
+    fn run<W: WithLanes<Self>>(work: W) -> W::Output;
     fn to_f64(self) -> f64;
 }
 
 impl Number for f32 {
     const ZERO: Self = 0.0;
 
-    fn run<W: lanes::Work<Self>>(work: W) -> W::Output {
+    fn run<W: WithLanes<Self>>(work: W) -> W::Output {
         #[cfg(target_arch = "x86_64")]
         {
             let available = available();
@@ -130,7 +142,7 @@ impl Number for f32 {
 impl Number for f64 {
     const ZERO: Self = 0.0;
 
-    fn run<W: lanes::Work<Self>>(work: W) -> W::Output {
+    fn run<W: WithLanes<Self>>(work: W) -> W::Output {
         work.run(Double)
     }
 

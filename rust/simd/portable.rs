@@ -3,11 +3,8 @@
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
-use crate::image::Image;
 use crate::simd::doubles::Doubles;
 use crate::simd::lanes::{FloatBits, Lanes};
-use crate::simd::lookup::{look_up, reach};
-use crate::simd::math::{Exponentials, exponentials};
 
 #[inline(always)]
 fn each<const N: usize, A: Copy, T>(a: [A; N], operation: impl Fn(A) -> T) -> [T; N] {
@@ -142,23 +139,6 @@ impl Lanes for Portable {
             place += usize::from(here);
             if here { from[place - 1] } else { 0.0 }
         })
-    }
-    #[inline(always)]
-    fn exponentials(self, x: Self::Float) -> Exponentials<Self::Float> {
-        exponentials(self, x)
-    }
-    #[inline(always)]
-    fn reach(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask) -> Self::Float {
-        reach(self, image, old_log_prob, lower)
-    }
-    #[inline(always)]
-    fn look_up(
-        self,
-        image: Image<'_>,
-        old_log_prob: Self::Float,
-        lower: Self::Mask,
-    ) -> Self::Float {
-        look_up(self, image, old_log_prob, lower)
     }
 }
 
@@ -311,27 +291,6 @@ impl Lanes for Double {
     }
     fn expand(self, mask: bool, from: &[f64]) -> f64 {
         if mask { from[0] } else { 0.0 }
-    }
-    fn exponentials(self, x: f64) -> Exponentials<f64> {
-        // By its series where the difference has lost digits; the next term is 3e-15 of it.
-        let excess = if x.abs() < 1e-3 {
-            x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0))))
-        } else {
-            x.exp_m1() - x
-        };
-        Exponentials { exp: x.exp(), excess }
-    }
-    fn reach(self, _: Image<'_>, _: f64, _: bool) -> f64 {
-        0.0 // it is in float32
-    }
-    fn look_up(self, image: Image<'_>, old_log_prob: f64, lower: bool) -> f64 {
-        let y = Image::y(old_log_prob as f32);
-        if lower {
-            return f64::from(image.lower(y));
-        }
-        let tabulated = image.log_upper(y);
-        // Where everything is allowed, y in f32 could fall short of a new probability of 1.
-        if tabulated >= y && old_log_prob <= 0.0 { -old_log_prob } else { f64::from(tabulated) }
     }
 }
 

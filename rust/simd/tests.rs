@@ -4,9 +4,10 @@ mod lanes {
     use crate::band::Band;
     use crate::divergence::Divergence;
     use crate::image::Image;
-    use crate::simd::lanes::{Lanes, MOST_LANES, Work};
-    use crate::simd::math::Exponentials;
+    use crate::simd::lanes::MOST_LANES;
+    use crate::simd::math::{ExpAndGap, Exponentials};
     use crate::simd::portable::{Double, Portable};
+    use crate::simd::{LossLanes, WithLanes};
     use crate::table::BandTable;
 
     /// Runs vectors of every kind over the same numbers and returns what each kind made of them.
@@ -15,10 +16,10 @@ mod lanes {
         image: Image<'a>,
     }
 
-    impl Work<f32> for Each<'_> {
+    impl WithLanes<f32> for Each<'_> {
         type Output = Vec<[u32; 4]>;
 
-        fn run<L: Lanes<Scalar = f32>>(self, lanes: L) -> Self::Output {
+        fn run<L: LossLanes<Scalar = f32>>(self, lanes: L) -> Self::Output {
             let mut out = Vec::new();
             for chunk in self.x.chunks_exact(MOST_LANES) {
                 for part in chunk.chunks_exact(L::COUNT) {
@@ -26,11 +27,11 @@ mod lanes {
                     let within = lanes.select(lanes.less(lanes.abs(x), lanes.splat(20.0)), x, {
                         lanes.splat(20.0)
                     });
-                    let Exponentials { exp, excess } = lanes.exponentials(within);
+                    let ExpAndGap { exp, gap } = lanes.exp_and_gap(within);
                     let upper = lanes.look_up(self.image, x, lanes.less(x, x));
                     let lower = lanes.look_up(self.image, x, lanes.less_or_equal(x, x));
                     let mut columns = [[0.0; MOST_LANES]; 4];
-                    for (column, values) in columns.iter_mut().zip([exp, excess, upper, lower]) {
+                    for (column, values) in columns.iter_mut().zip([exp, gap, upper, lower]) {
                         lanes.store(values, column);
                     }
                     out.extend(
@@ -98,11 +99,11 @@ mod lanes {
         image: Image<'a>,
     }
 
-    impl Work<f32> for Reaches<'_> {
+    impl WithLanes<f32> for Reaches<'_> {
         /// How many tokens have a reach that is not 0, of each side.
         type Output = [usize; 2];
 
-        fn run<L: Lanes<Scalar = f32>>(self, lanes: L) -> [usize; 2] {
+        fn run<L: LossLanes<Scalar = f32>>(self, lanes: L) -> [usize; 2] {
             let mut useful = [0; 2];
             for part in
                 self.logp.chunks_exact(MOST_LANES).flat_map(|part| part.chunks_exact(L::COUNT))
@@ -118,7 +119,7 @@ mod lanes {
                     lanes.store(reached, &mut reach);
                     lanes.store(lanes.look_up(self.image, logp, lower), &mut bound);
                     let within = lanes.at_most(20.0, lanes.at_least(-20.0, reached));
-                    lanes.store(lanes.exponentials(within).exp, &mut ratio);
+                    lanes.store(lanes.exp_and_gap(within).exp, &mut ratio);
                     for lane in 0..L::COUNT {
                         let (logp, reach) = (part[lane], reach[lane]);
                         let holds = if side == 0 {
@@ -161,10 +162,10 @@ mod lanes {
     /// Packs and spreads the lanes of every mask of eight neighbours.
     struct Packed;
 
-    impl Work<f32> for Packed {
+    impl WithLanes<f32> for Packed {
         type Output = ();
 
-        fn run<L: Lanes<Scalar = f32>>(self, lanes: L) {
+        fn run<L: LossLanes<Scalar = f32>>(self, lanes: L) {
             for pattern in 0..256_u32 {
                 let bytes: [u8; MOST_LANES] =
                     std::array::from_fn(|lane| (pattern >> (lane % 8) & 1) as u8 * 3);
@@ -212,25 +213,24 @@ mod lanes {
             .collect();
         let band = Band::new(Divergence::parse("kl").unwrap(), 0.05, 0.05).unwrap();
         let table = BandTable::of_band(&band).unwrap();
-        let (mut worst_exp, mut worst_excess) = (0.0_f64, 0.0_f64);
+        let (mut worst_exp, mut worst_gap) = (0.0_f64, 0.0_f64);
         for x in [x, small] {
             for (&x, found) in x.iter().zip(Each { x: &x, image: table.image() }.run(Portable)) {
                 if x.abs() >= 20.0 {
                     continue;
                 }
-                let [exp, excess] =
-                    [found[0], found[1]].map(|bits| f64::from(f32::from_bits(bits)));
-                let exact = Double.exponentials(f64::from(x));
+                let [exp, gap] = [found[0], found[1]].map(|bits| f64::from(f32::from_bits(bits)));
+                let exact = Double.exp_and_gap(f64::from(x));
                 let ulp = f64::from((exact.exp as f32).next_up()) - f64::from(exact.exp as f32);
                 worst_exp = worst_exp.max((exp - exact.exp).abs() / ulp);
                 // Below 2^-126 float32 has no digits left.
-                if exact.excess > f64::from(f32::MIN_POSITIVE) {
-                    worst_excess = worst_excess.max((excess - exact.excess).abs() / exact.excess);
+                if exact.gap > f64::from(f32::MIN_POSITIVE) {
+                    worst_gap = worst_gap.max((gap - exact.gap).abs() / exact.gap);
                 }
             }
         }
         assert!(worst_exp <= 1.2, "{worst_exp}");
-        assert!(worst_excess <= 1e-6, "{worst_excess}");
+        assert!(worst_gap <= 1e-6, "{worst_gap}");
     }
 }
 
