@@ -106,123 +106,28 @@ impl Lanes for Avx2 {
     const COUNT: usize = 8;
 
     #[inline(always)]
-    fn splat(self, value: f64) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_set1_ps(value as f32) }
-    }
-    #[inline(always)]
     fn load(self, from: &[f32]) -> __m256 {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `from` has 8 elements.
         unsafe { _mm256_loadu_ps(from[..8].as_ptr()) }
     }
     #[inline(always)]
     fn store(self, values: __m256, to: &mut [f32]) {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `to` has 8 elements.
         unsafe {
             _mm256_storeu_ps(to[..8].as_mut_ptr(), values);
         }
     }
     #[inline(always)]
     fn load_mask(self, from: &[u8]) -> __m256 {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `from` has 8 elements.
         unsafe {
             let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from[..8].as_ptr().cast()));
             _mm256_castsi256_ps(_mm256_cmpgt_epi32(bytes, _mm256_setzero_si256()))
         }
     }
     #[inline(always)]
-    fn add(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_add_ps(a, b) }
-    }
-    #[inline(always)]
-    fn sub(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_sub_ps(a, b) }
-    }
-    #[inline(always)]
-    fn mul(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_mul_ps(a, b) }
-    }
-    #[inline(always)]
-    fn abs(self, a: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
-    }
-    #[inline(always)]
-    fn lesser(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_min_ps(a, b) }
-    }
-    #[inline(always)]
-    fn greater(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_max_ps(a, b) }
-    }
-    #[inline(always)]
-    fn at_most(self, limit: f64, a: __m256) -> __m256 {
-        // Of a NaN and a number, the instruction takes the second.
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_min_ps(_mm256_set1_ps(limit as f32), a) }
-    }
-    #[inline(always)]
-    fn at_least(self, limit: f64, a: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_max_ps(_mm256_set1_ps(limit as f32), a) }
-    }
-    #[inline(always)]
-    fn less(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_cmp_ps::<_CMP_LT_OQ>(a, b) }
-    }
-    #[inline(always)]
-    fn less_or_equal(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_cmp_ps::<_CMP_LE_OQ>(a, b) }
-    }
-    #[inline(always)]
-    fn is_nan(self, a: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a) }
-    }
-    #[inline(always)]
-    fn and(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_and_ps(a, b) }
-    }
-    #[inline(always)]
-    fn or(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_or_ps(a, b) }
-    }
-    #[inline(always)]
-    fn and_not(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_andnot_ps(b, a) }
-    }
-    #[inline(always)]
-    fn select(self, mask: __m256, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_blendv_ps(b, a, mask) }
-    }
-    #[inline(always)]
-    fn bits(self, mask: __m256) -> u32 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_movemask_ps(mask) as u32 }
-    }
-    #[inline(always)]
-    fn mask_of(self, bits: u32) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe {
-            let each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-            let here = _mm256_and_si256(_mm256_set1_epi32(bits as i32), each);
-            _mm256_castsi256_ps(_mm256_cmpeq_epi32(here, each))
-        }
-    }
-    #[inline(always)]
     fn compress(self, mask: __m256, a: __m256, to: &mut [f32]) {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `to` has 8 elements.
         unsafe {
             let lanes = permutation(SET_LANES[self.bits(mask) as usize]);
             _mm256_storeu_ps(to[..8].as_mut_ptr(), _mm256_permutevar8x32_ps(a, lanes));
@@ -230,12 +135,44 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn expand(self, mask: __m256, from: &[f32]) -> __m256 {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `from` has 8 elements.
         unsafe {
             let places = permutation(RANKS[self.bits(mask) as usize]);
             let spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(from[..8].as_ptr()), places);
             _mm256_and_ps(mask, spread)
         }
+    }
+
+    instructions! {
+        fn splat(self, value: f64) -> __m256 { _mm256_set1_ps(value as f32) }
+        fn add(self, a: __m256, b: __m256) -> __m256 { _mm256_add_ps(a, b) }
+        fn sub(self, a: __m256, b: __m256) -> __m256 { _mm256_sub_ps(a, b) }
+        fn mul(self, a: __m256, b: __m256) -> __m256 { _mm256_mul_ps(a, b) }
+        fn abs(self, a: __m256) -> __m256 { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
+        fn lesser(self, a: __m256, b: __m256) -> __m256 { _mm256_min_ps(a, b) }
+        fn greater(self, a: __m256, b: __m256) -> __m256 { _mm256_max_ps(a, b) }
+        // Of a NaN and a number, the instruction takes the second.
+        fn at_most(self, limit: f64, a: __m256) -> __m256 {
+            _mm256_min_ps(_mm256_set1_ps(limit as f32), a)
+        }
+        fn at_least(self, limit: f64, a: __m256) -> __m256 {
+            _mm256_max_ps(_mm256_set1_ps(limit as f32), a)
+        }
+        fn less(self, a: __m256, b: __m256) -> __m256 { _mm256_cmp_ps::<_CMP_LT_OQ>(a, b) }
+        fn less_or_equal(self, a: __m256, b: __m256) -> __m256 { _mm256_cmp_ps::<_CMP_LE_OQ>(a, b) }
+        fn is_nan(self, a: __m256) -> __m256 { _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a) }
+        fn and(self, a: __m256, b: __m256) -> __m256 { _mm256_and_ps(a, b) }
+        fn or(self, a: __m256, b: __m256) -> __m256 { _mm256_or_ps(a, b) }
+        fn and_not(self, a: __m256, b: __m256) -> __m256 { _mm256_andnot_ps(b, a) }
+        fn select(self, mask: __m256, a: __m256, b: __m256) -> __m256 {
+            _mm256_blendv_ps(b, a, mask)
+        }
+        fn mask_of(self, bits: u32) -> __m256 {
+            let each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let here = _mm256_and_si256(_mm256_set1_epi32(bits as i32), each);
+            _mm256_castsi256_ps(_mm256_cmpeq_epi32(here, each))
+        }
+        fn bits(self, mask: __m256) -> u32 { _mm256_movemask_ps(mask) as u32 }
     }
 }
 
@@ -243,67 +180,12 @@ impl FloatBits for Avx2 {
     type Words = __m256i;
 
     #[inline(always)]
-    fn words(self, value: u32) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_set1_epi32(value as i32) }
-    }
-    #[inline(always)]
-    fn as_words(self, a: __m256) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_castps_si256(a) }
-    }
-    #[inline(always)]
-    fn as_floats(self, a: __m256i) -> __m256 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_castsi256_ps(a) }
-    }
-    #[inline(always)]
-    fn add_words(self, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_add_epi32(a, b) }
-    }
-    #[inline(always)]
-    fn sub_words(self, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_sub_epi32(a, b) }
-    }
-    #[inline(always)]
-    fn and_words(self, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_and_si256(a, b) }
-    }
-    #[inline(always)]
-    fn or_words(self, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_or_si256(a, b) }
-    }
-    #[inline(always)]
-    fn shift_left(self, a: __m256i, by: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_sllv_epi32(a, by) }
-    }
-    #[inline(always)]
-    fn shift_right(self, a: __m256i, by: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_srlv_epi32(a, by) }
-    }
-    #[inline(always)]
-    fn least(self, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_min_epu32(a, b) }
-    }
-    #[inline(always)]
-    fn greatest(self, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_max_epu32(a, b) }
-    }
-    #[inline(always)]
     fn select_words(self, mask: __m256, a: __m256i, b: __m256i) -> __m256i {
         self.as_words(self.select(mask, self.as_floats(a), self.as_floats(b)))
     }
     #[inline(always)]
     fn of_row(self, row: &[u32; 16], index: __m256i, lower: __m256) -> __m256i {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; eight words of the row follow each start.
         unsafe {
             // The permutation takes the index modulo 8.
             let [upper_half, lower_half] = [0, 8].map(|half| {
@@ -314,13 +196,13 @@ impl FloatBits for Avx2 {
     }
     #[inline(always)]
     unsafe fn gather(self, words: &[u32], index: __m256i) -> __m256i {
-        // SAFETY: the instructions are there, and the caller says that the places lie inside.
+        // SAFETY: `self` exists, so the processor has the instructions; the caller keeps the indices inside.
         unsafe { _mm256_i32gather_epi32::<4>(words.as_ptr().cast(), index) }
     }
     #[inline(always)]
     unsafe fn gather_four(self, words: &[u32], index: __m256i) -> [__m256; 4] {
         // Eight loads of four words and a transposition, as in AVX-512.
-        // SAFETY: the instructions are there, and the caller says that the places lie inside.
+        // SAFETY: `self` exists, so the processor has the instructions; the caller keeps the indices inside.
         unsafe {
             let mut places = [0_u32; 8];
             _mm256_storeu_si256(places.as_mut_ptr().cast(), index);
@@ -342,6 +224,20 @@ impl FloatBits for Avx2 {
             ]
         }
     }
+
+    instructions! {
+        fn words(self, value: u32) -> __m256i { _mm256_set1_epi32(value as i32) }
+        fn as_words(self, a: __m256) -> __m256i { _mm256_castps_si256(a) }
+        fn as_floats(self, a: __m256i) -> __m256 { _mm256_castsi256_ps(a) }
+        fn add_words(self, a: __m256i, b: __m256i) -> __m256i { _mm256_add_epi32(a, b) }
+        fn sub_words(self, a: __m256i, b: __m256i) -> __m256i { _mm256_sub_epi32(a, b) }
+        fn and_words(self, a: __m256i, b: __m256i) -> __m256i { _mm256_and_si256(a, b) }
+        fn or_words(self, a: __m256i, b: __m256i) -> __m256i { _mm256_or_si256(a, b) }
+        fn shift_left(self, a: __m256i, by: __m256i) -> __m256i { _mm256_sllv_epi32(a, by) }
+        fn shift_right(self, a: __m256i, by: __m256i) -> __m256i { _mm256_srlv_epi32(a, by) }
+        fn least(self, a: __m256i, b: __m256i) -> __m256i { _mm256_min_epu32(a, b) }
+        fn greatest(self, a: __m256i, b: __m256i) -> __m256i { _mm256_max_epu32(a, b) }
+    }
 }
 
 impl Doubles for Avx2Fused {
@@ -352,120 +248,43 @@ impl Doubles for Avx2Fused {
     const COUNT: usize = 4;
 
     #[inline(always)]
-    fn splat(self, value: f64) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_set1_pd(value) }
-    }
-    #[inline(always)]
     fn load(self, from: &[f64]) -> __m256d {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `from` has 4 elements.
         unsafe { _mm256_loadu_pd(from[..4].as_ptr()) }
     }
     #[inline(always)]
     fn store(self, values: __m256d, to: &mut [f64]) {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `to` has 4 elements.
         unsafe {
             _mm256_storeu_pd(to[..4].as_mut_ptr(), values);
         }
     }
-    #[inline(always)]
-    fn add(self, a: __m256d, b: __m256d) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_add_pd(a, b) }
-    }
-    #[inline(always)]
-    fn sub(self, a: __m256d, b: __m256d) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_sub_pd(a, b) }
-    }
-    #[inline(always)]
-    fn mul(self, a: __m256d, b: __m256d) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_mul_pd(a, b) }
-    }
-    #[inline(always)]
-    fn div(self, a: __m256d, b: __m256d) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_div_pd(a, b) }
-    }
-    #[inline(always)]
-    fn sqrt(self, a: __m256d) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_sqrt_pd(a) }
-    }
-    #[inline(always)]
-    fn mul_add(self, a: __m256d, b: __m256d, c: __m256d) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_fmadd_pd(a, b, c) }
-    }
-    #[inline(always)]
-    fn less(self, a: __m256d, b: __m256d) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_cmp_pd::<_CMP_LT_OQ>(a, b) }
-    }
-    #[inline(always)]
-    fn and(self, a: __m256d, b: __m256d) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_and_pd(a, b) }
-    }
-    #[inline(always)]
-    fn or(self, a: __m256d, b: __m256d) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_or_pd(a, b) }
-    }
-    #[inline(always)]
-    fn not(self, a: __m256d) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_xor_pd(a, _mm256_castsi256_pd(_mm256_set1_epi64x(-1))) }
-    }
-    #[inline(always)]
-    fn select(self, mask: __m256d, a: __m256d, b: __m256d) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_blendv_pd(b, a, mask) }
-    }
-    #[inline(always)]
-    fn bits(self, mask: __m256d) -> u32 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_movemask_pd(mask) as u32 }
-    }
-    #[inline(always)]
-    fn words(self, value: u64) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_set1_epi64x(value as i64) }
-    }
-    #[inline(always)]
-    fn as_words(self, a: __m256d) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_castpd_si256(a) }
-    }
-    #[inline(always)]
-    fn as_floats(self, a: __m256i) -> __m256d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_castsi256_pd(a) }
-    }
-    #[inline(always)]
-    fn add_words(self, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_add_epi64(a, b) }
-    }
-    #[inline(always)]
-    fn sub_words(self, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_sub_epi64(a, b) }
-    }
-    #[inline(always)]
-    fn and_words(self, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_and_si256(a, b) }
-    }
-    #[inline(always)]
-    fn exponent_up(self, a: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_slli_epi64::<52>(a) }
-    }
-    #[inline(always)]
-    fn exponent_down(self, a: __m256i) -> __m256i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm256_srli_epi64::<52>(a) }
+
+    instructions! {
+        fn splat(self, value: f64) -> __m256d { _mm256_set1_pd(value) }
+        fn add(self, a: __m256d, b: __m256d) -> __m256d { _mm256_add_pd(a, b) }
+        fn sub(self, a: __m256d, b: __m256d) -> __m256d { _mm256_sub_pd(a, b) }
+        fn mul(self, a: __m256d, b: __m256d) -> __m256d { _mm256_mul_pd(a, b) }
+        fn div(self, a: __m256d, b: __m256d) -> __m256d { _mm256_div_pd(a, b) }
+        fn sqrt(self, a: __m256d) -> __m256d { _mm256_sqrt_pd(a) }
+        fn mul_add(self, a: __m256d, b: __m256d, c: __m256d) -> __m256d { _mm256_fmadd_pd(a, b, c) }
+        fn less(self, a: __m256d, b: __m256d) -> __m256d { _mm256_cmp_pd::<_CMP_LT_OQ>(a, b) }
+        fn and(self, a: __m256d, b: __m256d) -> __m256d { _mm256_and_pd(a, b) }
+        fn or(self, a: __m256d, b: __m256d) -> __m256d { _mm256_or_pd(a, b) }
+        fn not(self, a: __m256d) -> __m256d {
+            _mm256_xor_pd(a, _mm256_castsi256_pd(_mm256_set1_epi64x(-1)))
+        }
+        fn select(self, mask: __m256d, a: __m256d, b: __m256d) -> __m256d {
+            _mm256_blendv_pd(b, a, mask)
+        }
+        fn bits(self, mask: __m256d) -> u32 { _mm256_movemask_pd(mask) as u32 }
+        fn words(self, value: u64) -> __m256i { _mm256_set1_epi64x(value as i64) }
+        fn as_words(self, a: __m256d) -> __m256i { _mm256_castpd_si256(a) }
+        fn as_floats(self, a: __m256i) -> __m256d { _mm256_castsi256_pd(a) }
+        fn add_words(self, a: __m256i, b: __m256i) -> __m256i { _mm256_add_epi64(a, b) }
+        fn sub_words(self, a: __m256i, b: __m256i) -> __m256i { _mm256_sub_epi64(a, b) }
+        fn and_words(self, a: __m256i, b: __m256i) -> __m256i { _mm256_and_si256(a, b) }
+        fn exponent_up(self, a: __m256i) -> __m256i { _mm256_slli_epi64::<52>(a) }
+        fn exponent_down(self, a: __m256i) -> __m256i { _mm256_srli_epi64::<52>(a) }
     }
 }

@@ -53,85 +53,24 @@ impl Lanes for Avx512 {
     const COUNT: usize = 16;
 
     #[inline(always)]
-    fn splat(self, value: f64) -> __m512 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_set1_ps(value as f32) }
-    }
-    #[inline(always)]
     fn load(self, from: &[f32]) -> __m512 {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `from` has 16 elements.
         unsafe { _mm512_loadu_ps(from[..16].as_ptr()) }
     }
     #[inline(always)]
     fn store(self, values: __m512, to: &mut [f32]) {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `to` has 16 elements.
         unsafe {
             _mm512_storeu_ps(to[..16].as_mut_ptr(), values);
         }
     }
     #[inline(always)]
     fn load_mask(self, from: &[u8]) -> __mmask16 {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `from` has 16 elements.
         unsafe {
             let bytes = _mm_loadu_si128(from[..16].as_ptr().cast());
             _mm_test_epi8_mask(bytes, bytes)
         }
-    }
-    #[inline(always)]
-    fn add(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_add_ps(a, b) }
-    }
-    #[inline(always)]
-    fn sub(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_sub_ps(a, b) }
-    }
-    #[inline(always)]
-    fn mul(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_mul_ps(a, b) }
-    }
-    #[inline(always)]
-    fn abs(self, a: __m512) -> __m512 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_abs_ps(a) }
-    }
-    #[inline(always)]
-    fn lesser(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_min_ps(a, b) }
-    }
-    #[inline(always)]
-    fn greater(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_max_ps(a, b) }
-    }
-    #[inline(always)]
-    fn at_most(self, limit: f64, a: __m512) -> __m512 {
-        // Of a NaN and a number, the instruction takes the second.
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_min_ps(_mm512_set1_ps(limit as f32), a) }
-    }
-    #[inline(always)]
-    fn at_least(self, limit: f64, a: __m512) -> __m512 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_max_ps(_mm512_set1_ps(limit as f32), a) }
-    }
-    #[inline(always)]
-    fn less(self, a: __m512, b: __m512) -> __mmask16 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b) }
-    }
-    #[inline(always)]
-    fn less_or_equal(self, a: __m512, b: __m512) -> __mmask16 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b) }
-    }
-    #[inline(always)]
-    fn is_nan(self, a: __m512) -> __mmask16 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a) }
     }
     #[inline(always)]
     fn and(self, a: __mmask16, b: __mmask16) -> __mmask16 {
@@ -146,11 +85,6 @@ impl Lanes for Avx512 {
         a & !b
     }
     #[inline(always)]
-    fn select(self, mask: __mmask16, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_mask_blend_ps(mask, b, a) }
-    }
-    #[inline(always)]
     fn bits(self, mask: __mmask16) -> u32 {
         u32::from(mask)
     }
@@ -161,15 +95,40 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn compress(self, mask: __mmask16, a: __m512, to: &mut [f32]) {
         // Not the instruction that stores as well, which some processors do in microcode.
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `to` has 16 elements.
         unsafe {
             _mm512_storeu_ps(to[..16].as_mut_ptr(), _mm512_maskz_compress_ps(mask, a));
         }
     }
     #[inline(always)]
     fn expand(self, mask: __mmask16, from: &[f32]) -> __m512 {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `from` has 16 elements.
         unsafe { _mm512_maskz_expand_ps(mask, _mm512_loadu_ps(from[..16].as_ptr())) }
+    }
+
+    instructions! {
+        fn splat(self, value: f64) -> __m512 { _mm512_set1_ps(value as f32) }
+        fn add(self, a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
+        fn sub(self, a: __m512, b: __m512) -> __m512 { _mm512_sub_ps(a, b) }
+        fn mul(self, a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
+        fn abs(self, a: __m512) -> __m512 { _mm512_abs_ps(a) }
+        fn lesser(self, a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
+        fn greater(self, a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
+        // Of a NaN and a number, the instruction takes the second.
+        fn at_most(self, limit: f64, a: __m512) -> __m512 {
+            _mm512_min_ps(_mm512_set1_ps(limit as f32), a)
+        }
+        fn at_least(self, limit: f64, a: __m512) -> __m512 {
+            _mm512_max_ps(_mm512_set1_ps(limit as f32), a)
+        }
+        fn less(self, a: __m512, b: __m512) -> __mmask16 { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b) }
+        fn less_or_equal(self, a: __m512, b: __m512) -> __mmask16 {
+            _mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b)
+        }
+        fn is_nan(self, a: __m512) -> __mmask16 { _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a) }
+        fn select(self, mask: __mmask16, a: __m512, b: __m512) -> __m512 {
+            _mm512_mask_blend_ps(mask, b, a)
+        }
     }
 }
 
@@ -177,80 +136,20 @@ impl FloatBits for Avx512 {
     type Words = __m512i;
 
     #[inline(always)]
-    fn words(self, value: u32) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_set1_epi32(value as i32) }
-    }
-    #[inline(always)]
-    fn as_words(self, a: __m512) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_castps_si512(a) }
-    }
-    #[inline(always)]
-    fn as_floats(self, a: __m512i) -> __m512 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_castsi512_ps(a) }
-    }
-    #[inline(always)]
-    fn add_words(self, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_add_epi32(a, b) }
-    }
-    #[inline(always)]
-    fn sub_words(self, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_sub_epi32(a, b) }
-    }
-    #[inline(always)]
-    fn and_words(self, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_and_si512(a, b) }
-    }
-    #[inline(always)]
-    fn or_words(self, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_or_si512(a, b) }
-    }
-    #[inline(always)]
-    fn shift_left(self, a: __m512i, by: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_sllv_epi32(a, by) }
-    }
-    #[inline(always)]
-    fn shift_right(self, a: __m512i, by: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_srlv_epi32(a, by) }
-    }
-    #[inline(always)]
-    fn least(self, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_min_epu32(a, b) }
-    }
-    #[inline(always)]
-    fn greatest(self, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_max_epu32(a, b) }
-    }
-    #[inline(always)]
-    fn select_words(self, mask: __mmask16, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_mask_blend_epi32(mask, b, a) }
-    }
-    #[inline(always)]
     fn of_row(self, row: &[u32; 16], index: __m512i, _: __mmask16) -> __m512i {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; the row has 16 words.
         unsafe { _mm512_permutexvar_epi32(index, _mm512_loadu_si512(row.as_ptr().cast())) }
     }
     #[inline(always)]
     unsafe fn gather(self, words: &[u32], index: __m512i) -> __m512i {
-        // SAFETY: the instructions are there, and the caller says that the places lie inside.
+        // SAFETY: `self` exists, so the processor has the instructions; the caller keeps the indices inside.
         unsafe { _mm512_i32gather_epi32::<4>(index, words.as_ptr().cast()) }
     }
     #[inline(always)]
     unsafe fn gather_four(self, words: &[u32], index: __m512i) -> [__m512; 4] {
         // Sixteen loads of four words and a transposition: several times as fast as four gathers where
         // those are done in microcode, and no slower elsewhere.
-        // SAFETY: the instructions are there, and the caller says that the places lie inside.
+        // SAFETY: `self` exists, so the processor has the instructions; the caller keeps the indices inside.
         unsafe {
             let mut places = [0_u32; 16];
             _mm512_storeu_si512(places.as_mut_ptr().cast(), index);
@@ -275,6 +174,23 @@ impl FloatBits for Avx512 {
             ]
         }
     }
+
+    instructions! {
+        fn words(self, value: u32) -> __m512i { _mm512_set1_epi32(value as i32) }
+        fn as_words(self, a: __m512) -> __m512i { _mm512_castps_si512(a) }
+        fn as_floats(self, a: __m512i) -> __m512 { _mm512_castsi512_ps(a) }
+        fn add_words(self, a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
+        fn sub_words(self, a: __m512i, b: __m512i) -> __m512i { _mm512_sub_epi32(a, b) }
+        fn and_words(self, a: __m512i, b: __m512i) -> __m512i { _mm512_and_si512(a, b) }
+        fn or_words(self, a: __m512i, b: __m512i) -> __m512i { _mm512_or_si512(a, b) }
+        fn shift_left(self, a: __m512i, by: __m512i) -> __m512i { _mm512_sllv_epi32(a, by) }
+        fn shift_right(self, a: __m512i, by: __m512i) -> __m512i { _mm512_srlv_epi32(a, by) }
+        fn least(self, a: __m512i, b: __m512i) -> __m512i { _mm512_min_epu32(a, b) }
+        fn greatest(self, a: __m512i, b: __m512i) -> __m512i { _mm512_max_epu32(a, b) }
+        fn select_words(self, mask: __mmask16, a: __m512i, b: __m512i) -> __m512i {
+            _mm512_mask_blend_epi32(mask, b, a)
+        }
+    }
 }
 
 impl Doubles for Avx512 {
@@ -284,56 +200,16 @@ impl Doubles for Avx512 {
     const COUNT: usize = 8;
 
     #[inline(always)]
-    fn splat(self, value: f64) -> __m512d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_set1_pd(value) }
-    }
-    #[inline(always)]
     fn load(self, from: &[f64]) -> __m512d {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `from` has 8 elements.
         unsafe { _mm512_loadu_pd(from[..8].as_ptr()) }
     }
     #[inline(always)]
     fn store(self, values: __m512d, to: &mut [f64]) {
-        // SAFETY: the instructions are there.
+        // SAFETY: `self` exists, so the processor has the instructions; `to` has 8 elements.
         unsafe {
             _mm512_storeu_pd(to[..8].as_mut_ptr(), values);
         }
-    }
-    #[inline(always)]
-    fn add(self, a: __m512d, b: __m512d) -> __m512d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_add_pd(a, b) }
-    }
-    #[inline(always)]
-    fn sub(self, a: __m512d, b: __m512d) -> __m512d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_sub_pd(a, b) }
-    }
-    #[inline(always)]
-    fn mul(self, a: __m512d, b: __m512d) -> __m512d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_mul_pd(a, b) }
-    }
-    #[inline(always)]
-    fn div(self, a: __m512d, b: __m512d) -> __m512d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_div_pd(a, b) }
-    }
-    #[inline(always)]
-    fn sqrt(self, a: __m512d) -> __m512d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_sqrt_pd(a) }
-    }
-    #[inline(always)]
-    fn mul_add(self, a: __m512d, b: __m512d, c: __m512d) -> __m512d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_fmadd_pd(a, b, c) }
-    }
-    #[inline(always)]
-    fn less(self, a: __m512d, b: __m512d) -> __mmask8 {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_cmp_pd_mask::<_CMP_LT_OQ>(a, b) }
     }
     #[inline(always)]
     fn and(self, a: __mmask8, b: __mmask8) -> __mmask8 {
@@ -348,52 +224,29 @@ impl Doubles for Avx512 {
         !a
     }
     #[inline(always)]
-    fn select(self, mask: __mmask8, a: __m512d, b: __m512d) -> __m512d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_mask_blend_pd(mask, b, a) }
-    }
-    #[inline(always)]
     fn bits(self, mask: __mmask8) -> u32 {
         u32::from(mask)
     }
-    #[inline(always)]
-    fn words(self, value: u64) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_set1_epi64(value as i64) }
-    }
-    #[inline(always)]
-    fn as_words(self, a: __m512d) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_castpd_si512(a) }
-    }
-    #[inline(always)]
-    fn as_floats(self, a: __m512i) -> __m512d {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_castsi512_pd(a) }
-    }
-    #[inline(always)]
-    fn add_words(self, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_add_epi64(a, b) }
-    }
-    #[inline(always)]
-    fn sub_words(self, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_sub_epi64(a, b) }
-    }
-    #[inline(always)]
-    fn and_words(self, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_and_si512(a, b) }
-    }
-    #[inline(always)]
-    fn exponent_up(self, a: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_slli_epi64::<52>(a) }
-    }
-    #[inline(always)]
-    fn exponent_down(self, a: __m512i) -> __m512i {
-        // SAFETY: the instructions are there.
-        unsafe { _mm512_srli_epi64::<52>(a) }
+
+    instructions! {
+        fn splat(self, value: f64) -> __m512d { _mm512_set1_pd(value) }
+        fn add(self, a: __m512d, b: __m512d) -> __m512d { _mm512_add_pd(a, b) }
+        fn sub(self, a: __m512d, b: __m512d) -> __m512d { _mm512_sub_pd(a, b) }
+        fn mul(self, a: __m512d, b: __m512d) -> __m512d { _mm512_mul_pd(a, b) }
+        fn div(self, a: __m512d, b: __m512d) -> __m512d { _mm512_div_pd(a, b) }
+        fn sqrt(self, a: __m512d) -> __m512d { _mm512_sqrt_pd(a) }
+        fn mul_add(self, a: __m512d, b: __m512d, c: __m512d) -> __m512d { _mm512_fmadd_pd(a, b, c) }
+        fn less(self, a: __m512d, b: __m512d) -> __mmask8 { _mm512_cmp_pd_mask::<_CMP_LT_OQ>(a, b) }
+        fn select(self, mask: __mmask8, a: __m512d, b: __m512d) -> __m512d {
+            _mm512_mask_blend_pd(mask, b, a)
+        }
+        fn words(self, value: u64) -> __m512i { _mm512_set1_epi64(value as i64) }
+        fn as_words(self, a: __m512d) -> __m512i { _mm512_castpd_si512(a) }
+        fn as_floats(self, a: __m512i) -> __m512d { _mm512_castsi512_pd(a) }
+        fn add_words(self, a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi64(a, b) }
+        fn sub_words(self, a: __m512i, b: __m512i) -> __m512i { _mm512_sub_epi64(a, b) }
+        fn and_words(self, a: __m512i, b: __m512i) -> __m512i { _mm512_and_si512(a, b) }
+        fn exponent_up(self, a: __m512i) -> __m512i { _mm512_slli_epi64::<52>(a) }
+        fn exponent_down(self, a: __m512i) -> __m512i { _mm512_srli_epi64::<52>(a) }
     }
 }

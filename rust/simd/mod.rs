@@ -8,6 +8,18 @@
 //! fuse multiplication and addition.
 
 #[cfg(target_arch = "x86_64")]
+/// Methods of intrinsics that need nothing but the instructions.
+macro_rules! instructions {
+    ($(fn $name:ident($self:ident $(, $argument:ident: $kind:ty)*) -> $result:ty $body:block)*) => {$(
+        #[inline(always)]
+        fn $name($self $(, $argument: $kind)*) -> $result {
+            // SAFETY: a register of this type exists only where the processor has the instructions.
+            unsafe { $body }
+        }
+    )*};
+}
+
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
