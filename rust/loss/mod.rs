@@ -17,7 +17,7 @@ use crate::image::Image;
 use crate::loss::surrogate::{
     Applied, GradientPreserving, Mask, MinClip, Rule, Surrogate, Vector, Weight,
 };
-use crate::simd::lanes::{Lanes, MOST_LANES};
+use crate::simd::lanes::{Lanes, MAX_LANES};
 use crate::simd::{LossLanes, Number, WithLanes};
 use crate::threads::map_parts;
 
@@ -541,8 +541,8 @@ unsafe fn load<const WHOLE: bool, L: Lanes<Scalar: Float>>(
 
 /// The end of a slice, with what is missing for a vector.
 #[cold]
-fn padded<T: Copy>(rest: &[T], padding: T) -> [T; MOST_LANES] {
-    let mut padded = [padding; MOST_LANES];
+fn padded<T: Copy>(rest: &[T], padding: T) -> [T; MAX_LANES] {
+    let mut padded = [padding; MAX_LANES];
     padded[..rest.len()].copy_from_slice(rest);
     padded
 }
@@ -617,9 +617,9 @@ struct Task<'a, T, R, B> {
 #[repr(align(64))] // so that no vector lies across two lines of a cache
 struct Block<T> {
     /// Not clamped; 0 where a token does not count.
-    log_ratio: [T; BLOCK + MOST_LANES],
+    log_ratio: [T; BLOCK + MAX_LANES],
     /// Minus the advantage, likewise.
-    cost: [T; BLOCK + MOST_LANES],
+    cost: [T; BLOCK + MAX_LANES],
     moved: Moved<T>,
     /// Where they are one a row.
     advantages: [T; BLOCK],
@@ -633,9 +633,9 @@ struct Block<T> {
 struct Moved<T> {
     /// What their bounds are found by; then their bounds; and then where their ratios stop: at the bound if
     /// they are beyond it, at 0, where no bound is that a ratio could be beyond, if they are not.
-    bounds: [T; BLOCK + MOST_LANES],
+    bounds: [T; BLOCK + MAX_LANES],
     /// Clamped; negative where the lower bound holds.
-    log_ratio: [T; BLOCK + MOST_LANES],
+    log_ratio: [T; BLOCK + MAX_LANES],
     count: usize,
     /// Which tokens they are, a bit each, vector by vector.
     who: [u32; BLOCK],
@@ -643,7 +643,7 @@ struct Moved<T> {
 
 impl<T: Float> Block<T> {
     fn new() -> Self {
-        let zeros = [T::ZERO; BLOCK + MOST_LANES];
+        let zeros = [T::ZERO; BLOCK + MAX_LANES];
         let moved = Moved { bounds: zeros, log_ratio: zeros, count: 0, who: [0; BLOCK] };
         let [advantages, losses] = [[T::ZERO; BLOCK]; 2];
         Self { log_ratio: zeros, cost: zeros, moved, advantages, losses }
@@ -732,15 +732,15 @@ struct Collect<'a, T, R, B> {
     bounds: &'a B,
     start: usize,
     columns: Columns<'a, T>,
-    log_ratio: &'a mut [T; BLOCK + MOST_LANES],
-    cost: &'a mut [T; BLOCK + MOST_LANES],
+    log_ratio: &'a mut [T; BLOCK + MAX_LANES],
+    cost: &'a mut [T; BLOCK + MAX_LANES],
     moved: &'a mut Moved<T>,
     totals: &'a mut Totals,
 }
 
 #[inline(always)]
 fn clamp<L: Lanes>(lanes: L, log_ratio: L::Float) -> L::Float {
-    lanes.at_least(-LOG_RATIO_LIMIT, lanes.at_most(LOG_RATIO_LIMIT, log_ratio))
+    lanes.clamp_min(-LOG_RATIO_LIMIT, lanes.clamp_max(LOG_RATIO_LIMIT, log_ratio))
 }
 
 impl<T: Float, R: Rule, B: Bounds<T>> WithLanes<T> for Collect<'_, T, R, B> {
@@ -832,8 +832,8 @@ impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
         sums.log_ratio = lanes.add(sums.log_ratio, clamped);
         sums.old_log_prob = lanes.add(sums.old_log_prob, old_log_prob);
         // A NaN may get lost here: the sum of the log-ratios has it.
-        sums.least = lanes.lesser(lanes.select(valid, clamped, sums.least), sums.least);
-        sums.most = lanes.greater(lanes.select(valid, clamped, sums.most), sums.most);
+        sums.least = lanes.min(lanes.select(valid, clamped, sums.least), sums.least);
+        sums.most = lanes.max(lanes.select(valid, clamped, sums.most), sums.most);
     }
 }
 
@@ -893,8 +893,8 @@ struct Apply<'a, T, R> {
     rule: R,
     columns: Columns<'a, T>,
     by_probability: bool,
-    log_ratio: &'a [T; BLOCK + MOST_LANES],
-    cost: &'a [T; BLOCK + MOST_LANES],
+    log_ratio: &'a [T; BLOCK + MAX_LANES],
+    cost: &'a [T; BLOCK + MAX_LANES],
     moved: &'a Moved<T>,
     weight: f64,
     per_token: &'a mut [T],
@@ -1014,8 +1014,8 @@ impl<T: Float, R: Rule> Apply<'_, T, R> {
 
 /// The numbers of a vector, then zeros.
 #[inline(always)]
-fn numbers<L: Lanes<Scalar: Float>>(lanes: L, vector: L::Float) -> [L::Scalar; MOST_LANES] {
-    let mut numbers = [L::Scalar::ZERO; MOST_LANES];
+fn numbers<L: Lanes<Scalar: Float>>(lanes: L, vector: L::Float) -> [L::Scalar; MAX_LANES] {
+    let mut numbers = [L::Scalar::ZERO; MAX_LANES];
     lanes.store(vector, &mut numbers);
     numbers
 }

@@ -149,13 +149,13 @@ impl Lanes for Avx2 {
         fn sub(self, a: __m256, b: __m256) -> __m256 { _mm256_sub_ps(a, b) }
         fn mul(self, a: __m256, b: __m256) -> __m256 { _mm256_mul_ps(a, b) }
         fn abs(self, a: __m256) -> __m256 { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
-        fn lesser(self, a: __m256, b: __m256) -> __m256 { _mm256_min_ps(a, b) }
-        fn greater(self, a: __m256, b: __m256) -> __m256 { _mm256_max_ps(a, b) }
+        fn min(self, a: __m256, b: __m256) -> __m256 { _mm256_min_ps(a, b) }
+        fn max(self, a: __m256, b: __m256) -> __m256 { _mm256_max_ps(a, b) }
         // Of a NaN and a number, the instruction takes the second.
-        fn at_most(self, limit: f64, a: __m256) -> __m256 {
+        fn clamp_max(self, limit: f64, a: __m256) -> __m256 {
             _mm256_min_ps(_mm256_set1_ps(limit as f32), a)
         }
-        fn at_least(self, limit: f64, a: __m256) -> __m256 {
+        fn clamp_min(self, limit: f64, a: __m256) -> __m256 {
             _mm256_max_ps(_mm256_set1_ps(limit as f32), a)
         }
         fn less(self, a: __m256, b: __m256) -> __m256 { _mm256_cmp_ps::<_CMP_LT_OQ>(a, b) }
@@ -235,8 +235,8 @@ impl FloatBits for Avx2 {
         fn or_words(self, a: __m256i, b: __m256i) -> __m256i { _mm256_or_si256(a, b) }
         fn shift_left(self, a: __m256i, by: __m256i) -> __m256i { _mm256_sllv_epi32(a, by) }
         fn shift_right(self, a: __m256i, by: __m256i) -> __m256i { _mm256_srlv_epi32(a, by) }
-        fn least(self, a: __m256i, b: __m256i) -> __m256i { _mm256_min_epu32(a, b) }
-        fn greatest(self, a: __m256i, b: __m256i) -> __m256i { _mm256_max_epu32(a, b) }
+        fn min_words(self, a: __m256i, b: __m256i) -> __m256i { _mm256_min_epu32(a, b) }
+        fn max_words(self, a: __m256i, b: __m256i) -> __m256i { _mm256_max_epu32(a, b) }
     }
 }
 

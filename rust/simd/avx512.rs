@@ -112,13 +112,13 @@ impl Lanes for Avx512 {
         fn sub(self, a: __m512, b: __m512) -> __m512 { _mm512_sub_ps(a, b) }
         fn mul(self, a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
         fn abs(self, a: __m512) -> __m512 { _mm512_abs_ps(a) }
-        fn lesser(self, a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
-        fn greater(self, a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
+        fn min(self, a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
+        fn max(self, a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
         // Of a NaN and a number, the instruction takes the second.
-        fn at_most(self, limit: f64, a: __m512) -> __m512 {
+        fn clamp_max(self, limit: f64, a: __m512) -> __m512 {
             _mm512_min_ps(_mm512_set1_ps(limit as f32), a)
         }
-        fn at_least(self, limit: f64, a: __m512) -> __m512 {
+        fn clamp_min(self, limit: f64, a: __m512) -> __m512 {
             _mm512_max_ps(_mm512_set1_ps(limit as f32), a)
         }
         fn less(self, a: __m512, b: __m512) -> __mmask16 { _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b) }
@@ -185,8 +185,8 @@ impl FloatBits for Avx512 {
         fn or_words(self, a: __m512i, b: __m512i) -> __m512i { _mm512_or_si512(a, b) }
         fn shift_left(self, a: __m512i, by: __m512i) -> __m512i { _mm512_sllv_epi32(a, by) }
         fn shift_right(self, a: __m512i, by: __m512i) -> __m512i { _mm512_srlv_epi32(a, by) }
-        fn least(self, a: __m512i, b: __m512i) -> __m512i { _mm512_min_epu32(a, b) }
-        fn greatest(self, a: __m512i, b: __m512i) -> __m512i { _mm512_max_epu32(a, b) }
+        fn min_words(self, a: __m512i, b: __m512i) -> __m512i { _mm512_min_epu32(a, b) }
+        fn max_words(self, a: __m512i, b: __m512i) -> __m512i { _mm512_max_epu32(a, b) }
         fn select_words(self, mask: __mmask16, a: __m512i, b: __m512i) -> __m512i {
             _mm512_mask_blend_epi32(mask, b, a)
         }

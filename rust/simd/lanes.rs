@@ -9,7 +9,7 @@
 #![allow(clippy::inline_always)]
 
 /// Numbers in the widest vector.
-pub const MOST_LANES: usize = 16;
+pub const MAX_LANES: usize = 16;
 
 /// Vectors of [`Self::COUNT`] numbers, and what can be done with all of them at a time.
 pub trait Lanes: Copy {
@@ -35,14 +35,14 @@ pub trait Lanes: Copy {
     fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn abs(self, a: Self::Float) -> Self::Float;
 
-    /// The lesser of both; `b` if either is NaN.
-    fn lesser(self, a: Self::Float, b: Self::Float) -> Self::Float;
-    /// The greater of both; `b` if either is NaN.
-    fn greater(self, a: Self::Float, b: Self::Float) -> Self::Float;
-    /// The lesser of both; a NaN in `a` stays.
-    fn at_most(self, limit: f64, a: Self::Float) -> Self::Float;
-    /// The greater of both; a NaN in `a` stays.
-    fn at_least(self, limit: f64, a: Self::Float) -> Self::Float;
+    /// The smaller of both; `b` if either is NaN.
+    fn min(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    /// The larger of both; `b` if either is NaN.
+    fn max(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    /// `a`, or `limit` where that is smaller; a NaN in `a` stays.
+    fn clamp_max(self, limit: f64, a: Self::Float) -> Self::Float;
+    /// `a`, or `limit` where that is larger; a NaN in `a` stays.
+    fn clamp_min(self, limit: f64, a: Self::Float) -> Self::Float;
 
     fn less(self, a: Self::Float, b: Self::Float) -> Self::Mask;
     fn less_or_equal(self, a: Self::Float, b: Self::Float) -> Self::Mask;
@@ -83,8 +83,8 @@ pub trait FloatBits: Lanes<Scalar = f32> {
     fn shift_left(self, a: Self::Words, by: Self::Words) -> Self::Words;
     /// Shifts zeros in, by less than 32 each.
     fn shift_right(self, a: Self::Words, by: Self::Words) -> Self::Words;
-    fn least(self, a: Self::Words, b: Self::Words) -> Self::Words;
-    fn greatest(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    fn min_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
+    fn max_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn select_words(self, mask: Self::Mask, a: Self::Words, b: Self::Words) -> Self::Words;
     /// The word of a row that each lane names, `lower` being whether its number is above 7.
     fn of_row(self, row: &[u32; 16], index: Self::Words, lower: Self::Mask) -> Self::Words;

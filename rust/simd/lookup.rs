@@ -38,7 +38,7 @@ impl<L: FloatBits> LookUp for L {
         let first_range = self.words(FIRST_REACH_RANGE);
         let last_range = self.words(FIRST_REACH_RANGE + REACH_RANGES.len() as u32 - 1);
         let high_bits = self.shift_right(self.as_words(y), self.words(24));
-        let range = self.least(self.greatest(high_bits, first_range), last_range);
+        let range = self.min_words(self.max_words(high_bits, first_range), last_range);
         let first = self.select_words(
             lower,
             self.words((LOWER_REACH - ENDS) as u32),
@@ -74,12 +74,12 @@ impl<L: FloatBits> LookUp for L {
         let origin = self.of_row(image.row(ORIGIN), index, lower);
         let scale = self.of_row(image.row(SCALE), index, lower);
         let base = self.of_row(image.row(ENTRY_BASE), index, lower);
-        let lowest = self.of_row(image.row(MIN_BITS), index, lower);
-        let highest = self.of_row(image.row(MAX_BITS), index, lower);
+        let min_bits = self.of_row(image.row(MIN_BITS), index, lower);
+        let max_bits = self.of_row(image.row(MAX_BITS), index, lower);
         let distance = self.abs(self.sub(y, self.as_floats(origin)));
         let z = self.as_words(self.mul(distance, self.as_floats(scale)));
         // A NaN is above all other bits, and is brought into the grid like them.
-        let bits = self.least(self.greatest(z, lowest), highest);
+        let bits = self.min_words(self.max_words(z, min_bits), max_bits);
         let exponent = self.shift_right(bits, self.words(MANTISSA_BITS));
         // SAFETY: an image has been checked: it has shown that bits within the grid of any piece lead to an entry
         // inside the image, and any entry with any mantissa to a cell inside it.
@@ -119,8 +119,8 @@ impl<L: FloatBits> LookUp for L {
         value = self.select(self.less(zero, y), value, at_zero);
         value = self.select(self.less_or_equal(self.splat(FAR), y), far, value);
         // Above, never outside the simplex; below, never under 0.
-        let greatest = self.select(lower, value, y);
-        self.at_least(0.0, self.lesser(value, greatest))
+        let limit = self.select(lower, value, y);
+        self.clamp_min(0.0, self.min(value, limit))
     }
 }
 

@@ -72,19 +72,19 @@ impl Lanes for Portable {
         each(a, f32::abs)
     }
     #[inline(always)]
-    fn lesser(self, a: Self::Float, b: Self::Float) -> Self::Float {
+    fn min(self, a: Self::Float, b: Self::Float) -> Self::Float {
         pairwise(a, b, |a, b| if a < b { a } else { b })
     }
     #[inline(always)]
-    fn greater(self, a: Self::Float, b: Self::Float) -> Self::Float {
+    fn max(self, a: Self::Float, b: Self::Float) -> Self::Float {
         pairwise(a, b, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
-    fn at_most(self, limit: f64, a: Self::Float) -> Self::Float {
+    fn clamp_max(self, limit: f64, a: Self::Float) -> Self::Float {
         each(a, |a| if a > limit as f32 { limit as f32 } else { a })
     }
     #[inline(always)]
-    fn at_least(self, limit: f64, a: Self::Float) -> Self::Float {
+    fn clamp_min(self, limit: f64, a: Self::Float) -> Self::Float {
         each(a, |a| if a < limit as f32 { limit as f32 } else { a })
     }
     #[inline(always)]
@@ -182,11 +182,11 @@ impl FloatBits for Portable {
         pairwise(a, by, |a, by| a >> (by & 31))
     }
     #[inline(always)]
-    fn least(self, a: Self::Words, b: Self::Words) -> Self::Words {
+    fn min_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
         pairwise(a, b, u32::min)
     }
     #[inline(always)]
-    fn greatest(self, a: Self::Words, b: Self::Words) -> Self::Words {
+    fn max_words(self, a: Self::Words, b: Self::Words) -> Self::Words {
         pairwise(a, b, u32::max)
     }
     #[inline(always)]
@@ -247,16 +247,16 @@ impl Lanes for Double {
     fn abs(self, a: f64) -> f64 {
         a.abs()
     }
-    fn lesser(self, a: f64, b: f64) -> f64 {
+    fn min(self, a: f64, b: f64) -> f64 {
         if a < b { a } else { b }
     }
-    fn greater(self, a: f64, b: f64) -> f64 {
+    fn max(self, a: f64, b: f64) -> f64 {
         if a > b { a } else { b }
     }
-    fn at_most(self, limit: f64, a: f64) -> f64 {
+    fn clamp_max(self, limit: f64, a: f64) -> f64 {
         if a > limit { limit } else { a }
     }
-    fn at_least(self, limit: f64, a: f64) -> f64 {
+    fn clamp_min(self, limit: f64, a: f64) -> f64 {
         if a < limit { limit } else { a }
     }
     fn less(self, a: f64, b: f64) -> bool {

@@ -4,7 +4,7 @@ mod lanes {
     use crate::band::Band;
     use crate::divergence::Divergence;
     use crate::image::Image;
-    use crate::simd::lanes::MOST_LANES;
+    use crate::simd::lanes::MAX_LANES;
     use crate::simd::math::{ExpAndGap, Exponentials};
     use crate::simd::portable::{Double, Portable};
     use crate::simd::{LossLanes, WithLanes};
@@ -21,7 +21,7 @@ mod lanes {
 
         fn run<L: LossLanes<Scalar = f32>>(self, lanes: L) -> Self::Output {
             let mut out = Vec::new();
-            for chunk in self.x.chunks_exact(MOST_LANES) {
+            for chunk in self.x.chunks_exact(MAX_LANES) {
                 for part in chunk.chunks_exact(L::COUNT) {
                     let x = lanes.load(part);
                     let within = lanes.select(lanes.less(lanes.abs(x), lanes.splat(20.0)), x, {
@@ -30,7 +30,7 @@ mod lanes {
                     let ExpAndGap { exp, gap } = lanes.exp_and_gap(within);
                     let upper = lanes.look_up(self.image, x, lanes.less(x, x));
                     let lower = lanes.look_up(self.image, x, lanes.less_or_equal(x, x));
-                    let mut columns = [[0.0; MOST_LANES]; 4];
+                    let mut columns = [[0.0; MAX_LANES]; 4];
                     for (column, values) in columns.iter_mut().zip([exp, gap, upper, lower]) {
                         lanes.store(values, column);
                     }
@@ -106,7 +106,7 @@ mod lanes {
         fn run<L: LossLanes<Scalar = f32>>(self, lanes: L) -> [usize; 2] {
             let mut useful = [0; 2];
             for part in
-                self.logp.chunks_exact(MOST_LANES).flat_map(|part| part.chunks_exact(L::COUNT))
+                self.logp.chunks_exact(MAX_LANES).flat_map(|part| part.chunks_exact(L::COUNT))
             {
                 let logp = lanes.load(part);
                 for (side, lower) in [lanes.less(logp, logp), lanes.less_or_equal(logp, logp)]
@@ -114,11 +114,11 @@ mod lanes {
                     .enumerate()
                 {
                     let (mut reach, mut bound, mut ratio) =
-                        ([0.0; MOST_LANES], [0.0; MOST_LANES], [0.0; MOST_LANES]);
+                        ([0.0; MAX_LANES], [0.0; MAX_LANES], [0.0; MAX_LANES]);
                     let reached = lanes.reach(self.image, logp, lower);
                     lanes.store(reached, &mut reach);
                     lanes.store(lanes.look_up(self.image, logp, lower), &mut bound);
-                    let within = lanes.at_most(20.0, lanes.at_least(-20.0, reached));
+                    let within = lanes.clamp_max(20.0, lanes.clamp_min(-20.0, reached));
                     lanes.store(lanes.exp_and_gap(within).exp, &mut ratio);
                     for lane in 0..L::COUNT {
                         let (logp, reach) = (part[lane], reach[lane]);
@@ -167,19 +167,19 @@ mod lanes {
 
         fn run<L: LossLanes<Scalar = f32>>(self, lanes: L) {
             for pattern in 0..256_u32 {
-                let bytes: [u8; MOST_LANES] =
+                let bytes: [u8; MAX_LANES] =
                     std::array::from_fn(|lane| (pattern >> (lane % 8) & 1) as u8 * 3);
-                let numbers: [f32; MOST_LANES] = std::array::from_fn(|lane| 1.0 + lane as f32);
+                let numbers: [f32; MAX_LANES] = std::array::from_fn(|lane| 1.0 + lane as f32);
                 let mask = lanes.load_mask(&bytes);
                 assert_eq!(lanes.bits(lanes.mask_of(lanes.bits(mask))), lanes.bits(mask));
                 let chosen: Vec<f32> = (0..L::COUNT)
                     .filter(|&lane| bytes[lane] > 0)
                     .map(|lane| numbers[lane])
                     .collect();
-                let mut packed = [-1.0; MOST_LANES];
+                let mut packed = [-1.0; MAX_LANES];
                 lanes.compress(mask, lanes.load(&numbers), &mut packed);
                 assert_eq!(packed[..chosen.len()], chosen[..], "{pattern:b}");
-                let mut spread = [-1.0; MOST_LANES];
+                let mut spread = [-1.0; MAX_LANES];
                 lanes.store(lanes.expand(mask, &packed), &mut spread);
                 for lane in 0..L::COUNT {
                     let expected = if bytes[lane] > 0 { numbers[lane] } else { 0.0 };
