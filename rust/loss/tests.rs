@@ -1,0 +1,413 @@
+use super::*;
+use crate::band::Band;
+use crate::divergence::Divergence;
+use crate::image::Image;
+use crate::table::BandTable;
+
+fn table(spec: &str, delta: f64) -> BandTable {
+    let band = Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap();
+    BandTable::of_band(&band).unwrap()
+}
+
+fn both<'a, T>(losses: &'a mut [T], gradient: &'a mut [T]) -> Outputs<'a, T> {
+    Outputs { per_token: Some(losses), gradient, weight: 1.0 }
+}
+
+/// Loss, gradient and totals of single tokens `(old, new, advantage)`, all valid.
+fn run<T: Float>(
+    tokens: &[(T, T, T)],
+    bounds: &BoundSource<'_, T>,
+    surrogate: Surrogate,
+) -> (Vec<T>, Vec<T>, Totals) {
+    let column = |pick: fn(&(T, T, T)) -> T| tokens.iter().map(pick).collect::<Vec<T>>();
+    let (old, new, advantage) =
+        (column(|token| token.0), column(|token| token.1), column(|token| token.2));
+    let mut per_token = vec![T::ZERO; tokens.len()];
+    let mut gradient = vec![T::ZERO; tokens.len()];
+    let tokens = Tokens {
+        old_log_prob: &old,
+        log_prob: &new,
+        log_ratio: None,
+        advantages: Advantages::PerToken(&advantage),
+        mask: &vec![1; old.len()],
+    };
+    let totals =
+        policy_loss(&tokens, bounds, surrogate, true, both(&mut per_token, &mut gradient)).unwrap();
+    (per_token, gradient, totals)
+}
+
+const PLAIN: Surrogate = Surrogate::MinClip { dual_clip: None };
+
+const fn dual(c: f64) -> Surrogate {
+    Surrogate::MinClip { dual_clip: Some(c) }
+}
+
+#[test]
+fn where_everything_is_allowed_a_new_probability_of_1_is() {
+    let table = table("tv", 0.3);
+    let tokens: Vec<(f64, f64, f64)> =
+        (0..1000).map(|i| (-f64::from(i) / 3000.0, 0.0, 1.0)).collect();
+    let (loss, slope, totals) = run(&tokens, &BoundSource::Table(table.image()), PLAIN);
+    assert_eq!((loss, totals.clipped_high), (slope, 0));
+}
+
+#[test]
+fn each_rule_stops_the_gradient_on_its_own_side_only() {
+    let (lower, upper, c) = (0.8_f64, 1.28_f64, 3.0_f64);
+    let bounds = BoundSource::Constant { log_lower: lower.ln(), log_upper: upper.ln() };
+    let case = |log_ratio: f64, advantage: f64| {
+        let (loss, slope, totals) = run(&[(-1.0, -1.0 + log_ratio, advantage)], &bounds, dual(c));
+        (loss[0], slope[0], totals)
+    };
+    let near = |a: f64, b: f64| assert!((a - b).abs() <= 1e-14 * b.abs(), "{a} {b}");
+
+    let (loss, slope, totals) = case(0.5, 2.0);
+    near(loss, -2.0 * upper);
+    assert_eq!((slope, totals.clipped_high, totals.clipped_low), (0.0, 1, 0));
+
+    let (loss, slope, totals) = case(-0.5, 2.0);
+    near(loss, -2.0 * (-0.5_f64).exp());
+    assert_eq!((slope, totals.clipped_high, totals.clipped_low), (loss, 0, 0));
+
+    let (loss, slope, totals) = case(-0.5, -2.0);
+    near(loss, 2.0 * lower);
+    assert_eq!((slope, totals.clipped_high, totals.clipped_low), (0.0, 0, 1));
+
+    let (loss, slope, totals) = case(2.0, -2.0);
+    near(loss, 2.0 * c);
+    assert_eq!((slope, totals.limited, totals.clipped_low), (0.0, 1, 0));
+
+    let (loss, slope, _) = case(1.0, -2.0);
+    near(loss, 2.0 * 1.0_f64.exp());
+    assert_eq!(slope, loss);
+}
+
+#[test]
+fn at_a_bound_the_gradient_passes_and_at_the_dual_clip_it_does_not() {
+    let bounds = BoundSource::Constant { log_lower: -0.25, log_upper: 0.25 };
+    let (loss, slope, totals) =
+        run(&[(0.0, 0.25, 1.0), (0.0, -0.25, -1.0), (0.0, 3.0_f64.ln(), -1.0)], &bounds, dual(3.0));
+    assert_eq!(loss[..2], slope[..2]);
+    assert_eq!((slope[2], loss[2]), (0.0, 3.0));
+    assert_eq!((totals.clipped_high, totals.clipped_low, totals.limited), (0, 0, 1));
+}
+
+#[test]
+fn the_clamp_acts_beyond_its_limit_only() {
+    let free = BoundSource::Constant { log_lower: f64::NEG_INFINITY, log_upper: f64::INFINITY };
+    let (loss, slope, totals) = run(
+        &[(0.0, -20.0, 1.0), (-20.0, 0.0, 1.0), (-21.0, 0.0, 1.0), (0.0, -800.0, 1.0)],
+        &free,
+        PLAIN,
+    );
+    assert_eq!(loss[..2], slope[..2]);
+    assert_eq!((loss[2], slope[2]), (-(20.0_f64.exp()), 0.0));
+    assert_eq!((loss[3], slope[3]), (-((-20.0_f64).exp()), 0.0));
+    assert_eq!((totals.log_ratio_min, totals.log_ratio_max), (-20.0, 20.0));
+}
+
+#[test]
+fn a_nan_stays_with_its_token_and_a_masked_one_is_nowhere() {
+    let nan = f32::NAN;
+    let table = table("kl", 0.05);
+    let bounds = BoundSource::Table(table.image());
+    let (loss, slope, totals) = run(
+        &[(nan, -1.0, 1.0), (-1.0, nan, -1.0), (-1.0, -1.0, nan), (-1.0, -1.0, 1.0)],
+        &bounds,
+        PLAIN,
+    );
+    assert!(loss[..3].iter().chain(&slope[..3]).all(|value| value.is_nan()));
+    assert_eq!((loss[3], slope[3], totals.nonfinite, totals.valid), (-1.0, -1.0, 3, 4));
+    assert!(totals.log_ratio_min.is_nan() && totals.log_ratio_max.is_nan() && totals.kl.is_nan());
+
+    let tokens = Tokens {
+        old_log_prob: &[nan, -1.0],
+        log_prob: &[f32::INFINITY, -1.5],
+        log_ratio: None,
+        advantages: Advantages::PerToken(&[nan, 1.0]),
+        mask: &[0, 1],
+    };
+    let (mut loss, mut slope) = ([nan; 2], [nan; 2]);
+    let totals = policy_loss(&tokens, &bounds, PLAIN, true, both(&mut loss, &mut slope)).unwrap();
+    assert_eq!((loss[0], slope[0], totals.valid, totals.nonfinite), (0.0, 0.0, 1, 0));
+    assert_eq!((totals.kl, totals.log_ratio_min), (0.5, -0.5));
+}
+
+#[test]
+fn many_tokens_are_the_sum_of_their_parts_on_any_number_of_threads() {
+    let count = 3 * PARALLEL_FROM + 17;
+    let table = table("kl", 0.05);
+    let bounds = BoundSource::Table(table.image());
+    let wave = |i: usize, frequency: f64| (i as f64 * frequency).sin();
+    let tokens: Vec<(f64, f64, f64)> = (0..count)
+        .map(|i| {
+            let old = -5.0 - 5.0 * wave(i, 0.37);
+            (old, old + wave(i, 0.11), wave(i, 0.73))
+        })
+        .collect();
+    let (loss, slope, totals) = run(&tokens, &bounds, dual(2.0));
+    let single = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let again = single.install(|| run(&tokens, &bounds, dual(2.0)));
+    assert_eq!((&loss, &slope, totals), (&again.0, &again.1, again.2));
+
+    let cut = CHUNK + 5;
+    let (first, second) = tokens.split_at(cut);
+    let (first, second) = (run(first, &bounds, dual(2.0)), run(second, &bounds, dual(2.0)));
+    assert_eq!((&loss[..cut], &loss[cut..]), (&first.0[..], &second.0[..]));
+    let parts = first.2.merge(&second.2);
+    let counts = |totals: &Totals| {
+        let Totals { valid, clipped_low, clipped_high, limited, by_probability, .. } = *totals;
+        (valid, clipped_low, clipped_high, limited, by_probability)
+    };
+    assert_eq!(counts(&totals), counts(&parts));
+    assert!(totals.clipped_low > 0 && totals.clipped_high > 0 && totals.limited > 0);
+    assert_eq!(totals.by_probability.iter().map(|bin| bin.valid).sum::<u64>(), totals.valid);
+    assert!((totals.kl_k3 - parts.kl_k3).abs() < 1e-12 * totals.kl_k3);
+}
+
+#[test]
+fn a_row_shares_its_advantage() {
+    let (old, new) = ([-1.0_f32; 6], [-1.1, -1.0, -0.9, -1.1, -1.0, -0.9]);
+    let bounds = BoundSource::Constant { log_lower: -0.05, log_upper: 0.05 };
+    let with = |advantages| {
+        let (mut loss, mut slope) = ([0.0; 6], [0.0; 6]);
+        let tokens = Tokens {
+            old_log_prob: &old,
+            log_prob: &new,
+            log_ratio: None,
+            advantages,
+            mask: &[1; 6],
+        };
+        policy_loss(&tokens, &bounds, PLAIN, false, both(&mut loss, &mut slope)).unwrap();
+        (loss, slope)
+    };
+    let each = with(Advantages::PerToken(&[2.0, 2.0, 2.0, -3.0, -3.0, -3.0]));
+    assert_eq!(each, with(Advantages::PerRow { values: &[2.0, -3.0], row_length: 3 }));
+}
+
+/// Every surrogate in float32, with holes in the mask, against each token by itself.
+#[test]
+fn a_token_does_not_see_its_neighbours() {
+    let count = BLOCK + CHUNK + 45;
+    let table = table("kl", 0.05);
+    let wave = |i: usize, frequency: f64| (i as f64 * frequency).sin() as f32;
+    let old: Vec<f32> = (0..count).map(|i| -2.0 - 2.0 * wave(i, 0.37)).collect();
+    let new: Vec<f32> = (0..count).map(|i| old[i] + wave(i, 0.11)).collect();
+    let advantages: Vec<f32> = (0..count).map(|i| wave(i, 0.73)).collect();
+    let mask: Vec<u8> = (0..count).map(|i| u8::from(i % 100 < 40 || wave(i, 1.9) > 0.0)).collect();
+    let (low, high): (Vec<f32>, Vec<f32>) =
+        (0..count).map(|i| (-0.3 - 0.2 * wave(i, 0.5), 0.4 + 0.3 * wave(i, 0.6))).unzip();
+    let of = |from: usize, to: usize, per_token: bool, surrogate: Surrogate| {
+        let tokens = Tokens {
+            old_log_prob: &old[from..to],
+            log_prob: &new[from..to],
+            log_ratio: None,
+            advantages: Advantages::PerToken(&advantages[from..to]),
+            mask: &mask[from..to],
+        };
+        let bounds = if per_token {
+            BoundSource::PerToken { log_lower: &low[from..to], log_upper: &high[from..to] }
+        } else {
+            BoundSource::Table(table.image())
+        };
+        let (mut loss, mut slope) = (vec![7.0; to - from], vec![7.0; to - from]);
+        let outputs = both(&mut loss, &mut slope);
+        let totals = policy_loss(&tokens, &bounds, surrogate, true, outputs).unwrap();
+        (loss, slope, totals)
+    };
+    for surrogate in [
+        dual(1.3),
+        Surrogate::Mask { truncation: Some(1.2) },
+        Surrogate::Weight,
+        Surrogate::GradientPreserving { beta_low: 0.5, beta_high: 0.25 },
+    ] {
+        for per_token in [false, true] {
+            let (loss, slope, totals) = of(0, count, per_token, surrogate);
+            let mut sum = Totals::default();
+            for i in 0..count {
+                let single = of(i, i + 1, per_token, surrogate);
+                assert_eq!((loss[i], slope[i]), (single.0[0], single.1[0]), "{surrogate:?} {i}");
+                sum = sum.merge(&single.2);
+            }
+            let extremes = |totals: &Totals| (totals.log_ratio_min, totals.log_ratio_max);
+            let counts = |totals: &Totals| {
+                let Totals { valid, clipped_low, clipped_high, limited, .. } = *totals;
+                (valid, clipped_low, clipped_high, limited, totals.by_probability)
+            };
+            assert_eq!(counts(&totals), counts(&sum));
+            assert_eq!(extremes(&totals), extremes(&sum));
+            // Up to 64 tokens are added up in float32.
+            let close = |a: f64, b: f64, scale: f64| (a - b).abs() <= 64.0 * 2e-7 * scale;
+            assert!(close(totals.loss, sum.loss, sum.gradient_free * 8.0));
+            assert!(close(totals.kl, sum.kl, totals.valid as f64));
+            assert!(close(totals.kl_k3, sum.kl_k3, sum.kl_k3));
+            assert!(close(totals.entropy, sum.entropy, sum.entropy));
+            assert!(close(totals.gradient_free, sum.gradient_free, sum.gradient_free));
+            assert!(close(totals.gradient_removed, sum.gradient_removed, sum.gradient_removed));
+        }
+    }
+}
+
+#[test]
+fn a_weight_is_of_the_gradient_alone_and_losses_need_not_be_written() {
+    let count = CHUNK + 46;
+    let wave = |i: usize, frequency: f64| (i as f64 * frequency).sin() as f32;
+    let old: Vec<f32> = (0..count).map(|i| -2.0 - 2.0 * wave(i, 0.37)).collect();
+    let new: Vec<f32> = (0..count).map(|i| old[i] + wave(i, 0.11)).collect();
+    let advantages = Advantages::PerRow { values: &[1.0, -1.0, 0.5], row_length: count / 3 };
+    assert_eq!(count % 3, 0);
+    let mask: Vec<u8> = (0..count).map(|i| (i % 7) as u8).collect();
+    let tokens =
+        Tokens { old_log_prob: &old, log_prob: &new, log_ratio: None, advantages, mask: &mask };
+    let bounds = BoundSource::Constant { log_lower: -0.2, log_upper: 0.3 };
+    let (mut loss, mut slope) = (vec![7.0; count], vec![7.0; count]);
+    let totals = policy_loss(&tokens, &bounds, PLAIN, true, both(&mut loss, &mut slope)).unwrap();
+    let mut weighted = vec![7.0; count];
+    let outputs = Outputs { per_token: None, gradient: &mut weighted, weight: 1.0 / 3.0 };
+    assert_eq!(policy_loss(&tokens, &bounds, PLAIN, true, outputs).unwrap(), totals);
+    let expected: Vec<f32> = slope.iter().map(|slope| slope * (1.0 / 3.0)).collect();
+    assert_eq!(weighted, expected);
+    assert_eq!(count_valid(&mask) as u64, totals.valid);
+    assert_eq!(count_valid(&[]), 0);
+}
+
+#[test]
+fn bad_arguments_are_refused_and_nothing_is_written() {
+    let tokens = Tokens {
+        old_log_prob: &[-1.0, -1.0],
+        log_prob: &[-1.0_f64],
+        log_ratio: None,
+        advantages: Advantages::PerToken(&[1.0]),
+        mask: &[1],
+    };
+    let bounds = BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 };
+    let (mut loss, mut slope) = ([7.0], [7.0]);
+    let mut refused = |tokens: &Tokens<'_, f64>, surrogate| {
+        policy_loss(tokens, &bounds, surrogate, false, both(&mut loss, &mut slope))
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(refused(&tokens, PLAIN), "old_log_prob has 2 elements, expected 1");
+    let tokens = Tokens { old_log_prob: &[-1.0], ..tokens };
+    assert_eq!(refused(&tokens, dual(1.0)), "dual_clip must be above 1, got 1");
+    assert_eq!(refused(&tokens, dual(f64::NAN)), "dual_clip must be above 1, got NaN");
+    assert_eq!((loss, slope), ([7.0], [7.0]));
+}
+
+#[test]
+fn each_surrogate_is_its_formula() {
+    // (x, A): inside, at a bound, beyond on the side of A and on the other, beyond the clamp.
+    let cases = [
+        (0.1, 2.0),
+        (-0.2, -1.0),
+        (0.3, 1.0),
+        (0.3, -1.5),
+        (-0.4, 1.0),
+        (-0.4, -2.0),
+        (4.0, 0.5),
+        (4.0, -0.5),
+        (-30.0, -1.0),
+        (-30.0, 1.0),
+        (0.5, 0.0),
+    ];
+    let (low, high, old) = (-0.2_f64, 0.25_f64, -5.0_f64);
+    let bounds = BoundSource::Constant { log_lower: low, log_upper: high };
+    for (x, advantage) in cases {
+        let new = old + x;
+        let x = (new - old).clamp(-20.0, 20.0);
+        let (r, clamp_acts) = (x.exp(), (new - old).abs() > 20.0);
+        let (below, above) = (advantage < 0.0 && x < low, advantage > 0.0 && x > high);
+        let beyond = below || above;
+        let edge = if below { low.exp() } else { high.exp() };
+        let weight = r.min(3.0);
+        let clipped = x.clamp(low, high).exp();
+        let (beta_low, beta_high) = (0.75, 0.5);
+        let beta = if below { beta_low } else { beta_high };
+        let preserved = if beyond { beta * edge } else { r };
+        let formulas = [
+            (
+                Surrogate::Mask { truncation: Some(3.0) },
+                if beyond { 0.0 } else { -advantage * weight * new },
+                if beyond { 0.0 } else { -advantage * weight },
+            ),
+            (Surrogate::Weight, -advantage * clipped * new, -advantage * clipped),
+            (
+                Surrogate::GradientPreserving { beta_low, beta_high },
+                -advantage * preserved,
+                if clamp_acts && !beyond { 0.0 } else { -advantage * preserved },
+            ),
+        ];
+        for (surrogate, loss, slope) in formulas {
+            let (actual, gradient, totals) = run(&[(old, new, advantage)], &bounds, surrogate);
+            let near = |a: f64, b: f64| (a - b).abs() <= 4e-16 * b.abs();
+            assert!(near(actual[0], loss), "{surrogate:?} {x} {advantage} {actual:?} {loss}");
+            assert!(near(gradient[0], slope), "{surrogate:?} {x} {gradient:?} {slope}");
+            let removed = (-advantage * r - slope).abs();
+            assert!((totals.gradient_removed - removed).abs() <= 4e-16 * (r * advantage).abs());
+            let (low_count, high_count) = match surrogate {
+                Surrogate::Weight => (x < low, x > high),
+                _ => (below, above),
+            };
+            assert_eq!(
+                (totals.clipped_low, totals.clipped_high),
+                (u64::from(low_count), u64::from(high_count)),
+                "{surrogate:?} {x} {advantage}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_given_log_ratio_takes_the_place_of_the_tokens_own() {
+    let bounds = BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 };
+    let tokens = Tokens {
+        old_log_prob: &[-1.0, -1.0],
+        log_prob: &[-1.5, -0.5],
+        log_ratio: Some(&[0.05, 0.2]),
+        advantages: Advantages::PerToken(&[1.0, 1.0]),
+        mask: &[1, 1],
+    };
+    let (mut loss, mut slope) = ([0.0; 2], [0.0; 2]);
+    policy_loss(&tokens, &bounds, PLAIN, false, both(&mut loss, &mut slope)).unwrap();
+    assert_eq!(loss, [-0.05_f64.exp(), -0.1_f64.exp()]);
+    assert_eq!(slope, [-0.05_f64.exp(), 0.0]);
+}
+
+#[test]
+fn the_sides_of_a_table_are_its_scalar_ones() {
+    let table = table("reverse-kl", 0.05);
+    let old: Vec<f32> = (0..3 * PARALLEL_FROM + 7).map(|i| -(i as f32) * 2e-3).collect();
+    let old = [old, vec![f32::NAN, 0.5, f32::NEG_INFINITY]].concat();
+    let (mut lower, mut log_upper) = (vec![0.0; old.len()], vec![0.0; old.len()]);
+    table_bounds(table.image(), &old, &mut lower, &mut log_upper).unwrap();
+    for ((&old, &lower), &log_upper) in old.iter().zip(&lower).zip(&log_upper) {
+        let y = Image::y(old);
+        for (found, scalar) in
+            [(lower, table.image().lower(y)), (log_upper, table.image().log_upper(y))]
+        {
+            assert!(found == scalar || found.is_nan() && old.is_nan(), "{old} {found} {scalar}");
+        }
+    }
+    assert!(table_bounds(table.image(), &old, &mut lower[1..], &mut log_upper).is_err());
+
+    let old: Vec<f64> = old.into_iter().map(|old| 1.000_000_01 * f64::from(old)).collect();
+    let (mut log_lower, mut log_upper) = (vec![0.0; old.len()], vec![0.0; old.len()]);
+    table_log_bounds(table.image(), &old, &mut log_lower, &mut log_upper).unwrap();
+    for ((&old, lower), upper) in old.iter().zip(&log_lower).zip(&log_upper) {
+        let scalar = table.log_bounds(old);
+        if old.is_nan() {
+            assert!(lower.is_nan() && upper.is_nan());
+        } else {
+            assert_eq!((*lower, *upper), scalar, "{old}");
+        }
+    }
+    let (log_lower, log_upper) = (&mut log_lower[1..], &mut log_upper);
+    assert!(table_log_bounds(table.image(), &old, log_lower, log_upper).is_err());
+}
+
+#[test]
+fn no_token_at_all_adds_up_to_nothing() {
+    let (_, _, totals) =
+        run::<f32>(&[], &BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 }, PLAIN);
+    assert_eq!(totals, Totals::default());
+}
