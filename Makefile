@@ -63,7 +63,7 @@ format:
 	$(BIN)/ruff format
 
 # Reference bounds at 60 digits (all in build/reference, a tenth in tests/data; twenty minutes on two cores),
-# and the digits that rust/number/mod.rs is tested against.
+# and the digits that rust/number/dd.rs is tested against.
 reference: $(VENV)/reference.stamp
 	$(BIN)/python tests/support/reference.py
 	$(BIN)/python tools/make_reference.py

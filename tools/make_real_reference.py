@@ -1,4 +1,4 @@
-"""Writes the digits that the double-double functions of rust/number/mod.rs are tested against.
+"""Writes the digits that the double-double functions of rust/number/dd.rs are tested against.
 
 Each row is a function, its argument and the result to 60 digits as the sum of two float64. The
 output depends on nothing but this file.

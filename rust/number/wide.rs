@@ -6,7 +6,8 @@
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
-use crate::number::{Dd, LN_2_PARTS, Real};
+use crate::number::dd::LN_2_PARTS;
+use crate::number::{Dd, Real};
 
 /// Relative rounding error of one operation in double-double arithmetic, rounded up.
 pub(crate) const ROUNDING: f64 = 1e-30;
