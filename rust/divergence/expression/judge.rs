@@ -1,0 +1,335 @@
+//! Whether a function is the generator of a divergence, and its limits.
+
+use super::evaluate::{Expression, FARTHEST, evaluate};
+use super::grammar::Node;
+use crate::divergence::point::Point;
+use crate::number::wide::{ROUNDING, Wide};
+use crate::number::{Dd, Real};
+
+/// How far from 1, in `|ln u|`, convexity is judged, and the nearest point to 1 for that.
+const REACH: f64 = 700.0;
+const NEAREST: f64 = 1e-6;
+
+/// Points on each side of 1 where convexity is judged. Each has a neighbour this much farther out, between
+/// which f' falls wherever f'' < 0.
+const POINTS: u32 = 1100;
+const NEIGHBOUR: f64 = 1.0 + 1e-8;
+
+/// Rounding errors of a double in those of a `Wide`: what decimals such as 0.1 may miss in `f(1) = 0`, or in
+/// pieces that join, is no violation.
+const DECIMALS: f64 = 4.0 * f64::EPSILON / ROUNDING;
+
+/// How far from a change of sign the slopes beside it are taken, in `ln u`; rounding moves it by less.
+const BESIDE: f64 = 1e-24;
+
+/// A value next to an overflow is at least this large; else f ends there.
+const HUGE: f64 = 1e300;
+
+/// f and f' at a point of the grid.
+struct Sample {
+    log: f64,
+    value: Wide,
+    slope: Wide,
+}
+
+/// What is found on the way from 1 to 0 or to infinity: samples, and whether f overflows at last.
+struct Way {
+    samples: Vec<Sample>,
+    overflows: bool,
+}
+
+impl Expression {
+    /// Finds out `f'(1)`, the limits and `f''(1)`; the error says which condition f breaks.
+    pub(super) fn judge(
+        &mut self,
+        at_zero: Option<f64>,
+        slope_at_infinity: Option<f64>,
+    ) -> std::result::Result<(), String> {
+        let one = evaluate(&self.node, Point::from_excess(Wide::of(0.0)));
+        if !one.value.is_finite() || one.value.abs().is_above_error(DECIMALS) {
+            return Err(format!("f(1) must be 0, it is {}", shown(one.value)));
+        }
+        let tangent = if one.slope.is_finite() {
+            one.slope
+        } else {
+            let [below, above] = [-BESIDE, BESIDE].map(|t| self.slope_at(Dd::of(t)).1);
+            (below + above) * Wide::of(0.5)
+        };
+        if !tangent.is_finite() {
+            return Err("f'(1) must be finite".to_owned());
+        }
+        self.slope_at_one = tangent.to_dd();
+        let [to_zero, to_infinity] = [self.way(-1.0)?, self.way(1.0)?];
+        if let (Some(first), Some(last)) = (to_zero.samples.last(), to_infinity.samples.last())
+            && !(last.slope - first.slope).is_above_error(2.0)
+        {
+            return Err("f is linear: its divergence is 0 everywhere".to_owned());
+        }
+        self.judge_sign_changes(&[&to_zero, &to_infinity])?;
+
+        let tangent = Wide::of_dd(self.slope_at_one);
+        let far = [0.25, 0.5, 1.0].map(|share| share * FARTHEST);
+        let values = far.map(|t| self.wide(Point::from_log(Wide::of(-t))).value);
+        self.at_zero = limit("f(0)", "at_zero", &to_zero, values, at_zero, tangent)?.to_dd();
+        let ratios = far.map(|t| {
+            let at = Point::from_log(Wide::of(t));
+            self.wide(at).value / at.u
+        });
+        let symbol = "f'(inf)";
+        let name = "slope_at_infinity";
+        let slope = limit(symbol, name, &to_infinity, ratios, slope_at_infinity, -tangent)?;
+        self.slope_at_infinity = slope.to_dd().to_f64();
+        self.curvature = self.measured_curvature();
+        Ok(())
+    }
+
+    /// `f` and `f'`, of the normalised f.
+    fn slope_at(&self, log: Dd) -> (Wide, Wide) {
+        let at = Point::from_log(Wide::of_dd(log));
+        let jet = self.wide(at);
+        (jet.value, jet.slope / at.u)
+    }
+
+    /// Goes from 1 to 0 (`sign` -1) or to infinity (1), looking for a slope that falls and for values that are
+    /// not finite.
+    fn way(&self, sign: f64) -> std::result::Result<Way, String> {
+        let mut samples = vec![Sample { log: 0.0, value: Wide::of(0.0), slope: Wide::of(0.0) }];
+        for step in 0..POINTS {
+            let share = f64::from(step) / f64::from(POINTS - 1);
+            let t = sign * NEAREST * (REACH / NEAREST).powf(share);
+            // Pieces that decimals join may fall by their rounding error, but not within a piece.
+            for (log, times) in [(t, DECIMALS), (t * NEIGHBOUR, 2.0)] {
+                let (value, slope) = self.slope_at(Dd::of(log));
+                if !value.is_finite() || !slope.is_finite() {
+                    if samples.last().is_some_and(|last| last.value.to_f64() >= HUGE) {
+                        return Ok(Way { samples, overflows: true });
+                    }
+                    return Err(format!(
+                        "f must be finite on (0, inf), it is {} at u = {}",
+                        shown(value),
+                        shown_exp(log)
+                    ));
+                }
+                let outer = Sample { log, value, slope };
+                if let Some(inner) = samples.last() {
+                    let (left, right) = if sign < 0.0 { (&outer, inner) } else { (inner, &outer) };
+                    let fall = left.slope - right.slope;
+                    if fall.is_above_error(times) {
+                        return Err(falls(fall, left.log, right.log));
+                    }
+                }
+                samples.push(outer);
+            }
+        }
+        Ok(Way { samples, overflows: false })
+    }
+
+    /// Looks at both sides of every kink and pole: of each place where the argument of an `abs`, a divisor,
+    /// the base of a power, or the difference of the arguments of a `min` or `max` changes sign. However near
+    /// one is to a point of the grid, and however curved f is around it, nothing hides its slopes.
+    fn judge_sign_changes(&self, ways: &[&Way; 2]) -> std::result::Result<(), String> {
+        let mut parts = Vec::new();
+        sign_changing(&self.node, &mut parts);
+        let mut grid: Vec<&Sample> =
+            ways.iter().flat_map(|way| way.samples.iter().step_by(2)).collect();
+        grid.sort_by(|left, right| left.log.total_cmp(&right.log));
+        for (part, other) in parts {
+            let sign = |log: Dd| {
+                let at = Point::from_log(Wide::of_dd(log));
+                let difference = match other {
+                    Some(other) => evaluate(part, at).value - evaluate(other, at).value,
+                    None => evaluate(part, at).value,
+                };
+                sign_of(difference.to_f64())
+            };
+            let signs: Vec<i8> = grid.iter().map(|sample| sign(Dd::of(sample.log))).collect();
+            for (ends, signs) in grid.windows(2).zip(signs.windows(2)) {
+                let (mut left, right) = (Dd::of(ends[0].log), Dd::of(ends[1].log));
+                let mut sign_left = signs[0];
+                while sign_left != signs[1] {
+                    // The last place with the sign of the left end, and the first one without.
+                    let mut beyond = right;
+                    for _ in 0..MOST_HALVINGS {
+                        let middle = (left + beyond) * Dd::of(0.5);
+                        if sign(middle) == sign_left {
+                            left = middle;
+                        } else {
+                            beyond = middle;
+                        }
+                    }
+                    self.judge_beside(left, beyond, ends)?;
+                    (left, sign_left) = (beyond, sign(beyond));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether f is continuous and its slope does not fall between two places that are next to each other,
+    /// and f is not far above both `ends` of the piece of the grid that they lie in.
+    fn judge_beside(
+        &self,
+        left: Dd,
+        right: Dd,
+        ends: &[&Sample],
+    ) -> std::result::Result<(), String> {
+        let away = Dd::of(BESIDE * left.hi.abs().max(1.0));
+        let (left, right) = (left - away, right + away);
+        let [(f_left, slope_left), (f_right, slope_right)] =
+            [left, right].map(|log| self.slope_at(log));
+        let width = (Wide::of_dd(right - left) * Wide::of_dd(left).exp()).rounded();
+        let rise = (slope_left.abs() + slope_right.abs()) * width;
+        let jump = (f_right - f_left).abs() - rise - rise;
+        let is_pole = |log: Dd, f: Wide| {
+            let between = ends[0].log < log.hi && log.hi < ends[1].log;
+            let above = |end: &&Sample| (f - end.value - end.value).is_above_error(2.0);
+            !f.is_finite() || between && ends.iter().all(above)
+        };
+        if is_pole(left, f_left) || is_pole(right, f_right) || jump.is_above_error(2.0) {
+            return Err(format!(
+                "f must be convex and finite on (0, inf), it goes from {} to {} at u = {}",
+                shown(f_left),
+                shown(f_right),
+                shown_exp(left.hi)
+            ));
+        }
+        let fall = slope_left - slope_right;
+        // Beside a pole the error says nothing of decimals: the ends do.
+        let decimals = (ends[1].slope - ends[0].slope).error_times(DECIMALS);
+        if (fall - decimals).is_above_error(2.0) {
+            return Err(falls(fall, left.hi, right.hi));
+        }
+        Ok(())
+    }
+
+    /// `f''(1)`, if the slope changes at the same rate near 1 and nearer, on both sides.
+    fn measured_curvature(&self) -> Option<f64> {
+        let rates = [-1e-11, 1e-11, -1e-13, 1e-13].map(|x| {
+            let at = Point::from_excess(Wide::of(x));
+            (self.wide(at).slope / at.u / Wide::of(x)).to_f64()
+        });
+        let same = rates.iter().all(|rate| (rate / rates[3] - 1.0).abs() < 1e-6);
+        (same && rates[3] > 0.0).then_some(0.5 * (rates[2] + rates[3]))
+    }
+}
+
+/// Halvings that bring two places together to all digits.
+const MOST_HALVINGS: u32 = 110;
+
+/// The parts of a formula at whose changes of sign it may have a kink, a jump or a pole; of two, their
+/// difference.
+fn sign_changing<'a>(node: &'a Node, parts: &mut Vec<(&'a Node, Option<&'a Node>)>) {
+    match node {
+        Node::Variable | Node::Number(_) => {}
+        Node::Negative(inner)
+        | Node::Ln(inner)
+        | Node::Exp(inner)
+        | Node::Sqrt(inner)
+        | Node::Sin(inner)
+        | Node::Cos(inner) => sign_changing(inner, parts),
+        Node::Abs(inner) => {
+            parts.push((inner, None));
+            sign_changing(inner, parts);
+        }
+        Node::Extreme(_, left, right) => {
+            parts.push((left, Some(right)));
+            sign_changing(left, parts);
+            sign_changing(right, parts);
+        }
+        Node::Divide(left, right) => {
+            parts.push((right, None));
+            sign_changing(left, parts);
+            sign_changing(right, parts);
+        }
+        Node::Power(left, right) => {
+            parts.push((left, None));
+            sign_changing(left, parts);
+            sign_changing(right, parts);
+        }
+        Node::Add(left, right) | Node::Multiply(left, right) => {
+            sign_changing(left, parts);
+            sign_changing(right, parts);
+        }
+    }
+}
+
+fn sign_of(number: f64) -> i8 {
+    i8::from(number > 0.0) - i8::from(number < 0.0)
+}
+
+/// The limit of the normalised f, given for f itself or found from three values on the way, each twice as far
+/// as the one before; `tangent` is what normalising adds.
+fn limit(
+    symbol: &str,
+    argument: &str,
+    way: &Way,
+    values: [Wide; 3],
+    given: Option<f64>,
+    tangent: Wide,
+) -> std::result::Result<Wide, String> {
+    let found = if way.overflows { Some(Wide::of(f64::INFINITY)) } else { settled(values) };
+    let farthest = values[2];
+    let Some(given) = given else {
+        return found.ok_or_else(|| {
+            format!(
+                "{symbol} could not be found out, f reaches {}; give it as {argument}, inf if it is infinite",
+                shown(farthest - tangent)
+            )
+        });
+    };
+    let normalised = Wide::of(given) + tangent;
+    let slack = Wide::of(1e-9) * found.unwrap_or(farthest).abs() + Wide::of(1e-15) * tangent.abs();
+    let agrees = match found {
+        _ if given.is_nan() => false,
+        Some(found) if found.is_finite() => {
+            !((found - normalised).abs() - slack).is_above_error(0.0)
+        }
+        Some(_) => given == f64::INFINITY,
+        None => !(farthest - slack - normalised).is_above_error(0.0),
+    };
+    if !agrees {
+        let reached = shown(found.unwrap_or(farthest) - tangent);
+        return Err(format!(
+            "{argument} is {given}, and f contradicts it: {symbol} reaches {reached}"
+        ));
+    }
+    // What was found has more digits.
+    Ok(found.unwrap_or(normalised))
+}
+
+/// Infinite if the values grow like `ln u` or faster, finite if they no longer change, and `None` if that
+/// does not tell.
+fn settled([a, b, c]: [Wide; 3]) -> Option<Wide> {
+    let (before, step) = (b - a, c - b);
+    if !step.abs().is_above_error(DECIMALS) {
+        return Some(c);
+    }
+    let grows = (step - before * Wide::of(2.0 * (1.0 - 1e-9))).is_above_error(0.0);
+    (c.to_f64() == f64::INFINITY || grows && before.is_above_error(0.0))
+        .then(|| Wide::of(f64::INFINITY))
+}
+
+fn falls(fall: Wide, left: f64, right: f64) -> String {
+    let (from, to) = (shown_exp(left), shown_exp(right));
+    let place =
+        if from == to { format!("at u = {from}") } else { format!("from u = {from} to {to}") };
+    format!("f must be convex, its slope falls by {} {place}", shown(fall))
+}
+
+/// Six digits.
+fn shown(number: Wide) -> String {
+    shown_double(number.to_f64())
+}
+
+fn shown_exp(log: f64) -> String {
+    shown_double(log.exp())
+}
+
+fn shown_double(number: f64) -> String {
+    let rounded = format!("{number:.5e}").parse().unwrap_or(number);
+    if rounded == 0.0 || (1e-4..1e6).contains(&rounded.abs()) {
+        format!("{rounded}")
+    } else {
+        format!("{rounded:e}")
+    }
+}
