@@ -1,0 +1,467 @@
+//! The equation of a bound on vectors: how it is solved for each divergence.
+
+// A function of vectors has to become part of one that is compiled for their instructions.
+#![allow(clippy::inline_always)]
+
+use crate::simd::doubles::{Doubles, Truth, Vector};
+
+/// Most evaluations of `D`; what has not converged then is left to the scalar solver.
+const MOST_STEPS: u32 = 6;
+
+/// The step relative to `m` after which Halley's method leaves an error below 1e-17.
+const LAST_STEP: f64 = 3e-6;
+
+/// What is less than `e^-300` of a probability moves no sum with it, and is taken for 0: the square of a smaller
+/// number would be denormal, and arithmetic on those is slow.
+const SMALLEST_LOG: f64 = 300.0;
+
+/// The probabilities of the two outcomes, and their ratio.
+pub(super) struct Split<L: Doubles> {
+    pub(super) shrinking: Vector<L>,
+    pub(super) growing: Vector<L>,
+    pub(super) odds: Vector<L>,
+}
+
+/// Where `D` is the radius.
+pub(super) struct Solution<L: Doubles> {
+    /// The factor that is left of the one that shrinks, and its logarithm.
+    pub(super) left: Vector<L>,
+    pub(super) log_left: Vector<L>,
+    /// The factor by which the other one grows, and its logarithm.
+    pub(super) growth: Vector<L>,
+    pub(super) log_growth: Vector<L>,
+    /// By how much the logarithm of what is left moves, when `D` is off by so much of itself.
+    pub(super) condition: Vector<L>,
+    pub(super) found: Truth<L>,
+}
+
+/// How to solve for a divergence.
+pub(super) trait Law: Copy {
+    /// `D` where nothing is left; `None` where that is infinite.
+    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>>;
+    /// The size of the terms that cancel in it.
+    #[inline(always)]
+    fn cancelled<L: Doubles>(self, split: &Split<L>) -> Vector<L> {
+        split.growing.constant(0.0)
+    }
+    /// For a radius below that.
+    fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L>;
+}
+
+/// `(1 + |what rounding the odds does to D|/D) D/D'`, with the slope of `D` against the log of what is left.
+#[inline(always)]
+fn condition<L: Doubles>(
+    split: &Split<L>,
+    d: Vector<L>,
+    slope: Vector<L>,
+    gain: Vector<L>,
+    slope_of_grown: Vector<L>,
+) -> Vector<L> {
+    (split.growing * gain).mul_add(slope_of_grown, d) / slope
+}
+
+/// A generator without a closed form.
+pub(super) trait Curve: Copy {
+    /// `f(0)`, infinite for some.
+    const AT_ZERO: f64;
+    fn at<L: Doubles>(self, point: Point<L>) -> Values<L>;
+    /// Where to start: about `m`.
+    fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L>;
+}
+
+/// An argument `u` of a generator.
+#[derive(Clone, Copy)]
+pub(super) struct Point<L: Doubles> {
+    pub(super) u: Vector<L>,
+    /// `ln u`
+    pub(super) log: Vector<L>,
+    /// `u - 1`
+    pub(super) excess: Vector<L>,
+    /// `u - 1 - ln u`
+    pub(super) gap: Vector<L>,
+}
+
+impl<L: Doubles> Point<L> {
+    #[inline(always)]
+    fn from_log(log: Vector<L>) -> Self {
+        let least = log.at_least(log.constant(-SMALLEST_LOG));
+        let power = least.exponential();
+        let u = log.less(least).select(log.constant(0.0), power.u);
+        Self { u, log, excess: power.excess, gap: power.gap + (least - log) }
+    }
+    #[inline(always)]
+    fn from_excess(excess: Vector<L>) -> Self {
+        let log = excess.log_1p();
+        Self { u: excess + excess.constant(1.0), log: log.log, excess, gap: log.gap }
+    }
+}
+
+/// A generator and its derivatives at a point.
+pub(super) struct Values<L: Doubles> {
+    /// `f(u)`
+    pub(super) value: Vector<L>,
+    /// `u f'(u)`
+    pub(super) slope: Vector<L>,
+    /// `u^2 f''(u)`
+    pub(super) curvature: Vector<L>,
+}
+
+/// Halley's method on `ln D` against `ln m`.
+#[derive(Clone, Copy)]
+pub(super) struct Iterated<C>(pub(super) C);
+
+impl<C: Curve> Law for Iterated<C> {
+    #[inline(always)]
+    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+        // No closure: one would not be compiled for the instructions of the vectors.
+        if C::AT_ZERO == f64::INFINITY {
+            return None;
+        }
+        let grown = self.0.at(Point::from_excess(split.odds)).value;
+        Some(split.growing.mul_add(grown, split.shrinking * C::AT_ZERO))
+    }
+
+    #[inline(always)]
+    fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L> {
+        let per_radius = radius.constant(1.0) / radius;
+        let mut m = self.0.start(split, radius);
+        let mut steps = 0;
+        loop {
+            let shrunk = Point::from_log(-m);
+            let gain = -(split.odds * shrunk.excess);
+            let grown = Point::from_excess(gain);
+            let (low, high) = (self.0.at(shrunk), self.0.at(grown));
+            let d = split.growing.mul_add(high.value, split.shrinking * low.value);
+            let per_growth = radius.constant(1.0) / grown.u;
+            let slope_of_grown = high.slope * per_growth;
+            let slope = split.shrinking * (shrunk.u * slope_of_grown - low.slope);
+            let ratio = shrunk.u * per_growth;
+            let bend = split.odds * ratio * ratio;
+            let bend = split.shrinking * bend.mul_add(high.curvature, low.curvature);
+            // With rho = D/radius, its order s = sigma/rho in m changes with ln m by
+            // s - s^2 + m^2 D''/D = change/rho^2; divisions are dear, so there is one for the whole step.
+            let off = (d - radius) * per_radius;
+            let rho = off + radius.constant(1.0);
+            let sigma = slope * m * per_radius;
+            let more = (bend - slope) * m * (m * per_radius);
+            let change = sigma.mul_add(rho - sigma, rho * more);
+            // ln(rho) is log_off/scale to fifth order, and far off a number of its sign.
+            let log_off = off * 3.0 * (off + radius.constant(2.0));
+            let scale = off.mul_add(off + radius.constant(6.0), radius.constant(6.0));
+            // The step is rise/run.
+            let square = sigma * sigma * scale;
+            let run = (square * 2.0 - log_off * change).at_least(square);
+            let rise = -(log_off * sigma * rho * 2.0);
+            let converged = rise.abs().less(run * LAST_STEP);
+            steps += 1;
+            if steps == MOST_STEPS || !(!converged).any() {
+                let step = rise / run;
+                let more = m * (step * step).mul_add(radius.constant(0.5), step);
+                let lost_more = (more * more).mul_add(radius.constant(-0.5), more);
+                let growth_more = split.odds * ratio * lost_more;
+                let series = growth_more.mul_add(radius.constant(1.0 / 3.0), radius.constant(-0.5));
+                let log_growth =
+                    (growth_more * growth_more).mul_add(series, growth_more) + grown.log;
+                return Solution {
+                    left: shrunk.u,
+                    log_left: -(m + more),
+                    growth: grown.u,
+                    log_growth,
+                    condition: condition(split, d, slope, gain, slope_of_grown),
+                    found: converged,
+                };
+            }
+            // e^step to fourth order, of a step of at most 2.
+            let longest = run * 2.0;
+            let rise = rise.at_most(longest).at_least(-longest);
+            let even = rise.mul_add(rise, run * run * 12.0);
+            let odd = rise * run * 6.0;
+            m = converged.select(m, m * (even + odd) / (even - odd));
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Kl;
+
+impl Curve for Kl {
+    const AT_ZERO: f64 = f64::INFINITY;
+
+    #[inline(always)]
+    fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
+        Values { value: point.gap, slope: point.excess, curvature: point.u.constant(1.0) }
+    }
+
+    /// `m` within 0.4 %: its square is `y^2 + 2 g y` at both ends, where `w (m - 1)` is the radius or
+    /// `w m^2 / 2g` is; the rest is of third order next to 0 and was fitted in between.
+    #[inline(always)]
+    fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
+        let y = radius / split.shrinking;
+        let square = y * split.growing * 2.0;
+        let third = y.constant(2.0 / 3.0).mul_add(split.shrinking, y.constant(2.0 / 3.0));
+        let rate = y.mul_add(y.constant(0.424), y.constant(0.409));
+        let fall = square.mul_add(rate, y.mul_add(y.constant(0.235), square.sqrt()));
+        (third * y).mul_add(square / fall, y.mul_add(y, square)).sqrt()
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct ReverseKl;
+
+impl Curve for ReverseKl {
+    const AT_ZERO: f64 = 1.0;
+
+    #[inline(always)]
+    fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
+        let Point { u, log, excess, gap } = point;
+        let near = gap.less(u.constant(0.125));
+        // Around 1, u ln u and u - 1 cancel.
+        let value = near.select(excess.mul_add(excess, -(u * gap)), u.mul_add(log, -excess));
+        Values { value, slope: u * log, curvature: u }
+    }
+
+    /// `m` within 2 %, but next to saturation. What is lost is `q` for small radii; then what the other one
+    /// gains decides, `(1+v) ln(1+v) - v` being about the radius times the odds; rational fits.
+    #[inline(always)]
+    fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
+        let q = (radius * 2.0 / split.odds).sqrt();
+        let s = q * split.odds;
+        let numerator = s.polynomial(&[5.2662e-5, 0.0163546, 0.326014, 1.0]);
+        let denominator = s.polynomial(&[0.00117282, 0.160436, 1.0]);
+        let one = s.constant(1.0);
+        let rate = s.constant(0.0647).mul_add(s / (s + one), s.constant(0.0722));
+        let fall = q.mul_add(q.mul_add(rate, s.constant(1.0 / 6.0)), one);
+        log_loss(q * numerator / (denominator * fall))
+    }
+}
+
+/// `-ln(1 - x)` for a share `x` that is lost, and a large number from 1 on.
+#[inline(always)]
+fn log_loss<L: Doubles>(lost: Vector<L>) -> Vector<L> {
+    -(-lost.at_most(lost.constant(0.99))).log_1p().log
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Jeffreys;
+
+impl Curve for Jeffreys {
+    const AT_ZERO: f64 = f64::INFINITY;
+
+    #[inline(always)]
+    fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
+        let Point { u, log, excess, .. } = point;
+        Values {
+            value: excess * log,
+            slope: u.mul_add(log, excess),
+            curvature: u + u.constant(1.0),
+        }
+    }
+
+    #[inline(always)]
+    fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
+        let y = radius / split.shrinking;
+        (y * (y + split.growing)).sqrt()
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct JensenShannon;
+
+/// `((1+s) ln(1+s) + (1-s) ln(1-s))/z` for `z = s^2` up to 1/4, within 2e-17 (a Chebyshev fit).
+const ENTROPY: [f64; 13] = [
+    0.014378630255707502,
+    -0.006753648250995665,
+    0.009226438214281544,
+    0.0038422872789129208,
+    0.006807498926083822,
+    0.00829821979756979,
+    0.010992089113475658,
+    0.015151335556995028,
+    0.022222228914247757,
+    0.03571428556647828,
+    0.06666666666835723,
+    0.16666666666665908,
+    1.0,
+];
+
+impl Curve for JensenShannon {
+    const AT_ZERO: f64 = 0.5 * std::f64::consts::LN_2;
+
+    #[inline(always)]
+    fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
+        let Point { u, log, excess, .. } = point;
+        let plus = u + u.constant(1.0);
+        let s = excess / plus;
+        let square = s * s;
+        // ln((1+u)/2) and ln(2u/(1+u)): the one that is small is computed, the other one is the rest of ln u.
+        let shrinks = u.less(u.constant(1.0));
+        let small = shrinks.select(excess * 0.5, s).log_1p().log;
+        let large = log - small;
+        let (to_mean, from_mean) = (shrinks.select(small, large), shrinks.select(large, small));
+        // With s = (u-1)/(u+1), f(u) = (u+1)/4 ((1+s) ln(1+s) + (1-s) ln(1-s)).
+        let near = excess * s * 0.25 * square.polynomial(&ENTROPY);
+        let far = u.mul_add(from_mean, -to_mean) * 0.5;
+        Values {
+            value: square.less(u.constant(0.25)).select(near, far),
+            slope: u * from_mean * 0.5,
+            curvature: (s + u.constant(1.0)) * 0.25,
+        }
+    }
+
+    /// `m` within 2 %, but next to saturation. The square of what is lost is `q^2` for small radii and `far^2`
+    /// where the other one is improbable, with `f'(inf) far + far^2/8` about the radius; the rest was fitted.
+    #[inline(always)]
+    fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
+        let constant = radius.constant(0.5 * std::f64::consts::LN_2);
+        let bend = radius * radius.mul_add(radius.constant(0.883), radius.constant(0.5));
+        let far = radius * 2.0 / (constant.mul_add(constant, bend).sqrt() + constant);
+        let square = radius * 8.0 / split.odds;
+        let q = square.sqrt();
+        let rate = far.mul_add(far.constant(3.145), far.constant(0.584));
+        let between = square.mul_add(rate, far.mul_add(far.constant(0.269), q));
+        let lost = (far * 1.386).mul_add(square / between, far.mul_add(far, square)).sqrt();
+        let fall =
+            square.mul_add(q.constant(0.1093), q.mul_add(q.constant(0.208), q.constant(1.0)));
+        log_loss(lost / fall)
+    }
+}
+
+/// `f` of straight lines: `D` is `rate` times what moves, less what `flat` leaves free.
+#[derive(Clone, Copy)]
+pub(super) struct Linear {
+    pub(super) flat: f64,
+    pub(super) rate: f64,
+    /// The share of `D` that is due to the one that grows.
+    pub(super) grown: f64,
+}
+
+impl Law for Linear {
+    #[inline(always)]
+    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+        Some((split.shrinking - split.growing * self.flat) * self.rate)
+    }
+
+    #[inline(always)]
+    fn cancelled<L: Doubles>(self, split: &Split<L>) -> Vector<L> {
+        split.growing * (self.flat * self.rate)
+    }
+
+    #[inline(always)]
+    fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L> {
+        let one = radius.constant(1.0);
+        let moved = radius * (1.0 / self.rate) + split.growing * self.flat;
+        let lost = moved / split.shrinking;
+        let gain = split.odds * lost;
+        let left = one - lost;
+        let slope = split.shrinking * left * self.rate;
+        let slope_of_grown = one.constant(self.rate * self.grown);
+        Solution {
+            left,
+            log_left: (-lost).log_1p().log,
+            growth: one + gain,
+            log_growth: gain.log_1p().log,
+            condition: condition(split, radius, slope, gain, slope_of_grown),
+            found: radius.constant(0.0).less(left),
+        }
+    }
+}
+
+/// `(sqrt u - 1)^2/2`, so many times.
+#[derive(Clone, Copy)]
+pub(super) struct Hellinger {
+    pub(super) times: f64,
+}
+
+impl Law for Hellinger {
+    #[inline(always)]
+    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+        let root = split.growing.sqrt();
+        Some(split.shrinking * self.times / (root + root.constant(1.0)))
+    }
+
+    #[inline(always)]
+    fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L> {
+        let one = radius.constant(1.0);
+        let two = radius.constant(2.0);
+        let radius = radius * (1.0 / self.times);
+        // sqrt(left) = 1 - e
+        let e = (radius * (two - radius) / split.odds).sqrt() + radius;
+        let root = one - e;
+        let left = root * root;
+        let gain = split.odds * (e * (two - e));
+        let growth = one + gain;
+        let slope_of_grown = (one - one / growth.sqrt()) * 0.5;
+        let slope = split.shrinking * (left * slope_of_grown + root * e * 0.5);
+        Solution {
+            left,
+            log_left: (-e).log_1p().log * 2.0,
+            growth,
+            log_growth: gain.log_1p().log,
+            condition: condition(split, radius, slope, gain, slope_of_grown),
+            found: radius.constant(0.0).less(root),
+        }
+    }
+}
+
+/// `(u-1)^2/(1-l+l u)` over a scale.
+#[derive(Clone, Copy)]
+pub(super) struct ChiSquare {
+    pub(super) blend: f64,
+    pub(super) scale: f64,
+}
+
+impl ChiSquare {
+    /// `f'(u)` times the scale.
+    #[inline(always)]
+    fn slope<L: Doubles>(self, u: Vector<L>, excess: Vector<L>) -> Vector<L> {
+        let blend = u.constant(self.blend);
+        let denominator = u.mul_add(blend, u.constant(1.0 - self.blend));
+        excess / denominator * (excess.mul_add(blend, u.constant(2.0)) / denominator)
+    }
+}
+
+impl Law for ChiSquare {
+    #[inline(always)]
+    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+        let one = split.odds.constant(1.0);
+        let weight = split.shrinking.mul_add(one.constant(self.blend), split.growing);
+        if self.blend == 1.0 {
+            return None;
+        }
+        let sum = one.constant(1.0 / (1.0 - self.blend)) + split.shrinking / weight;
+        Some(split.shrinking * sum * (1.0 / self.scale))
+    }
+
+    /// The quadratic of `blended_chi_square` in `band.rs`.
+    #[inline(always)]
+    fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L> {
+        let Split { shrinking: w, growing: g, odds } = *split;
+        let one = radius.constant(1.0);
+        let blend = radius.constant(self.blend);
+        let radius = radius * self.scale;
+        let spread = radius * (self.blend * self.blend);
+        let root = radius.sqrt() * (w * g).mul_add(one.constant(4.0), spread).sqrt();
+        let tilt = radius * blend * (g - w);
+        let sum = root + tilt.abs();
+        let scale = w * (one + spread);
+        let (direct, inverse) = (sum / (scale * 2.0), radius * 2.0 * (g / sum));
+        let falls = tilt.less(one.constant(0.0));
+        let (lost, gained) = (falls.select(direct, inverse), falls.select(inverse, direct));
+        // What is left, by the product of the roots where 1 - lost would cancel.
+        let product = (w - radius * (1.0 - self.blend) * w.mul_add(blend, g)) / scale;
+        let mostly = !lost.less(one.constant(0.5));
+        let left = mostly.select(product / (one + gained), one - lost);
+        let gain = odds * lost;
+        let growth = one + gain;
+        let slope_of_grown = self.slope(growth, gain);
+        let slope = w * left * (slope_of_grown - self.slope(left, -lost));
+        Solution {
+            left,
+            log_left: mostly.select(left.ln(), (-lost).log_1p().log),
+            growth,
+            log_growth: gain.log_1p().log,
+            condition: condition(split, radius, slope, gain, slope_of_grown),
+            found: one.constant(0.0).less(left),
+        }
+    }
+}

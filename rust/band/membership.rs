@@ -1,0 +1,158 @@
+//! Whether a log-ratio lies in the band, and the divergence there.
+
+use rayon::prelude::*;
+
+use crate::band::limits::CHUNK;
+use crate::band::polish::{exact_divergence, residual_doubt};
+use crate::band::side::Delta;
+use crate::band::side::Side;
+use crate::band::split::{Split, weighted};
+use crate::band::tails::{FAR_RESIDUAL_ERROR, certain_divergence, far_divergence, is_far};
+use crate::divergence::{Divergence, Generator};
+use crate::error::{Error, Result};
+use crate::number::{Dd, Real};
+
+/// Whether each log-ratio lies in the band, decided on the exact divergence; NaN lies in none.
+///
+/// # Errors
+/// [`Error::Delta`] and [`Error::Length`].
+pub fn contains(
+    divergence: &Divergence,
+    delta_low: Delta<'_>,
+    delta_high: Delta<'_>,
+    logp: &[f64],
+    log_ratio: &[f64],
+) -> Result<Vec<bool>> {
+    delta_low.check("delta_low", logp.len())?;
+    delta_high.check("delta_high", logp.len())?;
+    if log_ratio.len() != logp.len() {
+        return Err(Error::Length {
+            argument: "log_ratio",
+            actual: log_ratio.len(),
+            expected: logp.len(),
+        });
+    }
+    Ok(logp
+        .par_iter()
+        .with_min_len(CHUNK)
+        .zip(log_ratio)
+        .enumerate()
+        .map(|(index, (&logp, &log_ratio))| {
+            let delta = if log_ratio < 0.0 { delta_low } else { delta_high }.at(index);
+            is_inside(divergence, logp, log_ratio, delta)
+        })
+        .collect())
+}
+
+/// `D` of the split {this token, everything else} at each log-ratio, in double precision; inf outside the
+/// simplex, NaN where an argument is NaN.
+///
+/// # Errors
+/// [`Error::Length`].
+pub fn divergences(divergence: &Divergence, logp: &[f64], log_ratio: &[f64]) -> Result<Vec<f64>> {
+    if log_ratio.len() != logp.len() {
+        return Err(Error::Length {
+            argument: "log_ratio",
+            actual: log_ratio.len(),
+            expected: logp.len(),
+        });
+    }
+    let generator = &divergence.generator;
+    let of_generator = |logp: f64, log_ratio: f64| {
+        if logp.is_nan() || log_ratio.is_nan() {
+            f64::NAN
+        } else if logp == f64::NEG_INFINITY {
+            0.0
+        } else if log_ratio > -logp.min(0.0) {
+            f64::INFINITY
+        } else if logp >= 0.0 {
+            certain_divergence(generator, log_ratio)
+        } else {
+            divergence_at(generator, logp, log_ratio).0
+        }
+    };
+    Ok(logp
+        .par_iter()
+        .with_min_len(CHUNK)
+        .zip(log_ratio)
+        .map(|(&logp, &log_ratio)| divergence.radius_of_generator(of_generator(logp, log_ratio)))
+        .collect())
+}
+
+/// Whether the exact `D` at a log-ratio is at most `delta`, and the ratio inside the simplex.
+pub(super) fn is_inside(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> bool {
+    decide(divergence, logp, log_ratio, delta).0
+}
+
+/// The same with the evaluations of `D` that it took.
+pub(super) fn decide(
+    divergence: &Divergence,
+    logp: f64,
+    log_ratio: f64,
+    delta: f64,
+) -> (bool, u32) {
+    let generator = &divergence.generator;
+    if logp.is_nan() || log_ratio.is_nan() {
+        return (false, 0);
+    }
+    if logp == f64::NEG_INFINITY {
+        return (true, 0); // p = 0: no finite ratio gives the token any probability
+    }
+    if log_ratio > -logp.min(0.0) {
+        return (false, 0);
+    }
+    let radius = divergence.generator_radius::<f64>(delta);
+    // Radii that make D at the end of a side equal to delta exactly do occur, and count; so does what
+    // these digits cannot tell from them.
+    let at_the_end = log_ratio == f64::NEG_INFINITY || log_ratio == -logp;
+    let holds = |exact: Dd, doubt: f64| {
+        let residual = exact - divergence.generator_radius::<Dd>(delta);
+        residual.to_f64() <= if at_the_end { doubt } else { 0.0 }
+    };
+    if logp < 0.0 && is_far(logp) {
+        return (holds(far_divergence(generator, logp, log_ratio), FAR_RESIDUAL_ERROR * radius), 1);
+    }
+    let (d, sensitivity) = if logp >= 0.0 {
+        (certain_divergence(generator, log_ratio), 0.0)
+    } else {
+        divergence_at(generator, logp, log_ratio)
+    };
+    if d == f64::INFINITY {
+        return (false, 1);
+    }
+    // A double evaluates D to a few ulp (text, to a few ulp of 1); nearer to the edge than that, more
+    // digits decide.
+    let scale = radius + sensitivity + if generator.cancels() { 1.0 + d.abs() } else { 0.0 };
+    if (d - radius).abs() > 64.0 * f64::EPSILON * scale {
+        return (d < radius, 1);
+    }
+    let exact = if logp >= 0.0 {
+        certain_divergence(generator, Dd::of(log_ratio))
+    } else {
+        exact_divergence(generator, logp, log_ratio)
+    };
+    (holds(exact, residual_doubt(generator, radius)), 2)
+}
+
+/// `D` in double precision at any log-ratio inside the simplex, for any `logp < 0`, and by how much it
+/// moves for a relative change of 1 in what each outcome gains or keeps, which is where rounding enters.
+fn divergence_at(generator: &Generator, logp: f64, log_ratio: f64) -> (f64, f64) {
+    if is_far(logp) {
+        return (far_divergence(generator, logp, log_ratio), 0.0);
+    }
+    let split = Split::new(logp, Side::Lower);
+    let (token, others) = split.outcomes(logp, log_ratio);
+    let (mut d, mut sensitivity) = (0.0, 0.0);
+    for (weight, outcome) in [(split.shrinking, token), (split.growing, others)] {
+        d += weighted(generator, weight, outcome);
+        let change = if outcome.excess > 0.0 {
+            weight * outcome.excess * generator.slope(outcome)
+        } else if outcome.u == 0.0 {
+            0.0
+        } else {
+            weight * generator.log_slope(outcome) * (outcome.excess / outcome.u).clamp(-1.0, 0.0)
+        };
+        sensitivity += change.abs();
+    }
+    (d, sensitivity)
+}

@@ -1,0 +1,184 @@
+//! Bounds that double precision leaves open, corrected on a residual in double-double arithmetic.
+
+use crate::band::root::last_inside;
+use crate::band::side::Side;
+use crate::band::split::{Split, gone, weighted};
+use crate::divergence::{Divergence, Generator, Point};
+use crate::number::{Dd, Real};
+
+/// Corrects a rough bound on the exact residual and moves it inwards by single ulps until it is inside.
+/// Returns it with the evaluations made.
+pub(super) fn polish(
+    divergence: &Divergence,
+    logp: f64,
+    delta: f64,
+    side: Side,
+    rough: f64,
+    farthest: f64,
+) -> (f64, u32) {
+    let generator = &divergence.generator;
+    let radius = divergence.generator_radius::<Dd>(delta);
+    let exact = ExactSplit::new(logp);
+    let residual_at = |b: f64| (exact.divergence(generator, b) - radius).to_f64();
+    let valid = |b: f64| match side {
+        Side::Upper => b > 0.0 && b <= farthest,
+        Side::Lower => b < 0.0 && b >= farthest,
+    };
+    let doubt = residual_doubt(generator, radius.hi);
+    let mut evaluations = 0;
+    // Next to saturation of the lower side, D stays just below its value at r = 0. Newton's method
+    // on the logarithm of what is missing converges there; elsewhere it is Newton's method on D.
+    let saturates = side == Side::Lower && generator.at_zero::<f64>().is_finite();
+    let mut missing = None;
+    let mut log_ratio = if valid(rough) && rough > -1e3 {
+        rough
+    } else if saturates {
+        evaluations += 1;
+        let missing = *missing.insert(residual_at(f64::NEG_INFINITY));
+        (missing / delta).min(0.5).ln()
+    } else {
+        0.5_f64.ln()
+    };
+    let mut converged = false;
+    for _ in 0..MOST_POLISHING {
+        if !valid(log_ratio) {
+            break;
+        }
+        evaluations += 1;
+        let residual = residual_at(log_ratio);
+        let slope = residual_slope(generator, logp, log_ratio);
+        let newton = -residual / slope;
+        if newton.abs() <= SHORT_STEP * log_ratio.abs() {
+            let doubt = SHORT_STEP_ERROR * newton.abs() + 2.0 * doubt / slope.abs();
+            if let Some(inside) = last_before(log_ratio, newton, doubt, side).filter(|&b| valid(b))
+            {
+                return (inside, evaluations);
+            }
+        }
+        let step = if saturates {
+            let missing = *missing.get_or_insert_with(|| {
+                evaluations += 1;
+                residual_at(f64::NEG_INFINITY)
+            });
+            (missing - residual) * (-residual / missing).ln_1p() / slope
+        } else {
+            newton
+        };
+        log_ratio += step;
+        if step.abs() <= 1e-9 * log_ratio.abs() {
+            converged = valid(log_ratio);
+            break;
+        }
+    }
+    let mut inwards = 0;
+    while converged && inwards < MOST_INWARDS {
+        evaluations += 1;
+        if residual_at(log_ratio) <= -doubt {
+            return (log_ratio, evaluations);
+        }
+        log_ratio = match side {
+            Side::Upper => log_ratio.next_down(),
+            Side::Lower => log_ratio.next_up(),
+        };
+        inwards += 1;
+    }
+    let beyond = match side {
+        Side::Upper => farthest.next_up(),
+        Side::Lower => f64::NEG_INFINITY,
+    };
+    let root = last_inside(0.0_f64.copysign(farthest), beyond, |b| residual_at(b) <= -doubt);
+    (root.at, evaluations + root.evaluations)
+}
+
+/// Relative error of `D` in double-double arithmetic, rounded up: what is inside by more is inside.
+const RESIDUAL_ERROR: f64 = 2e-30;
+
+/// The error of a `D` next to a radius; where terms of the generator cancel it does not shrink with `D`.
+pub(super) fn residual_doubt(generator: &Generator, radius: f64) -> f64 {
+    RESIDUAL_ERROR * (radius + generator.cancelled())
+}
+
+/// Most Newton steps on the exact residual.
+pub(super) const MOST_POLISHING: u32 = 12;
+
+/// A relative step of Newton's method that is known to [`SHORT_STEP_ERROR`] of itself: the slope is good to
+/// `|log_ratio|` eps and changes by no more than a few times that over the step.
+const SHORT_STEP: f64 = 1e-12;
+
+/// See [`SHORT_STEP`].
+const SHORT_STEP_ERROR: f64 = 1e-8;
+
+/// The last double on the inner side of the root `at + step`, which is known to within `doubt`; `None` where
+/// that is too much to tell.
+fn last_before(at: f64, step: f64, doubt: f64, side: Side) -> Option<f64> {
+    let root = Dd::sum(at, step);
+    let inwards = match side {
+        Side::Upper => root.hi.next_down(),
+        Side::Lower => root.hi.next_up(),
+    };
+    // What is left of the root beyond its nearest double, counted outwards.
+    let beyond = if side == Side::Upper { root.lo } else { -root.lo };
+    if beyond > doubt {
+        Some(root.hi)
+    } else if (root.hi - inwards).abs() + beyond > doubt {
+        Some(inwards)
+    } else {
+        None
+    }
+}
+
+/// Most single ulps inwards after them.
+pub(super) const MOST_INWARDS: u32 = 16;
+
+/// `D` with about 30 digits.
+pub(super) fn exact_divergence(generator: &Generator, logp: f64, log_ratio: f64) -> Dd {
+    ExactSplit::new(logp).divergence(generator, log_ratio)
+}
+
+/// The probabilities of the token and of everything else with about 30 digits, and their ratio.
+struct ExactSplit {
+    logp: f64,
+    token: Dd,
+    others: Dd,
+    odds: Dd,
+}
+
+impl ExactSplit {
+    fn new(logp: f64) -> Self {
+        let minus = Dd::of(logp).exp_m1();
+        // Where p is small, it is not what 1 - p leaves of 1.
+        let token = if minus.hi < -0.5 { Dd::of(logp).exp() } else { minus + Dd::of(1.0) };
+        Self { logp, token, others: -minus, odds: token / -minus }
+    }
+
+    /// `D` with about 30 digits.
+    fn divergence(&self, generator: &Generator, log_ratio: f64) -> Dd {
+        let (token, others) = if log_ratio == f64::NEG_INFINITY {
+            (gone(), Point::from_ratio(Dd::of(1.0) / self.others))
+        } else {
+            let token = Point::from_log(Dd::of(log_ratio));
+            let lost = self.odds * token.excess;
+            let others = if lost.hi > 0.5 {
+                // Next to saturation: what is left of the others, without cancellation.
+                let left = -Dd::sum(self.logp, log_ratio).exp_m1() / self.others;
+                if left.hi <= 0.0 { gone() } else { Point::from_ratio(left) }
+            } else {
+                Point::from_excess(-lost)
+            };
+            (token, others)
+        };
+        weighted(generator, self.token, token) + weighted(generator, self.others, others)
+    }
+}
+
+/// `dD/d log_ratio`.
+fn residual_slope(generator: &Generator, logp: f64, log_ratio: f64) -> f64 {
+    let split = Split::new(logp, Side::Lower);
+    let (token, others) = split.outcomes(logp, log_ratio);
+    let own = if token.u > 1.0 {
+        split.shrinking * token.u * generator.slope(token)
+    } else {
+        split.shrinking * generator.log_slope(token)
+    };
+    own - split.shrinking * token.u * (generator.log_slope(others) / others.u)
+}

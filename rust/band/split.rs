@@ -1,0 +1,242 @@
+//! One token in double precision: the two outcomes {this token, everything else} and the equation of its bound.
+
+use crate::band::root::newton_log_log;
+use crate::band::side::Side;
+use crate::divergence::{Divergence, Generator, Point};
+use crate::number::Real;
+
+/// The probabilities of the two outcomes.
+pub(super) struct Split {
+    pub(super) shrinking: f64,
+    pub(super) growing: f64,
+}
+
+impl Split {
+    pub(super) fn new(logp: f64, side: Side) -> Self {
+        let (token, others) = (logp.exp(), -logp.exp_m1());
+        match side {
+            Side::Lower => Self { shrinking: token, growing: others },
+            Side::Upper => Self { shrinking: others, growing: token },
+        }
+    }
+
+    /// `D` and `d ln D / d ln m` where the shrinking outcome shrinks by `e^-m`.
+    fn divergence(&self, generator: &Generator, m: f64) -> (f64, f64) {
+        let shrunk = Point::from_log(-m);
+        let odds = self.shrinking / self.growing;
+        let grown = Point::from_excess(-odds * shrunk.excess);
+        let d = self.shrinking * value_or_limit(generator, shrunk)
+            + weighted(generator, self.growing, grown);
+        let slope =
+            self.shrinking * (shrunk.u * generator.slope(grown) - generator.log_slope(shrunk));
+        (d, m * slope / d)
+    }
+
+    /// `m` to a few ulp times its condition number. The side is known not to be saturated.
+    pub(super) fn magnitude(
+        &self,
+        divergence: &Divergence,
+        delta: f64,
+        evaluations: &mut u32,
+    ) -> f64 {
+        let generator = &divergence.generator;
+        let radius = divergence.generator_radius::<f64>(delta);
+        if let Some(m) = self.closed_form(generator, radius) {
+            return m;
+        }
+        self.iterated(generator, radius, evaluations)
+    }
+
+    /// The same by iteration, for any generator.
+    pub(super) fn iterated(
+        &self,
+        generator: &Generator,
+        radius: f64,
+        evaluations: &mut u32,
+    ) -> f64 {
+        let at_zero = generator.at_zero::<f64>();
+        if at_zero.is_finite() {
+            let greatest = self.shrinking * at_zero
+                + self.growing * generator.value(Point::from_ratio(1.0 / self.growing));
+            if radius > 0.5 * greatest {
+                return self.magnitude_near_saturation(generator, radius, greatest, evaluations);
+            }
+        }
+        // Local quadratic; for f that explodes at 0 as u^a it starts far too high, hence the tail.
+        let curvature = generator.curvature().unwrap_or(1.0);
+        let mut start = (2.0 * radius * self.growing / (curvature * self.shrinking)).sqrt();
+        if let Generator::Alpha(order) = *generator
+            && order < 0.0
+        {
+            let tail = (order * (order - 1.0) * radius / self.shrinking).ln_1p() / -order;
+            start = start.min(1.0 + tail);
+        }
+        let root = newton_log_log(radius, start, last_step(generator, radius), |m| {
+            self.divergence(generator, m)
+        });
+        *evaluations += root.evaluations;
+        root.at
+    }
+
+    /// The same from the other end: the factor `r` that is left, by `D(0) - D(r) = D(0) - delta`.
+    fn magnitude_near_saturation(
+        &self,
+        generator: &Generator,
+        radius: f64,
+        greatest: f64,
+        evaluations: &mut u32,
+    ) -> f64 {
+        let gap = (greatest - radius).max(f64::EPSILON * greatest);
+        let start = (gap / (greatest * (2.0 + (greatest / gap).ln()))).min(0.5);
+        let root = newton_log_log(gap, start, last_step(generator, gap), |r| {
+            if r >= 1.0 {
+                return (f64::INFINITY, 1.0);
+            }
+            let (d, log_slope) = self.divergence(generator, -r.ln());
+            let left = greatest - d;
+            // d ln left / d ln r, with d m = -d ln r.
+            (left, log_slope * d / (-r.ln() * left))
+        });
+        *evaluations += root.evaluations;
+        -root.at.min(1.0).ln()
+    }
+
+    /// The bound that `m` stands for, and its condition number: by how much more than a rounding error
+    /// evaluating the equation in double precision may move it.
+    pub(super) fn log_ratio(&self, generator: &Generator, m: f64, side: Side) -> (f64, f64) {
+        let (d, slope) = self.divergence(generator, m);
+        let lost = -(-m).exp_m1();
+        let growth = self.shrinking / self.growing * lost;
+        // A rounding error of the odds moves D by so much of itself.
+        let grown = Point::from_excess(growth);
+        let odds_error = self.growing * growth * generator.slope(grown) / d;
+        let condition = (1.0 + odds_error.abs()) / slope;
+        match side {
+            Side::Lower => (-m, condition),
+            Side::Upper => {
+                let log_growth = growth.ln_1p();
+                let chain = m * (-m).exp() / lost * growth / ((1.0 + growth) * log_growth);
+                (log_growth, if chain == 0.0 { 0.0 } else { chain * condition })
+            }
+        }
+    }
+
+    /// `m` where the equation has an elementary solution, arranged so that nothing cancels except
+    /// next to saturation.
+    pub(super) fn closed_form(&self, generator: &Generator, radius: f64) -> Option<f64> {
+        let (w, g) = (self.shrinking, self.growing);
+        match *generator {
+            Generator::Tv => Some(-(-radius / w).ln_1p()),
+            Generator::Hellinger => {
+                // Bhattacharyya's coefficient is the cosine of an angle: sqrt(r) = 1 - e.
+                let e = radius + (radius * (2.0 - radius)).sqrt() * (g / w).sqrt();
+                Some(-2.0 * (-e).ln_1p())
+            }
+            Generator::Bwcs(blend) => Some(blended_chi_square(w, g, blend, radius)),
+            Generator::LeCam => Some(blended_chi_square(w, g, 0.5, 4.0 * radius)),
+            Generator::Vajda(order) => {
+                let odds = w / g;
+                let lost = if odds <= 1.0 {
+                    root_of_order(radius / (w * (1.0 + odds.powf(order - 1.0))), order)
+                } else {
+                    root_of_order(radius / (w * (1.0 + odds.powf(1.0 - order))), order)
+                        * (root_of_order(odds, order) / odds)
+                };
+                Some(-(-lost).ln_1p())
+            }
+            Generator::HockeyStick(threshold) => {
+                let lost = (g * (threshold - 1.0) + radius) / w;
+                Some(-(-lost).ln_1p())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The relative step at which Newton's method stops: below it, the error after it is of the order of its
+/// square, 1e-17. Text is evaluated with an absolute error of a rounding, and polished afterwards.
+fn last_step(generator: &Generator, target: f64) -> f64 {
+    if generator.cancels() { (100.0 * f64::EPSILON / target).max(1e-5) } else { 3e-9 }
+}
+
+/// `x^(1/k)`. Rounding 1/k alone would cost `ln x` ulps, hence a Newton step.
+fn root_of_order(x: f64, order: f64) -> f64 {
+    let root = x.powf(1.0 / order);
+    let correction = (root.powf(order) / x - 1.0) / order;
+    // Of a saturated or denormal x there is nothing to correct.
+    if correction.abs() < 1e-10 { root - root * correction } else { root }
+}
+
+/// `m` for `(u-1)^2/(1-l+l u)`: with `x` the fraction lost, a quadratic; see docs of [`Divergence`].
+fn blended_chi_square(w: f64, g: f64, blend: f64, radius: f64) -> f64 {
+    let spread = radius * blend * blend;
+    // Factor by factor: a product of a small radius and a small g would be denormal.
+    let root = radius.sqrt() * (spread + 4.0 * w * g).sqrt();
+    let tilt = radius * blend * (g - w);
+    // The two roots are -x (this one) and the fraction that the same outcome may gain.
+    let (lost, gained) = if tilt >= 0.0 {
+        (2.0 * radius * (g / (root + tilt)), (root + tilt) / (2.0 * w * (1.0 + spread)))
+    } else {
+        ((root - tilt) / (2.0 * w * (1.0 + spread)), 2.0 * radius * (g / (root - tilt)))
+    };
+    if lost < 0.5 {
+        return -(-lost).ln_1p();
+    }
+    // What is left, by the product of the roots: 1 - x would cancel.
+    let product = (w - radius * (1.0 - blend) * (g + w * blend)) / (w * (1.0 + spread));
+    -(product / (1.0 + gained)).ln()
+}
+
+pub(super) fn value_or_limit<T: Real>(generator: &Generator, at: Point<T>) -> T {
+    if at.u.to_f64() == 0.0 && at.log.to_f64() == f64::NEG_INFINITY {
+        generator.at_zero()
+    } else {
+        generator.value(at)
+    }
+}
+
+/// `w f(u)`, with the factor `u` drawn to the weight where `f(u)` might overflow.
+pub(super) fn weighted<T: Real>(generator: &Generator, weight: T, at: Point<T>) -> T {
+    if at.u.to_f64() > 1e60 {
+        weight * at.u * generator.value_per_u(at)
+    } else {
+        weight * value_or_limit(generator, at)
+    }
+}
+
+/// An outcome that has lost all of its probability.
+pub(super) fn gone<T: Real>() -> Point<T> {
+    Point { log: T::of(f64::NEG_INFINITY), excess: T::of(-1.0), u: T::of(0.0) }
+}
+
+/// `d log bound / d logp = -B(r, c) / (r (f'(r) - f'(c)))` with the Bregman divergence
+/// `B(r, c) = f(r) - f(c) - f'(c)(r - c)`.
+pub(super) fn log_slope(generator: &Generator, logp: f64, log_bound: f64) -> f64 {
+    if logp >= 0.0 || log_bound == f64::NEG_INFINITY || log_bound == 0.0 {
+        return 0.0;
+    }
+    if log_bound >= -logp {
+        return -1.0;
+    }
+    let split = Split::new(logp, Side::Lower);
+    let (token, others) = split.outcomes(logp, log_bound);
+    let slope_others = generator.log_slope(others) / others.u;
+    let difference = token.excess - others.excess;
+    let bregman = generator.value(token) - generator.value(others) - slope_others * difference;
+    -bregman / (generator.log_slope(token) - token.u * slope_others)
+}
+
+impl Split {
+    /// The two arguments of the generator at a log-ratio of the token; `self` is the token's split.
+    pub(super) fn outcomes(&self, logp: f64, log_ratio: f64) -> (Point<f64>, Point<f64>) {
+        let token = Point::from_log(log_ratio);
+        let lost = self.shrinking / self.growing * token.excess;
+        let others = if lost > 0.5 {
+            // Next to saturation: what is left of the others, without cancellation.
+            Point::from_ratio(-(logp + log_ratio).exp_m1() / self.growing)
+        } else {
+            Point::from_excess(-lost)
+        };
+        (token, others)
+    }
+}
