@@ -147,17 +147,17 @@ pub(crate) fn located(what: &str, text: &str, column: usize) -> String {
 }
 
 /// Characters of a text that a message shows.
-const MOST_SHOWN: usize = 60;
+const MAX_SHOWN: usize = 60;
 
 /// What a message shows of a text: the part around a character, from 1.
 pub(crate) fn excerpt(text: &str, column: usize) -> String {
     let length = text.chars().count();
-    if length <= MOST_SHOWN {
+    if length <= MAX_SHOWN {
         return text.to_owned();
     }
-    let start = column.saturating_sub(1 + MOST_SHOWN / 2).min(length - MOST_SHOWN);
-    let shown: String = text.chars().skip(start).take(MOST_SHOWN).collect();
+    let start = column.saturating_sub(1 + MAX_SHOWN / 2).min(length - MAX_SHOWN);
+    let shown: String = text.chars().skip(start).take(MAX_SHOWN).collect();
     let before = if start > 0 { "\u{2026}" } else { "" };
-    let after = if start + MOST_SHOWN < length { "\u{2026}" } else { "" };
+    let after = if start + MAX_SHOWN < length { "\u{2026}" } else { "" };
     format!("{before}{shown}{after}")
 }

@@ -55,9 +55,9 @@ REGIONS = (
     "p = 1",
     "near saturation",
 )
-MOST_EVALUATIONS = int(
+MAX_EVALUATIONS = int(
     re.findall(
-        r"MOST_BOUND_EVALUATIONS: u32 = (\d+);",
+        r"MAX_BOUND_EVALUATIONS: u32 = (\d+);",
         (ROOT / "rust" / "band" / "mod.rs").read_text(encoding="utf-8"),
     )[0]
 )
@@ -366,7 +366,7 @@ def bounds_part(results: Sequence[Measured]) -> str:
 {ILL_CONDITIONED:.0f} | 0 | {sum(bound_.kappa <= ILL_CONDITIONED for bound_ in broken)} |
 | the same above {ILL_CONDITIONED:.0f}, unless D is within {BACKWARD:.0f} ULP of delta | 0 | \
 {sum(bound_.kappa > ILL_CONDITIONED for bound_ in broken)} |
-| most evaluations of f for a bound | {2 * MOST_EVALUATIONS} | {2 * most} |
+| most evaluations of f for a bound | {2 * MAX_EVALUATIONS} | {2 * most} |
 
 The promise is for every built-in divergence and delta from 1e-8 to 10, for p from 1e-300 to
 1 - 1e-16, and also beyond: for p and 1 - p down to the smallest denormal number, and in the limits
@@ -402,7 +402,7 @@ saturation means delta within {NEAR:.0%} of the one from which on the bound is -
 
 For one bound that is neither saturated nor a limit, in double precision or in double-double
 arithmetic; two for each evaluation of D, with one of f' each in Newton's method. That a bound takes
-at most {2 * MOST_EVALUATIONS} holds by construction: `MOST_BOUND_EVALUATIONS` in `rust/band/mod.rs`.
+at most {2 * MAX_EVALUATIONS} holds by construction: `MAX_BOUND_EVALUATIONS` in `rust/band/mod.rs`.
 Where there is a closed form, D is evaluated to see whether the side is saturated and to find the
 condition number.
 

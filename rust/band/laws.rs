@@ -6,7 +6,7 @@
 use crate::simd::doubles::{Doubles, Truth, Vector};
 
 /// Most evaluations of `D`; what has not converged then is left to the scalar solver.
-const MOST_STEPS: u32 = 6;
+const MAX_STEPS: u32 = 6;
 
 /// The step relative to `m` after which Halley's method leaves an error below 1e-17.
 const LAST_STEP: f64 = 3e-6;
@@ -154,7 +154,7 @@ impl<C: Curve> Law for Iterated<C> {
             let rise = -(log_off * sigma * rho * 2.0);
             let converged = rise.abs().less(run * LAST_STEP);
             steps += 1;
-            if steps == MOST_STEPS || !(!converged).any() {
+            if steps == MAX_STEPS || !(!converged).any() {
                 let step = rise / run;
                 let more = m * (step * step).mul_add(radius.constant(0.5), step);
                 let lost_more = (more * more).mul_add(radius.constant(-0.5), more);

@@ -4,7 +4,7 @@
 pub(super) const BENIGN_CONDITION: f64 = 3.0;
 
 /// Largest `m` for which the factor `e^-m` is a normal double.
-pub(super) const MOST_LOG_LOSS: f64 = 708.0;
+pub(super) const MAX_LOG_LOSS: f64 = 708.0;
 
 /// Relative move inwards that covers the error of double precision: 16 eps, 3.6e-15.
 pub(super) const MARGIN: f64 = 16.0 * f64::EPSILON;

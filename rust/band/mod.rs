@@ -41,10 +41,10 @@ mod vector;
 
 use rayon::prelude::*;
 
-use crate::band::limits::{BENIGN_CONDITION, CHUNK, MARGIN, MOST_LOG_LOSS};
+use crate::band::limits::{BENIGN_CONDITION, CHUNK, MARGIN, MAX_LOG_LOSS};
 use crate::band::membership::decide;
-use crate::band::polish::{MOST_INWARDS, MOST_POLISHING, polish};
-use crate::band::root::{MOST_EVALUATIONS, MOST_HALVINGS};
+use crate::band::polish::{MAX_INWARDS, MAX_POLISHING, polish};
+use crate::band::root::{MAX_EVALUATIONS, MAX_HALVINGS};
 use crate::band::side::check_delta;
 use crate::band::split::{Split, log_slope};
 use crate::band::tails::{far_bound, is_far, lower_of_certain};
@@ -55,14 +55,14 @@ pub use membership::{contains, divergences};
 pub use side::{Bound, Delta, Side, Status};
 
 /// Most evaluations of `D`, in either precision, that one bound takes, whatever its arguments.
-pub const MOST_BOUND_EVALUATIONS: u32 = 196;
+pub const MAX_BOUND_EVALUATIONS: u32 = 196;
 
 // Twice to see whether the side is saturated, Newton's method and once more for the condition number;
 // then the residual at saturation, Newton's method on it, ulps inwards, and halving if all of that failed.
 // Far tails and the limit p = 1 halve twice, and take fewer.
 const _: () = assert!(
-    MOST_BOUND_EVALUATIONS
-        == 2 + MOST_EVALUATIONS + 1 + 1 + MOST_POLISHING + MOST_INWARDS + MOST_HALVINGS
+    MAX_BOUND_EVALUATIONS
+        == 2 + MAX_EVALUATIONS + 1 + 1 + MAX_POLISHING + MAX_INWARDS + MAX_HALVINGS
 );
 
 /// The region `D_f <= delta`, with its own radius for each side.
@@ -304,7 +304,7 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
     let (rough, condition) = split.log_ratio(generator, root, side);
     evaluations += 1;
     // The factor that is left was the unknown next to saturation, and is no good as a denormal.
-    let lost_digits = root > MOST_LOG_LOSS && generator.at_zero::<f64>().is_finite();
+    let lost_digits = root > MAX_LOG_LOSS && generator.at_zero::<f64>().is_finite();
     if condition <= BENIGN_CONDITION && !generator.cancels() && !lost_digits {
         let log_ratio = match side {
             Side::Upper => (rough * (1.0 - MARGIN)).min(farthest),

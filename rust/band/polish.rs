@@ -40,7 +40,7 @@ pub(super) fn polish(
         0.5_f64.ln()
     };
     let mut converged = false;
-    for _ in 0..MOST_POLISHING {
+    for _ in 0..MAX_POLISHING {
         if !valid(log_ratio) {
             break;
         }
@@ -71,7 +71,7 @@ pub(super) fn polish(
         }
     }
     let mut inwards = 0;
-    while converged && inwards < MOST_INWARDS {
+    while converged && inwards < MAX_INWARDS {
         evaluations += 1;
         if residual_at(log_ratio) <= -doubt {
             return (log_ratio, evaluations);
@@ -99,7 +99,7 @@ pub(super) fn residual_doubt(generator: &Generator, radius: f64) -> f64 {
 }
 
 /// Most Newton steps on the exact residual.
-pub(super) const MOST_POLISHING: u32 = 12;
+pub(super) const MAX_POLISHING: u32 = 12;
 
 /// A relative step of Newton's method that is known to [`SHORT_STEP_ERROR`] of itself: the slope is good to
 /// `|log_ratio|` eps and changes by no more than a few times that over the step.
@@ -128,7 +128,7 @@ fn last_before(at: f64, step: f64, doubt: f64, side: Side) -> Option<f64> {
 }
 
 /// Most single ulps inwards after them.
-pub(super) const MOST_INWARDS: u32 = 16;
+pub(super) const MAX_INWARDS: u32 = 16;
 
 /// `D` with about 30 digits.
 pub(super) fn exact_divergence(generator: &Generator, logp: f64, log_ratio: f64) -> Dd {

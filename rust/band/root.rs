@@ -15,14 +15,14 @@ pub(crate) struct Root {
 }
 
 /// Most evaluations that [`newton_log_log`] makes.
-pub(crate) const MOST_EVALUATIONS: u32 = 100;
+pub(crate) const MAX_EVALUATIONS: u32 = 100;
 
 /// Most evaluations that [`last_inside`] makes, one for each bit.
-pub(crate) const MOST_HALVINGS: u32 = 64;
+pub(crate) const MAX_HALVINGS: u32 = 64;
 
 /// After this many steps by more than a factor `e^0.5`, Newton's method only crawls and the bracket
 /// is halved instead (in `ln m`).
-const MOST_LONG_STEPS: u32 = 5;
+const MAX_LONG_STEPS: u32 = 5;
 
 /// The `m > 0` with `g(m) = target > 0`, for an increasing `g` with `g(0) = 0`.
 ///
@@ -37,7 +37,7 @@ pub(crate) fn newton_log_log(
     let (mut below, mut above) = (0.0_f64, f64::INFINITY);
     let mut m = start.clamp(f64::MIN_POSITIVE, f64::MAX);
     let (mut long_steps, mut expansion) = (0, 2.0_f64);
-    for evaluations in 1..=MOST_EVALUATIONS {
+    for evaluations in 1..=MAX_EVALUATIONS {
         let (g, slope) = evaluate(m);
         if g <= target {
             below = below.max(m);
@@ -52,7 +52,7 @@ pub(crate) fn newton_log_log(
         }
         let previous = m;
         long_steps += u32::from(step.abs() > 0.5);
-        m = if candidate > below && candidate < above && long_steps <= MOST_LONG_STEPS {
+        m = if candidate > below && candidate < above && long_steps <= MAX_LONG_STEPS {
             candidate
         } else if below == 0.0 || above == f64::INFINITY {
             // Newton left the bracket, or crawls, and one end has not been seen yet.
@@ -60,14 +60,14 @@ pub(crate) fn newton_log_log(
             let factor = expansion.min(1e60);
             if g <= target { (m * factor).min(f64::MAX) } else { m / factor }
         } else {
-            long_steps = long_steps.min(MOST_LONG_STEPS - 1); // after halving, Newton may try again
+            long_steps = long_steps.min(MAX_LONG_STEPS - 1); // after halving, Newton may try again
             below.sqrt() * above.sqrt()
         };
         if m == previous || m == below || m == above || m == 0.0 {
             return Root { at: m, evaluations };
         }
     }
-    Root { at: m, evaluations: MOST_EVALUATIONS }
+    Root { at: m, evaluations: MAX_EVALUATIONS }
 }
 
 /// The last double on the way from `inside` to `outside` for which `holds` is true.

@@ -516,7 +516,7 @@ fn work_is_bounded() {
             }
         }
     }
-    assert!(worst <= MOST_BOUND_EVALUATIONS, "{worst}");
+    assert!(worst <= MAX_BOUND_EVALUATIONS, "{worst}");
 }
 
 /// Far outside the range of probabilities the bounds still are what 60 digits say.

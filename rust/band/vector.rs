@@ -10,7 +10,7 @@
 use crate::band::laws::{
     ChiSquare, Hellinger, Iterated, Jeffreys, JensenShannon, Kl, Law, Linear, ReverseKl, Split,
 };
-use crate::band::limits::{BENIGN_CONDITION, FAR_REST, FAR_TAIL, MARGIN, MOST_LOG_LOSS};
+use crate::band::limits::{BENIGN_CONDITION, FAR_REST, FAR_TAIL, MARGIN, MAX_LOG_LOSS};
 use crate::band::side::Side;
 use crate::divergence::Generator;
 use crate::simd::doubles::{Doubles, MOST_DOUBLES, Truth, Vector, Work};
@@ -172,7 +172,7 @@ impl<L: Doubles> Both<L> {
         };
         let mut exact = self.ordinary & clear & solution.found;
         if greatest.is_some() {
-            exact = exact & one.constant(-MOST_LOG_LOSS).less(log_left);
+            exact = exact & one.constant(-MAX_LOG_LOSS).less(log_left);
         }
         let benign = condition.less(one.constant(BENIGN_CONDITION));
         let inside = rough * (1.0 - MARGIN);

@@ -14,7 +14,7 @@ pub(crate) const ROUNDING: f64 = 1e-30;
 
 /// Exponents beyond this are infinity, and 0 on the other side. Below it a double holds `x/ln 2` with its
 /// nearest whole number.
-const MOST_EXPONENT: i64 = 1 << 50;
+const MAX_EXPONENT: i64 = 1 << 50;
 
 /// Where a number stops being a double with all its digits, and stays one for sure.
 const OF_A_DOUBLE: i64 = 900;
@@ -48,7 +48,7 @@ impl Wide {
         }
         let shift = (size.to_bits() >> 52) as i32 - 1023;
         let exponent = exponent + i64::from(shift);
-        if exponent.abs() > MOST_EXPONENT {
+        if exponent.abs() > MAX_EXPONENT {
             let hi = if exponent < 0 { 0.0 } else { f64::INFINITY.copysign(digits.hi) };
             return Self { digits: Dd { hi, lo: 0.0 }, error: 0.0, exponent: 0 };
         }
@@ -178,7 +178,7 @@ impl Real for Wide {
         if x.hi.is_nan() {
             return self;
         }
-        if x.hi.abs() > MOST_EXPONENT as f64 * std::f64::consts::LN_2 {
+        if x.hi.abs() > MAX_EXPONENT as f64 * std::f64::consts::LN_2 {
             return Self::of(if x.hi < 0.0 { 0.0 } else { f64::INFINITY });
         }
         let (exponent, minus_one) = x.reduced_exp_m1();

@@ -378,5 +378,5 @@ def test_a_diagnosis_has_brackets_statuses_and_bounded_work() -> None:
     for spec in ["kl", "reverse-kl", "jensen-shannon", "jeffreys", "alpha:-3", "alpha:4", "tv"]:
         found = Band(spec, np.exp(rng.uniform(-18, 2.3, 25_000))).diagnose(logp)
         for side in found:
-            assert side.iterations.max() <= 196, spec  # MOST_BOUND_EVALUATIONS
+            assert side.iterations.max() <= 196, spec  # MAX_BOUND_EVALUATIONS
             assert side.iterations[:20_000].mean() <= 8.0, spec

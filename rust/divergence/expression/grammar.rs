@@ -9,9 +9,9 @@ use pest::pratt_parser::{Assoc, Op, PrattParser};
 use crate::error::{Error, Result, excerpt};
 
 /// Longest text that is read.
-const MOST_CHARACTERS: usize = 1024;
+const MAX_CHARACTERS: usize = 1024;
 /// Deepest nesting of parentheses that is read: the parser is recursive.
-const MOST_NESTED: usize = 64;
+const MAX_NESTED: usize = 64;
 
 #[derive(pest_derive::Parser)]
 #[grammar_inline = r#"
@@ -72,8 +72,8 @@ pub(super) fn read(text: &str) -> Result<Node> {
         column: text[..place].chars().count() + 1,
         reason,
     };
-    if let Some((place, _)) = text.char_indices().nth(MOST_CHARACTERS) {
-        return Err(refuse(place, format!("longer than {MOST_CHARACTERS} characters")));
+    if let Some((place, _)) = text.char_indices().nth(MAX_CHARACTERS) {
+        return Err(refuse(place, format!("longer than {MAX_CHARACTERS} characters")));
     }
     let mut open = Vec::new();
     for (place, character) in text.char_indices() {
@@ -82,8 +82,8 @@ pub(super) fn read(text: &str) -> Result<Node> {
             ')' => drop(open.pop()),
             _ => {}
         }
-        if open.len() > MOST_NESTED {
-            let reason = format!("more than {MOST_NESTED} parentheses inside each other");
+        if open.len() > MAX_NESTED {
+            let reason = format!("more than {MAX_NESTED} parentheses inside each other");
             return Err(refuse(place, reason));
         }
     }
