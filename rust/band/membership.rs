@@ -79,6 +79,10 @@ pub fn divergences(divergence: &Divergence, logp: &[f64], log_ratio: &[f64]) -> 
         .collect())
 }
 
+/// Distance of `D` from a radius beyond which double precision tells on which side of it `D` is, relative to
+/// the terms of `D`. Nearer, double-double arithmetic decides.
+const CLEAR_OF_EDGE: f64 = 64.0 * f64::EPSILON;
+
 /// Whether the exact `D` at a log-ratio is at most `delta`, and the ratio inside the simplex.
 pub(super) fn is_inside(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> bool {
     decide(divergence, logp, log_ratio, delta).0
@@ -120,10 +124,9 @@ pub(super) fn decide(
     if d == f64::INFINITY {
         return (false, 1);
     }
-    // A double evaluates D to a few ulp (text, to a few ulp of 1); nearer to the edge than that, more
-    // digits decide.
+    // Text is evaluated to a few ulp of 1.
     let scale = radius + sensitivity + if generator.cancels() { 1.0 + d.abs() } else { 0.0 };
-    if (d - radius).abs() > 64.0 * f64::EPSILON * scale {
+    if (d - radius).abs() > CLEAR_OF_EDGE * scale {
         return (d < radius, 1);
     }
     let exact = if logp >= 0.0 {

@@ -65,7 +65,7 @@ pub(super) fn polish(
             newton
         };
         log_ratio += step;
-        if step.abs() <= 1e-9 * log_ratio.abs() {
+        if step.abs() <= LAST_POLISHING_STEP * log_ratio.abs() {
             converged = valid(log_ratio);
             break;
         }
@@ -100,6 +100,9 @@ pub(super) fn residual_doubt(generator: &Generator, radius: f64) -> f64 {
 
 /// Most Newton steps on the exact residual.
 pub(super) const MAX_POLISHING: u32 = 12;
+
+/// Relative step after which Newton's method on the exact residual has converged.
+const LAST_POLISHING_STEP: f64 = 1e-9;
 
 /// A relative step of Newton's method that is known to [`SHORT_STEP_ERROR`] of itself: the slope is good to
 /// `|log_ratio|` eps and changes by no more than a few times that over the step.

@@ -153,10 +153,18 @@ impl Split {
     }
 }
 
-/// The relative step at which Newton's method stops: below it, the error after it is of the order of its
-/// square, 1e-17. Text is evaluated with an absolute error of a rounding, and polished afterwards.
+/// Relative step at which Newton's method stops: the error after it is of the order of its square, 1e-17.
+const LAST_NEWTON_STEP: f64 = 3e-9;
+
+/// The same for text, which is polished afterwards.
+const LAST_TEXT_STEP: f64 = 1e-5;
+
+/// Absolute error of `D` of a text, rounded up; steps below its share in `D` are noise.
+const TEXT_ERROR: f64 = 100.0 * f64::EPSILON;
+
+/// The relative step at which Newton's method on `D = target` stops.
 fn last_step(generator: &Generator, target: f64) -> f64 {
-    if generator.cancels() { (100.0 * f64::EPSILON / target).max(1e-5) } else { 3e-9 }
+    if generator.cancels() { (TEXT_ERROR / target).max(LAST_TEXT_STEP) } else { LAST_NEWTON_STEP }
 }
 
 /// `x^(1/k)`. Rounding 1/k alone would cost `ln x` ulps, hence a Newton step.

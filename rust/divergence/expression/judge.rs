@@ -149,7 +149,7 @@ impl Expression {
                 while sign_left != signs[1] {
                     // The last place with the sign of the left end, and the first one without.
                     let mut beyond = right;
-                    for _ in 0..MAX_HALVINGS {
+                    for _ in 0..MAX_BISECTIONS {
                         let middle = (left + beyond) * Dd::of(0.5);
                         if sign(middle) == sign_left {
                             left = middle;
@@ -214,7 +214,7 @@ impl Expression {
 }
 
 /// Halvings that bring two places together to all digits.
-const MAX_HALVINGS: u32 = 110;
+const MAX_BISECTIONS: u32 = 110;
 
 /// The parts of a formula at whose changes of sign it may have a kink, a jump or a pole; of two, their
 /// difference.
