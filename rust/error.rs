@@ -20,6 +20,8 @@ pub enum Error {
     UnknownDivergence {
         /// The name given.
         spec: String,
+        /// The names that are.
+        known: String,
     },
     /// A parameter of a divergence that is missing, unreadable or out of range.
     DivergenceParameter {
@@ -87,11 +89,6 @@ pub enum Error {
     },
 }
 
-/// The built-in divergences as a user writes them.
-pub(crate) const KNOWN_DIVERGENCES: &str = "kl, reverse-kl, tv, pearson-chi2, neyman-chi2, \
-     hellinger, le-cam, jensen-shannon, jeffreys, bhattacharyya, alpha:a, renyi:a, vajda:k, \
-     bwcs:l, hockey-stick:g";
-
 impl fmt::Display for Error {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -101,9 +98,9 @@ impl fmt::Display for Error {
             Self::Delta { value, index: Some(index) } => {
                 write!(out, "delta must be a finite number above 0, got {value} at index {index}")
             }
-            Self::UnknownDivergence { spec } => {
+            Self::UnknownDivergence { spec, known } => {
                 let spec = excerpt(spec, 1);
-                write!(out, "divergence {spec:?} is not known; known are: {KNOWN_DIVERGENCES}")
+                write!(out, "divergence {spec:?} is not known; known are: {known}")
             }
             Self::DivergenceParameter { spec, allowed } => {
                 write!(out, "divergence {:?}: {allowed}", excerpt(spec, 1))

@@ -75,7 +75,7 @@ pub fn divergences(divergence: &Divergence, logp: &[f64], log_ratio: &[f64]) -> 
         .par_iter()
         .with_min_len(CHUNK)
         .zip(log_ratio)
-        .map(|(&logp, &log_ratio)| divergence.radius_of_generator(of_generator(logp, log_ratio)))
+        .map(|(&logp, &log_ratio)| divergence.delta_of_radius(of_generator(logp, log_ratio)))
         .collect())
 }
 

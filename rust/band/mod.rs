@@ -274,7 +274,7 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
         Side::Lower => f64::NEG_INFINITY,
     };
     let mut evaluations = 0;
-    if generator.at_zero::<f64>().is_finite() {
+    if generator.saturates() {
         let (saturated, made) = decide(divergence, logp, saturation, delta);
         evaluations += made;
         if saturated {
@@ -304,7 +304,7 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
     let (rough, condition) = split.log_ratio(generator, root, side);
     evaluations += 1;
     // The factor that is left was the unknown next to saturation, and is no good as a denormal.
-    let lost_digits = root > MAX_LOG_LOSS && generator.at_zero::<f64>().is_finite();
+    let lost_digits = root > MAX_LOG_LOSS && generator.saturates();
     if condition <= BENIGN_CONDITION && !generator.cancels() && !lost_digits {
         let log_ratio = match side {
             Side::Upper => (rough * (1.0 - MARGIN)).min(farthest),

@@ -28,7 +28,7 @@ pub(super) fn polish(
     let mut evaluations = 0;
     // Next to saturation of the lower side, D stays just below its value at r = 0. Newton's method
     // on the logarithm of what is missing converges there; elsewhere it is Newton's method on D.
-    let saturates = side == Side::Lower && generator.at_zero::<f64>().is_finite();
+    let saturates = side == Side::Lower && generator.saturates();
     let mut missing = None;
     let mut log_ratio = if valid(rough) && rough > -1e3 {
         rough

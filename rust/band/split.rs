@@ -54,7 +54,7 @@ impl Split {
         radius: f64,
         evaluations: &mut u32,
     ) -> f64 {
-        let at_zero = generator.at_zero::<f64>();
+        let at_zero = generator.constants::<f64>().at_zero;
         if at_zero.is_finite() {
             let greatest = self.shrinking * at_zero
                 + self.growing * generator.value(Point::from_ratio(1.0 / self.growing));
@@ -63,7 +63,7 @@ impl Split {
             }
         }
         // Local quadratic; for f that explodes at 0 as u^a it starts far too high, hence the tail.
-        let curvature = generator.curvature().unwrap_or(1.0);
+        let curvature = generator.constants::<f64>().curvature.unwrap_or(1.0);
         let mut start = (2.0 * radius * self.growing / (curvature * self.shrinking)).sqrt();
         if let Generator::Alpha(order) = *generator
             && order < 0.0
@@ -197,7 +197,7 @@ fn blended_chi_square(w: f64, g: f64, blend: f64, radius: f64) -> f64 {
 
 pub(super) fn value_or_limit<T: Real>(generator: &Generator, at: Point<T>) -> T {
     if at.u.to_f64() == 0.0 && at.log.to_f64() == f64::NEG_INFINITY {
-        generator.at_zero()
+        generator.constants().at_zero
     } else {
         generator.value(at)
     }

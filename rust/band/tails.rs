@@ -42,7 +42,7 @@ pub(super) fn far_bound(
 /// Returns it with the evaluations made.
 pub(super) fn lower_of_certain(divergence: &Divergence, delta: f64) -> (f64, u32) {
     let generator = &divergence.generator;
-    if generator.slope_at_infinity::<f64>() == f64::INFINITY {
+    if generator.constants::<f64>().slope_at_infinity == f64::INFINITY {
         return (0.0, 0);
     }
     let radius = divergence.generator_radius::<Dd>(delta);
@@ -67,7 +67,7 @@ pub(super) fn certain_divergence<T: Real>(generator: &Generator, log_ratio: T) -
     if at.excess.to_f64() == 0.0 {
         value
     } else {
-        value - at.excess * generator.slope_at_infinity()
+        value - at.excess * generator.constants().slope_at_infinity
     }
 }
 

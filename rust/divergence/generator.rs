@@ -27,6 +27,16 @@ pub(crate) enum Generator {
     Expression(Arc<Expression>),
 }
 
+/// What saturation and narrow bands depend on.
+pub(crate) struct Constants<T> {
+    /// `f(0)`, infinite for some.
+    pub(crate) at_zero: T,
+    /// `f'(inf) = lim f(u)/u`, infinite for some.
+    pub(crate) slope_at_infinity: T,
+    /// `f''(1)`; `None` where `f` has a kink or is flat at 1.
+    pub(crate) curvature: Option<f64>,
+}
+
 impl Generator {
     /// `f(u)`.
     pub(crate) fn value<T: Real>(&self, at: Point<T>) -> T {
@@ -183,7 +193,7 @@ impl Generator {
                 }
                 Self::Vajda(order) if order > 1.0 => (T::of(order) - T::of(1.0)) * log,
                 Self::Bwcs(0.0) => log,
-                _ => self.slope_at_infinity::<T>().ln(),
+                _ => self.constants::<T>().slope_at_infinity.ln(),
             }
         } else {
             match *self {
@@ -194,32 +204,6 @@ impl Generator {
                 Self::Bwcs(_) => -log,
                 _ => plain.ln(),
             }
-        }
-    }
-
-    /// `f(0)`, infinite for some.
-    pub(crate) fn at_zero<T: Real>(&self) -> T {
-        match *self {
-            Self::Kl | Self::Jeffreys => T::of(f64::INFINITY),
-            Self::ReverseKl | Self::Vajda(_) => T::of(1.0),
-            Self::Tv | Self::Hellinger | Self::LeCam => T::of(0.5),
-            Self::JensenShannon => T::of(2.0).ln() * T::of(0.5),
-            Self::Alpha(order) => {
-                if order > 0.0 {
-                    T::of(1.0) / T::of(order)
-                } else {
-                    T::of(f64::INFINITY)
-                }
-            }
-            Self::Bwcs(blend) => {
-                if blend == 1.0 {
-                    T::of(f64::INFINITY)
-                } else {
-                    T::of(1.0) / (T::of(1.0) - T::of(blend))
-                }
-            }
-            Self::HockeyStick(_) => T::of(0.0),
-            Self::Expression(ref expression) => T::of_dd(expression.at_zero),
         }
     }
 
@@ -239,34 +223,45 @@ impl Generator {
         }
     }
 
-    /// `f'(inf) = lim f(u)/u`, infinite for some.
-    pub(crate) fn slope_at_infinity<T: Real>(&self) -> T {
-        let one = T::of(1.0);
-        match *self {
-            Self::Kl | Self::HockeyStick(_) | Self::Vajda(1.0) => one,
-            Self::Tv | Self::Hellinger | Self::LeCam => T::of(0.5),
-            Self::JensenShannon => T::of(0.5) * T::of(2.0).ln(),
-            Self::Alpha(order) if order < 1.0 => one / (one - T::of(order)),
-            Self::ReverseKl
-            | Self::Jeffreys
-            | Self::Alpha(_)
-            | Self::Vajda(_)
-            | Self::Bwcs(0.0) => T::of(f64::INFINITY),
-            Self::Bwcs(blend) => one / T::of(blend),
-            Self::Expression(ref expression) => T::of(expression.slope_at_infinity),
-        }
+    /// `f(0)`, `f'(inf)` and `f''(1)`.
+    pub(crate) fn constants<T: Real>(&self) -> Constants<T> {
+        let (one, half, infinite) = (T::of(1.0), T::of(0.5), T::of(f64::INFINITY));
+        let (at_zero, slope_at_infinity, curvature) = match *self {
+            Self::Kl => (infinite, one, Some(1.0)),
+            Self::ReverseKl => (one, infinite, Some(1.0)),
+            Self::Tv => (half, half, None),
+            Self::Hellinger => (half, half, Some(0.25)),
+            Self::JensenShannon => {
+                let both = T::of(2.0).ln() * half;
+                (both, both, Some(0.25))
+            }
+            Self::Jeffreys => (infinite, infinite, Some(2.0)),
+            Self::Alpha(order) => (
+                if order > 0.0 { one / T::of(order) } else { infinite },
+                if order < 1.0 { one / (one - T::of(order)) } else { infinite },
+                Some(1.0),
+            ),
+            Self::Vajda(1.0) => (one, one, None),
+            Self::Vajda(order) => (one, infinite, (order == 2.0).then_some(2.0)),
+            Self::Bwcs(blend) => (
+                if blend == 1.0 { infinite } else { one / (one - T::of(blend)) },
+                if blend == 0.0 { infinite } else { one / T::of(blend) },
+                Some(2.0),
+            ),
+            Self::LeCam => (half, half, Some(0.5)),
+            Self::HockeyStick(_) => (T::of(0.0), one, None),
+            Self::Expression(ref expression) => (
+                T::of_dd(expression.at_zero),
+                T::of(expression.slope_at_infinity),
+                expression.curvature,
+            ),
+        };
+        Constants { at_zero, slope_at_infinity, curvature }
     }
 
-    /// `f''(1)`; `None` where `f` has a kink or is flat at 1.
-    pub(crate) fn curvature(&self) -> Option<f64> {
-        match *self {
-            Self::Kl | Self::ReverseKl | Self::Alpha(_) => Some(1.0),
-            Self::Bwcs(_) | Self::Jeffreys | Self::Vajda(2.0) => Some(2.0),
-            Self::Hellinger | Self::JensenShannon => Some(0.25),
-            Self::LeCam => Some(0.5),
-            Self::Tv | Self::Vajda(_) | Self::HockeyStick(_) => None,
-            Self::Expression(ref expression) => expression.curvature,
-        }
+    /// Whether all of a side can be allowed: `f(0)` is finite.
+    pub(crate) fn saturates(&self) -> bool {
+        self.constants::<f64>().at_zero.is_finite()
     }
 }
 

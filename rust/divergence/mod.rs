@@ -17,14 +17,124 @@ use crate::number::Real;
 pub(crate) use generator::Generator;
 pub use point::Point;
 
-/// How the radius that the user gives becomes a radius of the generator.
+/// How the delta that the user gives becomes a radius of the generator.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Radius {
+enum Units {
     Same,
     /// Renyi of order a: `(e^((a-1) delta) - 1) / (a (a-1))` of Cressie-Read.
     Renyi(f64),
     /// Bhattacharyya: `1 - e^-delta` of Hellinger.
     Bhattacharyya,
+}
+
+/// A divergence with a name.
+struct BuiltIn {
+    /// The name with the letter of its parameter, such as `alpha:a`.
+    name: &'static str,
+    make: Make,
+}
+
+#[derive(Clone, Copy)]
+enum Make {
+    Plain(fn() -> (Generator, Units)),
+    With {
+        /// A specification with a parameter that stands for all.
+        example: &'static str,
+        allowed: &'static str,
+        /// `None` for a parameter out of range.
+        make: fn(f64) -> Option<(Generator, Units)>,
+    },
+}
+
+impl BuiltIn {
+    const fn plain(name: &'static str, make: fn() -> (Generator, Units)) -> Self {
+        Self { name, make: Make::Plain(make) }
+    }
+
+    /// The name without the letter of its parameter.
+    fn family(&self) -> &'static str {
+        self.name.split_once(':').map_or(self.name, |(family, _)| family)
+    }
+}
+
+const BUILT_IN: [BuiltIn; 15] = [
+    BuiltIn::plain("kl", || (Generator::Kl, Units::Same)),
+    BuiltIn::plain("reverse-kl", || (Generator::ReverseKl, Units::Same)),
+    BuiltIn::plain("tv", || (Generator::Tv, Units::Same)),
+    BuiltIn::plain("pearson-chi2", || (Generator::Bwcs(0.0), Units::Same)),
+    BuiltIn::plain("neyman-chi2", || (Generator::Bwcs(1.0), Units::Same)),
+    BuiltIn::plain("hellinger", || (Generator::Hellinger, Units::Same)),
+    BuiltIn::plain("le-cam", || (Generator::LeCam, Units::Same)),
+    BuiltIn::plain("jensen-shannon", || (Generator::JensenShannon, Units::Same)),
+    BuiltIn::plain("jeffreys", || (Generator::Jeffreys, Units::Same)),
+    BuiltIn::plain("bhattacharyya", || (Generator::Hellinger, Units::Bhattacharyya)),
+    BuiltIn {
+        name: "alpha:a",
+        make: Make::With {
+            example: "alpha:0.5",
+            allowed: "alpha:a takes any finite number a",
+            make: |a| Some((cressie_read(a), Units::Same)),
+        },
+    },
+    BuiltIn {
+        name: "renyi:a",
+        make: Make::With {
+            example: "renyi:2",
+            allowed: "renyi:a takes a finite number a > 0",
+            make: |a| {
+                let units = if a == 1.0 { Units::Same } else { Units::Renyi(a) };
+                (a > 0.0).then(|| (cressie_read(a), units))
+            },
+        },
+    },
+    BuiltIn {
+        name: "vajda:k",
+        make: Make::With {
+            example: "vajda:1.5",
+            allowed: "vajda:k takes a finite number k >= 1",
+            make: |k| (k >= 1.0).then_some((Generator::Vajda(k), Units::Same)),
+        },
+    },
+    BuiltIn {
+        name: "bwcs:l",
+        make: Make::With {
+            example: "bwcs:0.3",
+            allowed: "bwcs:l takes a number 0 <= l <= 1",
+            make: |l| (0.0..=1.0).contains(&l).then_some((Generator::Bwcs(l), Units::Same)),
+        },
+    },
+    BuiltIn {
+        name: "hockey-stick:g",
+        make: Make::With {
+            example: "hockey-stick:1.2",
+            allowed: "hockey-stick:g takes a finite number g >= 1",
+            make: |g| (g >= 1.0).then_some((Generator::HockeyStick(g), Units::Same)),
+        },
+    },
+];
+
+/// Every built-in divergence, those with a parameter with one that stands for all.
+pub const ALL: &[&str] = &{
+    let mut all = [""; BUILT_IN.len()];
+    let mut index = 0;
+    while index < all.len() {
+        all[index] = match BUILT_IN[index].make {
+            Make::Plain(_) => BUILT_IN[index].name,
+            Make::With { example, .. } => example,
+        };
+        index += 1;
+    }
+    all
+};
+
+fn cressie_read(order: f64) -> Generator {
+    if order == 0.0 {
+        Generator::Kl
+    } else if order == 1.0 {
+        Generator::ReverseKl
+    } else {
+        Generator::Alpha(order)
+    }
 }
 
 /// A divergence between the old and the new policy.
@@ -52,7 +162,7 @@ enum Radius {
 pub struct Divergence {
     spec: String,
     pub(crate) generator: Generator,
-    radius: Radius,
+    units: Units,
 }
 
 impl Divergence {
@@ -61,54 +171,27 @@ impl Divergence {
     /// # Errors
     /// [`Error::UnknownDivergence`] and [`Error::DivergenceParameter`].
     pub fn parse(spec: &str) -> Result<Self> {
-        let (name, parameter) = match spec.split_once(':') {
-            Some((name, text)) => (name, Some(text)),
+        let (family, parameter) = match spec.split_once(':') {
+            Some((family, text)) => (family, Some(text)),
             None => (spec, None),
         };
-        let plain = match name {
-            "kl" => Some((Generator::Kl, Radius::Same)),
-            "reverse-kl" => Some((Generator::ReverseKl, Radius::Same)),
-            "tv" => Some((Generator::Tv, Radius::Same)),
-            "pearson-chi2" => Some((Generator::Bwcs(0.0), Radius::Same)),
-            "neyman-chi2" => Some((Generator::Bwcs(1.0), Radius::Same)),
-            "hellinger" => Some((Generator::Hellinger, Radius::Same)),
-            "le-cam" => Some((Generator::LeCam, Radius::Same)),
-            "jensen-shannon" => Some((Generator::JensenShannon, Radius::Same)),
-            "jeffreys" => Some((Generator::Jeffreys, Radius::Same)),
-            "bhattacharyya" => Some((Generator::Hellinger, Radius::Bhattacharyya)),
-            _ => None,
+        let Some(built_in) = BUILT_IN.iter().find(|built_in| built_in.family() == family) else {
+            let known = BUILT_IN.map(|built_in| built_in.name).join(", ");
+            return Err(Error::UnknownDivergence { spec: spec.to_owned(), known });
         };
         let refuse = |allowed| Error::DivergenceParameter { spec: spec.to_owned(), allowed };
-        if let Some((generator, radius)) = plain {
-            if parameter.is_some() {
+        let (generator, units) = match (built_in.make, parameter) {
+            (Make::Plain(make), None) => make(),
+            (Make::Plain(_), Some(_)) => {
                 return Err(refuse("this divergence takes no parameter"));
             }
-            return Ok(Self { spec: spec.to_owned(), generator, radius });
-        }
-        let allowed = match name {
-            "alpha" => "alpha:a takes any finite number a",
-            "renyi" => "renyi:a takes a finite number a > 0",
-            "vajda" => "vajda:k takes a finite number k >= 1",
-            "bwcs" => "bwcs:l takes a number 0 <= l <= 1",
-            "hockey-stick" => "hockey-stick:g takes a finite number g >= 1",
-            _ => return Err(Error::UnknownDivergence { spec: spec.to_owned() }),
+            (Make::With { allowed, make, .. }, parameter) => parameter
+                .and_then(|text| text.parse::<f64>().ok())
+                .filter(|value| value.is_finite())
+                .and_then(make)
+                .ok_or_else(|| refuse(allowed))?,
         };
-        let value = parameter
-            .and_then(|text| text.parse::<f64>().ok())
-            .filter(|value| value.is_finite())
-            .ok_or_else(|| refuse(allowed))?;
-        let (generator, radius) = match name {
-            "alpha" => (cressie_read(value), Radius::Same),
-            "renyi" if value > 0.0 => (
-                cressie_read(value),
-                if value == 1.0 { Radius::Same } else { Radius::Renyi(value) },
-            ),
-            "vajda" if value >= 1.0 => (Generator::Vajda(value), Radius::Same),
-            "bwcs" if (0.0..=1.0).contains(&value) => (Generator::Bwcs(value), Radius::Same),
-            "hockey-stick" if value >= 1.0 => (Generator::HockeyStick(value), Radius::Same),
-            _ => return Err(refuse(allowed)),
-        };
-        Ok(Self { spec: spec.to_owned(), generator, radius })
+        Ok(Self { spec: spec.to_owned(), generator, units })
     }
 
     /// The divergence of a convex function of `u` given as text, such as `u*ln(u) - u + 1`.
@@ -127,25 +210,25 @@ impl Divergence {
         Ok(Self {
             spec: text.to_owned(),
             generator: Generator::Expression(Arc::new(expression)),
-            radius: Radius::Same,
+            units: Units::Same,
         })
     }
 
     /// `f''(1)`; `None` where the generator has a kink or is flat at 1.
     #[must_use]
     pub fn curvature(&self) -> Option<f64> {
-        let curvature = self.generator.curvature()?;
+        let curvature = self.generator.constants::<f64>().curvature?;
         // Of a small divergence of the generator, Renyi's of order a is a times as much.
-        Some(if let Radius::Renyi(order) = self.radius { curvature * order } else { curvature })
+        Some(if let Units::Renyi(order) = self.units { curvature * order } else { curvature })
     }
 
-    /// The radius for this divergence that a radius for its generator stands for.
+    /// The delta for this divergence that a radius for its generator stands for.
     #[must_use]
-    pub fn radius_of_generator(&self, value: f64) -> f64 {
-        match self.radius {
-            Radius::Same => value,
-            Radius::Renyi(order) => (order * (order - 1.0) * value).ln_1p() / (order - 1.0),
-            Radius::Bhattacharyya => -(-value).ln_1p(),
+    pub fn delta_of_radius(&self, value: f64) -> f64 {
+        match self.units {
+            Units::Same => value,
+            Units::Renyi(order) => (order * (order - 1.0) * value).ln_1p() / (order - 1.0),
+            Units::Bhattacharyya => -(-value).ln_1p(),
         }
     }
 
@@ -174,28 +257,18 @@ impl Divergence {
         &self.spec
     }
 
-    /// The radius for the generator that a radius for this divergence stands for.
+    /// The radius for the generator that a delta for this divergence stands for.
     #[must_use]
     pub fn generator_radius<T: Real>(&self, delta: f64) -> T {
-        match self.radius {
-            Radius::Same => T::of(delta),
-            Radius::Renyi(order) => {
+        match self.units {
+            Units::Same => T::of(delta),
+            Units::Renyi(order) => {
                 let rate = T::of(order) - T::of(1.0);
                 let radius = (rate * T::of(delta)).exp_m1() / (T::of(order) * rate);
                 // Beyond the range of a double every ratio that can be told from 0 is allowed.
                 if radius.to_f64() < f64::MAX { radius } else { T::of(f64::MAX) }
             }
-            Radius::Bhattacharyya => -T::of(-delta).exp_m1(),
+            Units::Bhattacharyya => -T::of(-delta).exp_m1(),
         }
-    }
-}
-
-fn cressie_read(order: f64) -> Generator {
-    if order == 0.0 {
-        Generator::Kl
-    } else if order == 1.0 {
-        Generator::ReverseKl
-    } else {
-        Generator::Alpha(order)
     }
 }
