@@ -11,7 +11,7 @@ mod threads;
 
 use pyo3::prelude::*;
 
-use crate::error::{Error, KNOWN_DIVERGENCES};
+use crate::error::Error;
 
 impl From<Error> for PyErr {
     /// Each kind of error becomes the class of `bandpo.error` that callers expect.
@@ -39,7 +39,7 @@ impl From<Error> for PyErr {
 /// The compiled half of bandpo. Private: use `bandpo` itself.
 #[pymodule(gil_used = false)]
 mod _core {
-    use super::{Bound, KNOWN_DIVERGENCES, PyModule, PyModuleMethods, PyResult};
+    use super::{Bound, PyModule, PyModuleMethods, PyResult};
 
     #[pymodule_export]
     use super::band::{PyDivergence, contains, diagnose, divergences, log_bounds};
@@ -49,12 +49,6 @@ mod _core {
     use super::table::PyBandTable;
     #[pymodule_export]
     use super::threads::thread_count;
-
-    /// Refuses a `BANDPO_SIMD` that names no instructions.
-    #[pymodule_init]
-    fn init(_module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
-        Ok(crate::simd::check()?)
-    }
 
     #[pymodule_export]
     use super::spec::parse_spec;
@@ -66,8 +60,10 @@ mod _core {
     #[allow(non_upper_case_globals)] // Python's name for it
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
+    /// Refuses a `BANDPO_SIMD` that names no instructions, and lists the divergences.
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        module.add("DIVERGENCES", KNOWN_DIVERGENCES.split(", ").collect::<Vec<_>>())
+        crate::simd::check()?;
+        module.add("DIVERGENCES", crate::divergence::ALL.to_vec())
     }
 }
