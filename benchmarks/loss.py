@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import bandpo
 from bandpo.error import BrokenExtraError, InvalidValueError, MissingExtraError
+from bandpo.rule import BACKENDS
 from benchmarks import peers
 from benchmarks.availability import (
     DEVICES,
@@ -24,12 +25,9 @@ COMPILED = "torch compiled"
 """The backend torch under `torch.compile`."""
 
 if HAS_TORCH:
-    from bandpo.loss import BackendName, policy_loss
+    from bandpo.loss import policy_loss
 
-    NAMES = get_args(BackendName)
-else:
-    NAMES = ("native", "torch")  # all of them n/a
-BACKENDS = (*(name for name in NAMES if name != "auto"), COMPILED)
+METHODS = (*(name for name in BACKENDS if name != "auto"), COMPILED)
 
 REGION = bandpo.Band("kl", DELTA)
 DTYPES = ("float32", "float64", "bfloat16")
@@ -102,7 +100,7 @@ def compare_to_clip(
 class Loss:
     """Every size, bandpo's backends and PPO's clip."""
 
-    params: ClassVar = [(*BACKENDS, *PEERS), DEVICES, SIZES]
+    params: ClassVar = [(*METHODS, *PEERS), DEVICES, SIZES]
     param_names: ClassVar = ["method", "device", "size"]
     timeout = 300
 
@@ -126,7 +124,7 @@ class Loss:
 class Rules:
     """Every surrogate and dtype, at one size."""
 
-    params: ClassVar = [BACKENDS, DEVICES, DTYPES, SURROGATES]
+    params: ClassVar = [METHODS, DEVICES, DTYPES, SURROGATES]
     param_names: ClassVar = ["backend", "device", "dtype", "surrogate"]
     timeout = 300
 
@@ -146,7 +144,7 @@ class Rules:
 class Ratio:
     """Costs beside those of PPO's clip, in turns in one process."""
 
-    params: ClassVar = [BACKENDS, DEVICES, (min(SIZES), SIZE)]
+    params: ClassVar = [METHODS, DEVICES, (min(SIZES), SIZE)]
     param_names: ClassVar = ["backend", "device", "size"]
     timeout = 300
 

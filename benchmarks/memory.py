@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import bandpo
 from benchmarks.availability import torch
-from benchmarks.loss import BACKENDS, PEERS, Step
+from benchmarks.loss import METHODS, PEERS, Step
 from benchmarks.tokens import DELTA, SIZE, log_probs
 
 
@@ -25,7 +25,7 @@ class Host:
 class HostLoss:
     """The most a process with torch held."""
 
-    params: ClassVar = [(*BACKENDS, *PEERS)]
+    params: ClassVar = [(*METHODS, *PEERS)]
     param_names: ClassVar = ["method"]
     timeout = 300
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 # First, because it reports a torch that is missing or broken.
 from bandpo.tensors.check import (
-    AnyRegion,
     check_float,
-    check_region,
     check_tensor,
     compute_dtype,
 )
@@ -17,7 +15,7 @@ from bandpo.tensors.check import (
 # isort: split
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -38,14 +36,17 @@ from bandpo.backends.sides import sides_of
 from bandpo.check import check_name, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Clip
-from bandpo.schedule import RegionSource
-from bandpo.surrogate import (
-    LOG_RATIO_LIMIT,
-    NAMES,
-    GradientPreserving,
-    Mask,
-    Surrogate,
+from bandpo.rule import (
+    AGGREGATION_MODES,
+    BACKENDS,
+    AggregationMode,
+    AnyRegion,
+    BackendName,
+    RatioLevel,
+    Rule,
+    current,
 )
+from bandpo.surrogate import LOG_RATIO_LIMIT, Surrogate
 from bandpo.tensors.bounds import bounds_of, membership_of
 
 __all__ = [
@@ -57,20 +58,7 @@ __all__ = [
     "policy_loss",
 ]
 
-AggregationMode: TypeAlias = Literal[
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum-norm",
-]
-RatioLevel: TypeAlias = Literal["token", "sequence", "geometric-mean"]
-BackendName: TypeAlias = Literal["auto", "native", "cuda", "torch"]
 Count: TypeAlias = "float | torch.Tensor"
-
-_MODES: tuple[str, ...] = get_args(AggregationMode)
-_LEVELS: tuple[str, ...] = get_args(RatioLevel)
-_BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 _NO_CLIP = Clip(1.0, math.inf)
 
@@ -291,8 +279,8 @@ def policy_loss(
         MissingExtraError: With backend "cuda", if CuPy is not installed.
         BrokenExtraError: With backend "cuda", if it is but cannot be used.
     """
-    rule = _Rule(region, surrogate, dual_clip, ratio_level, backend)
-    _check_rule(rule)
+    rule = Rule.of(region, surrogate, dual_clip, ratio_level)
+    check_name("backend", backend, BACKENDS)
     reduction = _Reduction(
         loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
     )
@@ -316,7 +304,7 @@ def policy_loss(
         chosen.reads_half
         and log_prob.dtype == old_log_prob.dtype
         and ratio_level == "token"
-        and rule.mask is None
+        and rule.surrogate.needs_bounds
     )
     stored = log_prob.dtype if narrow else dtype
     tokens = _Tokens(
@@ -395,7 +383,8 @@ class PolicyLoss(torch.nn.Module):
         metrics_by_probability: bool = False,
     ) -> None:
         super().__init__()
-        _check_rule(_Rule(region, surrogate, dual_clip, ratio_level, backend))
+        Rule.of(region, surrogate, dual_clip, ratio_level)
+        check_name("backend", backend, BACKENDS)
         _check_reduction(_Reduction(loss_agg_mode, dp_size, None, None, loss_scale_factor))
         self.region = region
         self.surrogate: Surrogate = surrogate
@@ -451,42 +440,6 @@ class PolicyLoss(torch.nn.Module):
         )
 
 
-class _Rule(NamedTuple):
-    region: AnyRegion
-    surrogate: Surrogate
-    dual_clip: float | None
-    ratio_level: RatioLevel
-    backend: BackendName
-
-    @property
-    def name(self) -> str:
-        """The surrogate's."""
-        return self.surrogate if isinstance(self.surrogate, str) else self.surrogate.name
-
-    @property
-    def mask(self) -> Mask | None:
-        """The parameters of mask, if that is the surrogate."""
-        if self.name != "mask":
-            return None
-        return self.surrogate if isinstance(self.surrogate, Mask) else Mask()
-
-    @property
-    def changes_tokens(self) -> bool:
-        """Whether some tokens are clipped or masked before a `TokenLoss` is told of them."""
-        whole = self.mask is not None and self.mask.whole_sequence
-        return whole or self.ratio_level == "geometric-mean"
-
-    @property
-    def parameters(self) -> list[float]:
-        """Those of the surrogate, as a `TokenLoss` takes them."""
-        if self.name == "gradient-preserving":
-            kept = self.surrogate
-            kept = kept if isinstance(kept, GradientPreserving) else GradientPreserving()
-            return [float(kept.beta_low), float(kept.beta_high)]
-        limit = self.dual_clip if self.mask is None else self.mask.truncation
-        return [] if limit is None else [float(limit)]
-
-
 class _Sequences(NamedTuple):
     """The sequences of a batch of shape [B, T], or [1, N] where they are packed."""
 
@@ -532,7 +485,7 @@ class _Tokens(NamedTuple):
 
 
 def _inputs(
-    rule: _Rule,
+    rule: Rule,
     tokens: _Tokens,
     exact: bool,
     by_probability: bool,
@@ -542,7 +495,7 @@ def _inputs(
     of_sequence = rule.ratio_level == "sequence"
     log_ratio = _sequence_mean(tokens.log_ratio(), tokens) if of_sequence else None
     valid_tokens = _shaped(valid, old_log_prob.shape)
-    if rule.mask is None:
+    if rule.surrogate.needs_bounds:
         bounds = bounds_of(rule.region, old_log_prob, valid=valid_tokens, exact=exact)
     else:
 
@@ -560,14 +513,14 @@ def _inputs(
         advantages,
         valid,
         bounds if bounds.ndim == 1 else bounds.reshape(2, *log_prob.shape),
-        rule.name,
-        rule.parameters,
+        rule.surrogate.name,
+        rule.surrogate.parameters,
         by_probability,
     )
 
 
 def _token_losses(
-    rule: _Rule, tokens: _Tokens, backend: Backend, exact: bool, by_probability: bool
+    rule: Rule, tokens: _Tokens, backend: Backend, exact: bool, by_probability: bool
 ) -> tuple[TokenLosses, dict[str, torch.Tensor]]:
     """The losses, and the metrics that only some rules have."""
     old_log_prob, log_prob, advantages, valid, _ = tokens
@@ -587,8 +540,8 @@ def _token_losses(
             advantages,
             valid,
             bounds_of(_NO_CLIP, old_log_prob),  # clipped already
-            rule.name,
-            rule.parameters,
+            rule.surrogate.name,
+            rule.surrogate.parameters,
             by_probability,
         )
         losses = backend.token_losses(inputs)
@@ -597,7 +550,7 @@ def _token_losses(
         return losses._replace(totals=lambda: totals), {}
 
     inputs = _inputs(rule, tokens, exact, by_probability)
-    if rule.mask is None or not rule.mask.whole_sequence:
+    if not rule.surrogate.whole_sequence:
         return backend.token_losses(inputs), {}
 
     ratio = tokens.log_ratio() if inputs.log_ratio is None else inputs.log_ratio
@@ -618,8 +571,9 @@ def _token_losses(
     totals = _with_clipped(losses.totals(), low, high, removed, inputs)
     # What is masked has no advantage, so the backend misses its gradient.
     totals = totals._replace(gradient_unclipped=totals.gradient_unclipped + removed)
-    if rule.parameters:
-        limited = valid & ~masked & (ratio.exp() > rule.parameters[0])
+    if inputs.parameters:
+        [truncation] = inputs.parameters
+        limited = valid & ~masked & (ratio.exp() > truncation)
         totals = totals._replace(limited=limited.sum())
     nonempty = (sequences.lengths > 0).sum().clamp(min=1)
     share = dropped.sum().to(log_prob.dtype) / nonempty
@@ -627,7 +581,7 @@ def _token_losses(
 
 
 def _per_token_later(
-    rule: _Rule,
+    rule: Rule,
     tokens: _Tokens,
     backend: Backend,
     exact: bool,
@@ -640,8 +594,7 @@ def _per_token_later(
     what was given is still the same, it returns the losses.
     """
     # The region of a schedule may be another one by then.
-    now = rule.region.region if isinstance(rule.region, RegionSource) else rule.region
-    rule = rule._replace(region=now)
+    rule = rule._replace(region=current(rule.region))
     tensors = [tensor for tensor in given if tensor is not None]
     untracked = any(tensor.is_inference() for tensor in tensors)
     versions = [] if untracked else [tensor._version for tensor in tensors]
@@ -690,7 +643,7 @@ def _with_clipped(
     )
 
 
-def _metrics(rule: _Rule, totals: Totals, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _metrics(rule: Rule, totals: Totals, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     valid, free = totals.valid, totals.gradient_unclipped
     some = valid.clamp(min=1)
 
@@ -716,10 +669,8 @@ def _metrics(rule: _Rule, totals: Totals, dtype: torch.dtype) -> dict[str, torch
         "nonfinite_tokens": totals.nonfinite,
         "valid_tokens": valid,
     }
-    if rule.name == "min-clip":
-        metrics["dual_clip_fraction"] = mean(totals.limited)
-    if rule.name == "mask":
-        metrics["truncation_fraction"] = mean(totals.limited)
+    if rule.surrogate.limited_metric is not None:
+        metrics[rule.surrogate.limited_metric] = mean(totals.limited)
     if totals.by_probability is not None:
         tokens, low, high = totals.by_probability.unbind()
         metrics["tokens_by_probability"] = tokens
@@ -767,42 +718,9 @@ def _at_least_one(count: Count) -> Count:
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
-def _check_rule(rule: _Rule) -> None:
-    region, surrogate, dual_clip, ratio_level, backend = rule
-    check_region(region)
-    if not isinstance(surrogate, (Mask, GradientPreserving)):
-        check_name("surrogate", surrogate, NAMES)
-    check_name("ratio_level", ratio_level, _LEVELS)
-    check_name("backend", backend, _BACKENDS)
-    if dual_clip is not None:
-        real_number("dual_clip", dual_clip)
-        if not dual_clip > 1.0:
-            raise InvalidValueError(f"dual_clip must be above 1, got {dual_clip}")
-        if rule.name != "min-clip":
-            raise InvalidValueError(
-                f"dual_clip must be left out with surrogate {rule.name!r}, got {dual_clip}; "
-                f"it limits 'min-clip'"
-            )
-    now = region.region if isinstance(region, RegionSource) else region
-    if ratio_level == "sequence" and not isinstance(now, Clip):
-        raise InvalidValueError(
-            f"region must be a Clip with ratio_level 'sequence', got {region!r}, which depends on "
-            f"each token's probability; use ratio_level 'token'"
-        )
-    if ratio_level == "geometric-mean":
-        if rule.name != "min-clip":
-            raise InvalidValueError(
-                f"surrogate must be 'min-clip' with ratio_level 'geometric-mean', got {rule.name!r}"
-            )
-        if dual_clip is not None:
-            raise InvalidValueError(
-                f"dual_clip must be left out with ratio_level 'geometric-mean', got {dual_clip}"
-            )
-
-
 def _check_reduction(reduction: _Reduction) -> None:
     mode, dp_size, tokens, sequences, scale = reduction
-    check_name("loss_agg_mode", mode, _MODES)
+    check_name("loss_agg_mode", mode, AGGREGATION_MODES)
     real_number("dp_size", dp_size)
     if not 1 <= dp_size < math.inf or dp_size != int(dp_size):
         raise InvalidValueError(f"dp_size must be a whole number above 0, got {dp_size}")
@@ -881,7 +799,7 @@ def _without_last_1(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _check_sequences(
-    rule: _Rule,
+    rule: Rule,
     reduction: _Reduction,
     cu_seqlens: torch.Tensor | None,
     log_prob: torch.Tensor,
@@ -894,7 +812,7 @@ def _check_sequences(
     if packed and cu_seqlens is None:
         for needs, what in (
             (rule.ratio_level != "token", f"ratio_level {rule.ratio_level!r}"),
-            (rule.mask is not None and rule.mask.whole_sequence, "a mask of whole sequences"),
+            (rule.surrogate.whole_sequence, "a mask of whole sequences"),
         ):
             if needs:
                 raise InvalidValueError(

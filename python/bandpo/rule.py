@@ -18,13 +18,13 @@ AggregationMode: TypeAlias = Literal[
     "seq-mean-token-sum-norm",
 ]
 RatioLevel: TypeAlias = Literal["token", "sequence", "geometric-mean"]
-Backend: TypeAlias = Literal["auto", "native", "cuda", "torch"]
+BackendName: TypeAlias = Literal["auto", "native", "cuda", "torch"]
 AnyRegion: TypeAlias = Region | RegionSource
 """A region, or a source of one that changes between steps."""
 
 AGGREGATION_MODES: tuple[str, ...] = get_args(AggregationMode)
 RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
-BACKENDS: tuple[str, ...] = get_args(Backend)
+BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 
 class Rule(NamedTuple):

@@ -167,7 +167,7 @@ def resolve(surrogate: Surrogate, dual_clip: float | None) -> TokenSurrogate:
         found = surrogate
     else:
         check_name("surrogate", surrogate, BY_NAME)
-        found = BY_NAME[surrogate]()
+        found = _DEFAULTS[surrogate]
     if dual_clip is None:
         return found
     limited = MinClip(dual_clip)
@@ -186,3 +186,7 @@ def _check_above_1(argument: str, value: float | None) -> None:
 
 def _optional(value: float | None) -> list[float]:
     return [] if value is None else [float(value)]
+
+
+_DEFAULTS: dict[str, TokenSurrogate] = {name: surrogate() for name, surrogate in BY_NAME.items()}
+"""Made once, so that a loss makes none at every call and a compiled graph none at all."""

@@ -6,7 +6,7 @@ Every backend reads the bounds of a region from one tensor, made by `bounds_of`.
 from __future__ import annotations
 
 # First, because it reports a torch that is missing or broken.
-from bandpo.tensors.check import AnyRegion, check_float, check_region, compute_dtype
+from bandpo.tensors.check import check_float, compute_dtype
 
 # isort: split
 import torch as torch
@@ -15,6 +15,7 @@ from bandpo.backends.internals import is_transformed
 from bandpo.backends.select import default_backend
 from bandpo.backends.sides import sides_of
 from bandpo.error import InvalidValueError
+from bandpo.rule import AnyRegion, check_region
 from bandpo.tensors.bounds import bounds_of
 from bandpo.tensors.lookup import clipped_op
 

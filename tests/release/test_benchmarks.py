@@ -13,7 +13,7 @@ from count_instructions import ALLOWED, broken
 from bandpo import Band, Clip
 from bandpo.loss import policy_loss
 from benchmarks import interleaved, peers
-from benchmarks.loss import BACKENDS, PEERS, Step
+from benchmarks.loss import METHODS, PEERS, Step
 from benchmarks.solver import PEER_DIVERGENCES
 from benchmarks.tokens import DELTA, undecided
 
@@ -53,7 +53,7 @@ def test_ppo_clip_is_a_policy_loss_with_a_clip() -> None:
         torch.testing.assert_close(ours_is, peer_is, rtol=SUMMED, atol=0.0)
 
 
-@pytest.mark.parametrize("method", [BACKENDS[0], PEERS[0]])
+@pytest.mark.parametrize("method", [METHODS[0], PEERS[0]])
 def test_a_step_has_a_gradient(method: str) -> None:
     step = Step(method, size=1024)
     step.forward_backward()

@@ -16,13 +16,13 @@ from bandpo.backends.internals import (
     needs_no_dispatcher,
 )
 from bandpo.backends.native import all_in_rust, in_rust, token_loss_op
+from bandpo.surrogate import BY_NAME
 
 
 def _save_gradient(ctx: Any, surrogate: str, gradient: torch.Tensor) -> None:
     ctx.save_for_backward(gradient)
     ctx.set_materialize_grads(False)
-    # The gradient of the other two does not depend on log_prob: its ratio is a constant.
-    ctx.carries_ratio = surrogate in ("min-clip", "gradient-preserving")
+    ctx.carries_ratio = BY_NAME[surrogate].gradient_carries_ratio
 
 
 def _save_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -43,7 +43,7 @@ def _gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     """Those of the inputs, of which only ``log_prob`` has one."""
     (gradient,) = ctx.saved_tensors
-    # Where a gradient carries the ratio, its own derivative is itself: good for any order.
+    # A gradient that carries the ratio is its own derivative, so any order is right.
     if not ctx.carries_ratio:
         gradient, grad_gradient = gradient.detach(), None
     grads = [grad for grad in (grad_per_token, grad_gradient) if grad is not None]

@@ -8,8 +8,8 @@ import torch
 from bandpo import _core
 from bandpo.backends.internals import needs_no_dispatcher
 from bandpo.backends.select import default_backend
+from bandpo.rule import AnyRegion
 from bandpo.tensors.bounds import bounds_of
-from bandpo.tensors.check import AnyRegion
 from bandpo.tensors.lookup import table_log_bounds, table_log_bounds_op
 
 

@@ -11,9 +11,10 @@ import torch
 
 from bandpo.error import InvalidValueError
 from bandpo.region import Clip, Region
+from bandpo.rule import AnyRegion, current
 from bandpo.schedule import RegionSource
 from bandpo.tensors.cached import Cached, cached, check_no_capture, upload
-from bandpo.tensors.check import AnyRegion, compute_dtype
+from bandpo.tensors.check import compute_dtype
 from bandpo.tensors.exact import REGIONS, exact_contains_op, exact_log_bounds_op
 
 
@@ -107,7 +108,7 @@ class _Source(NamedTuple):
 # and takes the tensor it returns as an input of the graph.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _source(region: AnyRegion, dtype: torch.dtype, device: torch.device, exact: bool) -> _Source:
-    now = region.region if isinstance(region, RegionSource) else region
+    now = current(region)
     if isinstance(now, Clip) or not (exact or now.per_token):
         if isinstance(region, RegionSource):
             return _Source(_live_bounds(region).on(dtype, device), 0)

@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 
 from bandpo.error import InvalidTypeError
-from bandpo.region import Region
-from bandpo.schedule import RegionSource
 
-AnyRegion: TypeAlias = Region | RegionSource
-"""A region, or what changes one between steps."""
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def check_region(region: AnyRegion) -> None:
-    """Raises InvalidTypeError unless the region is one, or the source of one."""
-    if not isinstance(region, (Region, RegionSource)):
-        raise InvalidTypeError(
-            f"region must be a bandpo.Band, Clip, BandTable or another Region, or a "
-            f"bandpo.schedule.RegionSource, got {type(region).__name__}; a preset is given by "
-            f"**preset(name).arguments(), and a schedule within a ScheduledBand"
-        )
 
 
 def check_float(argument: str, tensor: torch.Tensor) -> None:

@@ -9,9 +9,8 @@ import torch
 
 from bandpo.error import InvalidValueError
 from bandpo.region import Region
-from bandpo.schedule import RegionSource
+from bandpo.rule import AnyRegion, current
 from bandpo.table import BandTable
-from bandpo.tensors.check import AnyRegion
 
 REGIONS: weakref.WeakValueDictionary[int, AnyRegion] = weakref.WeakValueDictionary()
 """Regions by the number that an operator takes in place of one."""
@@ -88,9 +87,7 @@ def contains_on_host(
 
 def exact_region(key: int) -> Region:
     """Returns the region of a key in `REGIONS`, as it is now, not as a table."""
-    region = REGIONS[key]
-    if isinstance(region, RegionSource):
-        region = region.region
+    region = current(REGIONS[key])
     return region.region if isinstance(region, BandTable) else region
 
 
