@@ -1,6 +1,7 @@
 //! What can go wrong, with the offending value and what is allowed instead.
 
-use std::fmt;
+use std::path::Path;
+use std::{fmt, io};
 
 /// Result of every fallible function of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -129,6 +130,22 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+impl Error {
+    /// A file that could not be read or written, for the reason in the words of the operating system.
+    pub(crate) fn file(path: &Path, action: &'static str, error: &io::Error) -> Self {
+        let reason = match (error.raw_os_error(), error.kind()) {
+            (Some(number), _) => error.to_string().replace(&format!(" (os error {number})"), ""),
+            // The text of these would name a temporary file.
+            (None, io::ErrorKind::NotFound) => "No such file or directory".to_owned(),
+            (None, io::ErrorKind::PermissionDenied) => "Permission denied".to_owned(),
+            (None, io::ErrorKind::IsADirectory) => "Is a directory".to_owned(),
+            (None, io::ErrorKind::Other) => error.to_string(),
+            (None, kind) => kind.to_string(),
+        };
+        Self::File { path: path.display().to_string(), action, reason }
+    }
+}
 
 /// A place in a text, as messages name it: by line, if there are several, and column.
 pub(crate) fn located(what: &str, text: &str, column: usize) -> String {

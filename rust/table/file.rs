@@ -141,15 +141,7 @@ impl BandTable {
     /// [`Error::File`] if the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         let bytes = self.to_bytes()?;
-        let fail = |error: std::io::Error| Error::File {
-            path: path.display().to_string(),
-            action: "write",
-            // The full text would name the temporary file.
-            reason: match error.kind() {
-                std::io::ErrorKind::Other => error.to_string(),
-                kind => kind.to_string(),
-            },
-        };
+        let fail = |error: std::io::Error| Error::file(path, "write", &error);
         // A link stays, and its target is replaced. A device or a pipe is refused, otherwise a file would
         // replace it.
         let target = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
@@ -183,11 +175,7 @@ impl BandTable {
     /// # Errors
     /// [`Error::File`] if the file cannot be read, [`Error::TableFile`] if it holds no valid table.
     pub fn load(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|error| Error::File {
-            path: path.display().to_string(),
-            action: "read",
-            reason: error.to_string(),
-        })?;
+        let bytes = std::fs::read(path).map_err(|error| Error::file(path, "read", &error))?;
         Self::from_bytes(&bytes).map_err(|error| match error {
             Error::TableFile { reason } => {
                 Error::TableFile { reason: format!("{}: {reason}", path.display()) }

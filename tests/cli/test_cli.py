@@ -16,7 +16,8 @@ import pytest
 
 import bandpo
 from bandpo import Band, Divergence, region_from_spec
-from bandpo.cli import _parse, main
+from bandpo.cli import main
+from bandpo.cli.parser import parse
 from bandpo.presets import PRESETS
 
 
@@ -161,6 +162,7 @@ def test_a_table_is_built_inspected_and_verified(
     assert main(["table", "inspect", path, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["region"] == {"band": {"divergence": "tv", "delta": [0.1, 0.1]}}
+    assert content["spec"] == "tv@0.1"
     assert content["format_version"] == 1
     assert content["path"] == path
     assert main(["table", "verify", path, "--samples", "20000", "--json"]) == 0
@@ -216,7 +218,10 @@ def test_plot_prints_the_numbers_it_draws(
         (["bounds", "0.5", "kl@0.05", "dapo"], "give one region, got 'kl@0.05' and 'dapo'"),
         (["bounds", "kl@0.05"], "give at least one probability"),
         (["bounds", "0.5", "kl@0.05", "--delta", "1"], "give a region or --delta, not both"),
-        (["bounds", "0.5", "--preset", "ppo", "--delta-high", "1"], "--delta-high or --preset"),
+        (
+            ["bounds", "0.5", "--preset", "ppo", "--delta-high", "1"],
+            "give --preset or --delta-high, not both",
+        ),
         (["table", "build", "bapo", "-o", "t"], "the region of bapo changes with the batch"),
         (["plot", "DAPO"], "did you mean 'dapo'?"),
         (["plot", ""], "column 1: empty; write a region"),
@@ -225,11 +230,11 @@ def test_plot_prints_the_numbers_it_draws(
         (["plot", "ppo", "-o", "p.txt"], "cannot write p.txt: use one of .png, .svg, .pdf"),
         (
             ["table", "inspect", "no-such-file"],
-            "cannot read no-such-file: ",
+            "cannot read no-such-file: No such file or directory\n",
         ),
         (
             ["table", "build", "-o", "no-such-folder/t"],
-            "cannot write no-such-folder/t: ",
+            "cannot write no-such-folder/t: No such file or directory\n",
         ),
         (
             ["plot", "ppo", "-o", "no-such-folder/p.png"],
@@ -319,7 +324,7 @@ def test_the_help_of_a_command_has_examples_that_are_read(
         program, *words = shlex.split(example)
         assert program == "bandpo"
         assert words[: len(command)] == list(command)
-        _parse(words)
+        parse(words)
 
 
 def test_help_lists_the_regions_and_divergences(capsys: pytest.CaptureFixture[str]) -> None:

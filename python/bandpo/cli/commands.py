@@ -1,0 +1,333 @@
+"""The commands: each prints its result and returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from bandpo.check import check_name
+from bandpo.cli import listing
+from bandpo.curve import curve_of, named_region
+from bandpo.divergence import Divergence
+from bandpo.error import InputPathError, InvalidValueError
+from bandpo.presets import PRESETS, Preset
+from bandpo.region import Band, Region, from_description
+from bandpo.spec import region_from_spec, spec_from_region
+from bandpo.surrogate import resolve
+from bandpo.table import TARGET, BandTable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+CHECK_FAILED = 1
+"""Exit code of a check that failed."""
+
+SAMPLES = 1_000_000
+"""Log-probs that ``table verify`` compares unless told otherwise."""
+
+PICTURE = "bandpo-plot.png"
+"""What ``plot`` writes unless told otherwise."""
+
+
+def bounds(parsed: argparse.Namespace) -> int:
+    """Prints the bounds of a region for each probability."""
+    given, specs = _numbers_and_specs(parsed.words)
+    if not given:
+        raise InvalidValueError("give at least one probability, as in bandpo bounds 0.5 kl@0.05")
+    if len(specs) > 1:
+        raise InvalidValueError(f"give one region, got {' and '.join(map(repr, specs))}")
+    region = _region(parsed, specs[0] if specs else None, named_region)
+    values = np.array(given, dtype=np.float64)
+    if parsed.logp:
+        logp = values
+    else:
+        outside = ~((values >= 0.0) & (values <= 1.0))
+        if outside.any():
+            raise InvalidValueError(f"p must be in [0, 1], got {values[outside][0]}")
+        with np.errstate(divide="ignore"):
+            logp = np.log(values)
+    log_lower, log_upper = region.log_bounds(logp)
+    lower, upper = region.bounds(logp)
+    names = ("logp" if parsed.logp else "p", "lower", "upper", "log_lower", "log_upper")
+    columns = (values, lower, upper, log_lower, log_upper)
+    rows = [dict(zip(names, map(float, row), strict=True)) for row in zip(*columns, strict=True)]
+    if parsed.json:
+        description = region.describe()
+        content: dict[str, object] = {"spec": _spec_or_none(description), "region": description}
+        if isinstance(region, Band):
+            content["divergence"] = region.divergence.spec
+            content["delta_low"], content["delta_high"] = region.delta_low, region.delta_high
+        _print_json({**content, "bounds": rows})
+        return 0
+    texts = [{name: f"{value:.9g}" for name, value in row.items()} for row in rows]
+    print("\n".join(listing.table(texts, listing.width())))
+    return 0
+
+
+def table_build(parsed: argparse.Namespace) -> int:
+    """Writes the table of a region."""
+    table = _region(parsed, parsed.region, region_from_spec).table()
+    table.save(parsed.output)
+    _print_table(_describe(table, parsed.output), parsed.json)
+    return 0
+
+
+def table_inspect(parsed: argparse.Namespace) -> int:
+    """Prints the metadata of a table file."""
+    table = BandTable.load(parsed.path)
+    _print_table(_describe(table, parsed.path), parsed.json)
+    return 0
+
+
+def table_verify(parsed: argparse.Namespace) -> int:
+    """Compares a table file with the solver; the code is `CHECK_FAILED` above the target."""
+    table = BandTable.load(parsed.path)
+    if parsed.exhaustive:
+        table.save(parsed.path)  # before the minutes that it takes, in case it cannot be written
+    with _progress() as progress:
+        task = progress.add_task("verifying")
+        verified = table.verify(
+            None if parsed.exhaustive else parsed.samples,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            checkpoint=f"{parsed.path}.verify.json" if parsed.exhaustive else None,
+        )
+    if parsed.exhaustive:
+        verified.save(parsed.path)
+    passed = max(verified.max_error) <= TARGET
+    _print_table(
+        {**_describe(verified, parsed.path), "target": TARGET, "passed": passed}, parsed.json
+    )
+    return 0 if passed else CHECK_FAILED
+
+
+def plot(parsed: argparse.Namespace) -> int:
+    """Draws regions, or prints the curves as JSON."""
+    regions = {name: named_region(name) for name in parsed.words or PRESETS}
+    output = parsed.output or (None if parsed.json else PICTURE)
+    if output is not None:
+        from bandpo.plot import comparison_figure, save
+
+        save(comparison_figure(regions), output)
+    if parsed.json:
+        curves = {name: curve_of(region)._asdict() for name, region in regions.items()}
+        _print_json(
+            {
+                name: {of: values.tolist() for of, values in curve.items()}
+                for name, curve in curves.items()
+            }
+        )
+    else:
+        print(f"{', '.join(regions)}: {output}")
+    return 0
+
+
+def presets(parsed: argparse.Namespace) -> int:
+    """Prints the published rules."""
+    rules = [_rule(each) for each in PRESETS.values()]
+    if parsed.json:
+        _print_json(rules)
+        return 0
+    rows = [
+        {
+            "rule": rule["name"],
+            "region": rule["region"] or "changes with the batch",
+            "surrogate": _surrogate_text(rule),
+            "source": re.split("[;:]", rule["source"])[0],
+        }
+        for rule in rules
+    ]
+    print("\n".join(listing.table(rows, min(listing.width(), 120), wrap_last=True)))
+    return 0
+
+
+def demo(parsed: argparse.Namespace) -> int:
+    """Runs the demo."""
+    from bandpo.demo import print_report, run
+
+    chosen = {name: getattr(parsed, name) for name in ("seeds", "batches")}
+    result = run(
+        Path(parsed.output),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    if parsed.json:
+        _print_json(result.as_dict())
+    else:
+        print_report(result)
+    return 0
+
+
+def doctor(parsed: argparse.Namespace) -> int:
+    """Prints what is installed; the code may be `CHECK_FAILED` with ``--check``."""
+    from bandpo.doctor import as_text, report
+
+    found = report()
+    if parsed.json:
+        _print_json(found)
+    else:
+        _print_fields(as_text(found))
+    return CHECK_FAILED if parsed.check and found["problems"] else 0
+
+
+def _region(parsed: argparse.Namespace, spec: str | None, read: Callable[[str], Region]) -> Region:
+    """The region of a spec, as ``read`` makes it, or of the options in place of one."""
+    names = ("divergence", "expression", "delta", "delta_high", "preset")
+    options = {name: value for name in names if (value := getattr(parsed, name)) is not None}
+
+    def refuse(one: str, other: str) -> NoReturn:
+        raise InvalidValueError(f"give {one} or --{other.replace('_', '-')}, not both")
+
+    for other in options:
+        if spec is not None:
+            refuse("a region", other)
+        if "preset" in options and other != "preset":
+            refuse("--preset", other)
+        if "expression" in options and other == "divergence":
+            refuse("--expression", other)
+    if spec is not None:
+        return read(spec)
+    if "preset" in options:
+        check_name("preset", options["preset"], PRESETS)
+        return read(f"preset:{options['preset']}")
+    if "expression" in options:
+        divergence = Divergence.from_expression(options["expression"])
+    else:
+        divergence = Divergence(options.get("divergence", "kl"))
+    low = options.get("delta", 0.05)
+    return Band(divergence, (low, options.get("delta_high", low)))
+
+
+def _print_json(content: object) -> None:
+    print(json.dumps(_json_safe(content), indent=2, allow_nan=False))
+
+
+def _json_safe(content: Any) -> Any:
+    """JSON has no infinity and no NaN: they become the strings that float() reads back."""
+    if isinstance(content, Mapping):
+        return {key: _json_safe(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_json_safe(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(content)
+    return content
+
+
+def _print_fields(values: Mapping[str, object]) -> None:
+    words = {True: "yes", False: "no"}
+    texts = {
+        name: words[value] if isinstance(value, bool) else str(value)
+        for name, value in values.items()
+    }
+    print("\n".join(listing.fields(texts, listing.width())))
+
+
+def _spec_or_none(description: dict[str, Any]) -> str | None:
+    """The spec of a described region, where there is one."""
+    try:
+        return spec_from_region(from_description(description))
+    except InvalidValueError:
+        return None
+
+
+def _numbers_and_specs(words: Sequence[str]) -> tuple[list[float], list[str]]:
+    """The numbers among words, those on standard input in place of ``-``, and the other words."""
+    numbers: list[float] = []
+    specs: list[str] = []
+    for word in words:
+        if word == "-":
+            numbers += _numbers_on_input()
+            continue
+        try:
+            numbers.append(float(word))
+        except ValueError:
+            specs.append(word)
+    return numbers, specs
+
+
+def _numbers_on_input() -> list[float]:
+    try:
+        lines = sys.stdin.read().splitlines()
+    except (OSError, ValueError) as error:
+        raise InputPathError(f"cannot read standard input: {error}") from None
+    numbers = []
+    for row, line in enumerate(lines, 1):
+        for text in line.replace(",", " ").split():
+            try:
+                numbers.append(float(text))
+            except ValueError:
+                raise InvalidValueError(
+                    f"standard input must hold numbers, got {text[:60]!r} in line {row}"
+                ) from None
+    return numbers
+
+
+def _describe(table: BandTable, path: str) -> dict[str, Any]:
+    """What a table file says of itself, numbers as numbers."""
+    metadata = table.metadata
+    return {
+        "path": path,
+        "format": metadata["format"],
+        "format_version": int(metadata["format_version"]),
+        "spec": _spec_or_none(table.describe()),
+        "region": table.describe(),
+        "grid": metadata["grid"],
+        "max_error_log_upper": table.max_error.log_upper,
+        "max_error_lower": table.max_error.lower,
+        "verification": metadata["verification"],
+        "nbytes": table.nbytes,
+    }
+
+
+def _print_table(description: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(description)
+    else:
+        region = description["spec"] or json.dumps(description["region"], sort_keys=True)
+        shown = {name: value for name, value in description.items() if name != "spec"}
+        _print_fields({**shown, "region": region})
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # On standard error, because standard output belongs to the result.
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _surrogate_text(rule: Mapping[str, Any]) -> str:
+    """The surrogate of a rule with its parameters, and the ratio level unless it is the token."""
+    name, *parameters = rule["surrogate"].items()
+    texts = [name[1]]
+    if len(parameters) == 1:
+        texts += [f"{key.replace('_', ' ')} {value:g}" for key, value in parameters]
+    elif parameters:
+        texts[0] += " " + "/".join(f"{value:g}" for _, value in parameters)
+    if rule["ratio_level"] != "token":
+        texts.append(rule["ratio_level"])
+    return ", ".join(texts)
+
+
+def _rule(preset: Preset) -> dict[str, Any]:
+    """A preset as JSON takes it; the spec of its region is None where that changes."""
+    surrogate = resolve(preset.surrogate, preset.dual_clip)
+    parameters = {
+        name: value for name, value in vars(surrogate).items() if value not in (None, False)
+    }
+    region = preset.region
+    return {
+        "name": preset.name,
+        "region": spec_from_region(region) if isinstance(region, Region) else None,
+        "surrogate": {"name": surrogate.name, **parameters},
+        "ratio_level": preset.ratio_level,
+        "loss_agg_mode": preset.loss_agg_mode,
+        "source": preset.source,
+    }
