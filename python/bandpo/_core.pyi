@@ -20,6 +20,7 @@ __all__ = [
     "parse_spec",
     "policy_loss",
     "scale",
+    "simd_level",
     "table_bounds",
     "thread_count",
 ]
@@ -136,4 +137,5 @@ def diagnose(
 def divergences(
     divergence: Divergence, logp: NDArray[np.float64], log_ratio: NDArray[np.float64], /
 ) -> NDArray[np.float64]: ...
+def simd_level() -> str: ...
 def thread_count() -> int: ...

@@ -36,7 +36,7 @@ def report() -> dict[str, Any]:
         **_backends(gpus),
         "gpus": gpus,
         "cuda_driver": cuda_driver,
-        "simd": getattr(_core, "simd_level", lambda: "unknown")(),
+        "simd": _core.simd_level(),
         "threads": _core.thread_count(),
         "python": platform.python_version(),
         "platform": platform.platform(),

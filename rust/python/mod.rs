@@ -5,6 +5,7 @@
 
 mod band;
 mod loss;
+mod simd;
 mod spec;
 mod table;
 mod threads;
@@ -39,19 +40,23 @@ impl From<Error> for PyErr {
 /// The compiled half of bandpo. Private: use `bandpo` itself.
 #[pymodule(gil_used = false)]
 mod _core {
-    use super::{Bound, PyModule, PyModuleMethods, PyResult};
+    use super::{Bound, PyModule, PyResult};
 
     #[pymodule_export]
     use super::band::{PyDivergence, contains, diagnose, divergences, log_bounds};
     #[pymodule_export]
     use super::loss::{count_valid, policy_loss, scale, table_bounds};
     #[pymodule_export]
+    use super::simd::simd_level;
+    #[pymodule_export]
+    use super::spec::parse_spec;
+    #[pymodule_export]
     use super::table::PyBandTable;
     #[pymodule_export]
     use super::threads::thread_count;
 
     #[pymodule_export]
-    use super::spec::parse_spec;
+    const DIVERGENCES: &[&str] = crate::divergence::ALL;
 
     #[pymodule_export]
     const KERNEL_SOURCE: &str = crate::KERNEL_SOURCE;
@@ -60,10 +65,9 @@ mod _core {
     #[allow(non_upper_case_globals)] // Python's name for it
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
-    /// Refuses a `BANDPO_SIMD` that names no instructions, and lists the divergences.
+    /// Refuses a `BANDPO_SIMD` that names no instructions.
     #[pymodule_init]
-    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
-        crate::simd::check()?;
-        module.add("DIVERGENCES", crate::divergence::ALL.to_vec())
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        Ok(crate::simd::check()?)
     }
 }

@@ -106,6 +106,22 @@ pub(crate) fn check() -> Result<()> {
     AVAILABLE.as_ref().map(|_| ()).map_err(Clone::clone)
 }
 
+/// Name of the widest instructions that run.
+#[cfg(feature = "python")]
+pub(crate) fn level() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let available = available();
+        if available.avx512.is_some() {
+            return "avx512";
+        }
+        if available.avx2.is_some() {
+            return "avx2";
+        }
+    }
+    "portable"
+}
+
 #[cfg(target_arch = "x86_64")]
 fn available() -> &'static Available {
     AVAILABLE.as_ref().unwrap_or_else(|error| panic!("{error}"))

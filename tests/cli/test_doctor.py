@@ -49,6 +49,7 @@ def test_this_machine_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["backend_cpu"] == "native"
     assert isinstance(found["threads"], int)
     assert isinstance(found["gpus"], int)
+    assert found["simd"] in ("portable", "avx2", "avx512")
     assert (found["gpu"] is not None) == (
         torch.cuda.is_available() or torch.backends.mps.is_available()
     )
