@@ -1,39 +1,29 @@
-//! The last step: losses and gradients.
+//! Last step: losses and gradients.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
-use crate::loss::block::Moved;
+use crate::loss::block::{Candidates, Column};
 use crate::loss::collect::clamp;
 use crate::loss::columns::{Columns, load, numbers};
-use crate::loss::surrogate::{Applied, Rule, Vector};
+use crate::loss::surrogate::{Outcome, Rule, TokenVector};
 use crate::loss::totals::sum;
-use crate::loss::{BLOCK, Float, LOG_RATIO_LIMIT, Totals};
-use crate::simd::lanes::{Lanes, MAX_LANES};
+use crate::loss::{Float, LOG_RATIO_LIMIT, Totals};
+use crate::simd::lanes::Lanes;
 use crate::simd::{LossLanes, WithLanes};
 
-/// The last step: losses and gradients.
+/// Writes losses and weighted gradients.
 pub(super) struct Apply<'a, T, R> {
     pub(super) rule: R,
     pub(super) columns: Columns<'a, T>,
     pub(super) by_probability: bool,
-    pub(super) log_ratio: &'a [T; BLOCK + MAX_LANES],
-    pub(super) cost: &'a [T; BLOCK + MAX_LANES],
-    pub(super) moved: &'a Moved<T>,
+    pub(super) log_ratio: &'a Column<T>,
+    pub(super) neg_advantage: &'a Column<T>,
+    pub(super) candidates: &'a Candidates<T>,
     pub(super) weight: f64,
     pub(super) per_token: &'a mut [T],
     pub(super) gradient: &'a mut [T],
     pub(super) totals: &'a mut Totals,
-}
-
-/// Sums over the vectors of a block. Tokens that do not count add 0.
-struct Sums<L: Lanes> {
-    loss: L::Float,
-    kl_k3: L::Float,
-    gradient_free: L::Float,
-    gradient_removed: L::Float,
-    /// Those clipped low, clipped high and limited, 16 bits each.
-    counts: u64,
 }
 
 impl<T: Float, R: Rule> WithLanes<T> for Apply<'_, T, R> {
@@ -45,93 +35,123 @@ impl<T: Float, R: Rule> WithLanes<T> for Apply<'_, T, R> {
         let mut sums = Sums {
             loss: zero,
             kl_k3: zero,
-            gradient_free: zero,
+            gradient_unclipped: zero,
             gradient_removed: zero,
-            counts: 0,
+            counts: PackedCounts::default(),
         };
         let count = self.columns.mask.len();
-        let (mut index, mut stopped) = (0, 0);
+        let (mut index, mut candidate) = (0, 0);
         while index + L::COUNT <= count {
             // SAFETY: all columns and outputs have tokens up to `count`.
-            unsafe { self.step::<true, L>(lanes, index, &mut stopped, &mut sums) };
+            unsafe { self.step::<true, L>(lanes, index, &mut candidate, &mut sums) };
             index += L::COUNT;
         }
         if index < count {
             // SAFETY: likewise.
-            unsafe { self.step::<false, L>(lanes, index, &mut stopped, &mut sums) };
+            unsafe { self.step::<false, L>(lanes, index, &mut candidate, &mut sums) };
         }
-        self.totals.take(lanes, &sums, self.per_token);
+        sums.add_to(lanes, self.totals, self.per_token);
     }
 }
 
 impl<T: Float, R: Rule> Apply<'_, T, R> {
     /// # Safety
-    /// As of [`load`], for every column and output.
+    /// Every column and output meets the condition of [`load`].
     #[inline(always)]
     unsafe fn step<const WHOLE: bool, L: LossLanes<Scalar = T>>(
         &mut self,
         lanes: L,
         index: usize,
-        stopped: &mut usize,
+        candidate: &mut usize,
         sums: &mut Sums<L>,
     ) {
         let zero = lanes.splat(0.0);
-        let (losses, slopes) = (&mut self.per_token[index..], &mut self.gradient[index..]);
-        // SAFETY: as the caller says.
+        let (losses, gradients) = (&mut self.per_token[index..], &mut self.gradient[index..]);
+        // SAFETY: required of the caller.
         let valid = unsafe { self.columns.valid::<WHOLE, L>(lanes, index) };
         if WHOLE && lanes.bits(valid) == 0 {
             lanes.store(zero, losses);
-            lanes.store(zero, slopes);
+            lanes.store(zero, gradients);
             return;
         }
-        let cost = lanes.load(&self.cost[index..]);
+        let neg_advantage = lanes.load(&self.neg_advantage[index..]);
         let unclamped = lanes.load(&self.log_ratio[index..]);
-        let who = self.moved.who[index / L::COUNT];
-        let stop = lanes.expand(lanes.mask_of(who), &self.moved.bounds[*stopped..]);
-        *stopped += who.count_ones() as usize;
+        let candidates = self.candidates.bits[index / L::COUNT];
+        let clipped_ratio =
+            lanes.expand(lanes.mask_of(candidates), &self.candidates.scratch[*candidate..]);
+        *candidate += candidates.count_ones() as usize;
 
         let log_ratio = clamp(lanes, unclamped);
         let exponentials = lanes.exp_and_gap(log_ratio);
         let ratio = exponentials.exp;
-        let free = lanes.mul(cost, ratio);
-        let down =
-            if R::BY_LOG_RATIO { lanes.less(log_ratio, zero) } else { lanes.less(zero, cost) };
-        let tokens = Vector {
-            // SAFETY: as the caller says.
+        let unclipped = lanes.mul(neg_advantage, ratio);
+        let lower = if R::BY_LOG_RATIO {
+            lanes.less(log_ratio, zero)
+        } else {
+            lanes.less(zero, neg_advantage)
+        };
+        let tokens = TokenVector {
+            // SAFETY: required of the caller.
             log_prob: unsafe {
                 lanes.select(valid, load::<WHOLE, L>(lanes, self.columns.log_prob, index), zero)
             },
-            cost,
+            neg_advantage,
             log_ratio,
             ratio,
-            free,
+            unclipped,
+            clipped_ratio,
             clamped: lanes.less(lanes.splat(LOG_RATIO_LIMIT), lanes.abs(unclamped)),
-            beyond: lanes.less(zero, stop),
-            down,
+            beyond: lanes.less(zero, clipped_ratio),
+            lower,
         };
-        let Applied { loss, slope, limited } = self.rule.apply(lanes, &tokens, stop);
-        let weighted = lanes.mul(slope, lanes.splat(self.weight));
+        let Outcome { loss, gradient, limited } = self.rule.apply(lanes, &tokens);
+        let weighted = lanes.mul(gradient, lanes.splat(self.weight));
         if WHOLE {
             lanes.store(loss, losses);
-            lanes.store(weighted, slopes);
+            lanes.store(weighted, gradients);
         } else {
             losses.copy_from_slice(&numbers(lanes, loss)[..losses.len()]);
-            slopes.copy_from_slice(&numbers(lanes, weighted)[..slopes.len()]);
+            gradients.copy_from_slice(&numbers(lanes, weighted)[..gradients.len()]);
         }
-        let clipped_low = lanes.and(tokens.beyond, down);
-        let clipped_high = lanes.and_not(tokens.beyond, down);
+        let clipped_low = lanes.and(tokens.beyond, lower);
+        let clipped_high = lanes.and_not(tokens.beyond, lower);
         sums.loss = lanes.add(sums.loss, loss);
         sums.kl_k3 = lanes.add(sums.kl_k3, exponentials.gap);
-        sums.gradient_free = lanes.add(sums.gradient_free, lanes.abs(free));
-        let removed = lanes.abs(lanes.sub(free, slope));
+        sums.gradient_unclipped = lanes.add(sums.gradient_unclipped, lanes.abs(unclipped));
+        let removed = lanes.abs(lanes.sub(unclipped, gradient));
         sums.gradient_removed = lanes.add(sums.gradient_removed, removed);
-        let count = |mask: L::Mask| u64::from(lanes.bits(mask).count_ones());
-        sums.counts += count(clipped_low) | count(clipped_high) << 16 | count(limited) << 32;
+        sums.counts.add(lanes, clipped_low, clipped_high, limited);
         if self.by_probability {
-            // SAFETY: as the caller says.
+            // SAFETY: required of the caller.
             let old_log_prob = unsafe { load::<WHOLE, L>(lanes, self.columns.old_log_prob, index) };
             let kinds = [valid, clipped_low, clipped_high];
             self.totals.count_by_probability(lanes, old_log_prob, kinds);
+        }
+    }
+}
+
+/// Sums over the vectors of a block. Tokens that do not count add 0.
+struct Sums<L: Lanes> {
+    loss: L::Float,
+    kl_k3: L::Float,
+    gradient_unclipped: L::Float,
+    gradient_removed: L::Float,
+    counts: PackedCounts,
+}
+
+impl<L: Lanes<Scalar: Float>> Sums<L> {
+    #[inline(always)]
+    fn add_to(&self, lanes: L, totals: &mut Totals, losses: &[L::Scalar]) {
+        let loss = sum(lanes, self.loss);
+        totals.loss += loss;
+        totals.kl_k3 += sum(lanes, self.kl_k3);
+        totals.gradient_unclipped += sum(lanes, self.gradient_unclipped);
+        totals.gradient_removed += sum(lanes, self.gradient_removed);
+        totals.clipped_low += self.counts.clipped_low();
+        totals.clipped_high += self.counts.clipped_high();
+        totals.limited += self.counts.limited();
+        if !loss.is_finite() {
+            totals.nonfinite += nonfinite(losses);
         }
     }
 }
@@ -141,21 +161,35 @@ fn nonfinite<T: Float>(losses: &[T]) -> u64 {
     losses.iter().filter(|loss| !loss.to_f64().is_finite()).count() as u64
 }
 
-impl Totals {
+/// Counts of a block in one word, 16 bits each. Compilers turn separate counts into table lookups.
+#[derive(Clone, Copy, Default)]
+struct PackedCounts(u64);
+
+impl PackedCounts {
     #[inline(always)]
-    fn take<L: Lanes<Scalar: Float>>(&mut self, lanes: L, sums: &Sums<L>, losses: &[L::Scalar]) {
-        let loss = sum(lanes, sums.loss);
-        self.loss += loss;
-        self.kl_k3 += sum(lanes, sums.kl_k3);
-        self.gradient_free += sum(lanes, sums.gradient_free);
-        self.gradient_removed += sum(lanes, sums.gradient_removed);
-        let [clipped_low, clipped_high, limited] =
-            [0, 16, 32].map(|shift| sums.counts >> shift & 0xffff);
-        self.clipped_low += clipped_low;
-        self.clipped_high += clipped_high;
-        self.limited += limited;
-        if !loss.is_finite() {
-            self.nonfinite += nonfinite(losses);
-        }
+    fn add<L: Lanes>(
+        &mut self,
+        lanes: L,
+        clipped_low: L::Mask,
+        clipped_high: L::Mask,
+        limited: L::Mask,
+    ) {
+        let count = |mask: L::Mask| u64::from(lanes.bits(mask).count_ones());
+        self.0 += count(clipped_low) | count(clipped_high) << 16 | count(limited) << 32;
+    }
+
+    #[inline(always)]
+    fn clipped_low(self) -> u64 {
+        self.0 & 0xffff
+    }
+
+    #[inline(always)]
+    fn clipped_high(self) -> u64 {
+        self.0 >> 16 & 0xffff
+    }
+
+    #[inline(always)]
+    fn limited(self) -> u64 {
+        self.0 >> 32 & 0xffff
     }
 }

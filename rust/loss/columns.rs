@@ -1,26 +1,40 @@
-//! Columns of tokens, vector by vector.
+//! The tokens of a block, read one vector at a time.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
-use crate::loss::Float;
+use crate::loss::{Float, Tokens};
 use crate::simd::Number;
 use crate::simd::lanes::{Lanes, MAX_LANES};
 
-/// The tokens of a block: all columns are equally long.
+/// Columns of a block, equally long.
 #[derive(Clone, Copy)]
 pub(super) struct Columns<'a, T> {
     pub(super) old_log_prob: &'a [T],
     pub(super) log_prob: &'a [T],
-    /// Log-ratios, if they are given.
-    pub(super) given: Option<&'a [T]>,
+    /// Log-ratios that replace `log_prob - old_log_prob`.
+    pub(super) log_ratio: Option<&'a [T]>,
     pub(super) advantages: &'a [T],
     pub(super) mask: &'a [u8],
 }
 
-impl<T: Float> Columns<'_, T> {
+impl<'a, T: Float> Columns<'a, T> {
+    /// The tokens from `start` on, as many as `advantages` has room for where rows share one.
+    pub(super) fn new(tokens: &'a Tokens<'a, T>, start: usize, advantages: &'a mut [T]) -> Self {
+        let block = start..start + advantages.len();
+        Self {
+            old_log_prob: &tokens.old_log_prob[block.clone()],
+            log_prob: &tokens.log_prob[block.clone()],
+            log_ratio: tokens.log_ratio.map(|given| &given[block.clone()]),
+            advantages: tokens.advantages.block(start, advantages),
+            mask: &tokens.mask[block],
+        }
+    }
+
+    /// Lanes of tokens that count.
+    ///
     /// # Safety
-    /// As of [`load`].
+    /// As for [`load`].
     #[inline(always)]
     pub(super) unsafe fn valid<const WHOLE: bool, L: Lanes<Scalar = T>>(
         &self,
@@ -28,7 +42,7 @@ impl<T: Float> Columns<'_, T> {
         index: usize,
     ) -> L::Mask {
         if WHOLE {
-            // SAFETY: as the caller says.
+            // SAFETY: required of the caller.
             lanes.load_mask(unsafe { self.mask.get_unchecked(index..index + L::COUNT) })
         } else {
             lanes.load_mask(&padded(&self.mask[index..], 0))
@@ -36,10 +50,10 @@ impl<T: Float> Columns<'_, T> {
     }
 }
 
-/// The vector that begins at `index` of a column; if it is not `WHOLE`, the column's end and then zeros.
+/// The vector at `index` of a column; unless it is `WHOLE`, the column's end and then zeros.
 ///
 /// # Safety
-/// The column has a token at `index`, and all of the vector's if it is `WHOLE`.
+/// The column has a token at `index`, and if `WHOLE` one for every lane.
 #[inline(always)]
 pub(super) unsafe fn load<const WHOLE: bool, L: Lanes<Scalar: Float>>(
     lanes: L,
@@ -47,14 +61,14 @@ pub(super) unsafe fn load<const WHOLE: bool, L: Lanes<Scalar: Float>>(
     index: usize,
 ) -> L::Float {
     if WHOLE {
-        // SAFETY: as the caller says.
+        // SAFETY: required of the caller.
         lanes.load(unsafe { column.get_unchecked(index..index + L::COUNT) })
     } else {
         lanes.load(&padded(&column[index..], L::Scalar::ZERO))
     }
 }
 
-/// The end of a slice, with what is missing for a vector.
+/// The end of a slice, padded to a vector.
 #[cold]
 pub(super) fn padded<T: Copy>(rest: &[T], padding: T) -> [T; MAX_LANES] {
     let mut padded = [padding; MAX_LANES];

@@ -19,7 +19,6 @@ mod totals;
 use std::fmt::Debug;
 
 use crate::error::{Error, Result};
-use crate::loss::block::Batch;
 use crate::loss::surrogate::{GradientPreserving, Mask, MinClip, Surrogate, Weight};
 use crate::simd::Number;
 use crate::threads::map_parts;
@@ -147,13 +146,17 @@ pub fn policy_loss<T: Float>(
         }
     }
     surrogate.check()?;
-    let batch = Batch { tokens, by_probability, outputs };
     Ok(match surrogate {
-        Surrogate::MinClip { dual_clip } => batch.under(MinClip { dual_clip }, bounds),
-        Surrogate::Mask { truncation } => batch.under(Mask { truncation }, bounds),
-        Surrogate::Weight => batch.under(Weight, bounds),
+        Surrogate::MinClip { dual_clip } => {
+            block::run(MinClip { dual_clip }, tokens, bounds, by_probability, outputs)
+        }
+        Surrogate::Mask { truncation } => {
+            block::run(Mask { truncation }, tokens, bounds, by_probability, outputs)
+        }
+        Surrogate::Weight => block::run(Weight, tokens, bounds, by_probability, outputs),
         Surrogate::GradientPreserving { beta_low, beta_high } => {
-            batch.under(GradientPreserving { beta_low, beta_high }, bounds)
+            let rule = GradientPreserving { beta_low, beta_high };
+            block::run(rule, tokens, bounds, by_probability, outputs)
         }
     })
 }

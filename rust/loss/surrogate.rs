@@ -45,59 +45,110 @@ pub enum Surrogate {
 }
 
 impl Surrogate {
-    pub(crate) fn check(self) -> Result<()> {
-        let refuse = |argument, value: f64, allowed| {
-            Err(Error::Argument { argument, value: value.to_string(), allowed })
+    /// The surrogate of a name, with its parameters in the order of its fields; an optional one may be missing.
+    ///
+    /// ```
+    /// use bandpo::surrogate::Surrogate;
+    ///
+    /// assert_eq!(Surrogate::new("mask", &[5.0])?, Surrogate::Mask { truncation: Some(5.0) });
+    /// assert!(Surrogate::new("mask", &[0.5]).is_err());
+    /// # Ok::<(), bandpo::error::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if no surrogate has this name and number of parameters, or if a parameter is out of
+    /// range.
+    pub fn new(name: &str, parameters: &[f64]) -> Result<Self> {
+        let optional = parameters.first().copied();
+        let surrogate = match (name, parameters) {
+            ("min-clip", [] | [_]) => Self::MinClip { dual_clip: optional },
+            ("mask", [] | [_]) => Self::Mask { truncation: optional },
+            ("weight", []) => Self::Weight,
+            ("gradient-preserving", &[beta_low, beta_high]) => {
+                Self::GradientPreserving { beta_low, beta_high }
+            }
+            _ => {
+                return Err(Error::Argument {
+                    argument: "surrogate",
+                    value: format!("{name} with {} parameters", parameters.len()),
+                    allowed: "min-clip, mask, weight or gradient-preserving with its parameters",
+                });
+            }
         };
+        surrogate.check()?;
+        Ok(surrogate)
+    }
+
+    /// Each parameter's name, value and range.
+    fn parameters(self) -> [Option<(&'static str, f64, Range)>; 2] {
+        let above_one = |name, value: Option<f64>| value.map(|value| (name, value, ABOVE_ONE));
         match self {
-            Self::MinClip { dual_clip: Some(c) } if c.is_nan() || c <= 1.0 => {
-                refuse("dual_clip", c, "above 1")
-            }
-            Self::Mask { truncation: Some(c) } if c.is_nan() || c <= 1.0 => {
-                refuse("truncation", c, "above 1")
-            }
+            Self::MinClip { dual_clip } => [above_one("dual_clip", dual_clip), None],
+            Self::Mask { truncation } => [above_one("truncation", truncation), None],
+            Self::Weight => [None, None],
             Self::GradientPreserving { beta_low, beta_high } => {
-                for (argument, beta) in [("beta_low", beta_low), ("beta_high", beta_high)] {
-                    if !(0.0..f64::INFINITY).contains(&beta) {
-                        return refuse(argument, beta, "finite and at least 0");
-                    }
-                }
-                Ok(())
+                [Some(("beta_low", beta_low, FACTOR)), Some(("beta_high", beta_high, FACTOR))]
             }
-            _ => Ok(()),
         }
+    }
+
+    pub(crate) fn check(self) -> Result<()> {
+        for (argument, value, Range { allowed, contains }) in
+            self.parameters().into_iter().flatten()
+        {
+            if !contains(value) {
+                return Err(Error::Argument { argument, value: value.to_string(), allowed });
+            }
+        }
+        Ok(())
     }
 }
 
-/// What becomes of tokens that are beyond their bound.
+/// Range of a parameter. None contains NaN.
+struct Range {
+    allowed: &'static str,
+    contains: fn(f64) -> bool,
+}
+
+const ABOVE_ONE: Range = Range { allowed: "above 1", contains: |value| value > 1.0 };
+const FACTOR: Range = Range {
+    allowed: "finite and at least 0",
+    contains: |value| (0.0..f64::INFINITY).contains(&value),
+};
+
+/// Formulas of a surrogate.
 pub(crate) trait Rule: Copy + Sync {
-    /// Whether the sign of the log-ratio says which bound holds for a token, and not that of the advantage.
+    /// True if the sign of the log-ratio selects a token's bound, false if that of the advantage does.
     const BY_LOG_RATIO: bool;
 
-    /// Losses, gradients, and where the rule limits what is not beyond its bound. The ratios are beyond it
-    /// where `stop`, which is the bound there, is not 0.
-    fn apply<L: Lanes>(self, lanes: L, tokens: &Vector<L>, stop: L::Float) -> Applied<L>;
+    fn apply<L: Lanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L>;
 }
 
-/// What a rule is told of a vector of tokens. Where one does not count, its numbers are 0, its ratio 1.
-pub(crate) struct Vector<L: Lanes> {
+/// A vector of tokens. Tokens that do not count have numbers of 0 and a ratio of 1.
+pub(crate) struct TokenVector<L: Lanes> {
     pub log_prob: L::Float,
-    /// Minus the advantage.
-    pub cost: L::Float,
+    pub neg_advantage: L::Float,
+    /// Clamped.
     pub log_ratio: L::Float,
     pub ratio: L::Float,
-    /// The product of both.
-    pub free: L::Float,
-    /// Where the log-ratio was beyond what is exponentiated.
+    /// Gradient without the rule: `neg_advantage * ratio`.
+    pub unclipped: L::Float,
+    /// Bound as a ratio where the token is beyond it, otherwise 0.
+    pub clipped_ratio: L::Float,
+    /// Tokens whose log-ratio was clamped.
     pub clamped: L::Mask,
+    /// Tokens beyond their bound.
     pub beyond: L::Mask,
-    /// Where the lower bound holds.
-    pub down: L::Mask,
+    /// Tokens that the lower bound holds for.
+    pub lower: L::Mask,
 }
 
-pub(crate) struct Applied<L: Lanes> {
+/// Result of a rule.
+pub(crate) struct Outcome<L: Lanes> {
     pub loss: L::Float,
-    pub slope: L::Float,
+    /// With respect to `log_prob`.
+    pub gradient: L::Float,
+    /// Tokens within their bound whose ratio the rule limits.
     pub limited: L::Mask,
 }
 
@@ -110,20 +161,21 @@ impl Rule for MinClip {
     const BY_LOG_RATIO: bool = false;
 
     #[inline(always)]
-    fn apply<L: Lanes>(self, lanes: L, tokens: &Vector<L>, stop: L::Float) -> Applied<L> {
-        let &Vector { cost, log_ratio, ratio, free, clamped, beyond, down, .. } = tokens;
-        let stopped = lanes.select(beyond, stop, ratio);
-        let (limited, stopped) = match self.dual_clip {
-            None => (lanes.and_not(beyond, beyond), stopped),
+    fn apply<L: Lanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
+        let &TokenVector { neg_advantage, log_ratio, unclipped, clamped, beyond, lower, .. } =
+            tokens;
+        let ratio = lanes.select(beyond, tokens.clipped_ratio, tokens.ratio);
+        let (limited, ratio) = match self.dual_clip {
+            None => (lanes.and_not(beyond, beyond), ratio),
             Some(c) => {
                 let reached = lanes.less_or_equal(lanes.splat(c.ln()), log_ratio);
-                let limited = lanes.and(down, reached);
-                (limited, lanes.select(limited, lanes.splat(c), stopped))
+                let limited = lanes.and(lower, reached);
+                (limited, lanes.select(limited, lanes.splat(c), ratio))
             }
         };
         let flat = lanes.or(clamped, lanes.or(beyond, limited));
-        let slope = lanes.select(flat, lanes.splat(0.0), free);
-        Applied { loss: lanes.mul(cost, stopped), slope, limited }
+        let gradient = lanes.select(flat, lanes.splat(0.0), unclipped);
+        Outcome { loss: lanes.mul(neg_advantage, ratio), gradient, limited }
     }
 }
 
@@ -136,8 +188,8 @@ impl Rule for Mask {
     const BY_LOG_RATIO: bool = false;
 
     #[inline(always)]
-    fn apply<L: Lanes>(self, lanes: L, tokens: &Vector<L>, _: L::Float) -> Applied<L> {
-        let &Vector { log_prob, cost, ratio, beyond, .. } = tokens;
+    fn apply<L: Lanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
+        let &TokenVector { log_prob, neg_advantage, ratio, beyond, .. } = tokens;
         let zero = lanes.splat(0.0);
         let (limited, weight) = match self.truncation {
             None => (lanes.and_not(beyond, beyond), ratio),
@@ -147,9 +199,9 @@ impl Rule for Mask {
                 (limited, lanes.select(limited, c, ratio))
             }
         };
-        let slope = lanes.mul(cost, weight);
-        let loss = lanes.select(beyond, zero, lanes.mul(slope, log_prob));
-        Applied { loss, slope: lanes.select(beyond, zero, slope), limited }
+        let gradient = lanes.mul(neg_advantage, weight);
+        let loss = lanes.select(beyond, zero, lanes.mul(gradient, log_prob));
+        Outcome { loss, gradient: lanes.select(beyond, zero, gradient), limited }
     }
 }
 
@@ -160,11 +212,11 @@ impl Rule for Weight {
     const BY_LOG_RATIO: bool = true;
 
     #[inline(always)]
-    fn apply<L: Lanes>(self, lanes: L, tokens: &Vector<L>, stop: L::Float) -> Applied<L> {
-        let &Vector { log_prob, cost, ratio, beyond, .. } = tokens;
-        let slope = lanes.mul(cost, lanes.select(beyond, stop, ratio));
+    fn apply<L: Lanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
+        let &TokenVector { log_prob, neg_advantage, ratio, clipped_ratio, beyond, .. } = tokens;
+        let gradient = lanes.mul(neg_advantage, lanes.select(beyond, clipped_ratio, ratio));
         let limited = lanes.and_not(beyond, beyond);
-        Applied { loss: lanes.mul(slope, log_prob), slope, limited }
+        Outcome { loss: lanes.mul(gradient, log_prob), gradient, limited }
     }
 }
 
@@ -178,13 +230,14 @@ impl Rule for GradientPreserving {
     const BY_LOG_RATIO: bool = false;
 
     #[inline(always)]
-    fn apply<L: Lanes>(self, lanes: L, tokens: &Vector<L>, stop: L::Float) -> Applied<L> {
-        let &Vector { cost, ratio, clamped, beyond, down, .. } = tokens;
-        let beta = lanes.select(down, lanes.splat(self.beta_low), lanes.splat(self.beta_high));
-        let kept = lanes.select(beyond, lanes.mul(beta, stop), ratio);
-        let loss = lanes.mul(cost, kept);
+    fn apply<L: Lanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
+        let &TokenVector { neg_advantage, ratio, clipped_ratio, clamped, beyond, lower, .. } =
+            tokens;
+        let beta = lanes.select(lower, lanes.splat(self.beta_low), lanes.splat(self.beta_high));
+        let kept = lanes.select(beyond, lanes.mul(beta, clipped_ratio), ratio);
+        let loss = lanes.mul(neg_advantage, kept);
         let flat = lanes.and_not(clamped, beyond);
-        let slope = lanes.select(flat, lanes.splat(0.0), loss);
-        Applied { loss, slope, limited: lanes.and_not(beyond, beyond) }
+        let gradient = lanes.select(flat, lanes.splat(0.0), loss);
+        Outcome { loss, gradient, limited: lanes.and_not(beyond, beyond) }
     }
 }

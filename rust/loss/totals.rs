@@ -36,7 +36,7 @@ pub struct Totals {
     /// Sum of `-old_log_prob`.
     pub entropy: f64,
     /// Sum of `abs(A) r`, the gradient without any rule.
-    pub gradient_free: f64,
+    pub gradient_unclipped: f64,
     /// Sum of the absolute difference that the rule makes to it.
     pub gradient_removed: f64,
     /// Smallest `x`, NaN if any is, infinite for no token.
@@ -70,7 +70,7 @@ impl Default for Totals {
             kl: 0.0,
             kl_k3: 0.0,
             entropy: 0.0,
-            gradient_free: 0.0,
+            gradient_unclipped: 0.0,
             gradient_removed: 0.0,
             log_ratio_min: f64::INFINITY,
             log_ratio_max: f64::NEG_INFINITY,
@@ -90,10 +90,10 @@ impl Totals {
         self.kl += other.kl;
         self.kl_k3 += other.kl_k3;
         self.entropy += other.entropy;
-        self.gradient_free += other.gradient_free;
+        self.gradient_unclipped += other.gradient_unclipped;
         self.gradient_removed += other.gradient_removed;
-        self.log_ratio_min = smaller(self.log_ratio_min, other.log_ratio_min);
-        self.log_ratio_max = -smaller(-self.log_ratio_max, -other.log_ratio_max);
+        self.log_ratio_min = min_or_nan(self.log_ratio_min, other.log_ratio_min);
+        self.log_ratio_max = -min_or_nan(-self.log_ratio_max, -other.log_ratio_max);
         for (bin, more) in self.by_probability.iter_mut().zip(&other.by_probability) {
             bin.valid += more.valid;
             bin.clipped_low += more.clipped_low;
@@ -104,7 +104,7 @@ impl Totals {
 }
 
 /// The minimum, NaN if either is, unlike `f64::min`.
-pub(super) fn smaller(a: f64, b: f64) -> f64 {
+pub(super) fn min_or_nan(a: f64, b: f64) -> f64 {
     if b < a || b.is_nan() { b } else { a }
 }
 

@@ -42,23 +42,7 @@ pub(super) fn policy_loss<'py>(
     per_token: Option<Bound<'py, PyAny>>,
     gradient: Bound<'py, PyAny>,
 ) -> PyResult<(f64, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
-    let first = parameters.first().copied();
-    let surrogate = match (surrogate, parameters.as_slice()) {
-        ("min-clip", [] | [_]) => Surrogate::MinClip { dual_clip: first },
-        ("mask", [] | [_]) => Surrogate::Mask { truncation: first },
-        ("weight", []) => Surrogate::Weight,
-        ("gradient-preserving", &[beta_low, beta_high]) => {
-            Surrogate::GradientPreserving { beta_low, beta_high }
-        }
-        _ => {
-            return Err(Error::Argument {
-                argument: "surrogate",
-                value: format!("{surrogate} with {} parameters", parameters.len()),
-                allowed: "min-clip, mask, weight or gradient-preserving with its parameters",
-            }
-            .into());
-        }
-    };
+    let surrogate = Surrogate::new(surrogate, &parameters)?;
     let arrays = [old_log_prob, log_prob, advantages, bounds, gradient];
     let run = if arrays[1].cast::<PyArrayDyn<f32>>().is_ok() {
         policy_loss_of::<f32>
@@ -141,7 +125,7 @@ fn policy_loss_of<'py, T: Float + Element>(
         totals.kl,
         totals.kl_k3,
         totals.entropy,
-        totals.gradient_free,
+        totals.gradient_unclipped,
         totals.gradient_removed,
         totals.log_ratio_min,
         totals.log_ratio_max,
