@@ -3,9 +3,9 @@
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
-use crate::loss::block::{Candidates, Column};
 use crate::loss::collect::clamp;
 use crate::loss::columns::{Columns, load, numbers};
+use crate::loss::scratch::{Candidates, Column};
 use crate::loss::surrogate::{Outcome, Rule, TokenVector};
 use crate::loss::totals::sum;
 use crate::loss::{Float, LOG_RATIO_LIMIT, Totals};

@@ -1,4 +1,4 @@
-//! The order of the steps, block by block, and what each step leaves for the next.
+//! The order of the steps, block by block.
 
 use std::marker::PhantomData;
 
@@ -7,10 +7,10 @@ use crate::loss::bounds::{Bounds, Constant, PerToken};
 use crate::loss::clip::{ClipRatios, FindBounds};
 use crate::loss::collect::Collect;
 use crate::loss::columns::Columns;
+use crate::loss::scratch::Scratch;
 use crate::loss::surrogate::Rule;
 use crate::loss::{BLOCK, BoundSource, CHUNK, Float, Outputs, PARALLEL_FROM, Tokens, Totals};
 use crate::simd::Number;
-use crate::simd::lanes::MAX_LANES;
 use crate::threads::map_parts;
 
 /// Writes the outputs of all tokens under a rule and returns their totals.
@@ -119,50 +119,5 @@ impl<T: Float> Outputs<'_, T> {
             gradient,
             weight,
         })
-    }
-}
-
-/// A column of a block. The last vector may reach beyond the last token.
-pub(super) type Column<T> = [T; BLOCK + MAX_LANES];
-
-/// Columns that one step leaves for the next.
-#[repr(align(64))] // so that no vector lies across two lines of a cache
-struct Scratch<T> {
-    /// Log-ratios, not clamped; 0 for tokens that do not count.
-    log_ratio: Column<T>,
-    /// Minus the advantages; 0 for tokens that do not count.
-    neg_advantage: Column<T>,
-    candidates: Candidates<T>,
-    /// Advantages of each token where rows share one.
-    advantages: [T; BLOCK],
-    /// Losses that no output takes.
-    losses: [T; BLOCK],
-}
-
-/// Tokens of a block that may be beyond their bound, side by side.
-///
-/// They are few, and bounds of neighbours are found much faster than bounds of scattered tokens.
-#[repr(align(64))]
-pub(super) struct Candidates<T> {
-    /// Scratch column, reused by each step: lookup keys after [`Collect`], bounds after [`FindBounds`], and after
-    /// [`ClipRatios`] the clipped ratio, or 0 for tokens that are not clipped.
-    pub(super) scratch: Column<T>,
-    /// Clamped log-ratios, negative where the lower bound holds.
-    pub(super) log_ratio: Column<T>,
-    pub(super) count: usize,
-    /// A bit for each token of a vector: whether it is a candidate.
-    pub(super) bits: [u32; BLOCK],
-}
-
-impl<T: Float> Scratch<T> {
-    fn new() -> Self {
-        let zeros = [T::ZERO; BLOCK + MAX_LANES];
-        Self {
-            log_ratio: zeros,
-            neg_advantage: zeros,
-            candidates: Candidates { scratch: zeros, log_ratio: zeros, count: 0, bits: [0; BLOCK] },
-            advantages: [T::ZERO; BLOCK],
-            losses: [T::ZERO; BLOCK],
-        }
     }
 }

@@ -6,8 +6,8 @@
 #![allow(clippy::inline_always)]
 
 use crate::loss::Float;
-use crate::loss::block::Candidates;
 use crate::loss::bounds::Bounds;
+use crate::loss::scratch::Candidates;
 use crate::simd::{LossLanes, WithLanes};
 
 /// Replaces the keys of the candidates by their bounds.

@@ -5,9 +5,9 @@
 
 use std::marker::PhantomData;
 
-use crate::loss::block::{Candidates, Column};
 use crate::loss::bounds::Bounds;
 use crate::loss::columns::{Columns, load};
+use crate::loss::scratch::{Candidates, Column};
 use crate::loss::surrogate::Rule;
 use crate::loss::totals::{min_or_nan, reduce, sum};
 use crate::loss::{Float, LOG_RATIO_LIMIT, Totals};

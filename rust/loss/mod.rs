@@ -11,6 +11,7 @@ mod clip;
 mod collect;
 mod columns;
 mod read;
+mod scratch;
 pub mod surrogate;
 #[cfg(test)]
 mod tests;
