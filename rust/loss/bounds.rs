@@ -1,4 +1,4 @@
-//! Where the bounds of tokens come from.
+//! Sources of bounds, and how the steps of a loss read them.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
@@ -8,19 +8,19 @@ use crate::loss::Float;
 use crate::loss::columns::load;
 use crate::simd::LossLanes;
 
-/// Where the bounds come from.
+/// Source of the tokens' bounds.
 #[derive(Debug, Clone, Copy)]
 pub enum BoundSource<'a, T> {
-    /// The same log bounds for every token.
+    /// Same log bounds for every token.
     Constant {
         /// At most 0.
         log_lower: T,
         /// At least 0.
         log_upper: T,
     },
-    /// A table.
+    /// Table that the bounds are looked up in.
     Table(Image<'a>),
-    /// The log bounds of every token.
+    /// Log bounds of every token.
     PerToken {
         /// At most 0 each.
         log_lower: &'a [T],
@@ -29,15 +29,15 @@ pub enum BoundSource<'a, T> {
     },
 }
 
-/// Where the bounds of tokens are. `lower` says of which side: where it is true, the lower one.
+/// Bounds of one side of each token: the lower side where `lower` is true.
 pub(super) trait Bounds<T>: Sync {
-    /// Whether lower bounds are ratios. All others are log-ratios.
+    /// True if lower bounds are ratios. All other bounds are log-ratios.
     const LOWER_IS_RATIO: bool;
 
-    /// What the bounds are found by, of the tokens from `index` on.
+    /// Numbers that [`Self::find`] finds the bounds by, for the tokens from `index` on.
     ///
     /// # Safety
-    /// As of [`load`].
+    /// As for [`load`].
     unsafe fn keys<const WHOLE: bool, L: LossLanes<Scalar = T>>(
         &self,
         lanes: L,
@@ -46,11 +46,11 @@ pub(super) trait Bounds<T>: Sync {
         lower: L::Mask,
     ) -> L::Float;
 
-    /// The log-ratio up to which a token is surely not beyond its bound, of at least 0 or at most 0.
+    /// Safe distance: a log-ratio between 0 and this is not beyond its bound.
     fn reach<L: LossLanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask)
     -> L::Float;
 
-    /// The bounds for such keys.
+    /// Bounds that the keys stand for.
     fn find<L: LossLanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float;
 }
 
@@ -100,7 +100,7 @@ impl<T: Float> Bounds<T> for PerToken<'_, T> {
         _: L::Float,
         lower: L::Mask,
     ) -> L::Float {
-        // SAFETY: as the caller says.
+        // SAFETY: required of the caller.
         let (low, high) = unsafe {
             (
                 load::<WHOLE, L>(lanes, self.log_lower, index),

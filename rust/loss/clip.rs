@@ -32,7 +32,7 @@ impl<T: Float, B: Bounds<T>> WithLanes<T> for FindBounds<'_, T, B> {
 }
 
 /// Replaces the bounds of the candidates by their clipped ratios: the bound as a ratio where the token is beyond
-/// it, otherwise 0, which no bound beyond which a token can be is.
+/// it, otherwise 0. No token can be beyond a bound of 0, so that 0 is free to mean "not beyond".
 pub(super) struct ClipRatios<'a, T, const LOWER_IS_RATIO: bool> {
     pub(super) candidates: &'a mut Candidates<T>,
 }

@@ -1,8 +1,36 @@
-//! The clipped policy loss of every token and its gradient, in one pass over the batch.
+//! Clipped policy loss of every token and its gradient, in one pass over the batch.
 //!
-//! A batch is cut into blocks of tokens, and each block is taken through four steps: log-ratios, and who has
-//! moved towards a bound; the bounds of those; who is beyond; losses and gradients. What a rule makes of a
-//! token that is beyond is in [`crate::loss::surrogate`].
+//! The batch is cut into blocks of tokens. Each block goes through four steps:
+//!
+//! 1. log-ratios, and the candidates: the tokens far enough from a ratio of 1 to be beyond their bound;
+//! 2. the bounds of the candidates;
+//! 3. their clipped ratios;
+//! 4. losses and gradients of all tokens, by the rule of a [`surrogate`].
+//!
+//! ```
+//! use bandpo::loss::{Advantages, BoundSource, Outputs, Tokens, policy_loss};
+//! use bandpo::surrogate::Surrogate;
+//!
+//! let tokens = Tokens {
+//!     old_log_prob: &[-1.0, -1.0, 0.0],
+//!     log_prob: &[-0.9, -0.5, 0.0],
+//!     log_ratio: None,
+//!     advantages: Advantages::PerToken(&[1.0, 1.0, 1.0]),
+//!     mask: &[1, 1, 0],
+//! };
+//! let bounds = BoundSource::Constant { log_lower: -0.2, log_upper: 0.2 };
+//! let mut losses = [0.0; 3];
+//! let mut gradient = [0.0; 3];
+//! let outputs = Outputs { per_token: Some(&mut losses), gradient: &mut gradient, weight: 0.5 };
+//! let surrogate = Surrogate::MinClip { dual_clip: None };
+//! let totals = policy_loss(&tokens, &bounds, surrogate, false, outputs)?;
+//!
+//! assert_eq!((totals.valid, totals.clipped_high), (2, 1));
+//! assert!((losses[0] + 0.1_f64.exp()).abs() < 1e-15); // within its bound: -A r
+//! assert!((losses[1] + 0.2_f64.exp()).abs() < 1e-15); // beyond: -A upper
+//! assert_eq!(gradient, [0.5 * losses[0], 0.0, 0.0]);
+//! # Ok::<(), bandpo::error::Error>(())
+//! ```
 
 mod apply;
 mod block;
@@ -29,22 +57,31 @@ pub use crate::loss::bounds::BoundSource;
 pub use crate::loss::read::{table_bounds, table_log_bounds};
 pub use crate::loss::totals::{PROBABILITY_BINS, PROBABILITY_EDGES, ProbabilityBin, Totals};
 
-/// Tokens that are added up at a time. Fixed, so that sums do not depend on the number of threads.
+/// Tokens of a part of the batch. Fixed, otherwise sums would depend on the number of threads.
 const CHUNK: usize = 8192;
 
-/// Fewer tokens than this are done sooner than other threads wake up.
+/// Min tokens to share among threads. Fewer are done sooner than other threads wake up.
 const PARALLEL_FROM: usize = 2 * CHUNK;
 
-/// Tokens that are taken through each step together, so that what one step leaves for the next stays near
-/// the processor; also those that are added up in their own precision before f64 takes over.
+/// Tokens that go through each step together. Few enough that the columns between steps stay in the first
+/// cache. Sums within a block have the precision of its numbers, sums of blocks that of f64.
 const BLOCK: usize = 512;
 
-/// The float types that a loss is computed in: `f32` and `f64`.
+/// Float type of a loss: `f32` or `f64`.
 pub trait Float: Number + Send + Sync + Debug {}
 impl Float for f32 {}
 impl Float for f64 {}
 
-/// Advantages: one a token, or one for all tokens of a row.
+/// Advantages of the tokens, or of rows of tokens.
+///
+/// ```
+/// use bandpo::loss::Advantages;
+///
+/// // Two rows of three tokens each.
+/// let shared = Advantages::PerRow { values: &[1.0, -0.5], row_length: 3 };
+/// let each = Advantages::PerToken(&[1.0, 1.0, 1.0, -0.5, -0.5, -0.5]);
+/// # let _ = (shared, each);
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub enum Advantages<'a, T> {
     /// One a token.
@@ -53,7 +90,7 @@ pub enum Advantages<'a, T> {
     PerRow {
         /// The advantages.
         values: &'a [T],
-        /// How many consecutive tokens share one.
+        /// Consecutive tokens that share one.
         row_length: usize,
     },
 }
@@ -66,7 +103,8 @@ impl<T: Float> Advantages<'_, T> {
         }
     }
 
-    /// Of the tokens from `start` on, as many as the buffer holds; there if they are not in a row anyway.
+    /// The advantages of the tokens from `start` on, as many as the buffer holds. Fills the buffer unless they are
+    /// neighbours already.
     fn block<'a>(&'a self, start: usize, buffer: &'a mut [T]) -> &'a [T] {
         match self {
             Self::PerToken(values) => &values[start..start + buffer.len()],
@@ -85,37 +123,37 @@ impl<T: Float> Advantages<'_, T> {
     }
 }
 
-/// A batch of tokens, each slice one element a token.
+/// A batch of tokens, one element of each slice a token.
 #[derive(Debug, Clone, Copy)]
 pub struct Tokens<'a, T> {
-    /// Natural log-probabilities under the policy that drew the tokens.
+    /// Natural log-probabilities under the policy that sampled the tokens.
     pub old_log_prob: &'a [T],
-    /// The same under the policy being trained.
+    /// Natural log-probabilities under the policy being trained.
     pub log_prob: &'a [T],
-    /// Log-ratios to take in place of `log_prob - old_log_prob`, such as a sequence's mean.
+    /// Log-ratios that replace `log_prob - old_log_prob`, such as a sequence's mean.
     pub log_ratio: Option<&'a [T]>,
-    /// How much better than expected the tokens did.
+    /// Advantages.
     pub advantages: Advantages<'a, T>,
-    /// 0 for tokens that do not count, which may hold anything.
+    /// 0 for tokens that do not count. Their other elements may hold anything.
     pub mask: &'a [u8],
 }
 
-/// Where a loss goes, a number for each token.
+/// Slices that a loss is written to, one element a token.
 #[derive(Debug)]
 pub struct Outputs<'a, T> {
-    /// The losses, if somebody wants them.
+    /// Losses. None saves the time to write them.
     pub per_token: Option<&'a mut [T]>,
-    /// Their gradients with respect to `log_prob`, times `weight`.
+    /// Gradients of the losses with respect to `log_prob`, times `weight`.
     pub gradient: &'a mut [T],
-    /// What the sum of the losses is to be multiplied by.
+    /// Factor of the gradients: what the caller multiplies the sum of the losses by.
     pub weight: f64,
 }
 
-/// Writes the loss of every token and its gradient with respect to `log_prob`; returns the totals, which
-/// know nothing of the weight.
+/// Writes the loss of every token and its gradient with respect to `log_prob`. Returns the totals, which are
+/// independent of the weight.
 ///
-/// Tokens that do not count get 0 for both, whatever they hold. A NaN makes loss and gradient of its
-/// token NaN. Results are the same bit for bit on any number of threads.
+/// Tokens that do not count get 0 for both. A NaN makes loss and gradient of its token NaN. Results are the same
+/// bit for bit on any number of threads.
 ///
 /// # Errors
 /// [`Error::Length`] if two slices differ in length, [`Error::Argument`] if a parameter of the surrogate
@@ -162,15 +200,25 @@ pub fn policy_loss<T: Float>(
     })
 }
 
-/// How many tokens count, by the mask of [`Tokens`].
+/// Number of tokens that count, by the mask of [`Tokens`].
+///
+/// ```
+/// assert_eq!(bandpo::loss::count_valid(&[1, 0, 255]), 2);
+/// ```
 #[must_use]
 pub fn count_valid(mask: &[u8]) -> usize {
-    // As many at a time as a byte can count: that is what the compiler finds vectors for.
+    // Compilers vectorise counts of a byte, which hold no more than 255.
     let of_part = |part: &[u8]| part.iter().map(|&byte| u8::from(byte != 0)).sum::<u8>();
     mask.chunks(usize::from(u8::MAX)).map(|part| usize::from(of_part(part))).sum()
 }
 
-/// Multiplies the gradient by a factor: that of a loss of which the sum over the tokens is a part.
+/// Multiplies a gradient by a factor, on several threads if it is long.
+///
+/// ```
+/// let mut gradient = [1.0, -2.0];
+/// bandpo::loss::scale(&mut gradient, 0.5);
+/// assert_eq!(gradient, [0.5, -1.0]);
+/// ```
 pub fn scale<T: Float + std::ops::MulAssign>(gradient: &mut [T], factor: T) {
     let one = |part: &mut [T]| part.iter_mut().for_each(|gradient| *gradient *= factor);
     if gradient.len() >= PARALLEL_FROM {

@@ -1,4 +1,4 @@
-//! Reading a table on whole arrays.
+//! Bounds of whole arrays of tokens, read from a table.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
@@ -10,7 +10,24 @@ use crate::loss::{BLOCK, CHUNK, Float, PARALLEL_FROM};
 use crate::simd::{LossLanes, Number, WithLanes};
 use crate::threads::map_parts;
 
-/// Writes the tabulated `lower`, a ratio, and `log_upper` of every token; NaN gives NaN.
+/// Writes the tabulated `lower`, a ratio, and `log_upper` of every token. NaN gives NaN.
+///
+/// ```
+/// use bandpo::band::Band;
+/// use bandpo::divergence::Divergence;
+/// use bandpo::loss::table_bounds;
+/// use bandpo::table::BandTable;
+///
+/// let band = Band::new(Divergence::parse("kl")?, 0.05, 0.05)?;
+/// let table = BandTable::of_band(&band)?;
+/// let (mut lower, mut log_upper) = ([0.0], [0.0]);
+/// table_bounds(table.image(), &[-1.5_f32], &mut lower, &mut log_upper)?;
+///
+/// let (exact_lower, exact_upper) = band.log_bounds(-1.5);
+/// assert!((f64::from(lower[0]) - exact_lower.exp()).abs() < 1e-6);
+/// assert!((f64::from(log_upper[0]) - exact_upper).abs() < 1e-6);
+/// # Ok::<(), bandpo::error::Error>(())
+/// ```
 ///
 /// # Errors
 /// [`Error::Length`] if the slices differ in length.
@@ -26,8 +43,7 @@ pub fn table_bounds<T: Float>(
     })
 }
 
-/// Does the work on each chunk of some tokens and of what is written for them, on several threads if there
-/// are many.
+/// Does the work on each chunk of tokens and of its two outputs, on several threads if there are many.
 fn in_chunks<T: Sync, U: Send>(
     tokens: &[T],
     [(first_name, first), (second_name, second)]: [(&'static str, &mut [U]); 2],
@@ -50,7 +66,7 @@ fn in_chunks<T: Sync, U: Send>(
     Ok(())
 }
 
-/// Writes what [`BandTable::log_bounds`](crate::table::BandTable::log_bounds) says of every token.
+/// Writes [`BandTable::log_bounds`](crate::table::BandTable::log_bounds) of every token.
 ///
 /// # Errors
 /// [`Error::Length`] if the slices differ in length.
@@ -82,7 +98,7 @@ pub fn table_log_bounds<T: Float>(
     })
 }
 
-/// Both sides of a table for some tokens.
+/// Looks up both sides of each token.
 struct LookUp<'a, T> {
     image: Image<'a>,
     old_log_prob: &'a [T],

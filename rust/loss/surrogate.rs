@@ -1,8 +1,8 @@
-//! What becomes of a token, given its ratio and its bounds.
+//! Loss and gradient of a token, given its ratio and its bounds.
 //!
-//! With the log-ratio `x = new - old` (or one that is given) clamped to `±`[`LOG_RATIO_LIMIT`](crate::loss::LOG_RATIO_LIMIT),
-//! `r = e^x`, and the bounds of the token, `beyond` means `A > 0` and `r > upper`, or `A < 0` and
-//! `r < lower`; `sg` stops the gradient:
+//! `x = new - old` is the log-ratio (unless one is given), clamped to
+//! `±`[`LOG_RATIO_LIMIT`](crate::LOG_RATIO_LIMIT), and `r = e^x`. A token is *beyond* its bound if `A > 0` and
+//! `r > upper`, or if `A < 0` and `r < lower`. `sg` stops the gradient:
 //!
 //! | surrogate | loss | gradient with respect to `new` |
 //! |---|---|---|
@@ -11,8 +11,8 @@
 //! | weight (CISPO, arXiv 2506.13585) | `-A sg(clip(r, lower, upper)) new` | `-A clip(r, lower, upper)` |
 //! | gradient-preserving (CE-GPPO, arXiv 2509.20712) | `-A r`; beyond `-A beta bound r/sg(r)` | `-A r` but 0 where the clamp acts; beyond `-A beta bound` |
 //!
-//! At `r` equal to a bound a token is not beyond it. Only one side of each token is looked up: the one
-//! that the sign of the advantage selects, and for weight the one that the sign of `x` selects.
+//! A token at its bound is not beyond it. Only one side of each token is looked up: the side that the sign of the
+//! advantage selects, or for weight the sign of `x`.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
@@ -20,17 +20,17 @@
 use crate::error::{Error, Result};
 use crate::simd::lanes::Lanes;
 
-/// What a token's loss is, given its ratio and its bounds.
+/// Rule that makes a loss of a token's ratio and bounds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Surrogate {
     /// PPO's.
     MinClip {
-        /// Greatest ratio for `A < 0`, above 1.
+        /// Max ratio for `A < 0`, above 1.
         dual_clip: Option<f64>,
     },
     /// DPPO's.
     Mask {
-        /// Greatest weight, above 1.
+        /// Max weight, above 1.
         truncation: Option<f64>,
     },
     /// CISPO's.
@@ -39,7 +39,7 @@ pub enum Surrogate {
     GradientPreserving {
         /// Factor of the gradient below the lower bound, finite and at least 0.
         beta_low: f64,
-        /// Factor above the upper bound, likewise.
+        /// Factor of the gradient above the upper bound, finite and at least 0.
         beta_high: f64,
     },
 }

@@ -13,7 +13,7 @@ fn both<'a, T>(losses: &'a mut [T], gradient: &'a mut [T]) -> Outputs<'a, T> {
     Outputs { per_token: Some(losses), gradient, weight: 1.0 }
 }
 
-/// Loss, gradient and totals of single tokens `(old, new, advantage)`, all valid.
+/// Loss, gradient and totals of tokens `(old, new, advantage)`, all valid.
 fn run<T: Float>(
     tokens: &[(T, T, T)],
     bounds: &BoundSource<'_, T>,
@@ -36,23 +36,23 @@ fn run<T: Float>(
     (per_token, gradient, totals)
 }
 
-const PLAIN: Surrogate = Surrogate::MinClip { dual_clip: None };
+const MIN_CLIP: Surrogate = Surrogate::MinClip { dual_clip: None };
 
 const fn dual(c: f64) -> Surrogate {
     Surrogate::MinClip { dual_clip: Some(c) }
 }
 
 #[test]
-fn where_everything_is_allowed_a_new_probability_of_1_is() {
+fn bounds_without_limit_allow_a_new_probability_of_1() {
     let table = table("tv", 0.3);
     let tokens: Vec<(f64, f64, f64)> =
         (0..1000).map(|i| (-f64::from(i) / 3000.0, 0.0, 1.0)).collect();
-    let (loss, slope, totals) = run(&tokens, &BoundSource::Table(table.image()), PLAIN);
+    let (loss, slope, totals) = run(&tokens, &BoundSource::Table(table.image()), MIN_CLIP);
     assert_eq!((loss, totals.clipped_high), (slope, 0));
 }
 
 #[test]
-fn each_rule_stops_the_gradient_on_its_own_side_only() {
+fn min_clip_stops_the_gradient_only_on_the_side_of_the_advantage() {
     let (lower, upper, c) = (0.8_f64, 1.28_f64, 3.0_f64);
     let bounds = BoundSource::Constant { log_lower: lower.ln(), log_upper: upper.ln() };
     let case = |log_ratio: f64, advantage: f64| {
@@ -83,7 +83,7 @@ fn each_rule_stops_the_gradient_on_its_own_side_only() {
 }
 
 #[test]
-fn at_a_bound_the_gradient_passes_and_at_the_dual_clip_it_does_not() {
+fn gradient_passes_at_a_bound_but_not_at_the_dual_clip() {
     let bounds = BoundSource::Constant { log_lower: -0.25, log_upper: 0.25 };
     let (loss, slope, totals) =
         run(&[(0.0, 0.25, 1.0), (0.0, -0.25, -1.0), (0.0, 3.0_f64.ln(), -1.0)], &bounds, dual(3.0));
@@ -93,12 +93,12 @@ fn at_a_bound_the_gradient_passes_and_at_the_dual_clip_it_does_not() {
 }
 
 #[test]
-fn the_clamp_acts_beyond_its_limit_only() {
+fn clamp_acts_only_beyond_its_limit() {
     let free = BoundSource::Constant { log_lower: f64::NEG_INFINITY, log_upper: f64::INFINITY };
     let (loss, slope, totals) = run(
         &[(0.0, -20.0, 1.0), (-20.0, 0.0, 1.0), (-21.0, 0.0, 1.0), (0.0, -800.0, 1.0)],
         &free,
-        PLAIN,
+        MIN_CLIP,
     );
     assert_eq!(loss[..2], slope[..2]);
     assert_eq!((loss[2], slope[2]), (-(20.0_f64.exp()), 0.0));
@@ -107,14 +107,14 @@ fn the_clamp_acts_beyond_its_limit_only() {
 }
 
 #[test]
-fn a_nan_stays_with_its_token_and_a_masked_one_is_nowhere() {
+fn nan_affects_only_its_token_and_a_masked_nan_none() {
     let nan = f32::NAN;
     let table = table("kl", 0.05);
     let bounds = BoundSource::Table(table.image());
     let (loss, slope, totals) = run(
         &[(nan, -1.0, 1.0), (-1.0, nan, -1.0), (-1.0, -1.0, nan), (-1.0, -1.0, 1.0)],
         &bounds,
-        PLAIN,
+        MIN_CLIP,
     );
     assert!(loss[..3].iter().chain(&slope[..3]).all(|value| value.is_nan()));
     assert_eq!((loss[3], slope[3], totals.nonfinite, totals.valid), (-1.0, -1.0, 3, 4));
@@ -128,13 +128,13 @@ fn a_nan_stays_with_its_token_and_a_masked_one_is_nowhere() {
         mask: &[0, 1],
     };
     let (mut loss, mut slope) = ([nan; 2], [nan; 2]);
-    let totals = policy_loss(&tokens, &bounds, PLAIN, true, both(&mut loss, &mut slope)).unwrap();
+    let totals = policy_loss(&tokens, &bounds, MIN_CLIP, true, both(&mut loss, &mut slope)).unwrap();
     assert_eq!((loss[0], slope[0], totals.valid, totals.nonfinite), (0.0, 0.0, 1, 0));
     assert_eq!((totals.kl, totals.log_ratio_min), (0.5, -0.5));
 }
 
 #[test]
-fn many_tokens_are_the_sum_of_their_parts_on_any_number_of_threads() {
+fn totals_are_sums_of_parts_on_any_number_of_threads() {
     let count = 3 * PARALLEL_FROM + 17;
     let table = table("kl", 0.05);
     let bounds = BoundSource::Table(table.image());
@@ -166,7 +166,7 @@ fn many_tokens_are_the_sum_of_their_parts_on_any_number_of_threads() {
 }
 
 #[test]
-fn a_row_shares_its_advantage() {
+fn advantage_of_a_row_equals_one_for_each_token() {
     let (old, new) = ([-1.0_f32; 6], [-1.1, -1.0, -0.9, -1.1, -1.0, -0.9]);
     let bounds = BoundSource::Constant { log_lower: -0.05, log_upper: 0.05 };
     let with = |advantages| {
@@ -178,16 +178,16 @@ fn a_row_shares_its_advantage() {
             advantages,
             mask: &[1; 6],
         };
-        policy_loss(&tokens, &bounds, PLAIN, false, both(&mut loss, &mut slope)).unwrap();
+        policy_loss(&tokens, &bounds, MIN_CLIP, false, both(&mut loss, &mut slope)).unwrap();
         (loss, slope)
     };
     let each = with(Advantages::PerToken(&[2.0, 2.0, 2.0, -3.0, -3.0, -3.0]));
     assert_eq!(each, with(Advantages::PerRow { values: &[2.0, -3.0], row_length: 3 }));
 }
 
-/// Every surrogate in float32, with holes in the mask, against each token by itself.
+/// Compares every surrogate in float32, with holes in the mask, to a loss of each token alone.
 #[test]
-fn a_token_does_not_see_its_neighbours() {
+fn loss_of_a_token_is_independent_of_its_neighbours() {
     let count = BLOCK + CHUNK + 45;
     let table = table("kl", 0.05);
     let wave = |i: usize, frequency: f64| (i as f64 * frequency).sin() as f32;
@@ -253,7 +253,7 @@ fn a_token_does_not_see_its_neighbours() {
 }
 
 #[test]
-fn a_weight_is_of_the_gradient_alone_and_losses_need_not_be_written() {
+fn weight_scales_only_the_gradient_and_losses_are_optional() {
     let count = CHUNK + 46;
     let wave = |i: usize, frequency: f64| (i as f64 * frequency).sin() as f32;
     let old: Vec<f32> = (0..count).map(|i| -2.0 - 2.0 * wave(i, 0.37)).collect();
@@ -265,10 +265,10 @@ fn a_weight_is_of_the_gradient_alone_and_losses_need_not_be_written() {
         Tokens { old_log_prob: &old, log_prob: &new, log_ratio: None, advantages, mask: &mask };
     let bounds = BoundSource::Constant { log_lower: -0.2, log_upper: 0.3 };
     let (mut loss, mut slope) = (vec![7.0; count], vec![7.0; count]);
-    let totals = policy_loss(&tokens, &bounds, PLAIN, true, both(&mut loss, &mut slope)).unwrap();
+    let totals = policy_loss(&tokens, &bounds, MIN_CLIP, true, both(&mut loss, &mut slope)).unwrap();
     let mut weighted = vec![7.0; count];
     let outputs = Outputs { per_token: None, gradient: &mut weighted, weight: 1.0 / 3.0 };
-    assert_eq!(policy_loss(&tokens, &bounds, PLAIN, true, outputs).unwrap(), totals);
+    assert_eq!(policy_loss(&tokens, &bounds, MIN_CLIP, true, outputs).unwrap(), totals);
     let expected: Vec<f32> = slope.iter().map(|slope| slope * (1.0 / 3.0)).collect();
     assert_eq!(weighted, expected);
     assert_eq!(count_valid(&mask) as u64, totals.valid);
@@ -276,7 +276,7 @@ fn a_weight_is_of_the_gradient_alone_and_losses_need_not_be_written() {
 }
 
 #[test]
-fn bad_arguments_are_refused_and_nothing_is_written() {
+fn bad_arguments_are_refused_before_anything_is_written() {
     let tokens = Tokens {
         old_log_prob: &[-1.0, -1.0],
         log_prob: &[-1.0_f64],
@@ -291,7 +291,7 @@ fn bad_arguments_are_refused_and_nothing_is_written() {
             .unwrap_err()
             .to_string()
     };
-    assert_eq!(refused(&tokens, PLAIN), "old_log_prob has 2 elements, expected 1");
+    assert_eq!(refused(&tokens, MIN_CLIP), "old_log_prob has 2 elements, expected 1");
     let tokens = Tokens { old_log_prob: &[-1.0], ..tokens };
     assert_eq!(refused(&tokens, dual(1.0)), "dual_clip must be above 1, got 1");
     assert_eq!(refused(&tokens, dual(f64::NAN)), "dual_clip must be above 1, got NaN");
@@ -299,7 +299,7 @@ fn bad_arguments_are_refused_and_nothing_is_written() {
 }
 
 #[test]
-fn each_surrogate_is_its_formula() {
+fn each_surrogate_equals_its_formula() {
     // (x, A): inside, at a bound, beyond on the side of A and on the other, beyond the clamp.
     let cases = [
         (0.1, 2.0),
@@ -362,7 +362,7 @@ fn each_surrogate_is_its_formula() {
 }
 
 #[test]
-fn a_given_log_ratio_takes_the_place_of_the_tokens_own() {
+fn given_log_ratio_replaces_that_of_the_token() {
     let bounds = BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 };
     let tokens = Tokens {
         old_log_prob: &[-1.0, -1.0],
@@ -372,13 +372,13 @@ fn a_given_log_ratio_takes_the_place_of_the_tokens_own() {
         mask: &[1, 1],
     };
     let (mut loss, mut slope) = ([0.0; 2], [0.0; 2]);
-    policy_loss(&tokens, &bounds, PLAIN, false, both(&mut loss, &mut slope)).unwrap();
+    policy_loss(&tokens, &bounds, MIN_CLIP, false, both(&mut loss, &mut slope)).unwrap();
     assert_eq!(loss, [-0.05_f64.exp(), -0.1_f64.exp()]);
     assert_eq!(slope, [-0.05_f64.exp(), 0.0]);
 }
 
 #[test]
-fn the_sides_of_a_table_are_its_scalar_ones() {
+fn table_bounds_equal_the_scalar_lookup() {
     let table = table("reverse-kl", 0.05);
     let old: Vec<f32> = (0..3 * PARALLEL_FROM + 7).map(|i| -(i as f32) * 2e-3).collect();
     let old = [old, vec![f32::NAN, 0.5, f32::NEG_INFINITY]].concat();
@@ -410,8 +410,8 @@ fn the_sides_of_a_table_are_its_scalar_ones() {
 }
 
 #[test]
-fn no_token_at_all_adds_up_to_nothing() {
+fn empty_batch_has_default_totals() {
     let (_, _, totals) =
-        run::<f32>(&[], &BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 }, PLAIN);
+        run::<f32>(&[], &BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 }, MIN_CLIP);
     assert_eq!(totals, Totals::default());
 }

@@ -1,4 +1,4 @@
-//! What the tokens of a batch add up to.
+//! Sums and counts over the tokens of a batch.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
@@ -8,24 +8,27 @@ use crate::loss::columns::numbers;
 use crate::simd::Number;
 use crate::simd::lanes::Lanes;
 
-/// Where one bin of the old probability ends and the next, which it belongs to, begins.
+/// Edges between bins of the old probability. An edge belongs to the bin above it.
 pub const PROBABILITY_EDGES: [f64; 4] = [1e-3, 1e-2, 1e-1, 0.5];
 
-/// Bins of the old probability.
+/// Number of bins of the old probability.
 pub const PROBABILITY_BINS: usize = PROBABILITY_EDGES.len() + 1;
 
-/// What the tokens that count add up to. Sums, not means, so that those of batches can be merged.
+/// Sums, counts and extremes over the tokens that count. Those of two batches can be merged, unlike means.
+///
+/// `A` is a token's advantage, `x` its log-ratio, clamped to `±`[`LOG_RATIO_LIMIT`](crate::LOG_RATIO_LIMIT), and
+/// `r = e^x`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Totals {
     /// Tokens that count.
     pub valid: u64,
-    /// Those of them whose loss is infinite or NaN.
+    /// Tokens whose loss is infinite or NaN.
     pub nonfinite: u64,
-    /// Those beyond the lower bound; see the table of surrogates.
+    /// Tokens beyond their lower bound, by the table of [`surrogate`](crate::loss::surrogate).
     pub clipped_low: u64,
-    /// Those beyond the upper bound.
+    /// Tokens beyond their upper bound.
     pub clipped_high: u64,
-    /// Those that the dual clip acts on, or whose weight was truncated.
+    /// Tokens that the dual clip acts on, or whose weight was truncated.
     pub limited: u64,
     /// Sum of the losses.
     pub loss: f64,
@@ -35,19 +38,19 @@ pub struct Totals {
     pub kl_k3: f64,
     /// Sum of `-old_log_prob`.
     pub entropy: f64,
-    /// Sum of `abs(A) r`, the gradient without any rule.
+    /// Sum of `abs(A) r`, the gradient without a rule.
     pub gradient_unclipped: f64,
-    /// Sum of the absolute difference that the rule makes to it.
+    /// Sum of the absolute change of the gradient by the rule.
     pub gradient_removed: f64,
-    /// Smallest `x`, NaN if any is, infinite for no token.
+    /// Min `x`, NaN if any is, infinite for no token.
     pub log_ratio_min: f64,
-    /// Greatest `x`, NaN if any is, `-inf` for no token.
+    /// Max `x`, NaN if any is, `-inf` for no token.
     pub log_ratio_max: f64,
-    /// By old probability, ascending; all 0 unless they were asked for.
+    /// Counts of each bin of the old probability, ascending. All 0 unless requested.
     pub by_probability: [ProbabilityBin; PROBABILITY_BINS],
 }
 
-/// The tokens whose old probability lies in one bin.
+/// Counts of the tokens whose old probability lies in one bin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ProbabilityBin {
     /// Tokens that count.
@@ -103,12 +106,12 @@ impl Totals {
     }
 }
 
-/// The minimum, NaN if either is, unlike `f64::min`.
+/// The smaller of both, NaN if either is. `f64::min` would lose the NaN.
 pub(super) fn min_or_nan(a: f64, b: f64) -> f64 {
     if b < a || b.is_nan() { b } else { a }
 }
 
-/// All lanes of a vector taken together, two and two.
+/// Combines all lanes of a vector, in pairs.
 #[inline(always)]
 pub(super) fn reduce<L: Lanes<Scalar: Float>>(
     lanes: L,
@@ -132,7 +135,7 @@ pub(super) fn sum<L: Lanes<Scalar: Float>>(lanes: L, vector: L::Float) -> f64 {
 }
 
 impl Totals {
-    /// Counts those that are valid, clipped low and clipped high.
+    /// Counts tokens by bin: `kinds` are those that are valid, clipped low and clipped high.
     #[inline(always)]
     pub(super) fn count_by_probability<L: Lanes>(
         &mut self,

@@ -67,7 +67,7 @@ mod lanes {
     }
 
     #[test]
-    fn every_kind_of_vector_gives_the_bits_of_the_scalar_table_and_of_each_other() {
+    fn all_registers_give_the_bits_of_the_scalar_lookup() {
         let numbers = numbers();
         for (spec, delta) in [("kl", 0.05), ("reverse-kl", 0.3), ("tv", 0.1), ("jeffreys", 1e-4)] {
             let band = Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap();
@@ -137,7 +137,7 @@ mod lanes {
     }
 
     #[test]
-    fn what_is_within_reach_is_within_bounds() {
+    fn log_ratio_within_reach_is_within_bounds() {
         let logp: Vec<f32> = numbers().into_iter().filter(|logp| *logp <= 0.0).collect();
         for delta in [1e-4, 0.05, 1.0] {
             for spec in ["kl", "reverse-kl", "tv", "jeffreys", "hockey-stick:1.2", "renyi:3.5"] {
@@ -190,7 +190,7 @@ mod lanes {
     }
 
     #[test]
-    fn every_kind_of_vector_packs_and_spreads_what_a_mask_says() {
+    fn compress_and_expand_follow_the_mask_on_all_registers() {
         Packed.run(Portable);
         #[cfg(target_arch = "x86_64")]
         {
@@ -205,7 +205,7 @@ mod lanes {
 
     /// What docs/numerics.md states.
     #[test]
-    fn exponentials_are_as_good_as_they_say() {
+    fn exponentials_are_as_accurate_as_documented() {
         let x: Vec<f32> =
             (0..1 << 20).map(|i| (i - (1 << 19)) as f32 * (20.0 / (1 << 19) as f32)).collect();
         let small: Vec<f32> = (0..1 << 16)
@@ -296,7 +296,7 @@ mod doubles {
 
     /// What docs/numerics.md states, in units of 2^-53.
     #[test]
-    fn elementary_functions_are_as_good_as_they_say() {
+    fn elementary_functions_are_as_accurate_as_documented() {
         let mut worst = [0.0_f64; 5];
         let mut compare = |column: usize, found: f64, exact: Dd| {
             let error = ((Dd::of(found) - exact) / exact).abs().to_f64();
@@ -326,7 +326,7 @@ mod doubles {
     }
 
     #[test]
-    fn every_kind_of_vector_gives_the_same_bits() {
+    fn all_registers_give_the_same_bits() {
         let x = numbers(708.0);
         let kinds = kinds(&x);
         for (name, found) in &kinds {
