@@ -128,7 +128,8 @@ fn nan_affects_only_its_token_and_a_masked_nan_none() {
         mask: &[0, 1],
     };
     let (mut loss, mut slope) = ([nan; 2], [nan; 2]);
-    let totals = policy_loss(&tokens, &bounds, MIN_CLIP, true, both(&mut loss, &mut slope)).unwrap();
+    let totals =
+        policy_loss(&tokens, &bounds, MIN_CLIP, true, both(&mut loss, &mut slope)).unwrap();
     assert_eq!((loss[0], slope[0], totals.valid, totals.nonfinite), (0.0, 0.0, 1, 0));
     assert_eq!((totals.kl, totals.log_ratio_min), (0.5, -0.5));
 }
@@ -265,7 +266,8 @@ fn weight_scales_only_the_gradient_and_losses_are_optional() {
         Tokens { old_log_prob: &old, log_prob: &new, log_ratio: None, advantages, mask: &mask };
     let bounds = BoundSource::Constant { log_lower: -0.2, log_upper: 0.3 };
     let (mut loss, mut slope) = (vec![7.0; count], vec![7.0; count]);
-    let totals = policy_loss(&tokens, &bounds, MIN_CLIP, true, both(&mut loss, &mut slope)).unwrap();
+    let totals =
+        policy_loss(&tokens, &bounds, MIN_CLIP, true, both(&mut loss, &mut slope)).unwrap();
     let mut weighted = vec![7.0; count];
     let outputs = Outputs { per_token: None, gradient: &mut weighted, weight: 1.0 / 3.0 };
     assert_eq!(policy_loss(&tokens, &bounds, MIN_CLIP, true, outputs).unwrap(), totals);

@@ -1,4 +1,4 @@
-//! [`Lanes`] in AVX2, eight float32 at a time, and [`Doubles`], four float64.
+//! Registers of AVX2: eight float32 or four float64.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always, clippy::wildcard_imports)]
@@ -7,10 +7,10 @@ use std::arch::x86_64::*;
 
 use crate::simd::WithLanes;
 use crate::simd::doubles::{self, Doubles};
-use crate::simd::interleaved::Twice;
+use crate::simd::interleaved::Interleaved;
 use crate::simd::lanes::{FloatBits, Lanes};
 
-/// Exists only where the processor has the instructions.
+/// Exists only where the processor has AVX2.
 #[derive(Clone, Copy)]
 pub struct Avx2(());
 
@@ -26,13 +26,12 @@ impl Avx2 {
         fn compiled<W: WithLanes<f32>>(lanes: Avx2, work: W) -> W::Output {
             work.run(lanes)
         }
-        // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX2
-        // count bits.
+        // SAFETY: `self` exists, so the processor has the instructions. All that have AVX2 have popcnt.
         unsafe { compiled(self, work) }
     }
 }
 
-/// AVX2 with fused multiplication and addition; exists only where the processor has both.
+/// Exists only where the processor has AVX2 and fused multiply-adds.
 #[derive(Clone, Copy)]
 pub struct Avx2Fused(());
 
@@ -46,15 +45,14 @@ impl Avx2Fused {
     pub fn run_doubles<W: doubles::Work>(self, work: W) {
         #[target_feature(enable = "avx2,fma,popcnt")]
         fn compiled<W: doubles::Work>(lanes: Avx2Fused, work: W) {
-            work.run(Twice(Twice(lanes)));
+            work.run(Interleaved(Interleaved(lanes)));
         }
-        // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX2
-        // count bits.
+        // SAFETY: `self` exists, so the processor has the instructions. All that have AVX2 have popcnt.
         unsafe { compiled(self, work) }
     }
 }
 
-/// For each mask of eight lanes the numbers of those that are set, one a byte.
+/// For each mask of eight lanes, the indices of the lanes that are set, one a byte.
 const SET_LANES: [u64; 256] = {
     let mut all = [0; 256];
     let mut mask = 0;
@@ -72,7 +70,7 @@ const SET_LANES: [u64; 256] = {
     all
 };
 
-/// For each mask of eight lanes how many are set before each lane, one a byte.
+/// For each mask of eight lanes, the number of lanes set before each lane, one a byte.
 const RANKS: [u64; 256] = {
     let mut all = [0; 256];
     let mut mask = 0;
@@ -94,7 +92,7 @@ const RANKS: [u64; 256] = {
 /// The processor has the instructions.
 #[inline(always)]
 unsafe fn permutation(bytes: u64) -> __m256i {
-    // SAFETY: as the caller says.
+    // SAFETY: required of the caller.
     unsafe { _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)) }
 }
 
@@ -151,7 +149,7 @@ impl Lanes for Avx2 {
         fn abs(self, a: __m256) -> __m256 { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
         fn min(self, a: __m256, b: __m256) -> __m256 { _mm256_min_ps(a, b) }
         fn max(self, a: __m256, b: __m256) -> __m256 { _mm256_max_ps(a, b) }
-        // Of a NaN and a number, the instruction takes the second.
+        // The instruction returns its second operand if either is NaN.
         fn clamp_max(self, limit: f64, a: __m256) -> __m256 {
             _mm256_min_ps(_mm256_set1_ps(limit as f32), a)
         }
@@ -184,10 +182,10 @@ impl FloatBits for Avx2 {
         self.as_words(self.select(mask, self.as_floats(a), self.as_floats(b)))
     }
     #[inline(always)]
-    fn of_row(self, row: &[u32; 16], index: __m256i, lower: __m256) -> __m256i {
+    fn pick(self, row: &[u32; 16], index: __m256i, lower: __m256) -> __m256i {
         // SAFETY: `self` exists, so the processor has the instructions; eight words of the row follow each start.
         unsafe {
-            // The permutation takes the index modulo 8.
+            // The permutation takes indices modulo 8.
             let [upper_half, lower_half] = [0, 8].map(|half| {
                 _mm256_permutevar8x32_epi32(_mm256_loadu_si256(row[half..].as_ptr().cast()), index)
             });
@@ -201,7 +199,7 @@ impl FloatBits for Avx2 {
     }
     #[inline(always)]
     unsafe fn gather_four(self, words: &[u32], index: __m256i) -> [__m256; 4] {
-        // Eight loads of four words and a transposition, as in AVX-512.
+        // Eight loads and a transposition are faster than four gathers, as in AVX-512.
         // SAFETY: `self` exists, so the processor has the instructions; the caller keeps the indices inside.
         unsafe {
             let mut places = [0_u32; 8];

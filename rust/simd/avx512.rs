@@ -1,4 +1,4 @@
-//! [`Lanes`] and [`Doubles`] in AVX-512: sixteen float32 or eight float64 at a time.
+//! Registers of AVX-512: sixteen float32 or eight float64.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always, clippy::wildcard_imports)]
@@ -7,10 +7,10 @@ use std::arch::x86_64::*;
 
 use crate::simd::WithLanes;
 use crate::simd::doubles::{self, Doubles};
-use crate::simd::interleaved::Twice;
+use crate::simd::interleaved::Interleaved;
 use crate::simd::lanes::{FloatBits, Lanes};
 
-/// Exists only where the processor has the instructions.
+/// Exists only where the processor has AVX-512 F, BW, DQ and VL.
 #[derive(Clone, Copy)]
 pub struct Avx512(());
 
@@ -30,18 +30,17 @@ impl Avx512 {
         fn compiled<W: WithLanes<f32>>(lanes: Avx512, work: W) -> W::Output {
             work.run(lanes)
         }
-        // SAFETY: a value of this type exists, so the processor has the instructions; all that have AVX-512
-        // count bits.
+        // SAFETY: `self` exists, so the processor has the instructions. All that have AVX-512 have popcnt.
         unsafe { compiled(self, work) }
     }
 
-    /// The same for work on doubles.
+    /// Does work on doubles in a function that is compiled for these instructions.
     pub fn run_doubles<W: doubles::Work>(self, work: W) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
         fn compiled<W: doubles::Work>(lanes: Avx512, work: W) {
-            work.run(Twice(Twice(lanes)));
+            work.run(Interleaved(Interleaved(lanes)));
         }
-        // SAFETY: as above.
+        // SAFETY: as in `run`.
         unsafe { compiled(self, work) }
     }
 }
@@ -94,7 +93,7 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     fn compress(self, mask: __mmask16, a: __m512, to: &mut [f32]) {
-        // Not the instruction that stores as well, which some processors do in microcode.
+        // A compressing store would be microcode on some processors.
         // SAFETY: `self` exists, so the processor has the instructions; `to` has 16 elements.
         unsafe {
             _mm512_storeu_ps(to[..16].as_mut_ptr(), _mm512_maskz_compress_ps(mask, a));
@@ -114,7 +113,7 @@ impl Lanes for Avx512 {
         fn abs(self, a: __m512) -> __m512 { _mm512_abs_ps(a) }
         fn min(self, a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
         fn max(self, a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
-        // Of a NaN and a number, the instruction takes the second.
+        // The instruction returns its second operand if either is NaN.
         fn clamp_max(self, limit: f64, a: __m512) -> __m512 {
             _mm512_min_ps(_mm512_set1_ps(limit as f32), a)
         }
@@ -136,7 +135,7 @@ impl FloatBits for Avx512 {
     type Words = __m512i;
 
     #[inline(always)]
-    fn of_row(self, row: &[u32; 16], index: __m512i, _: __mmask16) -> __m512i {
+    fn pick(self, row: &[u32; 16], index: __m512i, _: __mmask16) -> __m512i {
         // SAFETY: `self` exists, so the processor has the instructions; the row has 16 words.
         unsafe { _mm512_permutexvar_epi32(index, _mm512_loadu_si512(row.as_ptr().cast())) }
     }
@@ -147,8 +146,8 @@ impl FloatBits for Avx512 {
     }
     #[inline(always)]
     unsafe fn gather_four(self, words: &[u32], index: __m512i) -> [__m512; 4] {
-        // Sixteen loads of four words and a transposition: several times as fast as four gathers where
-        // those are done in microcode, and no slower elsewhere.
+        // Sixteen loads and a transposition: several times as fast as four gathers in microcode, and no slower
+        // than gathers elsewhere.
         // SAFETY: `self` exists, so the processor has the instructions; the caller keeps the indices inside.
         unsafe {
             let mut places = [0_u32; 16];

@@ -1,33 +1,31 @@
-//! Doubles side by side, and their elementary functions: what the bounds of many tokens need of a vector
-//! register, whatever its width.
+//! Vector registers of the solver, of any width.
 //!
-//! [`Doubles`] is the register, [`Vector`] a number of it that formulas are written with. Multiplication and
-//! addition may be fused, and every kind of vector does so at the same places; so all kinds give the same
-//! bits.
+//! [`Doubles`] is the register, [`Vector`] a vector that formulas are written with. `mul_add` rounds once on every
+//! register, so all registers give the same bits.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
 use std::ops::{Add, BitAnd, BitOr, Div, Mul, Neg, Not, Sub};
 
-/// Numbers in the widest vector: four registers of AVX-512.
+/// Max lanes of a vector: four registers of AVX-512.
 pub const MOST_DOUBLES: usize = 32;
 
-/// Vectors of [`Self::COUNT`] doubles, and what can be done with all of them at a time.
+/// Operations on vectors of [`Self::COUNT`] doubles.
 pub trait Doubles: Copy {
-    /// A vector of numbers.
+    /// Vector of numbers.
     type Float: Copy;
-    /// A vector of truths.
+    /// Vector of truth values.
     type Mask: Copy;
-    /// A vector of 64-bit words.
+    /// Vector of 64-bit words.
     type Words: Copy;
-    /// Numbers in a vector.
+    /// Lanes of a vector.
     const COUNT: usize;
 
     fn splat(self, value: f64) -> Self::Float;
-    /// The first [`Self::COUNT`] elements.
+    /// Loads the first [`Self::COUNT`] elements.
     fn load(self, from: &[f64]) -> Self::Float;
-    /// To the first [`Self::COUNT`] elements.
+    /// Stores to the first [`Self::COUNT`] elements.
     fn store(self, values: Self::Float, to: &mut [f64]);
 
     fn add(self, a: Self::Float, b: Self::Float) -> Self::Float;
@@ -44,7 +42,7 @@ pub trait Doubles: Copy {
     fn not(self, a: Self::Mask) -> Self::Mask;
     /// `a` where `mask` is true, `b` elsewhere.
     fn select(self, mask: Self::Mask, a: Self::Float, b: Self::Float) -> Self::Float;
-    /// One bit a lane, the first lane's lowest.
+    /// Bit `k` is lane `k`.
     fn bits(self, mask: Self::Mask) -> u32;
 
     fn words(self, value: u64) -> Self::Words;
@@ -55,9 +53,9 @@ pub trait Doubles: Copy {
     /// Wraps around.
     fn sub_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn and_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
-    /// Shifts up to the place of an exponent, by 52 bits.
+    /// Shifts left by 52 bits, to the exponent of a double.
     fn exponent_up(self, a: Self::Words) -> Self::Words;
-    /// Shifts down from there; the sign bit comes along.
+    /// Shifts right by 52 bits. The sign stays above the exponent.
     fn exponent_down(self, a: Self::Words) -> Self::Words;
 }
 
@@ -66,14 +64,14 @@ pub trait Work {
     fn run<L: Doubles>(self, lanes: L);
 }
 
-/// A vector as a number.
+/// Vector with the operators of a number.
 #[derive(Clone, Copy)]
 pub struct Vector<L: Doubles> {
     pub lanes: L,
     pub values: L::Float,
 }
 
-/// A vector of truths.
+/// Vector of truth values.
 #[derive(Clone, Copy)]
 pub struct Truth<L: Doubles> {
     lanes: L,
@@ -86,7 +84,7 @@ impl<L: Doubles> Truth<L> {
     pub fn select(self, a: Vector<L>, b: Vector<L>) -> Vector<L> {
         a.with(self.lanes.select(self.mask, a.values, b.values))
     }
-    /// One bit a lane, the first lane's lowest.
+    /// Bit `k` is lane `k`.
     #[inline(always)]
     pub fn bits(self) -> u32 {
         self.lanes.bits(self.mask)
@@ -172,13 +170,13 @@ impl<L: Doubles> Vector<L> {
             self.lanes.and_words(self.lanes.as_words(self.values), self.lanes.words(u64::MAX >> 1));
         self.with(self.lanes.as_floats(words))
     }
-    /// The neighbouring double next to 0 of a number that is not 0.
+    /// The next double towards 0. Takes no 0.
     #[inline(always)]
     pub fn next_inwards(self) -> Self {
         let words = self.lanes.sub_words(self.lanes.as_words(self.values), self.lanes.words(1));
         self.with(self.lanes.as_floats(words))
     }
-    /// The polynomial in this number with these coefficients, that of the highest power first.
+    /// A polynomial in this number, by its coefficients from the highest power down.
     #[inline(always)]
     pub fn polynomial(self, coefficients: &[f64]) -> Self {
         let mut sum = self.constant(coefficients[0]);

@@ -1,16 +1,18 @@
-//! Vectors of doubles that are several registers each.
+//! Two vectors of doubles as one.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
 use crate::simd::doubles::Doubles;
 
-/// Two vectors as one. The formulas are chains in which every operation needs the one before it; the processor
-/// works on another chain while it waits. Four of AVX-512 take half the time of one by one.
+/// Two vectors as one.
+///
+/// Formulas are chains in which every operation waits for the one before it. The processor overlaps independent
+/// chains: four registers of AVX-512 together take half the time of one after the other.
 #[derive(Clone, Copy)]
-pub struct Twice<L>(pub L);
+pub struct Interleaved<L>(pub L);
 
-impl<L: Doubles> Doubles for Twice<L> {
+impl<L: Doubles> Doubles for Interleaved<L> {
     type Float = (L::Float, L::Float);
     type Mask = (L::Mask, L::Mask);
     type Words = (L::Words, L::Words);

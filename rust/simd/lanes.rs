@@ -1,33 +1,29 @@
-//! Numbers side by side: what the loss needs of a vector register, whatever its width.
+//! Vector registers of the loss, of any width.
 //!
-//! The rules of `loss.rs` are written once, over [`Lanes`], and know neither the width nor the
-//! instructions. Comparisons with NaN are false, and a selection keeps the NaN that it selects. No
-//! operation is fused with another, so that a token's result is the same bit for bit on every
+//! The loss is written once, over [`Lanes`]. Comparisons with NaN are false, and a selection keeps the NaN that it
+//! selects. No operation is fused with another. A token's result is therefore the same bit for bit on every
 //! processor and at every place of a batch.
 
-// A function of vectors has to become part of one that is compiled for their instructions.
-#![allow(clippy::inline_always)]
-
-/// Numbers in the widest vector.
+/// Max lanes of a register.
 pub const MAX_LANES: usize = 16;
 
-/// Vectors of [`Self::COUNT`] numbers, and what can be done with all of them at a time.
+/// Operations on vectors of [`Self::COUNT`] numbers.
 pub trait Lanes: Copy {
-    /// One number.
+    /// Number in a lane.
     type Scalar: Copy;
-    /// A vector of numbers.
+    /// Vector of numbers.
     type Float: Copy;
-    /// A vector of truths.
+    /// Vector of truth values.
     type Mask: Copy;
-    /// Numbers in a vector.
+    /// Lanes of a vector.
     const COUNT: usize;
 
     fn splat(self, value: f64) -> Self::Float;
-    /// The first [`Self::COUNT`] elements.
+    /// Loads the first [`Self::COUNT`] elements.
     fn load(self, from: &[Self::Scalar]) -> Self::Float;
-    /// To the first [`Self::COUNT`] elements.
+    /// Stores to the first [`Self::COUNT`] elements.
     fn store(self, values: Self::Float, to: &mut [Self::Scalar]);
-    /// Which of the first [`Self::COUNT`] bytes are not 0.
+    /// True where one of the first [`Self::COUNT`] bytes is not 0.
     fn load_mask(self, from: &[u8]) -> Self::Mask;
 
     fn add(self, a: Self::Float, b: Self::Float) -> Self::Float;
@@ -53,21 +49,21 @@ pub trait Lanes: Copy {
     fn and_not(self, a: Self::Mask, b: Self::Mask) -> Self::Mask;
     /// `a` where `mask` is true, `b` elsewhere.
     fn select(self, mask: Self::Mask, a: Self::Float, b: Self::Float) -> Self::Float;
-    /// One bit a lane, the first lane's lowest.
+    /// Bit `k` is lane `k`.
     fn bits(self, mask: Self::Mask) -> u32;
-    /// The inverse.
+    /// Inverse of [`Self::bits`].
     fn mask_of(self, bits: u32) -> Self::Mask;
-    /// Stores the lanes where the mask is true, one after the other; the rest of the first [`Self::COUNT`]
-    /// elements may be overwritten.
+    /// Stores the lanes where the mask is true side by side. May overwrite the rest of the first [`Self::COUNT`]
+    /// elements.
     fn compress(self, mask: Self::Mask, a: Self::Float, to: &mut [Self::Scalar]);
-    /// The inverse: the first elements in the lanes where the mask is true, 0 in the others. All of
-    /// [`Self::COUNT`] elements may be read.
+    /// Inverse of [`Self::compress`]: the first elements in the lanes where the mask is true, 0 in the others. May
+    /// read all of the first [`Self::COUNT`] elements.
     fn expand(self, mask: Self::Mask, from: &[Self::Scalar]) -> Self::Float;
 }
 
-/// Vectors of f32 that can be taken for their bits.
+/// Operations on the bits of float32 vectors.
 pub trait FloatBits: Lanes<Scalar = f32> {
-    /// A vector of 32-bit words.
+    /// Vector of 32-bit words.
     type Words: Copy;
 
     fn words(self, value: u32) -> Self::Words;
@@ -79,23 +75,23 @@ pub trait FloatBits: Lanes<Scalar = f32> {
     fn sub_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn and_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn or_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
-    /// Shifts by less than 32 each.
+    /// Shifts each lane by less than 32.
     fn shift_left(self, a: Self::Words, by: Self::Words) -> Self::Words;
-    /// Shifts zeros in, by less than 32 each.
+    /// Shifts zeros into each lane, by less than 32.
     fn shift_right(self, a: Self::Words, by: Self::Words) -> Self::Words;
     fn min_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn max_words(self, a: Self::Words, b: Self::Words) -> Self::Words;
     fn select_words(self, mask: Self::Mask, a: Self::Words, b: Self::Words) -> Self::Words;
-    /// The word of a row that each lane names, `lower` being whether its number is above 7.
-    fn of_row(self, row: &[u32; 16], index: Self::Words, lower: Self::Mask) -> Self::Words;
-    /// The words at these places.
+    /// The word `row[index]` of each lane. `lower` is true where the index is above 7.
+    fn pick(self, row: &[u32; 16], index: Self::Words, lower: Self::Mask) -> Self::Words;
+    /// The word `words[index]` of each lane.
     ///
     /// # Safety
     /// Every index lies inside `words`.
     unsafe fn gather(self, words: &[u32], index: Self::Words) -> Self::Words;
-    /// Four neighbouring words at each of these places, the first of all, the second of all, and so on.
+    /// The words at `index`, `index + 1`, `index + 2` and `index + 3` of each lane, as floats.
     ///
     /// # Safety
-    /// Every index, and the three after it, lie inside `words`.
+    /// Every index and the three after it lie inside `words`.
     unsafe fn gather_four(self, words: &[u32], index: Self::Words) -> [Self::Float; 4];
 }

@@ -1,4 +1,4 @@
-//! A table's lookup on vectors of float32.
+//! Table lookup on vectors.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
@@ -11,10 +11,10 @@ use crate::image::{
 use crate::simd::lanes::{FloatBits, Lanes};
 use crate::simd::portable::Double;
 
-/// The bits of infinity.
-const INFINITY: u32 = 0x7f80_0000;
+/// Bits of infinity.
+const INFINITY: u32 = f32::INFINITY.to_bits();
 
-/// [`Image::y`] of a vector. Also turns -0 into 0; a NaN stays.
+/// [`Image::y`] of a vector. NaN gives NaN, and -0 gives 0.
 #[inline(always)]
 fn minus_log_prob<L: Lanes>(lanes: L, old_log_prob: L::Float) -> L::Float {
     let zero = lanes.splat(0.0);
@@ -23,10 +23,10 @@ fn minus_log_prob<L: Lanes>(lanes: L, old_log_prob: L::Float) -> L::Float {
 
 /// Vectors that a table is looked up in.
 pub trait LookUp: Lanes {
-    /// The log-ratio up to which a token does not reach the tabulated bound of its side, or 0.
+    /// Safe distance of each token: a log-ratio between 0 and this is not beyond the tabulated bound.
     fn reach(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask) -> Self::Float;
-    /// The tabulated side of each token: `lower`, a ratio, where the mask is true, else `log_upper`. What a
-    /// NaN gives does not count: no ratio can be beyond its bound.
+    /// The tabulated side of each token: `lower`, a ratio, where the mask is true, else `log_upper`. The result of a
+    /// NaN is arbitrary, because no ratio is beyond its bound.
     fn look_up(self, image: Image<'_>, old_log_prob: Self::Float, lower: Self::Mask)
     -> Self::Float;
 }
@@ -45,11 +45,11 @@ impl<L: FloatBits> LookUp for L {
             self.words((UPPER_REACH - ENDS) as u32),
         );
         let index = self.add_words(self.sub_words(range, first_range), first);
-        let limit = self.as_floats(self.of_row(image.row(ENDS), index, lower));
+        let limit = self.as_floats(self.pick(image.row(ENDS), index, lower));
         self.select(lower, limit, self.mul(limit, y))
     }
 
-    /// The steps of [`Image`], in the same order, on a vector.
+    /// Has the steps of [`Image::log_upper`] and [`Image::lower`], in the same order.
     #[inline(always)]
     fn look_up(
         self,
@@ -71,19 +71,19 @@ impl<L: FloatBits> LookUp for L {
             let reached = self.less_or_equal(self.as_floats(start), y);
             index = self.add_words(index, self.select_words(reached, self.words(1), self.words(0)));
         }
-        let origin = self.of_row(image.row(ORIGIN), index, lower);
-        let scale = self.of_row(image.row(SCALE), index, lower);
-        let base = self.of_row(image.row(ENTRY_BASE), index, lower);
-        let min_bits = self.of_row(image.row(MIN_BITS), index, lower);
-        let max_bits = self.of_row(image.row(MAX_BITS), index, lower);
+        let origin = self.pick(image.row(ORIGIN), index, lower);
+        let scale = self.pick(image.row(SCALE), index, lower);
+        let base = self.pick(image.row(ENTRY_BASE), index, lower);
+        let min_bits = self.pick(image.row(MIN_BITS), index, lower);
+        let max_bits = self.pick(image.row(MAX_BITS), index, lower);
         let distance = self.abs(self.sub(y, self.as_floats(origin)));
         let z = self.as_words(self.mul(distance, self.as_floats(scale)));
-        // A NaN is above all other bits, and is brought into the grid like them.
+        // NaN has bits above all numbers, so that it is clamped into the grid as well.
         let bits = self.min_words(self.max_words(z, min_bits), max_bits);
         let exponent = self.shift_right(bits, self.words(MANTISSA_BITS));
-        // SAFETY: an image has been checked: it has shown that bits within the grid of any piece lead to an entry
-        // inside the image, and any entry with any mantissa to a cell inside it.
         let (entry, halvings, cell);
+        // SAFETY: an image is checked when it is made: bits in the grid of any piece lead to an entry inside the
+        // image, and any entry with any mantissa to a cell inside it.
         unsafe {
             entry = self.gather(words, self.add_words(base, exponent));
             halvings = self.and_words(entry, self.words(HALVINGS_MASK));
@@ -118,16 +118,16 @@ impl<L: FloatBits> LookUp for L {
         let (at_zero, far) = (end(AT_ZERO - ENDS), end(AT_FAR - ENDS));
         value = self.select(self.less(zero, y), value, at_zero);
         value = self.select(self.less_or_equal(self.splat(FAR), y), far, value);
-        // Above, never outside the simplex; below, never under 0.
+        // log_upper stays in [0, y], lower stays at least 0.
         let limit = self.select(lower, value, y);
         self.clamp_min(0.0, self.min(value, limit))
     }
 }
 
-/// By the lookup of [`Image`], in float32.
+/// The scalar lookup of [`Image`], in float32.
 impl LookUp for Double {
     fn reach(self, _: Image<'_>, _: f64, _: bool) -> f64 {
-        0.0 // it is in float32
+        0.0 // the reaches of a table hold in float32 alone
     }
     fn look_up(self, image: Image<'_>, old_log_prob: f64, lower: bool) -> f64 {
         let y = Image::y(old_log_prob as f32);
@@ -135,7 +135,7 @@ impl LookUp for Double {
             return f64::from(image.lower(y));
         }
         let tabulated = image.log_upper(y);
-        // Where everything is allowed, y in f32 could fall short of a new probability of 1.
+        // y in float32 may be below -old_log_prob, which would forbid a new probability of 1.
         if tabulated >= y && old_log_prob <= 0.0 { -old_log_prob } else { f64::from(tabulated) }
     }
 }

@@ -1,4 +1,6 @@
-//! Elementary functions on vectors: of float32 for the loss, of float64 for the solver.
+//! Exponentials and logarithms on vectors, without cancellation near 0.
+//!
+//! In float32 they serve the loss, in float64 the solver.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
@@ -16,11 +18,11 @@ pub struct ExpAndGap<F> {
 
 /// Vectors that have exponentials.
 pub trait Exponentials: Lanes {
-    /// For `x` within plus and minus 20; NaN gives NaN.
+    /// Exponentials of `-20 <= x <= 20`. NaN gives NaN.
     fn exp_and_gap(self, x: Self::Float) -> ExpAndGap<Self::Float>;
 }
 
-/// In float32: `e^x` within 1.2 ulp, the gap within 1e-6 of itself.
+/// Float32: the error of `e^x` is at most 1.2 ulp, the relative error of the gap 1e-6.
 impl<L: FloatBits> Exponentials for L {
     #[inline(always)]
     fn exp_and_gap(self, x: Self::Float) -> ExpAndGap<Self::Float> {
@@ -37,7 +39,7 @@ impl<L: FloatBits> Exponentials for L {
         }
         let gap = self.mul(self.mul(t, t), series);
         let minus_one = self.add(gap, t);
-        // 2^k, from the bits of k: those above the exponent's are shifted out.
+        // 2^k from the bits of k. The shift drops the bits above the exponent's.
         let exponent = self.add_words(self.as_words(shifted), self.words(127));
         let scale = self.as_floats(self.shift_left(exponent, self.words(23)));
         let scaled = self.mul(scale, minus_one);
@@ -47,10 +49,10 @@ impl<L: FloatBits> Exponentials for L {
     }
 }
 
-/// In float64: as good as the platform's.
+/// Float64: the platform's.
 impl Exponentials for Double {
     fn exp_and_gap(self, x: f64) -> ExpAndGap<f64> {
-        // By its series where the difference has lost digits; the next term is 3e-15 of it.
+        // A series where the difference cancels. The next term is 3e-15 of the sum.
         let gap = if x.abs() < 1e-3 {
             x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0))))
         } else {
@@ -60,11 +62,10 @@ impl Exponentials for Double {
     }
 }
 
-/// `1.5 * 2^23`: added to a float and taken away again, it rounds it to a whole number, which the low
-/// bits hold in between.
+/// `1.5 * 2^23`. A float plus this is rounded to a whole number, which is in the low bits of the sum.
 const ROUNDING_F32: f64 = 12_582_912.0;
 
-/// `ln 2` in two parts, the first so short that its product with a small whole number is exact.
+/// `ln 2` in two parts. The first is short, so that its product with a small whole number is exact.
 const LN_2_F32: [f64; 2] = [0.693_359_375, -2.121_944_400_546_905_8e-4];
 
 /// `(e^t - 1 - t)/t^2` for `t` up to `ln(2)/2` on either side, within 1.4e-9 (a Chebyshev fit).
@@ -77,33 +78,33 @@ const GAP: [f64; 6] = [
     0.5,
 ];
 
-/// Of a number t.
+/// `e^t` and its two companions without cancellation.
 #[derive(Clone, Copy)]
 pub struct Exponential<L: Doubles> {
     /// `e^t`
     pub u: Vector<L>,
     /// `e^t - 1`
     pub excess: Vector<L>,
-    /// `e^t - 1 - t`, which does not cancel around 0.
+    /// `e^t - 1 - t`
     pub gap: Vector<L>,
 }
 
-/// Of a number x.
+/// `ln(1 + x)` and its companion without cancellation.
 #[derive(Clone, Copy)]
 pub struct Logarithm<L: Doubles> {
     /// `ln(1 + x)`
     pub log: Vector<L>,
-    /// `x - ln(1 + x)`, which does not cancel around 0.
+    /// `x - ln(1 + x)`
     pub gap: Vector<L>,
 }
 
 impl<L: Doubles> Vector<L> {
-    /// For a number within plus and minus 708: see [`Exponential`].
+    /// Exponentials of `-708 <= self <= 708`.
     #[inline(always)]
     pub fn exponential(self) -> Exponential<L> {
         let lanes = self.lanes;
         let one = self.constant(1.0);
-        // self = k ln 2 + r; k = 0 up to 0.7, so that the gap comes from its series there.
+        // self = k ln 2 + r. Up to 0.7, k = 0, so that the gap is its series.
         let shifted =
             self.mul_add(self.constant(std::f64::consts::LOG2_E), self.constant(ROUNDING_F64));
         let near = self.abs().less(self.constant(NEAR_ZERO));
@@ -113,7 +114,7 @@ impl<L: Doubles> Vector<L> {
         let r = k.mul_add(self.constant(-LN_2_F64[1]), r);
         let gap = r * r * r.polynomial(&EXP_GAP);
         let excess = r + gap;
-        // 2^k, from the low bits of k: those above the exponent's are shifted out.
+        // 2^k from the low bits of k. The shift drops the bits above the exponent's.
         let exponent = lanes.add_words(lanes.as_words(shifted.values), lanes.words(1023));
         let scale = self.with(lanes.as_floats(lanes.exponent_up(exponent)));
         let scaled = scale.mul_add(excess, scale - one);
@@ -124,28 +125,28 @@ impl<L: Doubles> Vector<L> {
         }
     }
 
-    /// Of `1 + self`, for a number above -1: see [`Logarithm`].
+    /// Logarithm of `1 + self`, for a number above -1.
     #[inline(always)]
     pub fn log_1p(self) -> Logarithm<L> {
         let one = self.constant(1.0);
         let u = self + one;
-        // What rounding u lost.
+        // Rounding error of u.
         let from_self = u - one;
         let lost = (self - from_self) + (one - (u - from_self));
         self.log_of(u, lost)
     }
 
-    /// Of this positive normal number.
+    /// Logarithm of a positive normal number.
     #[inline(always)]
     pub fn ln(self) -> Self {
         (self - self.constant(1.0)).log_of(self, self.constant(0.0)).log
     }
 
-    /// Of `u + lost`, which is 1 more than this number; `lost` is less than an ulp of `u`.
+    /// Logarithm of `u + lost = 1 + self`, where `lost` is less than an ulp of `u`.
     #[inline(always)]
     fn log_of(self, u: Self, lost: Self) -> Logarithm<L> {
         let lanes = self.lanes;
-        // u = 2^k (1 + d); k = 0 around 1, where the gap would cancel.
+        // u = 2^k (1 + d). Around 1, where the gap would cancel, k = 0.
         let shifted = lanes.add_words(lanes.as_words(u.values), lanes.words(ONE - ROOT_HALF));
         let biased = lanes.exponent_down(shifted);
         let mantissa = lanes.add_words(
@@ -170,26 +171,25 @@ impl<L: Doubles> Vector<L> {
     }
 }
 
-/// `1.5 * 2^52`: added to a double and taken away again, it rounds it to a whole number, which the low bits
-/// hold in between.
+/// `1.5 * 2^52`. A double plus this is rounded to a whole number, which is in the low bits of the sum.
 const ROUNDING_F64: f64 = 6_755_399_441_055_744.0;
 
-/// `2^52`, whose low bits are those of a whole number added to it.
+/// Bits of `2^52`. A whole number is in the low bits of its sum with that.
 const TWO_52: u64 = 1075 << 52;
 
-/// The bits of 1.
+/// Bits of 1.
 const ONE: u64 = 1023 << 52;
 
-/// The bits of the square root of 1/2, from which on a mantissa is taken.
+/// Bits of the square root of 1/2, the smallest mantissa of a reduced number.
 const ROOT_HALF: u64 = 0x3fe6_a09e_667f_3bcd;
 
-/// `ln 2` and what a double lacks of it.
+/// `ln 2` and its rounding error.
 const LN_2_F64: [f64; 2] = [std::f64::consts::LN_2, 2.319_046_813_846_299_6e-17];
 
-/// Up to here an exponential is not reduced.
+/// Magnitude up to which an exponential is not reduced.
 const NEAR_ZERO: f64 = 0.7;
 
-/// Between these a logarithm is not reduced.
+/// Range in which a logarithm is not reduced.
 const NEAR_ONE: [f64; 2] = [0.6, 1.6];
 
 /// `(e^r - 1 - r)/r^2` up to 0.7 on either side, within 1e-17 (a Chebyshev fit).

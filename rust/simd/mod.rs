@@ -1,11 +1,11 @@
 //! Vector registers, and which instructions run.
 //!
-//! The loss is written over the registers of [`lanes`], the solver over those of [`doubles`]. Each is compiled
-//! for every set of instructions; the widest one that the processor has runs.
+//! The loss is written over the registers of [`lanes`], the solver over those of [`doubles`]. Both are compiled for
+//! every set of instructions, and the widest set of the processor runs.
 //!
-//! The environment variable `BANDPO_SIMD` sets the widest set that may run: `portable`, `avx2` or `avx512`. It
-//! is read once. `portable` also keeps the solver off vectors on `x86_64`, since doubles there have none that
-//! fuse multiplication and addition.
+//! The environment variable `BANDPO_SIMD` limits the choice: `portable`, `avx2` or `avx512` is the widest set that
+//! may run. It is read once. Under `portable`, `x86_64` solves every token by the scalar solver, because vectors of
+//! doubles need fused multiply-adds.
 
 #[cfg(target_arch = "x86_64")]
 /// Methods of intrinsics that need nothing but the instructions.
@@ -40,12 +40,12 @@ use crate::error::{Error, Result};
 use crate::simd::avx2::{Avx2, Avx2Fused};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::avx512::Avx512;
-use crate::simd::interleaved::Twice;
+use crate::simd::interleaved::Interleaved;
 use crate::simd::lookup::LookUp;
 use crate::simd::math::Exponentials;
 use crate::simd::portable::{Double, Portable, PortableDoubles};
 
-/// Environment variable that holds a [`Level`].
+/// Environment variable that names a [`Level`].
 const SWITCH: &str = "BANDPO_SIMD";
 
 /// Widest instructions that may run.
@@ -99,8 +99,7 @@ impl Available {
 static AVAILABLE: LazyLock<Result<Available>> =
     LazyLock::new(|| Level::from_environment().map(Available::up_to));
 
-/// Refuses a `BANDPO_SIMD` that names no instructions. The extension checks when it is imported; everything
-/// below panics without that.
+/// Refuses a [`SWITCH`] that names no level. Python checks on import, otherwise the first use of vectors panics.
 #[cfg(feature = "python")]
 pub(crate) fn check() -> Result<()> {
     AVAILABLE.as_ref().map(|_| ()).map_err(Clone::clone)
@@ -127,20 +126,20 @@ fn available() -> &'static Available {
     AVAILABLE.as_ref().unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// Vectors with all that the loss does on them.
+/// Registers with all functions of the loss.
 pub trait LossLanes: Exponentials + LookUp {}
 impl<L: Exponentials + LookUp> LossLanes for L {}
 
-/// Work on vectors of any width.
+/// Work on registers of any width.
 pub trait WithLanes<T> {
     type Output;
     fn run<L: LossLanes<Scalar = T>>(self, lanes: L) -> Self::Output;
 }
 
-/// A number that vectors are made of.
+/// Number in a lane of the loss.
 pub trait Number: Copy {
     const ZERO: Self;
-    /// Does the work with the widest vectors that may run.
+    /// Does the work on the widest registers that may run.
     fn run<W: WithLanes<Self>>(work: W) -> W::Output;
     fn to_f64(self) -> f64;
 }
@@ -179,8 +178,8 @@ impl Number for f64 {
     }
 }
 
-/// Does the work with the widest vectors of doubles that may run, and returns whether there are any that fuse
-/// multiplication and addition. Without them the work is not done.
+/// Does the work on the widest doubles that may run. Returns false, and does nothing, if none has fused
+/// multiply-adds.
 pub(crate) fn widest<W: doubles::Work>(work: W) -> bool {
     #[cfg(target_arch = "x86_64")]
     {
@@ -195,7 +194,7 @@ pub(crate) fn widest<W: doubles::Work>(work: W) -> bool {
         }
     }
     if cfg!(target_arch = "aarch64") {
-        work.run(Twice(PortableDoubles));
+        work.run(Interleaved(PortableDoubles));
         return true;
     }
     false

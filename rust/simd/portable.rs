@@ -1,4 +1,4 @@
-//! Vectors without instructions of their own.
+//! Registers in arrays and scalars, for any processor.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
@@ -20,7 +20,7 @@ fn pairwise<const N: usize, A: Copy, B: Copy, T>(
     std::array::from_fn(|lane| operation(a[lane], b[lane]))
 }
 
-/// Eight numbers at a time in whatever instructions the compiler finds for arrays.
+/// Eight float32 in an array.
 #[derive(Clone, Copy)]
 pub struct Portable;
 
@@ -194,17 +194,17 @@ impl FloatBits for Portable {
         std::array::from_fn(|lane| mask[lane] & a[lane] | !mask[lane] & b[lane])
     }
     #[inline(always)]
-    fn of_row(self, row: &[u32; 16], index: Self::Words, _: Self::Mask) -> Self::Words {
+    fn pick(self, row: &[u32; 16], index: Self::Words, _: Self::Mask) -> Self::Words {
         each(index, |index| row[index as usize & 15])
     }
     #[inline(always)]
     unsafe fn gather(self, words: &[u32], index: Self::Words) -> Self::Words {
-        // SAFETY: the caller says that they lie inside.
+        // SAFETY: the caller keeps the indices inside.
         each(index, |index| unsafe { *words.get_unchecked(index as usize) })
     }
     #[inline(always)]
     unsafe fn gather_four(self, words: &[u32], index: Self::Words) -> [Self::Float; 4] {
-        // SAFETY: the caller says that they lie inside.
+        // SAFETY: the caller keeps the indices inside.
         [0, 1, 2, 3].map(|offset| {
             each(index, |index| unsafe {
                 f32::from_bits(*words.get_unchecked(index as usize + offset))
@@ -213,7 +213,7 @@ impl FloatBits for Portable {
     }
 }
 
-/// One f64 at a time.
+/// One float64, for the loss in double precision.
 #[derive(Clone, Copy)]
 pub struct Double;
 
@@ -294,7 +294,7 @@ impl Lanes for Double {
     }
 }
 
-/// Four numbers at a time in whatever instructions the compiler finds for arrays.
+/// Four float64 in an array, for the solver.
 #[derive(Clone, Copy)]
 pub struct PortableDoubles;
 

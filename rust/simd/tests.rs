@@ -1,4 +1,4 @@
-//! Every kind of vector that this processor has gives the same bits, and those of scalars.
+//! Tests on every register that this processor has.
 
 mod lanes {
     use crate::band::Band;
@@ -10,7 +10,7 @@ mod lanes {
     use crate::simd::{LossLanes, WithLanes};
     use crate::table::BandTable;
 
-    /// Runs vectors of every kind over the same numbers and returns what each kind made of them.
+    /// Bits of exp, gap, `log_upper` and `lower` of each number.
     struct Each<'a> {
         x: &'a [f32],
         image: Image<'a>,
@@ -57,7 +57,7 @@ mod lanes {
         kinds
     }
 
-    /// Log-probs of every size and sign, and what is none.
+    /// Log-probs of every size and sign, and numbers that are none.
     fn numbers() -> Vec<f32> {
         let mut numbers: Vec<f32> = (0..1 << 16)
             .map(|i: u32| f32::from_bits(i << 16 | i.wrapping_mul(40503) & 0xffff))
@@ -93,14 +93,14 @@ mod lanes {
         }
     }
 
-    /// No token within its reach may be beyond its bound, whatever the table.
+    /// Asserts that no token within its reach is beyond its bound.
     struct Reaches<'a> {
         logp: &'a [f32],
         image: Image<'a>,
     }
 
     impl WithLanes<f32> for Reaches<'_> {
-        /// How many tokens have a reach that is not 0, of each side.
+        /// Tokens whose reach is not 0, of each side.
         type Output = [usize; 2];
 
         fn run<L: LossLanes<Scalar = f32>>(self, lanes: L) -> [usize; 2] {
@@ -159,7 +159,7 @@ mod lanes {
         }
     }
 
-    /// Packs and spreads the lanes of every mask of eight neighbours.
+    /// Compresses and expands by every mask of eight neighbours.
     struct Packed;
 
     impl WithLanes<f32> for Packed {
@@ -203,7 +203,7 @@ mod lanes {
         }
     }
 
-    /// What docs/numerics.md states.
+    /// Errors stated in docs/numerics.md.
     #[test]
     fn exponentials_are_as_accurate_as_documented() {
         let x: Vec<f32> =
@@ -284,17 +284,16 @@ mod doubles {
         kinds
     }
 
-    /// Numbers of every size up to `most`, of both signs, and densely up to 3.
-    fn numbers(most: f64) -> Vec<f64> {
-        let sizes =
-            (0..1 << 13).map(|i| (f64::from(i) * 0.173 - 700.0).exp()).filter(|x| *x < most);
+    /// Numbers of every size up to `max`, of both signs, and densely up to 3.
+    fn numbers(max: f64) -> Vec<f64> {
+        let sizes = (0..1 << 13).map(|i| (f64::from(i) * 0.173 - 700.0).exp()).filter(|x| *x < max);
         let dense = (1..1 << 14).map(|i| f64::from(i) * (3.0 / f64::from(1 << 14)));
         let mut numbers: Vec<f64> = sizes.chain(dense).flat_map(|x| [x, -x]).collect();
         numbers.resize(numbers.len().next_multiple_of(MOST_DOUBLES), 1.0);
         numbers
     }
 
-    /// What docs/numerics.md states, in units of 2^-53.
+    /// Errors stated in docs/numerics.md, in units of 2^-53.
     #[test]
     fn elementary_functions_are_as_accurate_as_documented() {
         let mut worst = [0.0_f64; 5];
@@ -307,7 +306,7 @@ mod doubles {
             let wide = Dd::of(x);
             compare(0, found[0], wide.exp());
             compare(1, found[1], wide.exp_m1());
-            // Where 31 digits cancel, too, they still have 16.
+            // 31 digits that cancel have 16 left above this.
             if x.abs() > 1e-12 {
                 compare(2, found[2], wide.exp_m1() - wide);
             }
