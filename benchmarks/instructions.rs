@@ -1,7 +1,7 @@
-//! Runs one routine on fixed tokens, for `tools/count_instructions.py` to count its instructions.
+//! Routines on fixed tokens, whose instructions `tools/count_instructions.py` counts.
 //!
-//! `instructions` lists the routines; `instructions NAME REPEATS` runs one. What repeats cost is the
-//! difference between two numbers of them, which has neither start nor preparation in it.
+//! `instructions` lists the routines, `instructions NAME REPEATS` runs one. The difference between two numbers of
+//! repeats is the cost of a repeat, without start and preparation.
 
 use std::env;
 use std::hint::black_box;
@@ -13,17 +13,17 @@ use bandpo::loss::{Advantages, BoundSource, Float, Outputs, Tokens, policy_loss}
 use bandpo::surrogate::Surrogate;
 use bandpo::table::{BandTable, Image};
 
-/// Tokens of a repeat: a multiple of any vector and of the tokens of a chunk.
+/// Tokens of a repeat: a multiple of any vector and of a part of a batch.
 const TOKENS: usize = 1 << 14;
 
-/// Tokens of a repeat of the solver, which needs hundreds of times as many instructions for each.
+/// Tokens of a repeat of the solver, which takes hundreds of instructions a token.
 const SOLVED: usize = 1 << 10;
 
 const DELTA: f64 = 0.05;
 
 struct Routine {
     name: &'static str,
-    /// Of a repeat.
+    /// Tokens of a repeat.
     tokens: usize,
     run: fn(u32),
 }
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
                 eprintln!("instructions: there is no {name} to run {repeats} times");
                 return ExitCode::from(2);
             };
-            // A second thread would wait for work in loops whose length differs from run to run.
+            // A second thread would wait in loops of random length.
             rayon::ThreadPoolBuilder::new()
                 .num_threads(1)
                 .use_current_thread()
@@ -86,12 +86,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// Numbers in [0, 1) that are spread evenly, by multiples of an irrational.
+/// Numbers spread evenly over [0, 1): multiples of an irrational, modulo 1.
 fn spread(count: usize, irrational: f64) -> impl Iterator<Item = f64> {
     (0..count).map(move |i| (i as f64 * irrational).fract())
 }
 
-/// Log-probs whose logits are spread evenly over [-6, 12].
+/// Log-probs with logits spread evenly over [-6, 12].
 fn log_probs(count: usize) -> impl Iterator<Item = f64> {
     spread(count, 0.618_033_988_749_895).map(|at| -(6.0 - 18.0 * at).exp().ln_1p())
 }
