@@ -84,7 +84,7 @@ pub(super) struct Point<L: Doubles> {
 impl<L: Doubles> Point<L> {
     #[inline(always)]
     fn from_log(log: Vector<L>) -> Self {
-        let least = log.at_least(log.constant(-SMALLEST_LOG));
+        let least = log.max(log.constant(-SMALLEST_LOG));
         let power = least.exponential();
         let u = log.less(least).select(log.constant(0.0), power.u);
         Self { u, log, excess: power.excess, gap: power.gap + (least - log) }
@@ -150,7 +150,7 @@ impl<C: Curve> Law for Iterated<C> {
             let scale = off.mul_add(off + radius.constant(6.0), radius.constant(6.0));
             // The step is rise/run.
             let square = sigma * sigma * scale;
-            let run = (square * 2.0 - log_off * change).at_least(square);
+            let run = (square * 2.0 - log_off * change).max(square);
             let rise = -(log_off * sigma * rho * 2.0);
             let converged = rise.abs().less(run * LAST_STEP);
             steps += 1;
@@ -173,7 +173,7 @@ impl<C: Curve> Law for Iterated<C> {
             }
             // e^step to fourth order, of a step of at most 2.
             let longest = run * 2.0;
-            let rise = rise.at_most(longest).at_least(-longest);
+            let rise = rise.min(longest).max(-longest);
             let even = rise.mul_add(rise, run * run * 12.0);
             let odd = rise * run * 6.0;
             m = converged.select(m, m * (even + odd) / (even - odd));
@@ -238,7 +238,7 @@ impl Curve for ReverseKl {
 /// `-ln(1 - x)` for a share `x` that is lost, and a large number from 1 on.
 #[inline(always)]
 fn log_loss<L: Doubles>(lost: Vector<L>) -> Vector<L> {
-    -(-lost.at_most(lost.constant(0.99))).log_1p().log
+    -(-lost.min(lost.constant(0.99))).log_1p().log
 }
 
 #[derive(Clone, Copy)]

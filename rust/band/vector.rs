@@ -13,8 +13,8 @@ use crate::band::laws::{
 use crate::band::limits::{BENIGN_CONDITION, FAR_REST, FAR_TAIL, MARGIN, MAX_LOG_LOSS};
 use crate::band::side::Side;
 use crate::divergence::Generator;
-use crate::simd::doubles::{Doubles, MOST_DOUBLES, Truth, Vector, Work};
-use crate::simd::widest;
+use crate::simd::doubles::{Doubles, MAX_DOUBLES, Truth, Vector};
+use crate::simd::{WithDoubles, run_doubles};
 
 /// How far, relatively, `D` at the end of a side has to be from the radius to tell on which side of it, from
 /// double precision.
@@ -70,7 +70,7 @@ struct Batch<'a> {
 
 impl Batch<'_> {
     fn run(self, law: impl Law) -> bool {
-        widest(Sweep { batch: self, law })
+        run_doubles(Sweep { batch: self, law })
     }
 }
 
@@ -80,7 +80,7 @@ struct Sweep<'a, W> {
     law: W,
 }
 
-impl<W: Law> Work for Sweep<'_, W> {
+impl<W: Law> WithDoubles for Sweep<'_, W> {
     #[inline(always)]
     fn run<L: Doubles>(self, lanes: L) {
         let Self { batch: Batch { radii, logp, bounds, rest }, law } = self;
@@ -88,16 +88,16 @@ impl<W: Law> Work for Sweep<'_, W> {
         while start < logp.len() {
             let taken = L::COUNT.min(logp.len() - start);
             // The last vector is filled up with a token that is nothing special.
-            let mut tokens = [-1.0; MOST_DOUBLES];
+            let mut tokens = [-1.0; MAX_DOUBLES];
             tokens[..taken].copy_from_slice(&logp[start..start + taken]);
             let tokens = Vector::load(lanes, &tokens);
             let split = Both::new(tokens);
             for (side, upper) in [(Side::Lower, false), (Side::Upper, true)] {
                 let side_index = usize::from(upper);
-                let mut radius = [1.0; MOST_DOUBLES];
+                let mut radius = [1.0; MAX_DOUBLES];
                 radius[..taken].copy_from_slice(&radii[side_index][start..start + taken]);
                 let found = split.bound(law, Vector::load(lanes, &radius), upper);
-                let mut values = [0.0; MOST_DOUBLES];
+                let mut values = [0.0; MAX_DOUBLES];
                 found.log_ratio.store(&mut values);
                 bounds[side_index][start..start + taken].copy_from_slice(&values[..taken]);
                 let mut open = !found.settled.bits() & u32::MAX >> (u32::BITS as usize - taken);
@@ -177,9 +177,9 @@ impl<L: Doubles> Both<L> {
         let benign = condition.less(one.constant(BENIGN_CONDITION));
         let inside = rough * (1.0 - MARGIN);
         let inside = if upper {
-            inside.at_most(edge.next_inwards())
+            inside.min(edge.next_inwards())
         } else {
-            inside.at_least(one.constant(-f64::MAX))
+            inside.max(one.constant(-f64::MAX))
         };
         Found {
             log_ratio: saturated.select(edge, benign.select(inside, rough)),
@@ -192,12 +192,12 @@ impl<L: Doubles> Both<L> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::portable::PortableDoubles;
+    use crate::simd::AnyDoubles;
 
     type Bounds = (Vec<u64>, Vec<u64>, Vec<(usize, Side)>);
 
-    /// Does the same with each kind of vector.
-    fn kinds(law: impl Law, radii: &[f64], logp: &[f64]) -> Vec<(&'static str, Bounds)> {
+    /// Bounds on each kind of vector.
+    fn kinds(law: impl Law, radii: &[f64], logp: &[f64]) -> Vec<(AnyDoubles, Bounds)> {
         let with = |run: &dyn Fn(Batch<'_>)| {
             let (mut lower, mut upper) = (vec![0.0; logp.len()], vec![0.0; logp.len()]);
             let mut open = Vec::new();
@@ -215,18 +215,8 @@ mod tests {
             let bits = |bounds: Vec<f64>| bounds.into_iter().map(f64::to_bits).collect();
             (bits(lower), bits(upper), open)
         };
-        let mut kinds =
-            vec![("portable", with(&|batch| Sweep { batch, law }.run(PortableDoubles)))];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if let Some(lanes) = crate::simd::avx2::Avx2Fused::new() {
-                kinds.push(("AVX2", with(&|batch| lanes.run_doubles(Sweep { batch, law }))));
-            }
-            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
-                kinds.push(("AVX-512", with(&|batch| lanes.run_doubles(Sweep { batch, law }))));
-            }
-        }
-        kinds
+        let on = |doubles: AnyDoubles| with(&|batch| doubles.run(Sweep { batch, law }));
+        AnyDoubles::all().into_iter().map(|doubles| (doubles, on(doubles))).collect()
     }
 
     fn assert_same(law: impl Law, name: &str) {
@@ -240,7 +230,7 @@ mod tests {
         let settled = 2 * logp.len() - kinds[0].1.2.len();
         assert!(settled > logp.len() * 19 / 10, "{name}: {settled} bounds");
         for (kind, found) in &kinds {
-            assert!(*found == kinds[0].1, "{name} in {kind}");
+            assert!(*found == kinds[0].1, "{name} in {kind:?}");
         }
         // Nor does a bound depend on where it stands.
         let (_, whole) = &kinds[0];

@@ -5,13 +5,13 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::WithLanes;
-use crate::simd::doubles::{self, Doubles};
+use crate::simd::doubles::Doubles;
 use crate::simd::interleaved::Interleaved;
 use crate::simd::lanes::{FloatBits, Lanes};
+use crate::simd::{WithDoubles, WithLanes};
 
 /// Exists only where the processor has AVX2.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct Avx2(());
 
 impl Avx2 {
@@ -32,7 +32,7 @@ impl Avx2 {
 }
 
 /// Exists only where the processor has AVX2 and fused multiply-adds.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct Avx2Fused(());
 
 impl Avx2Fused {
@@ -42,9 +42,9 @@ impl Avx2Fused {
     }
 
     /// Does the work in a function that is compiled for these instructions.
-    pub fn run_doubles<W: doubles::Work>(self, work: W) {
+    pub fn run<W: WithDoubles>(self, work: W) {
         #[target_feature(enable = "avx2,fma,popcnt")]
-        fn compiled<W: doubles::Work>(lanes: Avx2Fused, work: W) {
+        fn compiled<W: WithDoubles>(lanes: Avx2Fused, work: W) {
             work.run(Interleaved(Interleaved(lanes)));
         }
         // SAFETY: `self` exists, so the processor has the instructions. All that have AVX2 have popcnt.

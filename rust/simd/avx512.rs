@@ -5,13 +5,13 @@
 
 use std::arch::x86_64::*;
 
-use crate::simd::WithLanes;
-use crate::simd::doubles::{self, Doubles};
+use crate::simd::doubles::Doubles;
 use crate::simd::interleaved::Interleaved;
 use crate::simd::lanes::{FloatBits, Lanes};
+use crate::simd::{WithDoubles, WithLanes};
 
 /// Exists only where the processor has AVX-512 F, BW, DQ and VL.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 pub struct Avx512(());
 
 impl Avx512 {
@@ -35,9 +35,9 @@ impl Avx512 {
     }
 
     /// Does work on doubles in a function that is compiled for these instructions.
-    pub fn run_doubles<W: doubles::Work>(self, work: W) {
+    pub fn run_doubles<W: WithDoubles>(self, work: W) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
-        fn compiled<W: doubles::Work>(lanes: Avx512, work: W) {
+        fn compiled<W: WithDoubles>(lanes: Avx512, work: W) {
             work.run(Interleaved(Interleaved(lanes)));
         }
         // SAFETY: as in `run`.

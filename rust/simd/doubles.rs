@@ -9,7 +9,7 @@
 use std::ops::{Add, BitAnd, BitOr, Div, Mul, Neg, Not, Sub};
 
 /// Max lanes of a vector: four registers of AVX-512.
-pub const MOST_DOUBLES: usize = 32;
+pub const MAX_DOUBLES: usize = 32;
 
 /// Operations on vectors of [`Self::COUNT`] doubles.
 pub trait Doubles: Copy {
@@ -57,11 +57,6 @@ pub trait Doubles: Copy {
     fn exponent_up(self, a: Self::Words) -> Self::Words;
     /// Shifts right by 52 bits. The sign stays above the exponent.
     fn exponent_down(self, a: Self::Words) -> Self::Words;
-}
-
-/// Work to be done with whatever vectors of doubles the processor has.
-pub trait Work {
-    fn run<L: Doubles>(self, lanes: L);
 }
 
 /// Vector with the operators of a number.
@@ -154,14 +149,14 @@ impl<L: Doubles> Vector<L> {
     pub fn less(self, other: Self) -> Truth<L> {
         Truth { lanes: self.lanes, mask: self.lanes.less(self.values, other.values) }
     }
-    /// `other` where it is less.
+    /// The smaller of both; `self` if either is NaN.
     #[inline(always)]
-    pub fn at_most(self, other: Self) -> Self {
+    pub fn min(self, other: Self) -> Self {
         other.less(self).select(other, self)
     }
-    /// `other` where it is greater.
+    /// The larger of both; `self` if either is NaN.
     #[inline(always)]
-    pub fn at_least(self, other: Self) -> Self {
+    pub fn max(self, other: Self) -> Self {
         self.less(other).select(other, self)
     }
     #[inline(always)]

@@ -20,15 +20,15 @@ macro_rules! instructions {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod avx2;
+mod avx2;
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod avx512;
+mod avx512;
 pub(crate) mod doubles;
 mod interleaved;
 pub(crate) mod lanes;
 mod lookup;
-pub(crate) mod math;
-pub(crate) mod portable;
+mod math;
+mod portable;
 #[cfg(test)]
 mod tests;
 
@@ -40,6 +40,7 @@ use crate::error::{Error, Result};
 use crate::simd::avx2::{Avx2, Avx2Fused};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::avx512::Avx512;
+use crate::simd::doubles::Doubles;
 use crate::simd::interleaved::Interleaved;
 use crate::simd::lookup::LookUp;
 use crate::simd::math::Exponentials;
@@ -72,68 +73,140 @@ impl Level {
     }
 }
 
-/// Registers that the processor has and [`SWITCH`] allows.
-struct Available {
+/// Registers of the loss in float32 that the processor has.
+#[derive(Debug, Clone, Copy)]
+enum AnyLanes {
+    Portable,
     #[cfg(target_arch = "x86_64")]
-    avx512: Option<Avx512>,
+    Avx2(Avx2),
     #[cfg(target_arch = "x86_64")]
-    avx2: Option<Avx2>,
-    #[cfg(target_arch = "x86_64")]
-    avx2_fused: Option<Avx2Fused>,
+    Avx512(Avx512),
 }
 
-impl Available {
-    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
-    fn up_to(level: Level) -> Self {
-        Self {
+impl AnyLanes {
+    /// All registers, from narrow to wide.
+    #[cfg(test)]
+    fn all() -> Vec<Self> {
+        Self::up_to(Level::Avx512)
+    }
+
+    /// Registers up to a level, from narrow to wide.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused))]
+    fn up_to(level: Level) -> Vec<Self> {
+        let mut found = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            found.extend(Avx2::new().filter(|_| level >= Level::Avx2).map(Self::Avx2));
+            found.extend(Avx512::new().filter(|_| level >= Level::Avx512).map(Self::Avx512));
+        }
+        found
+    }
+
+    fn run<W: WithLanes<f32>>(self, work: W) -> W::Output {
+        match self {
+            Self::Portable => work.run(Portable),
             #[cfg(target_arch = "x86_64")]
-            avx512: Avx512::new().filter(|_| level >= Level::Avx512),
+            Self::Avx2(lanes) => lanes.run(work),
             #[cfg(target_arch = "x86_64")]
-            avx2: Avx2::new().filter(|_| level >= Level::Avx2),
-            #[cfg(target_arch = "x86_64")]
-            avx2_fused: Avx2Fused::new().filter(|_| level >= Level::Avx2),
+            Self::Avx512(lanes) => lanes.run(work),
         }
     }
 }
 
-static AVAILABLE: LazyLock<Result<Available>> =
-    LazyLock::new(|| Level::from_environment().map(Available::up_to));
+/// Registers of the solver that the processor has.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum AnyDoubles {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2Fused),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+}
+
+impl AnyDoubles {
+    /// All registers, from narrow to wide.
+    #[cfg(test)]
+    pub(crate) fn all() -> Vec<Self> {
+        Self::up_to(Level::Avx512)
+    }
+
+    /// Registers up to a level, from narrow to wide.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused))]
+    fn up_to(level: Level) -> Vec<Self> {
+        let mut found = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            found.extend(Avx2Fused::new().filter(|_| level >= Level::Avx2).map(Self::Avx2));
+            found.extend(Avx512::new().filter(|_| level >= Level::Avx512).map(Self::Avx512));
+        }
+        found
+    }
+
+    /// True if the processor fuses multiply-adds in these registers. Otherwise they are slower than scalars.
+    fn fuses(self) -> bool {
+        cfg!(target_arch = "aarch64") || !matches!(self, Self::Portable)
+    }
+
+    pub(crate) fn run<W: WithDoubles>(self, work: W) {
+        match self {
+            Self::Portable => work.run(Interleaved(PortableDoubles)),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(lanes) => lanes.run(work),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(lanes) => lanes.run_doubles(work),
+        }
+    }
+}
+
+/// Widest registers that may run.
+struct Widest {
+    lanes: AnyLanes,
+    doubles: AnyDoubles,
+}
+
+static WIDEST: LazyLock<Result<Widest>> = LazyLock::new(|| {
+    let level = Level::from_environment()?;
+    Ok(Widest {
+        lanes: AnyLanes::up_to(level).pop().unwrap_or(AnyLanes::Portable),
+        doubles: AnyDoubles::up_to(level).pop().unwrap_or(AnyDoubles::Portable),
+    })
+});
 
 /// Refuses a [`SWITCH`] that names no level. Python checks on import, otherwise the first use of vectors panics.
 #[cfg(feature = "python")]
 pub(crate) fn check() -> Result<()> {
-    AVAILABLE.as_ref().map(|_| ()).map_err(Clone::clone)
+    WIDEST.as_ref().map(|_| ()).map_err(Clone::clone)
 }
 
-/// Name of the widest instructions that run.
+/// Name of the widest instructions that run in the loss.
 #[cfg(feature = "python")]
 pub(crate) fn level() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let available = available();
-        if available.avx512.is_some() {
-            return "avx512";
-        }
-        if available.avx2.is_some() {
-            return "avx2";
-        }
+    match widest().lanes {
+        AnyLanes::Portable => "portable",
+        #[cfg(target_arch = "x86_64")]
+        AnyLanes::Avx2(_) => "avx2",
+        #[cfg(target_arch = "x86_64")]
+        AnyLanes::Avx512(_) => "avx512",
     }
-    "portable"
 }
 
-#[cfg(target_arch = "x86_64")]
-fn available() -> &'static Available {
-    AVAILABLE.as_ref().unwrap_or_else(|error| panic!("{error}"))
+fn widest() -> &'static Widest {
+    WIDEST.as_ref().unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Registers with all functions of the loss.
 pub trait LossLanes: Exponentials + LookUp {}
 impl<L: Exponentials + LookUp> LossLanes for L {}
 
-/// Work on registers of any width.
+/// Work of the loss on registers of any width.
 pub trait WithLanes<T> {
     type Output;
     fn run<L: LossLanes<Scalar = T>>(self, lanes: L) -> Self::Output;
+}
+
+/// Work of the solver on registers of any width.
+pub(crate) trait WithDoubles {
+    fn run<L: Doubles>(self, lanes: L);
 }
 
 /// Number in a lane of the loss.
@@ -148,17 +221,7 @@ impl Number for f32 {
     const ZERO: Self = 0.0;
 
     fn run<W: WithLanes<Self>>(work: W) -> W::Output {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let available = available();
-            if let Some(lanes) = available.avx512 {
-                return lanes.run(work);
-            }
-            if let Some(lanes) = available.avx2 {
-                return lanes.run(work);
-            }
-        }
-        work.run(Portable)
+        widest().lanes.run(work)
     }
 
     fn to_f64(self) -> f64 {
@@ -178,24 +241,13 @@ impl Number for f64 {
     }
 }
 
-/// Does the work on the widest doubles that may run. Returns false, and does nothing, if none has fused
+/// Does the work on the widest doubles that may run. Returns false, and does nothing, if they do not fuse
 /// multiply-adds.
-pub(crate) fn widest<W: doubles::Work>(work: W) -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let available = available();
-        if let Some(lanes) = available.avx512 {
-            lanes.run_doubles(work);
-            return true;
-        }
-        if let Some(lanes) = available.avx2_fused {
-            lanes.run_doubles(work);
-            return true;
-        }
+pub(crate) fn run_doubles<W: WithDoubles>(work: W) -> bool {
+    let doubles = widest().doubles;
+    let fuses = doubles.fuses();
+    if fuses {
+        doubles.run(work);
     }
-    if cfg!(target_arch = "aarch64") {
-        work.run(Interleaved(PortableDoubles));
-        return true;
-    }
-    false
+    fuses
 }

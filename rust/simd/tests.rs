@@ -7,7 +7,7 @@ mod lanes {
     use crate::simd::lanes::MAX_LANES;
     use crate::simd::math::{ExpAndGap, Exponentials};
     use crate::simd::portable::{Double, Portable};
-    use crate::simd::{LossLanes, WithLanes};
+    use crate::simd::{AnyLanes, LossLanes, WithLanes};
     use crate::table::BandTable;
 
     /// Bits of exp, gap, `log_upper` and `lower` of each number.
@@ -43,18 +43,9 @@ mod lanes {
         }
     }
 
-    fn kinds(x: &[f32], image: Image<'_>) -> Vec<(&'static str, Vec<[u32; 4]>)> {
-        let mut kinds = vec![("portable", Each { x, image }.run(Portable))];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if let Some(lanes) = crate::simd::avx2::Avx2::new() {
-                kinds.push(("AVX2", lanes.run(Each { x, image })));
-            }
-            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
-                kinds.push(("AVX-512", lanes.run(Each { x, image })));
-            }
-        }
-        kinds
+    fn kinds(x: &[f32], image: Image<'_>) -> Vec<(AnyLanes, Vec<[u32; 4]>)> {
+        let on = |lanes: AnyLanes| (lanes, lanes.run(Each { x, image }));
+        AnyLanes::all().into_iter().map(on).collect()
     }
 
     /// Log-probs of every size and sign, and numbers that are none.
@@ -82,11 +73,11 @@ mod lanes {
                         let vector = f32::from_bits(*vector);
                         assert!(
                             vector == scalar || x.is_nan(),
-                            "{spec} {name} {x:e}: {vector:e} {scalar:e}"
+                            "{spec} {name:?} {x:e}: {vector:e} {scalar:e}"
                         );
                     }
                     if !x.is_nan() {
-                        assert_eq!(found[..2], portable[..2], "{name} {x:e}");
+                        assert_eq!(found[..2], portable[..2], "{name:?} {x:e}");
                     }
                 }
             }
@@ -146,14 +137,8 @@ mod lanes {
                 let work = || Reaches { logp: &logp, image: table.image() };
                 let useful = work().run(Portable);
                 assert!(useful[0] > logp.len() / 2 && useful[1] > 0, "{spec} {useful:?}");
-                #[cfg(target_arch = "x86_64")]
-                {
-                    if let Some(lanes) = crate::simd::avx2::Avx2::new() {
-                        assert_eq!(lanes.run(work()), useful);
-                    }
-                    if let Some(lanes) = crate::simd::avx512::Avx512::new() {
-                        assert_eq!(lanes.run(work()), useful);
-                    }
+                for lanes in AnyLanes::all() {
+                    assert_eq!(lanes.run(work()), useful);
                 }
             }
         }
@@ -191,15 +176,8 @@ mod lanes {
 
     #[test]
     fn compress_and_expand_follow_the_mask_on_all_registers() {
-        Packed.run(Portable);
-        #[cfg(target_arch = "x86_64")]
-        {
-            if let Some(lanes) = crate::simd::avx2::Avx2::new() {
-                lanes.run(Packed);
-            }
-            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
-                lanes.run(Packed);
-            }
+        for lanes in AnyLanes::all() {
+            lanes.run(Packed);
         }
     }
 
@@ -236,8 +214,8 @@ mod lanes {
 
 mod doubles {
     use crate::number::{Dd, Real};
-    use crate::simd::doubles::{Doubles, MOST_DOUBLES, Vector, Work};
-    use crate::simd::portable::PortableDoubles;
+    use crate::simd::doubles::{Doubles, MAX_DOUBLES, Vector};
+    use crate::simd::{AnyDoubles, WithDoubles};
 
     /// `[u, excess, gap]` of the exponential and `[log, gap]` of the logarithm of each number.
     struct Each<'a> {
@@ -245,13 +223,13 @@ mod doubles {
         found: &'a mut Vec<[f64; 5]>,
     }
 
-    impl Work for Each<'_> {
+    impl WithDoubles for Each<'_> {
         #[inline(always)]
         fn run<L: Doubles>(self, lanes: L) {
             for part in self.x.chunks_exact(L::COUNT) {
                 let x = Vector::load(lanes, part);
                 let (power, log) = (x.exponential(), x.log_1p());
-                let mut columns = [[0.0; MOST_DOUBLES]; 5];
+                let mut columns = [[0.0; MAX_DOUBLES]; 5];
                 power.u.store(&mut columns[0]);
                 power.excess.store(&mut columns[1]);
                 power.gap.store(&mut columns[2]);
@@ -264,24 +242,13 @@ mod doubles {
         }
     }
 
-    fn kinds(x: &[f64]) -> Vec<(&'static str, Vec<[f64; 5]>)> {
-        let mut found = Vec::new();
-        Each { x, found: &mut found }.run(PortableDoubles);
-        let mut kinds = vec![("portable", found)];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if let Some(lanes) = crate::simd::avx2::Avx2Fused::new() {
-                let mut found = Vec::new();
-                lanes.run_doubles(Each { x, found: &mut found });
-                kinds.push(("AVX2", found));
-            }
-            if let Some(lanes) = crate::simd::avx512::Avx512::new() {
-                let mut found = Vec::new();
-                lanes.run_doubles(Each { x, found: &mut found });
-                kinds.push(("AVX-512", found));
-            }
-        }
-        kinds
+    fn kinds(x: &[f64]) -> Vec<(AnyDoubles, Vec<[f64; 5]>)> {
+        let on = |doubles: AnyDoubles| {
+            let mut found = Vec::new();
+            doubles.run(Each { x, found: &mut found });
+            (doubles, found)
+        };
+        AnyDoubles::all().into_iter().map(on).collect()
     }
 
     /// Numbers of every size up to `max`, of both signs, and densely up to 3.
@@ -289,7 +256,7 @@ mod doubles {
         let sizes = (0..1 << 13).map(|i| (f64::from(i) * 0.173 - 700.0).exp()).filter(|x| *x < max);
         let dense = (1..1 << 14).map(|i| f64::from(i) * (3.0 / f64::from(1 << 14)));
         let mut numbers: Vec<f64> = sizes.chain(dense).flat_map(|x| [x, -x]).collect();
-        numbers.resize(numbers.len().next_multiple_of(MOST_DOUBLES), 1.0);
+        numbers.resize(numbers.len().next_multiple_of(MAX_DOUBLES), 1.0);
         numbers
     }
 
@@ -331,7 +298,7 @@ mod doubles {
         for (name, found) in &kinds {
             for ((x, found), portable) in x.iter().zip(found).zip(&kinds[0].1) {
                 let same = found.map(f64::to_bits) == portable.map(f64::to_bits);
-                assert!(same || *x <= -1.0, "{name} {x:e}: {found:?} {portable:?}");
+                assert!(same || *x <= -1.0, "{name:?} {x:e}: {found:?} {portable:?}");
             }
         }
     }
