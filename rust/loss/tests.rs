@@ -47,8 +47,8 @@ fn bounds_without_limit_allow_a_new_probability_of_1() {
     let table = table("tv", 0.3);
     let tokens: Vec<(f64, f64, f64)> =
         (0..1000).map(|i| (-f64::from(i) / 3000.0, 0.0, 1.0)).collect();
-    let (loss, slope, totals) = run(&tokens, &BoundSource::Table(table.image()), MIN_CLIP);
-    assert_eq!((loss, totals.clipped_high), (slope, 0));
+    let (loss, gradient, totals) = run(&tokens, &BoundSource::Table(table.image()), MIN_CLIP);
+    assert_eq!((loss, totals.clipped_high), (gradient, 0));
 }
 
 #[test]
@@ -56,53 +56,55 @@ fn min_clip_stops_the_gradient_only_on_the_side_of_the_advantage() {
     let (lower, upper, c) = (0.8_f64, 1.28_f64, 3.0_f64);
     let bounds = BoundSource::Constant { log_lower: lower.ln(), log_upper: upper.ln() };
     let case = |log_ratio: f64, advantage: f64| {
-        let (loss, slope, totals) = run(&[(-1.0, -1.0 + log_ratio, advantage)], &bounds, dual(c));
-        (loss[0], slope[0], totals)
+        let (loss, gradient, totals) =
+            run(&[(-1.0, -1.0 + log_ratio, advantage)], &bounds, dual(c));
+        (loss[0], gradient[0], totals)
     };
     let near = |a: f64, b: f64| assert!((a - b).abs() <= 1e-14 * b.abs(), "{a} {b}");
 
-    let (loss, slope, totals) = case(0.5, 2.0);
+    let (loss, gradient, totals) = case(0.5, 2.0);
     near(loss, -2.0 * upper);
-    assert_eq!((slope, totals.clipped_high, totals.clipped_low), (0.0, 1, 0));
+    assert_eq!((gradient, totals.clipped_high, totals.clipped_low), (0.0, 1, 0));
 
-    let (loss, slope, totals) = case(-0.5, 2.0);
+    let (loss, gradient, totals) = case(-0.5, 2.0);
     near(loss, -2.0 * (-0.5_f64).exp());
-    assert_eq!((slope, totals.clipped_high, totals.clipped_low), (loss, 0, 0));
+    assert_eq!((gradient, totals.clipped_high, totals.clipped_low), (loss, 0, 0));
 
-    let (loss, slope, totals) = case(-0.5, -2.0);
+    let (loss, gradient, totals) = case(-0.5, -2.0);
     near(loss, 2.0 * lower);
-    assert_eq!((slope, totals.clipped_high, totals.clipped_low), (0.0, 0, 1));
+    assert_eq!((gradient, totals.clipped_high, totals.clipped_low), (0.0, 0, 1));
 
-    let (loss, slope, totals) = case(2.0, -2.0);
+    let (loss, gradient, totals) = case(2.0, -2.0);
     near(loss, 2.0 * c);
-    assert_eq!((slope, totals.limited, totals.clipped_low), (0.0, 1, 0));
+    assert_eq!((gradient, totals.limited, totals.clipped_low), (0.0, 1, 0));
 
-    let (loss, slope, _) = case(1.0, -2.0);
+    let (loss, gradient, _) = case(1.0, -2.0);
     near(loss, 2.0 * 1.0_f64.exp());
-    assert_eq!(slope, loss);
+    assert_eq!(gradient, loss);
 }
 
 #[test]
 fn gradient_passes_at_a_bound_but_not_at_the_dual_clip() {
     let bounds = BoundSource::Constant { log_lower: -0.25, log_upper: 0.25 };
-    let (loss, slope, totals) =
+    let (loss, gradient, totals) =
         run(&[(0.0, 0.25, 1.0), (0.0, -0.25, -1.0), (0.0, 3.0_f64.ln(), -1.0)], &bounds, dual(3.0));
-    assert_eq!(loss[..2], slope[..2]);
-    assert_eq!((slope[2], loss[2]), (0.0, 3.0));
+    assert_eq!(loss[..2], gradient[..2]);
+    assert_eq!((gradient[2], loss[2]), (0.0, 3.0));
     assert_eq!((totals.clipped_high, totals.clipped_low, totals.limited), (0, 0, 1));
 }
 
 #[test]
 fn clamp_acts_only_beyond_its_limit() {
-    let free = BoundSource::Constant { log_lower: f64::NEG_INFINITY, log_upper: f64::INFINITY };
-    let (loss, slope, totals) = run(
+    let unlimited =
+        BoundSource::Constant { log_lower: f64::NEG_INFINITY, log_upper: f64::INFINITY };
+    let (loss, gradient, totals) = run(
         &[(0.0, -20.0, 1.0), (-20.0, 0.0, 1.0), (-21.0, 0.0, 1.0), (0.0, -800.0, 1.0)],
-        &free,
+        &unlimited,
         MIN_CLIP,
     );
-    assert_eq!(loss[..2], slope[..2]);
-    assert_eq!((loss[2], slope[2]), (-(20.0_f64.exp()), 0.0));
-    assert_eq!((loss[3], slope[3]), (-((-20.0_f64).exp()), 0.0));
+    assert_eq!(loss[..2], gradient[..2]);
+    assert_eq!((loss[2], gradient[2]), (-(20.0_f64.exp()), 0.0));
+    assert_eq!((loss[3], gradient[3]), (-((-20.0_f64).exp()), 0.0));
     assert_eq!((totals.log_ratio_min, totals.log_ratio_max), (-20.0, 20.0));
 }
 
@@ -111,13 +113,13 @@ fn nan_affects_only_its_token_and_a_masked_nan_none() {
     let nan = f32::NAN;
     let table = table("kl", 0.05);
     let bounds = BoundSource::Table(table.image());
-    let (loss, slope, totals) = run(
+    let (loss, gradient, totals) = run(
         &[(nan, -1.0, 1.0), (-1.0, nan, -1.0), (-1.0, -1.0, nan), (-1.0, -1.0, 1.0)],
         &bounds,
         MIN_CLIP,
     );
-    assert!(loss[..3].iter().chain(&slope[..3]).all(|value| value.is_nan()));
-    assert_eq!((loss[3], slope[3], totals.nonfinite, totals.valid), (-1.0, -1.0, 3, 4));
+    assert!(loss[..3].iter().chain(&gradient[..3]).all(|value| value.is_nan()));
+    assert_eq!((loss[3], gradient[3], totals.nonfinite, totals.valid), (-1.0, -1.0, 3, 4));
     assert!(totals.log_ratio_min.is_nan() && totals.log_ratio_max.is_nan() && totals.kl.is_nan());
 
     let tokens = Tokens {
@@ -127,10 +129,10 @@ fn nan_affects_only_its_token_and_a_masked_nan_none() {
         advantages: Advantages::PerToken(&[nan, 1.0]),
         mask: &[0, 1],
     };
-    let (mut loss, mut slope) = ([nan; 2], [nan; 2]);
+    let (mut loss, mut gradient) = ([nan; 2], [nan; 2]);
     let totals =
-        policy_loss(&tokens, &bounds, MIN_CLIP, true, both(&mut loss, &mut slope)).unwrap();
-    assert_eq!((loss[0], slope[0], totals.valid, totals.nonfinite), (0.0, 0.0, 1, 0));
+        policy_loss(&tokens, &bounds, MIN_CLIP, true, both(&mut loss, &mut gradient)).unwrap();
+    assert_eq!((loss[0], gradient[0], totals.valid, totals.nonfinite), (0.0, 0.0, 1, 0));
     assert_eq!((totals.kl, totals.log_ratio_min), (0.5, -0.5));
 }
 
@@ -146,10 +148,10 @@ fn totals_are_sums_of_parts_on_any_number_of_threads() {
             (old, old + wave(i, 0.11), wave(i, 0.73))
         })
         .collect();
-    let (loss, slope, totals) = run(&tokens, &bounds, dual(2.0));
+    let (loss, gradient, totals) = run(&tokens, &bounds, dual(2.0));
     let single = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     let again = single.install(|| run(&tokens, &bounds, dual(2.0)));
-    assert_eq!((&loss, &slope, totals), (&again.0, &again.1, again.2));
+    assert_eq!((&loss, &gradient, totals), (&again.0, &again.1, again.2));
 
     let cut = CHUNK + 5;
     let (first, second) = tokens.split_at(cut);
@@ -171,7 +173,7 @@ fn advantage_of_a_row_equals_one_for_each_token() {
     let (old, new) = ([-1.0_f32; 6], [-1.1, -1.0, -0.9, -1.1, -1.0, -0.9]);
     let bounds = BoundSource::Constant { log_lower: -0.05, log_upper: 0.05 };
     let with = |advantages| {
-        let (mut loss, mut slope) = ([0.0; 6], [0.0; 6]);
+        let (mut loss, mut gradient) = ([0.0; 6], [0.0; 6]);
         let tokens = Tokens {
             old_log_prob: &old,
             log_prob: &new,
@@ -179,8 +181,8 @@ fn advantage_of_a_row_equals_one_for_each_token() {
             advantages,
             mask: &[1; 6],
         };
-        policy_loss(&tokens, &bounds, MIN_CLIP, false, both(&mut loss, &mut slope)).unwrap();
-        (loss, slope)
+        policy_loss(&tokens, &bounds, MIN_CLIP, false, both(&mut loss, &mut gradient)).unwrap();
+        (loss, gradient)
     };
     let each = with(Advantages::PerToken(&[2.0, 2.0, 2.0, -3.0, -3.0, -3.0]));
     assert_eq!(each, with(Advantages::PerRow { values: &[2.0, -3.0], row_length: 3 }));
@@ -211,10 +213,10 @@ fn loss_of_a_token_is_independent_of_its_neighbours() {
         } else {
             BoundSource::Table(table.image())
         };
-        let (mut loss, mut slope) = (vec![7.0; to - from], vec![7.0; to - from]);
-        let outputs = both(&mut loss, &mut slope);
+        let (mut loss, mut gradient) = (vec![7.0; to - from], vec![7.0; to - from]);
+        let outputs = both(&mut loss, &mut gradient);
         let totals = policy_loss(&tokens, &bounds, surrogate, true, outputs).unwrap();
-        (loss, slope, totals)
+        (loss, gradient, totals)
     };
     for surrogate in [
         dual(1.3),
@@ -223,11 +225,11 @@ fn loss_of_a_token_is_independent_of_its_neighbours() {
         Surrogate::GradientPreserving { beta_low: 0.5, beta_high: 0.25 },
     ] {
         for per_token in [false, true] {
-            let (loss, slope, totals) = of(0, count, per_token, surrogate);
+            let (loss, gradient, totals) = of(0, count, per_token, surrogate);
             let mut sum = Totals::default();
             for i in 0..count {
                 let single = of(i, i + 1, per_token, surrogate);
-                assert_eq!((loss[i], slope[i]), (single.0[0], single.1[0]), "{surrogate:?} {i}");
+                assert_eq!((loss[i], gradient[i]), (single.0[0], single.1[0]), "{surrogate:?} {i}");
                 sum = sum.merge(&single.2);
             }
             let extremes = |totals: &Totals| (totals.log_ratio_min, totals.log_ratio_max);
@@ -265,13 +267,13 @@ fn weight_scales_only_the_gradient_and_losses_are_optional() {
     let tokens =
         Tokens { old_log_prob: &old, log_prob: &new, log_ratio: None, advantages, mask: &mask };
     let bounds = BoundSource::Constant { log_lower: -0.2, log_upper: 0.3 };
-    let (mut loss, mut slope) = (vec![7.0; count], vec![7.0; count]);
+    let (mut loss, mut gradient) = (vec![7.0; count], vec![7.0; count]);
     let totals =
-        policy_loss(&tokens, &bounds, MIN_CLIP, true, both(&mut loss, &mut slope)).unwrap();
+        policy_loss(&tokens, &bounds, MIN_CLIP, true, both(&mut loss, &mut gradient)).unwrap();
     let mut weighted = vec![7.0; count];
     let outputs = Outputs { per_token: None, gradient: &mut weighted, weight: 1.0 / 3.0 };
     assert_eq!(policy_loss(&tokens, &bounds, MIN_CLIP, true, outputs).unwrap(), totals);
-    let expected: Vec<f32> = slope.iter().map(|slope| slope * (1.0 / 3.0)).collect();
+    let expected: Vec<f32> = gradient.iter().map(|gradient| gradient * (1.0 / 3.0)).collect();
     assert_eq!(weighted, expected);
     assert_eq!(count_valid(&mask) as u64, totals.valid);
     assert_eq!(count_valid(&[]), 0);
@@ -287,9 +289,9 @@ fn bad_arguments_are_refused_before_anything_is_written() {
         mask: &[1],
     };
     let bounds = BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 };
-    let (mut loss, mut slope) = ([7.0], [7.0]);
+    let (mut loss, mut gradient) = ([7.0], [7.0]);
     let mut refused = |tokens: &Tokens<'_, f64>, surrogate| {
-        policy_loss(tokens, &bounds, surrogate, false, both(&mut loss, &mut slope))
+        policy_loss(tokens, &bounds, surrogate, false, both(&mut loss, &mut gradient))
             .unwrap_err()
             .to_string()
     };
@@ -297,7 +299,7 @@ fn bad_arguments_are_refused_before_anything_is_written() {
     let tokens = Tokens { old_log_prob: &[-1.0], ..tokens };
     assert_eq!(refused(&tokens, dual(1.0)), "dual_clip must be above 1, got 1");
     assert_eq!(refused(&tokens, dual(f64::NAN)), "dual_clip must be above 1, got NaN");
-    assert_eq!((loss, slope), ([7.0], [7.0]));
+    assert_eq!((loss, gradient), ([7.0], [7.0]));
 }
 
 #[test]
@@ -343,12 +345,15 @@ fn each_surrogate_equals_its_formula() {
                 if clamp_acts && !beyond { 0.0 } else { -advantage * preserved },
             ),
         ];
-        for (surrogate, loss, slope) in formulas {
-            let (actual, gradient, totals) = run(&[(old, new, advantage)], &bounds, surrogate);
+        for (surrogate, expected_loss, expected_gradient) in formulas {
+            let (loss, gradient, totals) = run(&[(old, new, advantage)], &bounds, surrogate);
             let near = |a: f64, b: f64| (a - b).abs() <= 4e-16 * b.abs();
-            assert!(near(actual[0], loss), "{surrogate:?} {x} {advantage} {actual:?} {loss}");
-            assert!(near(gradient[0], slope), "{surrogate:?} {x} {gradient:?} {slope}");
-            let removed = (-advantage * r - slope).abs();
+            assert!(near(loss[0], expected_loss), "{surrogate:?} {x} {loss:?} {expected_loss}");
+            assert!(
+                near(gradient[0], expected_gradient),
+                "{surrogate:?} {x} {gradient:?} {expected_gradient}"
+            );
+            let removed = (-advantage * r - expected_gradient).abs();
             assert!((totals.gradient_removed - removed).abs() <= 4e-16 * (r * advantage).abs());
             let (low_count, high_count) = match surrogate {
                 Surrogate::Weight => (x < low, x > high),
@@ -373,10 +378,10 @@ fn given_log_ratio_replaces_that_of_the_token() {
         advantages: Advantages::PerToken(&[1.0, 1.0]),
         mask: &[1, 1],
     };
-    let (mut loss, mut slope) = ([0.0; 2], [0.0; 2]);
-    policy_loss(&tokens, &bounds, MIN_CLIP, false, both(&mut loss, &mut slope)).unwrap();
+    let (mut loss, mut gradient) = ([0.0; 2], [0.0; 2]);
+    policy_loss(&tokens, &bounds, MIN_CLIP, false, both(&mut loss, &mut gradient)).unwrap();
     assert_eq!(loss, [-0.05_f64.exp(), -0.1_f64.exp()]);
-    assert_eq!(slope, [-0.05_f64.exp(), 0.0]);
+    assert_eq!(gradient, [-0.05_f64.exp(), 0.0]);
 }
 
 #[test]
