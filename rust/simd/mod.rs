@@ -7,8 +7,8 @@
 //! may run. It is read once. Under `portable`, `x86_64` solves every token by the scalar solver, because vectors of
 //! doubles need fused multiply-adds.
 
-#[cfg(target_arch = "x86_64")]
 /// Methods of intrinsics that need nothing but the instructions.
+#[cfg(target_arch = "x86_64")]
 macro_rules! instructions {
     ($(fn $name:ident($self:ident $(, $argument:ident: $kind:ty)*) -> $result:ty $body:block)*) => {$(
         #[inline(always)]
@@ -58,18 +58,17 @@ enum Level {
 }
 
 impl Level {
+    const NAMES: [(&str, Self); 3] =
+        [("portable", Self::Portable), ("avx2", Self::Avx2), ("avx512", Self::Avx512)];
+
     fn from_environment() -> Result<Self> {
         let Some(value) = env::var_os(SWITCH) else { return Ok(Self::Avx512) };
-        match value.to_str() {
-            Some("portable") => Ok(Self::Portable),
-            Some("avx2") => Ok(Self::Avx2),
-            Some("avx512") => Ok(Self::Avx512),
-            _ => Err(Error::Argument {
-                argument: SWITCH,
-                value: format!("{:?}", value.to_string_lossy()),
-                allowed: "portable, avx2 or avx512",
-            }),
-        }
+        let named = Self::NAMES.iter().find(|(name, _)| value == *name);
+        named.map(|&(_, level)| level).ok_or_else(|| Error::Argument {
+            argument: SWITCH,
+            value: format!("{:?}", value.to_string_lossy()),
+            allowed: "portable, avx2 or avx512",
+        })
     }
 }
 
@@ -181,13 +180,14 @@ pub(crate) fn check() -> Result<()> {
 /// Name of the widest instructions that run in the loss.
 #[cfg(feature = "python")]
 pub(crate) fn level() -> &'static str {
-    match widest().lanes {
-        AnyLanes::Portable => "portable",
+    let level = match widest().lanes {
+        AnyLanes::Portable => Level::Portable,
         #[cfg(target_arch = "x86_64")]
-        AnyLanes::Avx2(_) => "avx2",
+        AnyLanes::Avx2(_) => Level::Avx2,
         #[cfg(target_arch = "x86_64")]
-        AnyLanes::Avx512(_) => "avx512",
-    }
+        AnyLanes::Avx512(_) => Level::Avx512,
+    };
+    Level::NAMES[level as usize].0
 }
 
 fn widest() -> &'static Widest {
