@@ -3,6 +3,7 @@
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
+use crate::divergence::Generator;
 use crate::simd::doubles::{Doubles, Truth, Vector};
 
 /// Most evaluations of `D`; what has not converged then is left to the scalar solver.
@@ -14,6 +15,38 @@ const LAST_STEP: f64 = 3e-6;
 /// What is less than `e^-300` of a probability moves no sum with it, and is taken for 0: the square of a smaller
 /// number would be denormal, and arithmetic on those is slow.
 const SMALLEST_LOG: f64 = 300.0;
+
+/// What is done under the law of a generator.
+pub(super) trait WithLaw {
+    type Output;
+    fn run(self, law: impl Law) -> Self::Output;
+    /// For a generator without a law, which is left to the scalar solver.
+    fn scalar(self) -> Self::Output;
+}
+
+/// States the law of each generator, or that it has none.
+#[deny(clippy::wildcard_enum_match_arm)]
+pub(super) fn with_law<W: WithLaw>(generator: &Generator, work: W) -> W::Output {
+    match *generator {
+        Generator::Kl => work.run(Iterated(Kl)),
+        Generator::ReverseKl => work.run(Iterated(ReverseKl)),
+        Generator::JensenShannon => work.run(Iterated(JensenShannon)),
+        Generator::Jeffreys => work.run(Iterated(Jeffreys)),
+        Generator::Tv => work.run(Linear { flat: 0.0, rate: 1.0, grown: 0.5 }),
+        Generator::Vajda(1.0) => work.run(Linear { flat: 0.0, rate: 2.0, grown: 0.5 }),
+        Generator::HockeyStick(threshold) => {
+            work.run(Linear { flat: threshold - 1.0, rate: 1.0, grown: 1.0 })
+        }
+        Generator::Hellinger => work.run(Hellinger { times: 1.0 }),
+        Generator::Alpha(0.5) => work.run(Hellinger { times: 4.0 }),
+        Generator::Vajda(2.0) => work.run(ChiSquare { blend: 0.0, scale: 1.0 }),
+        Generator::Alpha(2.0) => work.run(ChiSquare { blend: 0.0, scale: 2.0 }),
+        Generator::Alpha(-1.0) => work.run(ChiSquare { blend: 1.0, scale: 2.0 }),
+        Generator::Bwcs(blend) => work.run(ChiSquare { blend, scale: 1.0 }),
+        Generator::LeCam => work.run(ChiSquare { blend: 0.5, scale: 4.0 }),
+        Generator::Vajda(_) | Generator::Alpha(_) | Generator::Expression(_) => work.scalar(),
+    }
+}
 
 /// The probabilities of the two outcomes, and their ratio.
 pub(super) struct Split<L: Doubles> {
@@ -108,7 +141,7 @@ pub(super) struct Values<L: Doubles> {
 
 /// Halley's method on `ln D` against `ln m`.
 #[derive(Clone, Copy)]
-pub(super) struct Iterated<C>(pub(super) C);
+struct Iterated<C>(C);
 
 impl<C: Curve> Law for Iterated<C> {
     #[inline(always)]
@@ -182,7 +215,7 @@ impl<C: Curve> Law for Iterated<C> {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Kl;
+struct Kl;
 
 impl Curve for Kl {
     const AT_ZERO: f64 = f64::INFINITY;
@@ -206,7 +239,7 @@ impl Curve for Kl {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct ReverseKl;
+struct ReverseKl;
 
 impl Curve for ReverseKl {
     const AT_ZERO: f64 = 1.0;
@@ -242,7 +275,7 @@ fn log_loss<L: Doubles>(lost: Vector<L>) -> Vector<L> {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Jeffreys;
+struct Jeffreys;
 
 impl Curve for Jeffreys {
     const AT_ZERO: f64 = f64::INFINITY;
@@ -265,7 +298,7 @@ impl Curve for Jeffreys {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct JensenShannon;
+struct JensenShannon;
 
 /// `((1+s) ln(1+s) + (1-s) ln(1-s))/z` for `z = s^2` up to 1/4, within 2e-17 (a Chebyshev fit).
 const ENTROPY: [f64; 13] = [
@@ -328,11 +361,11 @@ impl Curve for JensenShannon {
 
 /// `f` of straight lines: `D` is `rate` times what moves, less what `flat` leaves free.
 #[derive(Clone, Copy)]
-pub(super) struct Linear {
-    pub(super) flat: f64,
-    pub(super) rate: f64,
+struct Linear {
+    flat: f64,
+    rate: f64,
     /// The share of `D` that is due to the one that grows.
-    pub(super) grown: f64,
+    grown: f64,
 }
 
 impl Law for Linear {
@@ -368,8 +401,8 @@ impl Law for Linear {
 
 /// `(sqrt u - 1)^2/2`, so many times.
 #[derive(Clone, Copy)]
-pub(super) struct Hellinger {
-    pub(super) times: f64,
+struct Hellinger {
+    times: f64,
 }
 
 impl Law for Hellinger {
@@ -405,9 +438,9 @@ impl Law for Hellinger {
 
 /// `(u-1)^2/(1-l+l u)` over a scale.
 #[derive(Clone, Copy)]
-pub(super) struct ChiSquare {
-    pub(super) blend: f64,
-    pub(super) scale: f64,
+struct ChiSquare {
+    blend: f64,
+    scale: f64,
 }
 
 impl ChiSquare {

@@ -7,9 +7,7 @@
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
-use crate::band::laws::{
-    ChiSquare, Hellinger, Iterated, Jeffreys, JensenShannon, Kl, Law, Linear, ReverseKl, Split,
-};
+use crate::band::laws::{Law, Split, WithLaw, with_law};
 use crate::band::limits::{BENIGN_CONDITION, FAR_REST, FAR_TAIL, MARGIN, MAX_LOG_LOSS};
 use crate::band::side::Side;
 use crate::divergence::Generator;
@@ -30,28 +28,7 @@ pub(crate) fn log_bounds(
     rest: &mut dyn FnMut(usize, Side, Option<f64>),
 ) {
     let count = logp.len();
-    let done = {
-        let batch = Batch { radii, logp, bounds, rest: &mut *rest };
-        match *generator {
-            Generator::Kl => batch.run(Iterated(Kl)),
-            Generator::ReverseKl => batch.run(Iterated(ReverseKl)),
-            Generator::JensenShannon => batch.run(Iterated(JensenShannon)),
-            Generator::Jeffreys => batch.run(Iterated(Jeffreys)),
-            Generator::Tv => batch.run(Linear { flat: 0.0, rate: 1.0, grown: 0.5 }),
-            Generator::Vajda(1.0) => batch.run(Linear { flat: 0.0, rate: 2.0, grown: 0.5 }),
-            Generator::HockeyStick(threshold) => {
-                batch.run(Linear { flat: threshold - 1.0, rate: 1.0, grown: 1.0 })
-            }
-            Generator::Hellinger => batch.run(Hellinger { times: 1.0 }),
-            Generator::Alpha(0.5) => batch.run(Hellinger { times: 4.0 }),
-            Generator::Vajda(2.0) => batch.run(ChiSquare { blend: 0.0, scale: 1.0 }),
-            Generator::Alpha(2.0) => batch.run(ChiSquare { blend: 0.0, scale: 2.0 }),
-            Generator::Alpha(-1.0) => batch.run(ChiSquare { blend: 1.0, scale: 2.0 }),
-            Generator::Bwcs(blend) => batch.run(ChiSquare { blend, scale: 1.0 }),
-            Generator::LeCam => batch.run(ChiSquare { blend: 0.5, scale: 4.0 }),
-            Generator::Vajda(_) | Generator::Alpha(_) | Generator::Expression(_) => false,
-        }
-    };
+    let done = with_law(generator, Batch { radii, logp, bounds, rest: &mut *rest });
     if !done {
         for index in 0..count {
             rest(index, Side::Lower, None);
@@ -68,9 +45,14 @@ struct Batch<'a> {
     rest: &'a mut dyn FnMut(usize, Side, Option<f64>),
 }
 
-impl Batch<'_> {
+impl WithLaw for Batch<'_> {
+    /// Whether there are vectors for the law.
+    type Output = bool;
     fn run(self, law: impl Law) -> bool {
         run_doubles(Sweep { batch: self, law })
+    }
+    fn scalar(self) -> bool {
+        false
     }
 }
 
@@ -192,6 +174,7 @@ impl<L: Doubles> Both<L> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::divergence::{ALL, Divergence};
     use crate::simd::AnyDoubles;
 
     type Bounds = (Vec<u64>, Vec<u64>, Vec<(usize, Side)>);
@@ -219,38 +202,45 @@ mod tests {
         AnyDoubles::all().into_iter().map(|doubles| (doubles, on(doubles))).collect()
     }
 
-    fn assert_same(law: impl Law, name: &str) {
-        let logp: Vec<f64> = (0..2003)
-            .map(|index| -(-f64::from(index - 1000) * 0.03).exp().ln_1p())
-            .chain([f64::NAN, 0.0, 1.0, f64::NEG_INFINITY, -1e-320, -1e4])
-            .collect();
-        let radii: Vec<f64> =
-            (0..logp.len()).map(|index| (-(index as f64 * 1.7) % 18.0 + 2.0).exp()).collect();
-        let kinds = kinds(law, &radii, &logp);
-        let settled = 2 * logp.len() - kinds[0].1.2.len();
-        assert!(settled > logp.len() * 19 / 10, "{name}: {settled} bounds");
-        for (kind, found) in &kinds {
-            assert!(*found == kinds[0].1, "{name} in {kind:?}");
+    /// Compares the kinds of vectors, for a divergence by name.
+    struct Compare(&'static str);
+
+    impl WithLaw for Compare {
+        type Output = ();
+        fn run(self, law: impl Law) {
+            let name = self.0;
+            assert!(!SCALAR.contains(&name), "{name} has a vector law and is in SCALAR");
+            let logp: Vec<f64> = (0..2003)
+                .map(|index| -(-f64::from(index - 1000) * 0.03).exp().ln_1p())
+                .chain([f64::NAN, 0.0, 1.0, f64::NEG_INFINITY, -1e-320, -1e4])
+                .collect();
+            let radii: Vec<f64> =
+                (0..logp.len()).map(|index| (-(index as f64 * 1.7) % 18.0 + 2.0).exp()).collect();
+            let kinds = kinds(law, &radii, &logp);
+            let settled = 2 * logp.len() - kinds[0].1.2.len();
+            assert!(settled > logp.len() * 19 / 10, "{name}: {settled} bounds");
+            for (kind, found) in &kinds {
+                assert!(*found == kinds[0].1, "{name} in {kind:?}");
+            }
+            // Nor does a bound depend on where it stands.
+            let (_, whole) = &kinds[0];
+            for index in (0..logp.len()).step_by(97) {
+                let (_, alone) = &self::kinds(law, &radii[index..=index], &logp[index..=index])[0];
+                assert_eq!((alone.0[0], alone.1[0]), (whole.0[index], whole.1[index]), "{name}");
+            }
         }
-        // Nor does a bound depend on where it stands.
-        let (_, whole) = &kinds[0];
-        for index in (0..logp.len()).step_by(97) {
-            let (_, alone) = &self::kinds(law, &radii[index..=index], &logp[index..=index])[0];
-            assert_eq!((alone.0[0], alone.1[0]), (whole.0[index], whole.1[index]), "{name}");
+        fn scalar(self) {
+            assert!(SCALAR.contains(&self.0), "{} has no vector law and is not in SCALAR", self.0);
         }
     }
 
+    /// Divergences that are left to the scalar solver.
+    const SCALAR: [&str; 1] = ["vajda:1.5"];
+
     #[test]
     fn bounds_depend_neither_on_the_kind_of_vector_nor_on_their_neighbours() {
-        assert_same(Iterated(Kl), "kl");
-        assert_same(Iterated(ReverseKl), "reverse-kl");
-        assert_same(Iterated(JensenShannon), "jensen-shannon");
-        assert_same(Iterated(Jeffreys), "jeffreys");
-        assert_same(Linear { flat: 0.0, rate: 1.0, grown: 0.5 }, "tv");
-        assert_same(Linear { flat: 0.2, rate: 1.0, grown: 1.0 }, "hockey-stick:1.2");
-        assert_same(Hellinger { times: 1.0 }, "hellinger");
-        assert_same(ChiSquare { blend: 0.0, scale: 1.0 }, "pearson-chi2");
-        assert_same(ChiSquare { blend: 1.0, scale: 1.0 }, "neyman-chi2");
-        assert_same(ChiSquare { blend: 0.5, scale: 4.0 }, "le-cam");
+        for &name in ALL.iter().chain(&["vajda:1", "vajda:2", "alpha:-1", "alpha:2"]) {
+            with_law(&Divergence::parse(name).unwrap().generator, Compare(name));
+        }
     }
 }
