@@ -9,28 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import bandpo
+from bandpo import _core
 from benchmarks import peers
 from benchmarks.availability import need_patience
 from benchmarks.interleaved import Comparison, compare
 from benchmarks.tokens import DELTA, SIZES, log_probs, undecided
 
-DIVERGENCES = (
-    "kl",
-    "reverse-kl",
-    "tv",
-    "pearson-chi2",
-    "neyman-chi2",
-    "hellinger",
-    "le-cam",
-    "jensen-shannon",
-    "jeffreys",
-    "alpha:0.5",
-    "renyi:2",
-    "bhattacharyya",
-    "vajda:1.5",
-    "bwcs:0.3",
-    "hockey-stick:1.2",
-)
+DIVERGENCES = tuple(_core.DIVERGENCES)
 """One of every family."""
 
 EXPRESSION = "u*ln(u) - u + 1"
