@@ -1,0 +1,19 @@
+"""The clipped policy loss of PPO and GRPO with the bounds of any region."""
+
+from bandpo.backends.contract import PROBABILITY_EDGES
+from bandpo.loss.policy import PolicyLoss, policy_loss
+from bandpo.loss.result import Metrics, PolicyLossResult
+from bandpo.surrogate import LOG_RATIO_LIMIT
+
+__all__ = [
+    "LOG_RATIO_LIMIT",
+    "PROBABILITY_EDGES",
+    "Metrics",
+    "PolicyLoss",
+    "PolicyLossResult",
+    "policy_loss",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
