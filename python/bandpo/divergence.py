@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +12,19 @@ from bandpo import _core
 from bandpo.check import BoolArray, Float64Array, suggestion
 from bandpo.error import InvalidTypeError, InvalidValueError
 
-if TYPE_CHECKING:
-    from bandpo.generator import CallableGenerator
-
 Delta: TypeAlias = "float | Float64Array"
 """One delta, or one for each token: float64 [n]."""
+
+Sampler: TypeAlias = Callable[[bool, Float64Array], tuple[Float64Array, Float64Array]]
+"""From (is upper, logp) to log bounds and their slopes in logp, all float64 [n]."""
 
 
 class Solver(Protocol):
     """Solver of the bounds of a divergence; every array is one-dimensional, [n]."""
+
+    @property
+    def core(self) -> _core.Divergence | None:
+        """The divergence that Rust and the kernels solve; None for a Python function."""
 
     @property
     def curvature(self) -> float | None:
@@ -43,6 +47,11 @@ class Solver(Protocol):
 
     def divergences(self, logp: Float64Array, log_ratio: Float64Array) -> Float64Array:
         """Returns D at each log-ratio."""
+
+    def curve(
+        self, delta_low: float, delta_high: float, upper: bool
+    ) -> Sampler | tuple[_core.Divergence, float]:
+        """Returns one side as a `bandpo.region.Curve`, from which a table is built."""
 
 
 class CompiledSolver(NamedTuple):
@@ -76,6 +85,12 @@ class CompiledSolver(NamedTuple):
     def divergences(self, logp: Float64Array, log_ratio: Float64Array) -> Float64Array:
         """Returns D at each log-ratio."""
         return _core.divergences(self.core, logp, log_ratio)
+
+    def curve(
+        self, delta_low: float, delta_high: float, upper: bool
+    ) -> tuple[_core.Divergence, float]:
+        """Returns the divergence with the delta of the side."""
+        return self.core, delta_high if upper else delta_low
 
 
 class Divergence:
@@ -146,7 +161,7 @@ class Divergence:
 
     __slots__ = ("_key", "_solver")
 
-    _solver: CompiledSolver | CallableGenerator
+    _solver: Solver
     _key: tuple[object, ...]
 
     def __init__(self, spec: str) -> None:
@@ -241,7 +256,7 @@ class Divergence:
         return source if isinstance(source, str) else getattr(source, "__qualname__", repr(source))
 
     @property
-    def solver(self) -> CompiledSolver | CallableGenerator:
+    def solver(self) -> Solver:
         """Solver of its bounds; see `Solver`."""
         return self._solver
 
@@ -326,4 +341,4 @@ def _restore(
 
 
 def __dir__() -> list[str]:
-    return ["CompiledSolver", "Divergence", "Solver"]
+    return ["CompiledSolver", "Divergence", "Sampler", "Solver"]

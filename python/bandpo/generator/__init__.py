@@ -81,6 +81,11 @@ class CallableGenerator:
         self._equation = Equation(self._f)
 
     @property
+    def core(self) -> None:
+        """None, because Rust cannot call ``fn``; see `bandpo.divergence.Solver`."""
+        return None
+
+    @property
     def at_zero(self) -> float:
         """The limit of f at 0, given or found; maybe inf."""
         return self._f.at_zero
@@ -245,6 +250,19 @@ class CallableGenerator:
             lower_slope = self._equation.log_slope(logp, log_lower)
             upper_slope = self._equation.log_slope(logp, log_upper)
         return log_lower, log_upper, np.maximum(lower_slope, 0.0), np.clip(upper_slope, -1.0, 0.0)
+
+    def curve(
+        self, delta_low: float, delta_high: float, upper: bool
+    ) -> Callable[[bool, Float64Array], tuple[Float64Array, Float64Array]]:
+        """Returns a function of (is upper, logp) to log bounds and slopes; it serves both sides."""
+
+        def sample(is_upper: bool, logp: Float64Array) -> tuple[Float64Array, Float64Array]:
+            log_lower, log_upper, slope_lower, slope_upper = self.bounds_with_slopes(
+                delta_low, delta_high, logp
+            )
+            return (log_upper, slope_upper) if is_upper else (log_lower, slope_lower)
+
+        return sample
 
     def _block_bounds(
         self, delta_low: Float64Array, delta_high: Float64Array, logp: Float64Array

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, real_number
-from bandpo.divergence import CompiledSolver, Divergence
+from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region.base import Curves, Region
 
@@ -218,17 +218,7 @@ class Band(Region):
     def curves(self, upper: bool) -> Curves:
         """Returns its one curve; see `Region.curves`."""
         low, high = self._deltas_of_a_table()
-        solver = self.divergence.solver
-        if isinstance(solver, CompiledSolver):
-            return [(0.0, (solver.core, high if upper else low))]
-
-        def sampler(is_upper: bool, logp: Float64Array) -> tuple[Float64Array, Float64Array]:
-            log_lower, log_upper, slope_lower, slope_upper = solver.bounds_with_slopes(
-                low, high, logp
-            )
-            return (log_upper, slope_upper) if is_upper else (log_lower, slope_lower)
-
-        return [(0.0, sampler)]
+        return [(0.0, self.divergence.solver.curve(low, high, upper))]
 
     def __repr__(self) -> str:
         if isinstance(self.delta_low, np.ndarray):

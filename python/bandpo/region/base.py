@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -13,14 +12,12 @@ from numpy.typing import ArrayLike
 
 from bandpo import _core
 from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, real_number
+from bandpo.divergence import Sampler
 from bandpo.error import InvalidValueError
 
 if TYPE_CHECKING:
     from bandpo.table import BandTable
 
-
-Sampler: TypeAlias = Callable[[bool, Float64Array], tuple[Float64Array, Float64Array]]
-"""From (is upper, logp) to log bounds and their slopes in logp."""
 
 Curve: TypeAlias = float | tuple[_core.Divergence, float] | Sampler
 """A constant ratio, a divergence with its radius, or anything smooth."""

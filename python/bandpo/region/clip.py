@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from bandpo.check import Float64Array, float64_array, positive_number, real_number
 from bandpo.error import InvalidValueError
-
-if TYPE_CHECKING:
-    pass
 from bandpo.region.base import Curves, Region
 
 

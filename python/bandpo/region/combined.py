@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from bandpo.check import BoolArray, Float64Array, float64_array
 from bandpo.error import InvalidTypeError
-
-if TYPE_CHECKING:
-    pass
 from bandpo.region.base import Curves, Region
 
 

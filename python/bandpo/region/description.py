@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidValueError
-
-if TYPE_CHECKING:
-    pass
 from bandpo.region.band import Band
 from bandpo.region.base import Region
 from bandpo.region.clip import Clip

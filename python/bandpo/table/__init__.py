@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from bandpo import _core
 from bandpo.check import Float64Array, real_array
-from bandpo.divergence import CompiledSolver
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Band, Region, from_description
 
@@ -232,7 +231,7 @@ def _from_bytes(data: bytes) -> BandTable:
 
 def _exact(region: Region) -> object:
     """Returns the exact bounds of the region, as the core takes them, to measure a table."""
-    if isinstance(region, Band) and isinstance(region.divergence.solver, CompiledSolver):
+    if isinstance(region, Band) and region.divergence.solver.core is not None:
         return region.divergence.solver.core, region.delta_low, region.delta_high
     return region.log_bounds
 

@@ -18,7 +18,6 @@ from bandpo import _core
 from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
 from bandpo.backends.cuda.launch import CHUNK, THREADS, TOTALS_KERNEL, kernels_run, launch
 from bandpo.backends.native import token_loss_op
-from bandpo.divergence import CompiledSolver
 from bandpo.region import Band, Clip, Combined, Region
 from bandpo.surrogate import NAMES
 from bandpo.tensors.cached import cached, upload
@@ -257,10 +256,10 @@ def _solver_of(
     region: Region, old_log_prob: torch.Tensor
 ) -> tuple[tuple[np.generic, ...], torch.Tensor] | None:
     """Generator and radii as kernels take them, with the tensor that the arguments point to."""
-    if type(region) is not Band or not isinstance(region.divergence.solver, CompiledSolver):
+    if type(region) is not Band:
         return None
     divergence = region.divergence.solver.core
-    if divergence.kernel_generator is None:
+    if divergence is None or divergence.kernel_generator is None:
         return None
     shape = tuple(old_log_prob.shape)
     if isinstance(region.delta_low, np.ndarray):
