@@ -188,7 +188,7 @@ class Interrupted(Exception):  # noqa: N818 -- not an error
 def test_an_interrupted_verification_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bandpo.table, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr("bandpo.table.verification._SAVE_EVERY", 0.0)
     table = Band("tv", 0.05).table()
     checkpoint = tmp_path / "checkpoint.json"
     count = 5 << 20

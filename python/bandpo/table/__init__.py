@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,12 +18,6 @@ from bandpo.region import Band, Region, from_description
 
 TARGET = 1e-6
 """Max error of a table: absolute, beyond one float32 ulp of the bound."""
-
-_BLOCK = 1 << 20
-"""Values that are compared between two reports of progress."""
-
-_SAVE_EVERY = 2.0
-"""Seconds between two writes of a checkpoint."""
 
 
 class TableAccuracyWarning(UserWarning):
@@ -171,25 +164,9 @@ class BandTable(Region):
         if region is not None and not isinstance(region, Region):
             raise InvalidTypeError(f"region must be a Region, got {type(region).__name__}")
         exact = _exact(self.region if region is None else region)
-        from bandpo.table.verification import Checkpoint  # its imports take longer than a table
+        from bandpo.table.verification import verify  # its imports take longer than a table
 
-        state = Checkpoint(checkpoint, self._core.to_bytes(), count)
-        saved = time.monotonic()
-        while state.done < count:
-            stop = min(state.done + _BLOCK, count)
-            state.merge(self._core.errors_between(state.done, stop, count, exact), stop)
-            if progress is not None:
-                progress(state.done, count)
-            if time.monotonic() - saved >= _SAVE_EVERY:
-                state.save()
-                saved = time.monotonic()
-        state.remove()
-        if samples is not None:
-            # Near a saturation point cells hold so few floats that even spacing misses them.
-            state.merge(self._core.errors_in_cells(exact), count)
-            # A smaller sample must not replace the error that an earlier one found.
-            state.merge(self._core.max_error, count)
-        return BandTable(self._core.verified(count, *state.max_error))
+        return BandTable(verify(self._core, exact, count, samples is None, progress, checkpoint))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table to a safetensors file, which appears whole or not at all.

@@ -1,4 +1,4 @@
-"""Checkpoint of a verification, from which an interrupted one continues."""
+"""Verification of a table, with a checkpoint from which an interrupted one continues."""
 
 from __future__ import annotations
 
@@ -6,9 +6,55 @@ import hashlib
 import json
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+from bandpo import _core
 from bandpo.error import InvalidValueError, OutputPathError
+
+_BLOCK = 1 << 20
+"""Values that are compared between two reports of progress."""
+
+_SAVE_EVERY = 2.0
+"""Seconds between two writes of a checkpoint."""
+
+
+def verify(
+    core: _core.BandTable,
+    exact: object,
+    count: int,
+    exhaustive: bool,
+    progress: Callable[[int, int], object] | None,
+    checkpoint: str | os.PathLike[str] | None,
+) -> _core.BandTable:
+    """Returns the table with its max error measured; see `bandpo.BandTable.verify`.
+
+    Args:
+        core: The table.
+        exact: The exact bounds, as the core takes them.
+        count: Number of values to verify, evenly spaced in their bit patterns.
+        exhaustive: True if these are all there are.
+        progress: Called with the number of values done and to do.
+        checkpoint: The file of the `Checkpoint`, or None.
+    """
+    state = Checkpoint(checkpoint, core.to_bytes(), count)
+    saved = time.monotonic()
+    while state.done < count:
+        stop = min(state.done + _BLOCK, count)
+        state.merge(core.errors_between(state.done, stop, count, exact), stop)
+        if progress is not None:
+            progress(state.done, count)
+        if time.monotonic() - saved >= _SAVE_EVERY:
+            state.save()
+            saved = time.monotonic()
+    state.remove()
+    if not exhaustive:
+        # Near a saturation point cells hold so few floats that even spacing misses them.
+        state.merge(core.errors_in_cells(exact), count)
+        # A smaller sample must not replace the error that an earlier one found.
+        state.merge(core.max_error, count)
+    return core.verified(count, *state.max_error)
 
 
 class Checkpoint:
