@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bandpo.error import InvalidValueError
+from bandpo.error import InvalidValueError, UnknownNameError
 from bandpo.presets import PRESETS, preset
 
 
@@ -26,3 +26,14 @@ def test_an_unknown_argument_is_refused_with_the_nearest() -> None:
 def test_an_unknown_preset_is_refused_with_the_nearest() -> None:
     with pytest.raises(InvalidValueError, match="got 'bandpo_kl'; did you mean 'bandpo-kl'"):
         preset("bandpo_kl")
+
+
+def test_the_mapping_refuses_an_unknown_name_as_a_key_and_as_a_value() -> None:
+    with pytest.raises(
+        UnknownNameError, match=r"^preset must be one of ppo, .* got 'gpso'"
+    ) as seen:
+        PRESETS["gpso"]
+    assert isinstance(seen.value, KeyError)
+    assert isinstance(seen.value, InvalidValueError)
+    assert "gpso" not in PRESETS
+    assert PRESETS.get("gpso") is None

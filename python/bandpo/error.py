@@ -9,6 +9,12 @@ class InvalidValueError(BandpoError, ValueError):
     """An argument of the right type has a value that is not allowed; the message names it."""
 
 
+class UnknownNameError(InvalidValueError, KeyError):
+    """A mapping has no entry of that name; the message lists those it has."""
+
+    __str__ = Exception.__str__  # KeyError would put the message in quotes
+
+
 class InvalidTypeError(BandpoError, TypeError):
     """An argument has a type or dtype that is not accepted; the message lists those that are."""
 

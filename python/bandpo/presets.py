@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from bandpo.check import check_name
+from bandpo.error import InvalidValueError, UnknownNameError
 from bandpo.region import Band, Clip, Dcpo
 from bandpo.rule import AggregationMode, AnyRegion, RatioLevel
 from bandpo.schedule import Bapo, RegionSource
@@ -157,6 +158,10 @@ class _Presets(Mapping[str, Preset]):
         self._by_name = {preset.name: preset for preset in _PRESETS}
 
     def __getitem__(self, name: str) -> Preset:
+        try:
+            check_name("preset", name, self._by_name)
+        except InvalidValueError as error:
+            raise UnknownNameError(str(error)) from None
         found = self._by_name[name]
         if isinstance(found.region, RegionSource):
             return replace(found, region=copy.deepcopy(found.region))
@@ -174,12 +179,21 @@ PRESETS: Final[Mapping[str, Preset]] = _Presets()
 
 
 def preset(name: str) -> Preset:
-    """Returns the preset of a method.
+    """Returns the preset of a method; a region that changes is a new one at each call.
+
+    ``"bandpo-kl"`` is BandPO's rule: the band of KL(old || new) with delta 0.05, and no ratio above
+    10. The cap matters: without it the upper bound grows without limit as p falls (48 782 at
+    p = 1e-6), so that one rare token may take almost the whole gradient of a batch. As to delta,
+    0.05 is the paper's. In small trials of this project, all on one toy task, 0.002 to 0.01 did
+    better than 0.05 where 2 % of the rewards were wrong, and about as well where none were; that is
+    a lead, not evidence for other tasks.
+
+    Args:
+        name: The name of a method, one of `PRESETS`.
 
     Raises:
-        InvalidValueError: If there is none of that name; the message lists those there are.
+        UnknownNameError: If there is none of that name; the message lists those there are.
     """
-    check_name("preset", name, PRESETS)
     return PRESETS[name]
 
 

@@ -181,6 +181,23 @@ def test_a_scheduled_band_has_the_delta_of_its_schedule() -> None:
     assert capped.region == Band("tv", 0.1).cap(10).at_least(0.2)
 
 
+def test_a_scheduled_band_takes_the_entropy_by_name_or_by_position() -> None:
+    by_name, by_position = (ScheduledBand("kl", copy.deepcopy(SCHEDULES[3])) for _ in range(2))
+    by_name.step(entropy=1)
+    by_position.step(1.0)
+    assert by_name.region == by_position.region != Band("kl", 0.05)
+    with pytest.raises(InvalidValueError, match=r"entropy must be given once, got 1\.0 and 2\.0"):
+        by_name.step(1.0, entropy=2.0)
+
+
+@pytest.mark.parametrize("number", [0, 3, np.int64(3)])
+def test_a_scheduled_band_refuses_the_number_of_a_step(number: int) -> None:
+    source = ScheduledBand("kl", Linear(0.1, 0.05, 4))
+    with pytest.raises(InvalidTypeError, match=rf"not the number of a step, got {number}; call"):
+        source.step(number)
+    assert source.region == Band("kl", 0.1)
+
+
 def test_the_region_stays_the_same_object_and_its_table_is_kept() -> None:
     source = ScheduledBand("kl", Constant(0.05))
     region = source.region

@@ -5,10 +5,11 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, NoReturn
 
 from bandpo.divergence import Divergence
-from bandpo.error import InvalidTypeError
+from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Band, Region
 from bandpo.schedule.schedule import Schedule
 
@@ -124,9 +125,25 @@ class ScheduledBand(RegionSource):
         self.within = within
         super().__init__(self._now())
 
-    def step(self, entropy: float | None = None) -> None:
-        """Advances the schedule by one step; see `Schedule.step`."""
-        self.schedule.step(entropy)
+    def step(self, measured: float | None = None, /, *, entropy: float | None = None) -> None:
+        """Advances the schedule by one step; see `Schedule.step`.
+
+        Args:
+            measured: The entropy by position, if it is not given by name.
+            entropy: Mean entropy of the policy over the tokens of the batch.
+
+        Raises:
+            InvalidTypeError: If a whole number is given by position, as the number of a step is.
+            InvalidValueError: If the entropy is given twice.
+        """
+        if isinstance(measured, Integral):
+            raise InvalidTypeError(
+                f"step takes the entropy of the policy, not the number of a step, got {measured}; "
+                f"call step(), or step(entropy={measured}) if that is the entropy"
+            )
+        if measured is not None and entropy is not None:
+            raise InvalidValueError(f"entropy must be given once, got {measured} and {entropy}")
+        self.schedule.step(measured if entropy is None else entropy)
         self._change(self._now())
 
     def _now(self) -> Region:
