@@ -95,12 +95,14 @@ fn last_unclosed(text: &str) -> std::result::Result<Option<usize>, (usize, Strin
     let mut open = Vec::new();
     let mut quote = None;
     for (place, character) in text.char_indices() {
-        match (quote, character) {
-            (Some((_, mark)), _) if character == mark => quote = None,
-            (Some(_), _) => {}
-            (None, '"' | '\'') => quote = Some((place, character)),
-            (None, '(') => open.push(place),
-            (None, ')') => drop(open.pop()),
+        if let Some((_, mark)) = quote {
+            quote = quote.filter(|_| character != mark);
+            continue;
+        }
+        match character {
+            '"' | '\'' => quote = Some((place, character)),
+            '(' => open.push(place),
+            ')' => drop(open.pop()),
             _ => {}
         }
         if open.len() > MAX_NESTED {
@@ -135,7 +137,9 @@ fn unreadable(before: &str, rest: &str, unclosed: Option<usize>) -> String {
         return format!("{missing} is missing before {found:?}");
     }
     match found {
-        ')' if unclosed.is_none() && !before.contains('(') => "there is no ( for this )".to_owned(),
+        ')' if before.matches('(').count() <= before.matches(')').count() => {
+            "there is no ( for this )".to_owned()
+        }
         ')' => "sides takes two regions, as in sides(clip@0.2, kl@0.05)".to_owned(),
         ',' => "a comma may only stand between two widths or inside sides(...)".to_owned(),
         '(' => "only sides, .cap and .at_least take parentheses".to_owned(),
@@ -174,7 +178,11 @@ impl Builder<'_> {
                     left = match rule {
                         Rule::union => json!({ "union": [left, self.node(part)?] }),
                         Rule::intersection => json!({ "intersection": [left, self.node(part)?] }),
-                        _ => self.method(left, part)?,
+                        _ => {
+                            let mut method = self.method(part)?;
+                            method["of"] = left;
+                            method
+                        }
                     };
                 }
                 Ok(left)
@@ -199,12 +207,13 @@ impl Builder<'_> {
         }))
     }
 
-    fn method(&mut self, of: Value, pair: Pair<'_, Rule>) -> Result<Value> {
+    /// The node of a method, without the region that it is called on.
+    fn method(&mut self, pair: Pair<'_, Rule>) -> Result<Value> {
         let place = self.place(&pair)?;
         let mut parts = pair.into_inner().map(|part| part.as_str());
         let name = parts.next();
         let numbers: Vec<&str> = parts.collect();
-        Ok(json!({ "method": name, "of": of, "numbers": numbers, "place": place }))
+        Ok(json!({ "method": name, "numbers": numbers, "place": place }))
     }
 
     /// Opens an error at a leaf or method, each of which counts as a region.
@@ -280,6 +289,7 @@ mod tests {
             ("|kl@0.1", "column 1: a region is missing before '|'"),
             ("(kl@0.1", "column 8: the ( at column 1 is not closed"),
             ("kl@0.1)", "column 7: there is no ( for this )"),
+            ("(kl@0.1))", "column 9: there is no ( for this )"),
             ("sides(kl@0.1)", "column 13: sides takes two regions"),
             ("kl@0.05 cap 10", "column 9: a point is missing, as in (kl@0.05).cap(10)"),
             ("kl@0.05 clip@0.2", "column 9: | (either region) or & (both regions) is missing"),

@@ -29,7 +29,7 @@ _FORMS = {
 _REGIONS = (
     "A REGION is one of these, in quotes where the shell needs them:",
     _FORMS,
-    f"Divergences, with any number after a colon: {', '.join(_core.DIVERGENCES)}.",
+    f"Divergences (numbers are examples): {', '.join(_core.DIVERGENCES)}.",
 )
 """Notes for the help of a command that takes regions."""
 
