@@ -1,7 +1,7 @@
 """Write tests/data/tokens.csv.gz: tokens with the bounds, losses and gradients of every backend.
 
-Bounds come from tests/support/reference.py at 60 digits and losses from the formulas in mpmath, so that the
-file is independent of the library. Log-probs and advantages are float32 numbers, so that every
+Bounds come from tests/support/reference.py at 60 digits and losses from formulas in mpmath, so that
+the file is independent of the library. Log-probs and advantages are float32 numbers, so that every
 backend reads the same. No ratio is next to a bound, where a table may decide either way.
 
     python tools/make_cases.py

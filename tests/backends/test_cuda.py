@@ -781,7 +781,8 @@ class TestEmulator:
     def run(self, tmp_path: Path, kernel: str, flags: tuple[str, ...], shared: int) -> str:
         library = build(tmp_path, flags=flags, kernels=(kernel,), more=BROKEN)
         code = (
-            "import numpy as np, sys; from pathlib import Path; from support.emulated import Emulator\n"
+            "import numpy as np, sys; from pathlib import Path\n"
+            "from support.emulated import Emulator\n"
             "out = np.zeros(256, np.int32)\n"
             f"Emulator(Path({str(library)!r})).launch({kernel!r}, None, 1, "
             f"(np.uint64(out.ctypes.data),), {shared})\n"

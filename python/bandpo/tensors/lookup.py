@@ -12,6 +12,7 @@ from bandpo.tensors.check import compute_dtype
 def table_log_bounds(
     words: torch.Tensor, old_log_prob: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ``(log_lower, log_upper)`` of every token, in its shape and dtype."""
     lower, log_upper = (
         read_table(words, old_log_prob, words.new_full((), side, dtype=torch.bool))
         for side in (True, False)
@@ -85,7 +86,7 @@ def read_table(
 ) -> torch.Tensor:
     """Looks one side up for every token: ``lower``, a ratio, or ``log_upper``.
 
-    Plain torch on integers and floats: the operations of ``rust/table/mod.rs`` in the same order, for
+    Plain torch on integers and floats: the operations of ``rust/image.rs`` in the same order, for
     the same results bit for bit.
 
     Args:
