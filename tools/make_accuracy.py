@@ -31,13 +31,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from bandpo.region import Status  # noqa: E402
 from conftest import Reference, read_reference  # noqa: E402
+from support.contract import BACKWARD, ILL_CONDITIONED, RELATIVE  # noqa: E402
 from support.reference import DIGITS, divergence  # noqa: E402
 
 SIDES = ("log_lower", "log_upper")
-PROMISED = 1e-14
-"""Relative error of a log bound, if it is not within one ULP, as denormal ones are."""
-ILL_CONDITIONED, BACKWARD = 20.0, 2.0
-"""Above this condition number a bound may instead be exact for a delta so many ULP away."""
 REFERENCE = 10.0**-DIGITS
 """Relative error of a reference: what is outside by less cannot be told from what is inside."""
 TABLE_TARGET = 1e-6
@@ -186,7 +183,7 @@ def poor_bounds(results: Sequence[Measured]) -> list[Poor]:
     poor = []
     for result in results:
         spec = result.spec
-        small = (result.relative >= -PROMISED) | (result.ulp <= 1.0)
+        small = (result.relative >= -RELATIVE) | (result.ulp <= 1.0)
         for side, i in np.argwhere((result.relative > REFERENCE) | ~small):
             logp, delta = float(result.logp[i]), float(result.delta[i])
             actual, relative = float(result.actual[side, i]), float(result.relative[side, i])
@@ -362,7 +359,7 @@ def bounds_part(results: Sequence[Measured]) -> str:
 | bounds outside the exact one | 0 | {sum(result.outside() for result in results)} |
 | bounds that saturate where the exact one does not, or the reverse | 0 | \
 {sum(result.wrongly_saturated() for result in results)} |
-| bounds with a relative error above {PROMISED:.0e} and above 1 ULP, condition number up to \
+| bounds with a relative error above {RELATIVE:.0e} and above 1 ULP, condition number up to \
 {ILL_CONDITIONED:.0f} | 0 | {sum(bound_.kappa <= ILL_CONDITIONED for bound_ in broken)} |
 | the same above {ILL_CONDITIONED:.0f}, unless D is within {BACKWARD:.0f} ULP of delta | 0 | \
 {sum(bound_.kappa > ILL_CONDITIONED for bound_ in broken)} |
@@ -415,7 +412,7 @@ condition number.
 The condition number says by how much more than itself a relative change of logp or delta changes
 the bound. Just below saturation of the lower side it may exceed 1e16: then even the last bit of
 delta moves the bound by more than the bound. Above {ILL_CONDITIONED:.0f} a bound need not be within
-{PROMISED:.0e} if the exact D at it is within {BACKWARD:.0f} ULP of delta, and not above it.
+{RELATIVE:.0e} if the exact D at it is within {BACKWARD:.0f} ULP of delta, and not above it.
 {len(kept)} bounds are such:
 
 {ill_conditioned(kept)}

@@ -57,8 +57,17 @@ fn references() -> Vec<Reference> {
     references
 }
 
-/// The contract: never outside the exact bound, and within 1e-14 of it or one ulp (of a denormal
-/// bound) or, where its condition number exceeds 20, with D within 2 ulp of delta.
+/// Relative error of a log bound.
+const RELATIVE: f64 = 1e-14;
+
+/// Condition number above which `D` may be near delta instead.
+const ILL_CONDITIONED: f64 = 20.0;
+
+/// Distance of that `D` from delta, in ulp of delta.
+const BACKWARD: f64 = 2.0;
+
+/// Holds a bound to its contract: not outside the exact one, and within [`RELATIVE`] of it or one ulp or, where its
+/// condition number exceeds [`ILL_CONDITIONED`], with `D` within [`BACKWARD`] ulp of delta.
 fn assert_accurate(reference: &Reference, side: Side, bound: f64) {
     let Reference { spec, logp, delta, bounds } = reference;
     let (exact, rest, kappa) = bounds[usize::from(side == Side::Upper)];
@@ -72,16 +81,16 @@ fn assert_accurate(reference: &Reference, side: Side, bound: f64) {
     // The references have 60 digits.
     assert!(relative <= 1e-60, "{place} is outside by {relative:e}");
     let ulp = exact.abs() - exact.abs().next_down();
-    if relative >= -1e-14 || error.abs() <= ulp {
+    if relative >= -RELATIVE || error.abs() <= ulp {
         return;
     }
-    assert!(kappa > 20.0, "{place} is off by {relative:e}");
+    assert!(kappa > ILL_CONDITIONED, "{place} is off by {relative:e}");
     let divergence = Divergence::parse(spec).unwrap();
     let radius = divergence.generator_radius::<Dd>(*delta);
     let missing = exact_residual(&divergence.generator, *logp, bound, radius).abs();
     // One ulp of delta moves the radius of the generator by so much.
     let next = divergence.generator_radius::<Dd>(delta.next_up());
-    assert!(missing <= 2.0 * (next - radius).to_f64(), "{place}: {missing:e}");
+    assert!(missing <= BACKWARD * (next - radius).to_f64(), "{place}: {missing:e}");
 }
 
 #[test]
@@ -152,7 +161,7 @@ fn many_tokens_have_the_bounds_that_each_has() {
                         assert!(found.is_nan(), "{place}: {found:e}");
                         continue;
                     }
-                    let same = found == alone || (found - alone).abs() <= 1e-14 * alone.abs();
+                    let same = found == alone || (found - alone).abs() <= RELATIVE * alone.abs();
                     assert!(same, "{place}: {found:e} {alone:e}");
                     assert!(is_inside(&divergence, logp, found, radius), "{place}: {found:e}");
                 }
@@ -232,9 +241,9 @@ proptest! {
         let band = band(spec, delta);
         let ((low_small, up_small), (low_large, up_large)) =
             (band.log_bounds(small), band.log_bounds(large));
-        // Bounds are within 1e-14 of a monotone function, not monotone in their last bits.
-        prop_assert!(up_large <= up_small * (1.0 + 2e-14), "{up_small} {up_large}");
-        prop_assert!(low_large >= low_small * (1.0 + 2e-14), "{low_small} {low_large}");
+        // Bounds are within RELATIVE of a monotone function, not monotone in their last bits.
+        prop_assert!(up_large <= up_small * (1.0 + 2.0 * RELATIVE), "{up_small} {up_large}");
+        prop_assert!(low_large >= low_small * (1.0 + 2.0 * RELATIVE), "{low_small} {low_large}");
     }
 
     #[test]
@@ -243,11 +252,11 @@ proptest! {
     ) {
         let (lower, upper) = band(spec, delta).log_bounds(logp);
         let (wider_lower, wider_upper) = band(spec, delta * more).log_bounds(logp);
-        prop_assert!(wider_upper >= upper * (1.0 - 2e-14), "{upper} {wider_upper}");
-        prop_assert!(wider_lower <= lower * (1.0 - 2e-14), "{lower} {wider_lower}");
+        prop_assert!(wider_upper >= upper * (1.0 - 2.0 * RELATIVE), "{upper} {wider_upper}");
+        prop_assert!(wider_lower <= lower * (1.0 - 2.0 * RELATIVE), "{lower} {wider_lower}");
     }
 
-    /// The bound is in, and a log-ratio 3e-14 beyond it is out.
+    /// The bound is in, and a log-ratio 3 `RELATIVE` beyond it is out.
     #[test]
     fn contains_the_bounds_and_nothing_beyond(
         spec in any_spec(), delta in radius(), logp in log_probability()
@@ -258,9 +267,9 @@ proptest! {
             prop_assert!(is_inside(&divergence, logp, bound, delta), "{bound}");
         }
         if lower > f64::NEG_INFINITY {
-            prop_assert!(!is_inside(&divergence, logp, lower * (1.0 + 3e-14), delta), "{lower}");
+            prop_assert!(!is_inside(&divergence, logp, lower * (1.0 + 3.0 * RELATIVE), delta), "{lower}");
         }
-        prop_assert!(!is_inside(&divergence, logp, upper * (1.0 + 3e-14), delta), "{upper}");
+        prop_assert!(!is_inside(&divergence, logp, upper * (1.0 + 3.0 * RELATIVE), delta), "{upper}");
     }
 
     /// Closed forms agree with the general solver, which polishes what it found by iteration, where
@@ -385,7 +394,7 @@ fn expressions_agree_with_built_ins() {
                     let (a, b) = (custom.bound(logp, side), built_in.bound(logp, side));
                     let (a, b) = (a.log_ratio, b.log_ratio);
                     assert!(
-                        a == b || (a / b - 1.0).abs() <= 2e-14,
+                        a == b || (a / b - 1.0).abs() <= 2.0 * RELATIVE,
                         "{text} {delta:e} {logp:e} {side:?}: {a:e} {b:e}"
                     );
                 }
@@ -415,7 +424,7 @@ fn kinked_and_flat_bottomed_expressions() {
                     }
                     let expected = last_inside(0.0_f64.copysign(outside), outside, inside).at;
                     assert!(
-                        (actual / expected - 1.0).abs() < 1e-14,
+                        (actual / expected - 1.0).abs() < RELATIVE,
                         "{text} {delta} {p} {side:?}: {actual:e} {expected:e}"
                     );
                 }

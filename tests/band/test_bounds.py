@@ -20,20 +20,12 @@ from bandpo._core import DIVERGENCES
 from bandpo.check import BoolArray, Float64Array
 from bandpo.error import InvalidTypeError, InvalidValueError
 from conftest import REFERENCE_FILES, Reference, read_reference
+from support.contract import BACKWARD, ILL_CONDITIONED, RELATIVE
 from support.reference import bound, divergence, to_double
 from support.reference import log_bounds as reference_log_bounds
 
 ROOT = Path(__file__).parents[2]
 ACCURACY = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
-
-RELATIVE = 1e-14
-"""What a log bound may be off, relatively, if not within one ULP: the contract of `bandpo.Band`."""
-
-ILL_CONDITIONED = 20.0
-"""Condition number above which D may be near delta instead."""
-
-BACKWARD = 2.0
-"""ULP of delta within which D is then."""
 
 REFERENCE = 1e-60
 """Relative error of a reference: what is outside by less cannot be told from what is inside."""
@@ -404,7 +396,7 @@ def test_parameters_next_to_special_ones_hold_the_contract(spec: str) -> None:
             if mp.isinf(wanted):
                 assert actual == float(wanted)
             else:
-                assert 0 <= (wanted - mpf(float(actual))) / wanted <= 1e-14, (logp, radius)
+                assert 0 <= (wanted - mpf(float(actual))) / wanted <= RELATIVE, (logp, radius)
 
 
 @pytest.mark.parametrize("g", [1.2, 1.5, 4.0])
