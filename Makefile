@@ -13,7 +13,7 @@ ON_GPU := $(VENV)/test.stamp $(VENV)/cuda$(CUDA).stamp
 ON_GPU_PYTHON := $(BIN)/python
 endif
 
-.PHONY: check test test-nvrtc test-gpu gpu demo lint format reference wheel bench bench-results bench-gpu results \
+.PHONY: check test test-nvrtc test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results \
   gate gate-update prerequisites clean
 check: test test-nvrtc lint
 
@@ -69,6 +69,10 @@ reference: $(VENV)/reference.stamp
 	$(BIN)/python tools/make_reference.py
 	$(BIN)/python tools/make_cases.py
 	$(BIN)/python tools/make_real_reference.py
+
+# The pictures of the README, in docs/pictures.
+pictures: $(VENV)/test.stamp
+	$(BIN)/python tools/make_pictures.py
 
 # The sdist, and from it the Linux wheel that a release uploads; checked, installed, tested. zig links
 # against the glibc of 2014, so that the wheel does not depend on this machine's. With the time of the

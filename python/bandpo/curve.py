@@ -1,4 +1,4 @@
-"""The numbers that a picture of regions shows."""
+"""The numbers that a picture of a region shows."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from bandpo.check import Float64Array
+from bandpo.error import InvalidValueError
 from bandpo.region import Region
 from bandpo.schedule import RegionSource
 from bandpo.spec import region_or_source_from_spec
 
 POINTS = 601
-"""Old probabilities that a curve is made of, evenly spaced in their logarithm."""
+"""Old probabilities of `curve_of`, evenly spaced in their logarithm."""
 
 
 class Curve(NamedTuple):
-    """What a region allows, at `POINTS` old probabilities."""
+    """The bounds of a region at some old probabilities."""
 
     p: Float64Array
     """The old probabilities."""
@@ -26,20 +28,32 @@ class Curve(NamedTuple):
     upper: Float64Array
     """Upper bound of the ratio; inf if there is none."""
     fall: Float64Array
-    """How far the probability may fall, ``p (1 - lower)``."""
+    """Largest decrease of the probability, ``p (1 - lower)``."""
     rise: Float64Array
-    """How far it may rise, ``p (upper - 1)``: beyond ``1 - p`` more than there is."""
+    """Largest increase, ``p (upper - 1)``; above ``1 - p`` where the region leaves the simplex."""
 
 
-def curve_of(region: Region, probability_range: tuple[float, float] = (1e-4, 1.0)) -> Curve:
-    """Returns the bounds of a region and the changes of probability that they allow.
+def curve_at(region: Region, p: ArrayLike) -> Curve:
+    """Returns the bounds of a region at old probabilities in (0, 1]."""
+    p = np.asarray(p, dtype=np.float64)
+    lower, upper = region.bounds(np.log(p))
+    return Curve(p, lower, upper, p * (1.0 - lower), p * (upper - 1.0))
+
+
+def curve_of(region: Region, probability_range: tuple[float, float] | None = None) -> Curve:
+    """Returns the bounds of a region at `POINTS` old probabilities.
 
     Args:
         region: The region.
-        probability_range: Least and greatest old probability, in (0, 1].
+        probability_range: First and last old probability, in (0, 1]; 0.0001 and 1 if left out.
+
+    Raises:
+        InvalidValueError: If the range is not in (0, 1] or is empty.
     """
-    least, greatest = map(math.log, probability_range)
-    logp = np.linspace(least, greatest, POINTS)
+    first, last = probability_range or (1e-4, 1.0)
+    if not 0.0 < first < last <= 1.0:
+        raise InvalidValueError(f"p must be in 0 < first < last <= 1, got {first} and {last}")
+    logp = np.linspace(math.log(first), math.log(last), POINTS)
     p = np.exp(logp)
     lower, upper = region.bounds(logp)
     return Curve(p, lower, upper, p * (1.0 - lower), p * (upper - 1.0))

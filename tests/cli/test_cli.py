@@ -181,6 +181,32 @@ def test_plot_draws_presets_and_bands(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "<svg" in path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("options", "panels"),
+    [
+        ((), 2),
+        (("--axes", "ratio"), 1),
+        (("--axes", "linear", "--axes", "logit", "--dark"), 2),
+        (("kl@0.1", "kl@0.2"), 4),
+        (("--p-range", "1e-6", "0.5"), 2),
+    ],
+)
+def test_plot_draws_the_panels_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], panels: int
+) -> None:
+    pytest.importorskip("matplotlib")
+    from bandpo import plot
+
+    figures: list[Any] = []
+    monkeypatch.setattr(plot, "save", lambda figure, _: figures.append(figure))
+    assert main(["plot", "preset:dapo", "bandpo-kl", *options, "-o", str(tmp_path / "p.svg")]) == 0
+    (figure,) = figures
+    assert len(figure.axes) == panels
+    assert ("--dark" in options) == (figure.get_facecolor()[0] < 0.5)
+    if "--p-range" in options:
+        assert figure.axes[0].get_xlim() == (1e-6, 0.5)
+
+
 def test_plot_prints_the_numbers_it_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +252,9 @@ def test_plot_prints_the_numbers_it_draws(
         (["plot", "DAPO"], "did you mean 'dapo'?"),
         (["plot", ""], "column 1: empty; write a region"),
         (["plot", "kll@0.05"], 'divergence "kll" is not known'),
+        (["plot", "--p-range", "0", "1"], "p must be above 0 on logit axes, got 0"),
+        (["plot", "kl@0.1", "--p-range", "0.5", "0.1"], "p must be in 0 <= first < last <= 1"),
+        (["plot", "kl@0.1", "--p-range", "0", "1", "--json"], "p must be in 0 < first < last"),
         (["plot", "kl@-1"], "delta must be finite and above 0, got -1.0"),
         (["plot", "ppo", "-o", "p.txt"], "cannot write p.txt: use one of .png, .svg, .pdf"),
         (

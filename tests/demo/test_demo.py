@@ -16,9 +16,9 @@ from rich.console import Console
 
 import bandpo
 from bandpo import demo
-from bandpo.demo.report import conclusion
-from bandpo.demo.result import BIN_EDGES
-from bandpo.demo.rule import BAND, CONSTANT, FIXED, NO_CLIP
+from bandpo.demo.report import conclusion, headline
+from bandpo.demo.result import BIN_NAMES
+from bandpo.demo.rule import BAND, CONSTANT, FIXED, NO_CLIP, band_table, regions
 from bandpo.error import InvalidTypeError, InvalidValueError, OutputPathError
 
 pytest.importorskip("torch")
@@ -28,7 +28,8 @@ import torch
 
 from bandpo import plot
 from bandpo.demo import experiment, grpo, task
-from bandpo.loss import PROBABILITY_EDGES, policy_loss
+from bandpo.demo.figure import demo_figure
+from bandpo.loss import PROBABILITY_EDGES
 
 RULES = (FIXED, BAND, NO_CLIP, CONSTANT)
 SMALL: dict[str, Any] = {
@@ -101,13 +102,41 @@ def test_the_result_is_json(small: demo.Result) -> None:
     assert len(document["clip_fraction_down"][BAND]) == len(document["probability_bins"])
 
 
-def test_the_report_ends_with_the_conclusion(small: demo.Result) -> None:
+def report(result: demo.Result, width: int) -> str:
     written = StringIO()
-    demo.print_report(small, Console(file=written, width=80))
-    text = " ".join(written.getvalue().split())
-    assert text.endswith(small.conclusion)
+    demo.print_report(result, Console(file=written, width=width))
+    return written.getvalue()
+
+
+def test_the_report_begins_with_the_conclusion(small: demo.Result) -> None:
+    text = " ".join(report(small, 80).split())
+    assert text.startswith(small.conclusion)
     for rule in RULES:
         assert rule in text
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_report_cuts_no_number(small: demo.Result, width: int) -> None:
+    text = report(small, width)
+    assert "…" not in text
+    lines = [line for line in text.splitlines() if not line.startswith("Picture:")]
+    assert max(map(len, lines)) <= width
+
+
+def test_numbers_have_the_digits_that_show_a_difference() -> None:
+    final = {FIXED: [0.0301], BAND: [0.0304], NO_CLIP: [0.0302], CONSTANT: [0.0301]}
+    text = conclusion(made_up({rule: [None] for rule in RULES}, **final))
+    assert "final reward (0.0304) was higher than fixed clip 0.2/0.28 (0.0301)" in text
+
+
+def test_the_picture_shows_each_rule_with_its_last_values(small: demo.Result) -> None:
+    figure = demo_figure(small, regions(band_table(0.05)))
+    for axes, name in zip(figure.axes[:2], ("reward", "entropy"), strict=True):
+        for rule, text in zip(RULES, axes.texts, strict=True):
+            last = np.median([getattr(run, name)[-1] for run in small.of_rule(rule)])
+            assert text.get_text() == f"{rule}\n{last:.3g}"
+    assert {text.get_text() for text in figure.axes[3].texts} == {FIXED, BAND}
+    assert figure.texts[0].get_text() == headline(small)
 
 
 def test_nothing_is_printed_when_quiet(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +243,7 @@ def test_advantages_are_group_normalised() -> None:
     assert advantages[1].tolist() == [0.0] * 4
 
 
-def test_clip_counts_know_side_bin_and_mask() -> None:
+def test_clip_counts_are_by_side_and_bin_of_unmasked_tokens() -> None:
     nan = math.nan
     p = torch.tensor([[5e-4, 5e-3, 0.05], [0.3, 0.9, nan]])
     ratio = torch.tensor([[2.0, 1.2, 0.5], [0.5, 2.0, nan]])
@@ -231,21 +260,10 @@ def test_clip_counts_know_side_bin_and_mask() -> None:
     ]
 
 
-def test_clip_counts_agree_with_the_metrics_of_the_loss() -> None:
-    generator = torch.Generator().manual_seed(0)
-    old, log_ratio, advantages, mask = torch.randn(4, 64, 32, generator=generator)
-    old = -(3.0 * old).exp()
-    region = bandpo.Band("kl", 0.05).table()
-    counts = grpo.clip_counts(old, old + log_ratio, advantages, mask > 0, region=region)
-    metrics = policy_loss(
-        old, old + log_ratio, advantages, mask > 0, region=region, metrics_by_probability=True
-    ).metrics
-    tokens = metrics["tokens_by_probability"]
-    high, low = (metrics[f"clip_fraction_{side}_by_probability"] for side in ("high", "low"))
-    assert counts[[0, 2]].sum(0).tolist() == tokens.tolist()
-    torch.testing.assert_close(counts[1] / tokens, high)
-    torch.testing.assert_close(counts[3] / tokens, low)
-    assert PROBABILITY_EDGES[1:-1] == BIN_EDGES
+def test_bins_are_those_of_the_metrics() -> None:
+    first, *edges = PROBABILITY_EDGES[1:-1]
+    between = [f"{low:g}-{high:g}" for low, high in zip([first, *edges], edges, strict=False)]
+    assert (f"< {first:g}", *between, f">= {edges[-1]:g}") == BIN_NAMES
 
 
 def made_up(batches: dict[str, Sequence[int | None]], **final: Sequence[float]) -> demo.Result:
@@ -335,21 +353,6 @@ def test_conclusion_when_nobody_reaches_half() -> None:
 def test_conclusion_of_few_seeds_says_so() -> None:
     text = conclusion(made_up({FIXED: [30], BAND: [10], NO_CLIP: [20], CONSTANT: [20]}))
     assert text.endswith("So few seeds (1) do not show how far they spread.")
-
-
-def test_band_figure_draws_what_lies_in_range() -> None:
-    figure = plot.band_figure(
-        {
-            "band": bandpo.Band("kl", 0.05),
-            "one-sided": bandpo.Clip(0.2, np.inf),
-            "none": bandpo.Clip(1, np.inf),
-        }
-    )
-    (axes,) = figure.axes
-    labels = axes.get_legend_handles_labels()[1]
-    assert labels[:2] == ["band", "one-sided"]
-    assert "none" not in labels
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,9 @@ SAMPLES = 1_000_000
 """Log-probs that ``table verify`` compares unless told otherwise."""
 
 PICTURE = "bandpo-plot.png"
+
+TOGETHER = 3
+"""Regions that are drawn over each other unless axes are named; more are hard to tell apart."""
 """What ``plot`` writes unless told otherwise."""
 
 
@@ -111,17 +114,26 @@ def table_verify(parsed: argparse.Namespace) -> int:
 def plot(parsed: argparse.Namespace) -> int:
     """Draws regions, or prints the curves as JSON."""
     regions = {name: named_region(name) for name in parsed.words or PRESETS}
+    probability_range = None if parsed.p_range is None else tuple(parsed.p_range)
     output = parsed.output or (None if parsed.json else PICTURE)
     if output is not None:
-        from bandpo.plot import comparison_figure, save
+        from bandpo.plot import comparison_figure, save, update_figure
 
-        save(comparison_figure(regions), output)
+        named = {name.removeprefix("preset:"): region for name, region in regions.items()}
+        page = {"dark": parsed.dark, "probability_range": probability_range}
+        if parsed.axes is None and len(named) > TOGETHER:
+            figure = comparison_figure(named, **page)
+        else:
+            figure = update_figure(named, views=parsed.axes or ("linear", "log"), **page)
+        save(figure, output)
     if parsed.json:
-        curves = {name: curve_of(region)._asdict() for name, region in regions.items()}
         _print_json(
             {
-                name: {of: values.tolist() for of, values in curve.items()}
-                for name, curve in curves.items()
+                name: {
+                    of: values.tolist()
+                    for of, values in curve_of(region, probability_range)._asdict().items()
+                }
+                for name, region in regions.items()
             }
         )
     else:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from bandpo import _core
 from bandpo.check import suggestion
 from bandpo.cli import commands, listing
-from bandpo.cli.commands import CHECK_FAILED, PICTURE, SAMPLES
+from bandpo.cli.commands import CHECK_FAILED, PICTURE, SAMPLES, TOGETHER
 from bandpo.table import TARGET
 
 _FORMS = {
@@ -206,16 +206,33 @@ def _add_table(to: _Commands) -> Sequence[str]:
 def _add_plot(to: _Commands) -> None:
     parser = to.add_parser(
         "plot",
-        help="draw what regions allow, together",
-        description="Draws the bounds of regions, and the change of probability that they allow."
-        " Those of gspo are for the ratio of a sequence; bapo's are those it begins with.",
+        help="draw where regions let a token's probability go",
+        description="Draws the new probabilities that regions allow against the old one: up to"
+        f" {TOGETHER} regions together, on linear and on log axes; more of them, or all presets,"
+        " in a small picture each, on axes of the log-odds. The region of gspo is for the ratio of"
+        " a sequence; that of bapo is the one it begins with.",
     )
     parser.add_argument("words", nargs="*", metavar="REGION", help="all presets if left out")
     parser.add_argument("-o", "--output", type=_path, help=f"picture ({PICTURE}; with --json none)")
+    parser.add_argument(
+        "--axes",
+        action="append",
+        choices=("linear", "log", "logit", "ratio"),
+        help="draw all regions together on these axes; ratio has new/old upwards, on log axes; may"
+        " be repeated for more panels",
+    )
+    parser.add_argument("--dark", action="store_true", help="for a dark page")
+    parser.add_argument(
+        "--p-range",
+        nargs=2,
+        type=_number,
+        metavar=("MIN", "MAX"),
+        help="old probabilities to show (0 1 on linear axes, 0.0001 1 on others)",
+    )
     _add_json(parser, commands.plot)
     parser.notes = _REGIONS
     parser.examples = (
-        "bandpo plot ppo dapo kl@0.05",
+        "bandpo plot dapo bandpo-kl --dark",
         "bandpo plot 'sides(clip@0.2,kl@0.05)' -o sides.svg",
     )
 

@@ -2,8 +2,8 @@
 
 A transformer of 0.12 M parameters is fitted to a made-up corpus in which the right answer to every
 prompt is rare, then trained by GRPO on a verifiable reward, with several optimizer steps on each
-rollout batch so that clipping acts. The same seeds are run under a fixed clip, the KL band, and two
-baselines: no clipping, and the constant interval [0.1, 10].
+rollout batch so that clipping acts. The same seeds are run under a fixed clip, the KL band with the
+published cap, and two baselines: no clipping, and the constant interval [0.1, 10].
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from bandpo import Band
 from bandpo.demo.progress import Progress, bars
 from bandpo.demo.report import conclusion, print_report
 from bandpo.demo.result import Result, Run
-from bandpo.demo.rule import regions
+from bandpo.demo.rule import band_table, regions
 from bandpo.demo.settings import Settings
 from bandpo.error import MissingExtraError
 
@@ -49,7 +48,7 @@ def run(
         OutputPathError: If the picture cannot be written; nothing half-written is left.
     """
     chosen = Settings(**settings)
-    table = Band("kl", chosen.delta).table()
+    table = band_table(chosen.delta)
     try:
         if output is not None:
             from bandpo import plot

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 
 from bandpo import Region
 from bandpo.demo.policy import Policy
-from bandpo.demo.result import BIN_EDGES, BIN_NAMES, Run
+from bandpo.demo.result import BIN_NAMES, Run
 from bandpo.demo.settings import Settings
 from bandpo.demo.task import Task, reward
 from bandpo.loss import policy_loss
@@ -95,30 +94,22 @@ def clip_counts(
     *,
     region: Region,
 ) -> torch.Tensor:
-    """Counts tokens and clipped tokens by bin of the old probability.
+    """Returns the tokens with A > 0, those clipped above, with A < 0, and those clipped below.
 
-    Args:
-        old_log_prob: Natural log-probability of each token in the rollout policy, [B, T].
-        log_prob: The same in the policy being trained, [B, T].
-        advantages: Advantage of each token, [B, T].
-        response_mask: Which tokens count, bool [B, T]; the others may hold anything.
-        region: Where the bounds come from.
-
-    Returns:
-        int64 [4, bins]: tokens with A > 0, those of them with log r > log_upper, tokens with A < 0,
-        those of them with log r < log_lower.
+    They are the metrics of the loss by the old probability, int64 [4, bins]. The shapes are those
+    of `bandpo.loss.policy_loss`.
     """
-    old, new, advantage = (values[response_mask] for values in (old_log_prob, log_prob, advantages))
-    log_lower, log_upper = (
-        torch.from_numpy(bound) for bound in region.log_bounds(old.double().numpy())
-    )
-    log_ratio = (new - old).double()
-    edges = torch.tensor([math.log(edge) for edge in BIN_EDGES], dtype=torch.float64)
-    bins = torch.bucketize(old.double(), edges, right=True)
-    selected = (
-        advantage > 0,
-        (advantage > 0) & (log_ratio > log_upper),
-        advantage < 0,
-        (advantage < 0) & (log_ratio < log_lower),
-    )
-    return torch.stack([torch.bincount(bins[rows], minlength=len(BIN_NAMES)) for rows in selected])
+    counts = []
+    for side, chosen in (("high", advantages > 0), ("low", advantages < 0)):
+        metrics = policy_loss(
+            old_log_prob,
+            log_prob,
+            advantages,
+            response_mask & chosen,
+            region=region,
+            metrics_by_probability=True,
+        ).metrics
+        tokens = metrics["tokens_by_probability"]
+        clipped = metrics[f"clip_fraction_{side}_by_probability"] * tokens
+        counts += [tokens.round().long(), clipped.round().long()]
+    return torch.stack(counts)

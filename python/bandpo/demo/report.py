@@ -1,4 +1,4 @@
-"""The report: two tables, and a conclusion that is computed from the runs."""
+"""The report: a conclusion that is computed from the runs, and two tables."""
 
 from __future__ import annotations
 
@@ -12,16 +12,25 @@ from rich.console import Console
 from rich.table import Table
 
 from bandpo.demo.result import BIN_NAMES, Result
-from bandpo.demo.rule import BAND, FIXED
+from bandpo.demo.rule import BAND, CAP, FIXED
 
 
 def print_report(result: Result, console: Console | None = None) -> None:
-    """Prints what was run, the two tables and the conclusion, to stdout unless told otherwise."""
+    """Prints the conclusion, the two tables and what was run, to stdout unless told otherwise."""
     console = Console() if console is None else console
+    console.print(result.conclusion, highlight=False)
+    for table in (_outcome_table(result), _clip_table(result)):
+        console.print()
+        unbounded = console.options.update(max_width=10_000)
+        if console.measure(table, options=unbounded).maximum <= console.width:
+            console.print(table, highlight=False)
+        else:
+            _print_rows(table, console)
     settings = result.settings
     console.print(
-        f"Band: KL, delta {settings.delta:g}, from a table of {result.table_nbytes} bytes "
-        f"(largest error found {max(result.table_max_error):.1g}); no cap, no dual clip.\n"
+        f"\nBand: KL, delta {settings.delta:g}, upper bound capped at {CAP:g}, from a table of "
+        f"{result.table_nbytes} bytes (largest error found {max(result.table_max_error):.1g}); "
+        "no dual clip.\n"
         f"Task: {settings.prompts} prompts, each with one right answer of its own, of probability "
         f"{statistics.median(result.base_probability):.2g} after pre-training (median).\n"
         f"GRPO: {settings.batches} batches of {settings.prompts_per_batch} prompts with "
@@ -31,11 +40,24 @@ def print_report(result: Result, console: Console | None = None) -> None:
         "all rules start.",
         highlight=False,
     )
-    for table in (_outcome_table(result), _clip_table(result)):
-        console.print(table, highlight=False)
     if result.picture is not None:
         console.print(f"Picture: {result.picture}", highlight=False, markup=False, soft_wrap=True)
-    console.print(result.conclusion, highlight=False)
+
+
+def _print_rows(table: Table, console: Console) -> None:
+    """Prints a table that is wider than the console, each cell on a line of its own."""
+    console.print(table.title or "", highlight=False)
+    headings = [
+        str(column.header).replace("-\n", "-").replace("\n", " ") for column in table.columns
+    ]
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        first, *rest = map(str, cells)
+        if first:
+            console.print(first, highlight=False)
+        for heading, cell in zip(headings[1:], rest, strict=True):
+            console.print(f"  {heading}: {cell}", highlight=False)
+    if table.caption:
+        console.print(table.caption, highlight=False)
 
 
 def conclusion(result: Result) -> str:
@@ -44,6 +66,15 @@ def conclusion(result: Result) -> str:
     A seed gives all rules the same start, so they are compared seed by seed: one is called faster
     or slower, higher or lower, only if it is so on every seed.
     """
+    return " ".join(_sentences(result))
+
+
+def headline(result: Result) -> str:
+    """Returns the first sentence of the conclusion."""
+    return _sentences(result)[0]
+
+
+def _sentences(result: Result) -> list[str]:
     seeds, limit = result.settings.seeds, result.settings.batches
     sentences = []
 
@@ -64,12 +95,11 @@ def conclusion(result: Result) -> str:
         sentences.append(_verdict(speed))
 
     reward = [_compare(result, rule, _missed_reward) for rule in result.rules]
-    sentences.append(
-        _against_others(f"The {BAND}'s final reward", reward, _reward_text, "higher", "lower")
-    )
+    text = _reward_text([standing.median for standing in reward])
+    sentences.append(_against_others(f"The {BAND}'s final reward", reward, text, "higher", "lower"))
     if seeds < 3:
         sentences.append(f"So few seeds ({seeds}) do not show how far they spread.")
-    return " ".join(sentences)
+    return sentences
 
 
 @dataclass(frozen=True)
@@ -162,8 +192,19 @@ def _batches_text(limit: int) -> Callable[[float], str]:
     return lambda batches: f"more than {limit}" if math.isinf(batches) else f"{batches:g}"
 
 
-def _reward_text(missed: float) -> str:
-    return f"{1.0 - missed:.2f}"
+def _reward_text(missed: Sequence[float]) -> Callable[[float], str]:
+    """Rewards with two digits, or with as many as show which of these differ."""
+    digits = _digits([1.0 - value for value in missed])
+    return lambda value: f"{1.0 - value:.{digits}f}"
+
+
+def _digits(values: Sequence[float]) -> int:
+    """The digits after the point, 2 to 6, that show which values differ."""
+    different = len(set(values))
+    shown = (
+        digits for digits in range(2, 6) if len({f"{v:.{digits}f}" for v in values}) == different
+    )
+    return next(shown, 6)
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -173,44 +214,53 @@ def _listed(words: Sequence[str]) -> str:
 def _outcome_table(result: Result) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
-        title="Median over seeds (least..greatest)",
+        pad_edge=False,
+        title="Median over seeds (min..max)",
         caption="Reward and entropy are exact means over all prompts, not sampled.",
     )
     table.add_column("clip rule", no_wrap=True)
     for heading in ("batches to\nhalf reward", "final reward", "final entropy\nin nats"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     limit = result.settings.batches
+    reward, entropy = (
+        {rule: [getattr(run, name)[-1] for run in result.of_rule(rule)] for rule in result.rules}
+        for name in ("reward", "entropy")
+    )
+    reward_digits, entropy_digits = (
+        _digits([statistics.median(values) for values in of_rule.values()])
+        for of_rule in (reward, entropy)
+    )
     for rule in result.rules:
-        runs = result.of_rule(rule)
         table.add_row(
             rule,
             _spread(
                 _batches_to_half(result, rule),
                 lambda batches: f">{limit}" if math.isinf(batches) else f"{batches:g}",
             ),
-            _spread([run.reward[-1] for run in runs], "{:.2f}".format),
-            _spread([run.entropy[-1] for run in runs], "{:.2f}".format),
+            _spread(reward[rule], f"{{:.{reward_digits}f}}".format),
+            _spread(entropy[rule], f"{{:.{entropy_digits}f}}".format),
         )
     return table
 
 
 def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
-    middle, least, greatest = (
+    middle, first, last = (
         text(value) for value in (statistics.median(values), min(values), max(values))
     )
-    return middle if least == greatest else f"{middle} ({least}..{greatest})"
+    return middle if first == last else f"{middle} ({first}..{last})"
 
 
 def _clip_table(result: Result) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
         title="Clip fraction in the last inner step, by old probability p of the token",
         caption="up: share of the tokens with A > 0 that were above the upper bound\n"
         "down: share of those with A < 0 that were below the lower bound\n"
         "-: no such token",
     )
     table.add_column("clip rule", no_wrap=True)
-    table.add_column("side")
+    table.add_column("side", no_wrap=True)
     for name in BIN_NAMES:
         table.add_column(name.replace("-", "-\n"), justify="right", no_wrap=True)
     for rule in result.rules:

@@ -8,8 +8,7 @@ from typing import Any
 
 from bandpo.demo.settings import Settings
 
-# Old probabilities are binned at these edges; a probability on an edge belongs to the bin above.
-BIN_EDGES = (1e-3, 1e-2, 1e-1, 0.5)
+# The bins of `bandpo.loss.PROBABILITY_EDGES`, which needs torch; an edge belongs to the bin above.
 BIN_NAMES = ("< 0.001", "0.001-0.01", "0.01-0.1", "0.1-0.5", ">= 0.5")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bandpo import BandTable, Clip, Region
+from bandpo import Band, BandTable, Clip, Region
 
 FIXED = "fixed clip 0.2/0.28"
 BAND = "KL band"
@@ -11,12 +11,20 @@ BAND = "KL band"
 NO_CLIP = "no clipping"
 CONSTANT = "constant [0.1, 10]"
 
+CAP = 10.0
+"""Upper bound of every ratio of the band, as in the published runs (arXiv 2603.04918)."""
+
+
+def band_table(delta: float) -> BandTable:
+    """Returns the table of the KL band of that radius, capped as published."""
+    return Band("kl", delta).cap(CAP).table()
+
 
 def regions(table: BandTable) -> dict[str, Region]:
     """Returns the region of every rule by its name, in the order in which they are run.
 
     Args:
-        table: The band's. It is used as it is, where the paper's runs cap its upper side at 10.
+        table: The band's, from `band_table`.
     """
     return {
         FIXED: Clip(0.2, 0.28),

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from bandpo import _core
 from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, real_number
 from bandpo.divergence import Sampler
-from bandpo.error import InvalidValueError
+from bandpo.error import InvalidValueError, MissingExtraError
 
 if TYPE_CHECKING:
     from bandpo.table import BandTable
@@ -130,6 +130,15 @@ class Region(ABC):
         from bandpo.region.clip import Clip
 
         return self | Clip(eps_low, eps_high)
+
+    def _repr_png_(self) -> bytes | None:
+        """The picture that a notebook shows; None without matplotlib or with a delta per token."""
+        try:
+            from bandpo import plot
+
+            return plot.update_figure({repr(self): self})._repr_png_()
+        except (MissingExtraError, InvalidValueError):
+            return None
 
     def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
         """Returns whether each log-ratio lies in the region; the arguments broadcast.

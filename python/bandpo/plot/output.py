@@ -1,0 +1,62 @@
+"""The file that a picture is written to."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from bandpo.error import OutputPathError
+
+# Without the time and the version of matplotlib, so that the same picture is the same file.
+_METADATA: dict[str, dict[str, Any]] = {
+    ".png": {"Software": "bandpo"},
+    ".svg": {"Creator": "bandpo", "Date": None},
+    ".pdf": {"Creator": "bandpo", "Producer": "bandpo", "CreationDate": None},
+}
+SUFFIXES = tuple(_METADATA)
+
+
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """Returns where a picture will be written, with links followed, after trying the folder.
+
+    Raises:
+        OutputPathError: If no picture can be written there.
+    """
+    try:
+        target = Path(path).resolve()
+        if target.suffix.lower() not in SUFFIXES:
+            raise OutputPathError(f"cannot write {path}: use one of {', '.join(SUFFIXES)}")
+        if target.exists() and not target.is_file():
+            raise OutputPathError(f"cannot write {path}: it is not a regular file")
+        with tempfile.TemporaryFile(dir=target.parent):
+            return target
+    except OutputPathError:
+        raise
+    except OSError as error:
+        raise OutputPathError(f"cannot write {path}: {error.strerror}") from None
+    except (RuntimeError, ValueError) as error:  # a loop of links, a NUL in the name
+        raise OutputPathError(f"cannot write {path!r}: {error}") from None
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Writes a figure in the format that the suffix names; the file appears whole or not at all.
+
+    Raises:
+        OutputPathError: If it cannot be written.
+    """
+    target = check_output(path)
+    suffix = target.suffix.lower()
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with partial.open("xb") as file, rc_context({"svg.hashsalt": "bandpo"}):
+            figure.savefig(file, format=suffix[1:], metadata=_METADATA[suffix])
+        partial.replace(target)
+    except OSError as error:
+        raise OutputPathError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
