@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -244,36 +245,29 @@ def test_a_tensor_is_no_array_of_radii() -> None:
         Band("kl", torch.full((3,), 0.1))
 
 
-class LogitStep(Region):
-    """New probabilities whose logit is within kappa of the old one's, as CONTRIBUTING shows."""
-
-    def __init__(self, kappa: float) -> None:
-        self.kappa = kappa
-
-    def log_bounds(self, logp: Any) -> tuple[Any, Any]:
-        logp = np.minimum(np.asarray(logp, dtype=np.float64), 0.0)
-        return self._side(-self.kappa, logp)[0], self._side(self.kappa, logp)[0]
-
-    @staticmethod
-    def _side(step: float, logp: Any) -> tuple[Any, Any]:
-        """ln of ``e^step / (1 - p + p e^step)``, and its slope in ln p."""
-        p = np.exp(logp)
-        rest = p * math.expm1(step)
-        return step - np.log1p(rest), -rest / (1.0 + rest)
-
-    @property
-    def per_token(self) -> bool:
-        return False
-
-    def curves(self, upper: bool) -> Any:
-        return [(0.0, lambda upper, logp: self._side(self.kappa if upper else -self.kappa, logp))]
-
-    def describe(self) -> dict[str, Any]:
-        return {"logit-step": [self.kappa, self.kappa]}
+def region_of_contributing() -> Any:
+    """The class that CONTRIBUTING shows, executed as it stands there."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## To add a region")[2].partition("\n## ")[0]
+    [example] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example, "CONTRIBUTING.md", "exec"), names)  # noqa: S102 -- our own text
+    return names["LogitStep"]
 
 
-def test_a_region_of_a_user_has_a_table_and_combines() -> None:
-    region = LogitStep(0.5)
+def logit_step(logp: float, step: float) -> mpf:
+    """The log-ratio that moves the logit of a probability by a step."""
+    with mp.workdps(60):
+        p = mp.exp(mpf(logp))
+        moved = p / (1 - p) * mp.exp(mpf(step))
+        return log(moved / (1 + moved) / p)
+
+
+def test_a_region_of_a_user_has_bounds_a_table_and_combines() -> None:
+    region = region_of_contributing()(0.3, 0.5)
+    for logp in (-1e-3, -0.7, -30.0):
+        expected = [float(logit_step(logp, step)) for step in (-0.3, 0.5)]
+        np.testing.assert_allclose(region.log_bounds(logp), expected, rtol=1e-12, atol=0)
     table = region.table()
     assert max(table.max_error) <= TABLE
     for tabulated, exact in zip(table.bounds(LOGP), region.bounds(LOGP), strict=True):
@@ -281,6 +275,32 @@ def test_a_region_of_a_user_has_a_table_and_combines() -> None:
     capped = (region | Clip(0.1)).cap(1.5)
     assert capped.bounds([-10.0])[1] == pytest.approx(1.5, rel=CLOSED_FORM)
     assert region.contains(-1.0, 0.0)
+
+
+def test_a_region_of_a_user_needs_log_bounds_alone() -> None:
+    class Halved(Region):
+        def log_bounds(self, logp: Any) -> tuple[Any, Any]:
+            return Clip(0.5).log_bounds(logp)
+
+    region = Halved()
+    assert region.per_token
+    assert region.contains(-1.0, [math.log(0.6), math.log(1.6)]).tolist() == [True, False]
+    assert (region & Clip(0.1)).bounds(-1.0)[1] == pytest.approx(1.1, rel=CLOSED_FORM)
+    for use in (region.table, region.describe, lambda: region.curves(True)):
+        with pytest.raises(InvalidValueError, match=r"Halved.* cannot be (tabulated|described)"):
+            use()
+
+
+def test_a_file_restores_a_region_whose_kind_has_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logit_step_region = region_of_contributing()
+    logit_step_region(0.3, 0.5).table().save(tmp_path / "table.safetensors")
+    table = BandTable.load(tmp_path / "table.safetensors")
+    with pytest.raises(InvalidValueError, match="kind 'logit-step' are not known"):
+        _ = table.region
+    monkeypatch.setitem(bandpo.region.description._WIDTHS, "logit-step", logit_step_region)
+    assert vars(table.region) == {"low": 0.3, "high": 0.5}
 
 
 @pytest.mark.parametrize(
