@@ -1,4 +1,4 @@
-//! Divergences and their exact bounds, for Python.
+//! Divergences and their exact bounds, on one-dimensional numpy arrays.
 
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
@@ -7,7 +7,7 @@ use super::threads::spread;
 use crate::band::{self, Delta, Side};
 use crate::divergence::Divergence;
 
-/// A radius as Python gives it: a number, or one for every element.
+/// A delta for all elements, or one for each.
 #[derive(FromPyObject)]
 pub(super) enum DeltaArgument<'py> {
     Same(f64),
@@ -60,7 +60,7 @@ impl PyDivergence {
         self.0.kernel_generator()
     }
 
-    /// The radii of the generator that radii of this divergence stand for.
+    /// The radii of the generator for deltas of this divergence.
     fn generator_radii<'py>(
         &self,
         py: Python<'py>,
@@ -71,7 +71,7 @@ impl PyDivergence {
     }
 }
 
-/// `(log_lower, log_upper)` of every element, exact.
+/// Exact `(log_lower, log_upper)` of each element.
 #[pyfunction]
 #[pyo3(signature = (divergence, delta_low, delta_high, logp, /))]
 pub(super) fn log_bounds<'py>(
@@ -88,7 +88,7 @@ pub(super) fn log_bounds<'py>(
     Ok((lower.into_pyarray(py), upper.into_pyarray(py)))
 }
 
-/// Whether each log-ratio lies in the band.
+/// True for each log-ratio in the band.
 #[pyfunction]
 #[pyo3(signature = (divergence, delta_low, delta_high, logp, log_ratio, /))]
 pub(super) fn contains<'py>(
@@ -105,7 +105,7 @@ pub(super) fn contains<'py>(
     Ok(inside.into_pyarray(py))
 }
 
-/// The bound of one side with how it was found: `(log_ratio, outside, status, evaluations)`.
+/// One side's bounds with the solver's bracket, status and cost: `(log_ratio, outside, status, evaluations)`.
 #[pyfunction]
 #[pyo3(signature = (divergence, delta, logp, upper, /))]
 pub(super) fn diagnose<'py>(
@@ -131,7 +131,7 @@ pub(super) fn diagnose<'py>(
     ))
 }
 
-/// The divergence of {this token, everything else} at each log-ratio.
+/// The divergence of {this token, all others} at each log-ratio.
 #[pyfunction]
 #[pyo3(signature = (divergence, logp, log_ratio, /))]
 pub(super) fn divergences<'py>(

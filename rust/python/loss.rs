@@ -1,4 +1,4 @@
-//! The loss of a batch, for Python.
+//! The loss of a batch, on contiguous numpy arrays of any number of dimensions.
 
 use numpy::{
     Element, IntoPyArray, PyArray1, PyArrayDyn, PyReadonlyArray1, PyReadonlyArrayDyn,
@@ -8,18 +8,18 @@ use pyo3::prelude::*;
 
 use crate::error::Error;
 use crate::loss::surrogate::Surrogate;
-use crate::loss::{self, Advantages, BoundSource, Float, Outputs, Tokens};
+use crate::loss::{self, Advantages, BoundSource, Float, Outputs, Tokens, Totals};
 use crate::table::Image;
 
-/// Loss and gradient of every token, written to `per_token` and `gradient`. Arrays are contiguous, of any
-/// number of dimensions.
+/// Sum of the losses, counts and sums, in the order of [`counts_of`] and [`sums_of`].
+type Reduced<'py> = (f64, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>);
+
+/// Writes each token's loss to `per_token` and its gradient, times `weight`, to `gradient`.
 ///
-/// `log_ratio` replaces `log_prob - old_log_prob` where it is given. `advantages` has one element a token
-/// or one a row; `bounds` is the image of a table, or all lower and then all upper log bounds, one each or
-/// one a token. `parameters` are those of the surrogate: the dual clip or the truncation, if any, or both
-/// betas. Returns the sum of the losses, the counts (valid, nonfinite, clipped low, clipped high, limited; if asked for also
-/// valid, clipped low and clipped high of each bin), then the sums (`kl`, `kl_k3`, entropy, gradient
-/// without a rule, gradient removed) and the extremes of the log-ratio.
+/// - `log_ratio` replaces `log_prob - old_log_prob` if it is given.
+/// - `advantages` has one element a token or one a row.
+/// - `bounds` is the image of a table; or all lower log bounds, then all upper ones, one each or one a token.
+/// - `parameters` belong to the surrogate: the dual clip or the truncation, if any, or both betas.
 #[pyfunction]
 #[pyo3(signature = (
     old_log_prob, log_prob, log_ratio, advantages, mask, bounds, row_length, surrogate, parameters,
@@ -41,72 +41,100 @@ pub(super) fn policy_loss<'py>(
     weight: f64,
     per_token: Option<Bound<'py, PyAny>>,
     gradient: Bound<'py, PyAny>,
-) -> PyResult<(f64, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
-    let surrogate = Surrogate::new(surrogate, &parameters)?;
-    let arrays = [old_log_prob, log_prob, advantages, bounds, gradient];
-    let run = if arrays[1].cast::<PyArrayDyn<f32>>().is_ok() {
-        policy_loss_of::<f32>
-    } else {
-        policy_loss_of::<f64>
+) -> PyResult<Reduced<'py>> {
+    let run = if is_float32(&log_prob) { Arguments::run::<f32> } else { Arguments::run::<f64> };
+    let arguments = Arguments {
+        old_log_prob,
+        log_prob,
+        log_ratio,
+        advantages,
+        mask,
+        bounds,
+        row_length,
+        surrogate: Surrogate::new(surrogate, &parameters)?,
+        by_probability,
+        weight,
+        per_token,
+        gradient,
     };
-    let some = [log_ratio.as_ref(), per_token.as_ref()];
-    run(py, &arrays, some, &mask, row_length, surrogate, by_probability, weight)
+    run(&arguments, py)
 }
 
-#[allow(clippy::too_many_arguments)]
-fn policy_loss_of<'py, T: Float + Element>(
-    py: Python<'py>,
-    [old_log_prob, log_prob, advantages, bounds, gradient]: &[Bound<'_, PyAny>; 5],
-    [log_ratio, per_token]: [Option<&Bound<'_, PyAny>>; 2],
-    mask: &PyReadonlyArrayDyn<'_, u8>,
+fn is_float32(array: &Bound<'_, PyAny>) -> bool {
+    array.cast::<PyArrayDyn<f32>>().is_ok()
+}
+
+/// Arguments of [`policy_loss`], whose floats are still of unknown type.
+struct Arguments<'py> {
+    old_log_prob: Bound<'py, PyAny>,
+    log_prob: Bound<'py, PyAny>,
+    log_ratio: Option<Bound<'py, PyAny>>,
+    advantages: Bound<'py, PyAny>,
+    mask: PyReadonlyArrayDyn<'py, u8>,
+    bounds: Bound<'py, PyAny>,
     row_length: usize,
     surrogate: Surrogate,
     by_probability: bool,
     weight: f64,
-) -> PyResult<(f64, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>)> {
-    let old_log_prob: PyReadonlyArrayDyn<'_, T> = old_log_prob.extract()?;
-    let log_prob: PyReadonlyArrayDyn<'_, T> = log_prob.extract()?;
-    let log_ratio: Option<PyReadonlyArrayDyn<'_, T>> =
-        log_ratio.map(PyAnyMethods::extract).transpose()?;
-    let advantages: PyReadonlyArrayDyn<'_, T> = advantages.extract()?;
-    let mut per_token: Option<PyReadwriteArrayDyn<'_, T>> =
-        per_token.map(PyAnyMethods::extract).transpose()?;
-    let mut gradient: PyReadwriteArrayDyn<'_, T> = gradient.extract()?;
+    per_token: Option<Bound<'py, PyAny>>,
+    gradient: Bound<'py, PyAny>,
+}
 
-    let log_prob = log_prob.as_slice()?;
-    let values = advantages.as_slice()?;
-    let tokens = Tokens {
-        old_log_prob: old_log_prob.as_slice()?,
-        log_prob,
-        log_ratio: log_ratio.as_ref().map(|log_ratio| log_ratio.as_slice()).transpose()?,
-        advantages: if values.len() == log_prob.len() {
-            Advantages::PerToken(values)
+impl<'py> Arguments<'py> {
+    fn run<T: Float + Element>(&self, py: Python<'py>) -> PyResult<Reduced<'py>> {
+        let old_log_prob: PyReadonlyArrayDyn<'_, T> = self.old_log_prob.extract()?;
+        let log_prob: PyReadonlyArrayDyn<'_, T> = self.log_prob.extract()?;
+        let log_ratio: Option<PyReadonlyArrayDyn<'_, T>> =
+            self.log_ratio.as_ref().map(PyAnyMethods::extract).transpose()?;
+        let advantages: PyReadonlyArrayDyn<'_, T> = self.advantages.extract()?;
+        let mut per_token: Option<PyReadwriteArrayDyn<'_, T>> =
+            self.per_token.as_ref().map(PyAnyMethods::extract).transpose()?;
+        let mut gradient: PyReadwriteArrayDyn<'_, T> = self.gradient.extract()?;
+
+        let log_prob = log_prob.as_slice()?;
+        let values = advantages.as_slice()?;
+        let tokens = Tokens {
+            old_log_prob: old_log_prob.as_slice()?,
+            log_prob,
+            log_ratio: log_ratio.as_ref().map(|log_ratio| log_ratio.as_slice()).transpose()?,
+            advantages: if values.len() == log_prob.len() {
+                Advantages::PerToken(values)
+            } else {
+                Advantages::PerRow { values, row_length: self.row_length }
+            },
+            mask: self.mask.as_slice()?,
+        };
+        let outputs = Outputs {
+            per_token: per_token.as_mut().map(|losses| losses.as_slice_mut()).transpose()?,
+            gradient: gradient.as_slice_mut()?,
+            weight: self.weight,
+        };
+        let (surrogate, by_probability) = (self.surrogate, self.by_probability);
+        let run = |source: BoundSource<'_, T>| {
+            py.detach(|| loss::policy_loss(&tokens, &source, surrogate, by_probability, outputs))
+        };
+        let totals = if let Ok(words) = self.bounds.extract::<PyReadonlyArray1<'_, u32>>() {
+            run(BoundSource::Table(Image::new(words.as_slice()?)?))
         } else {
-            Advantages::PerRow { values, row_length }
-        },
-        mask: mask.as_slice()?,
-    };
-    let outputs = Outputs {
-        per_token: per_token.as_mut().map(|losses| losses.as_slice_mut()).transpose()?,
-        gradient: gradient.as_slice_mut()?,
-        weight,
-    };
-    let run = |source: BoundSource<'_, T>| {
-        py.detach(|| loss::policy_loss(&tokens, &source, surrogate, by_probability, outputs))
-    };
-    let totals = if let Ok(words) = bounds.extract::<PyReadonlyArray1<'_, u32>>() {
-        run(BoundSource::Table(Image::new(words.as_slice()?)?))
-    } else {
-        let bounds: PyReadonlyArrayDyn<'_, T> = bounds.extract()?;
-        run(match bounds.as_slice()? {
-            &[log_lower, log_upper] => BoundSource::Constant { log_lower, log_upper },
-            both => {
-                let (log_lower, log_upper) = both.split_at(both.len() / 2);
-                BoundSource::PerToken { log_lower, log_upper }
-            }
-        })
-    }?;
+            let bounds: PyReadonlyArrayDyn<'_, T> = self.bounds.extract()?;
+            run(match bounds.as_slice()? {
+                &[log_lower, log_upper] => BoundSource::Constant { log_lower, log_upper },
+                both => {
+                    let (log_lower, log_upper) = both.split_at(both.len() / 2);
+                    BoundSource::PerToken { log_lower, log_upper }
+                }
+            })
+        }?;
+        Ok((
+            totals.loss,
+            counts_of(&totals, by_probability).into_pyarray(py),
+            sums_of(&totals).into_pyarray(py),
+        ))
+    }
+}
 
+/// Counts of tokens; with bins, also the valid, clipped low and clipped high tokens of each.
+fn counts_of(totals: &Totals, by_probability: bool) -> Vec<i64> {
     let mut counts = vec![
         totals.valid,
         totals.nonfinite,
@@ -120,8 +148,12 @@ fn policy_loss_of<'py, T: Float + Element>(
         counts.extend(bins.iter().map(|bin| bin.clipped_low));
         counts.extend(bins.iter().map(|bin| bin.clipped_high));
     }
-    let counts: Vec<i64> = counts.into_iter().map(|count| count as i64).collect();
-    let sums = vec![
+    counts.into_iter().map(|count| count as i64).collect()
+}
+
+/// Sums over tokens, then the extremes of the log-ratio.
+fn sums_of(totals: &Totals) -> Vec<f64> {
+    vec![
         totals.kl,
         totals.kl_k3,
         totals.entropy,
@@ -129,11 +161,10 @@ fn policy_loss_of<'py, T: Float + Element>(
         totals.gradient_removed,
         totals.log_ratio_min,
         totals.log_ratio_max,
-    ];
-    Ok((totals.loss, counts.into_pyarray(py), sums.into_pyarray(py)))
+    ]
 }
 
-/// Writes the tabulated `lower`, a ratio, and `log_upper` of every token. Arrays are contiguous.
+/// Writes each token's tabulated `lower`, a ratio, and `log_upper`.
 #[pyfunction]
 #[pyo3(signature = (words, old_log_prob, lower, log_upper, /))]
 pub(super) fn table_bounds<'py>(
@@ -144,11 +175,9 @@ pub(super) fn table_bounds<'py>(
     log_upper: Bound<'py, PyAny>,
 ) -> PyResult<()> {
     let image = Image::new(words.as_slice()?)?;
-    if old_log_prob.cast::<PyArrayDyn<f32>>().is_ok() {
-        table_bounds_of::<f32>(py, image, &old_log_prob, &lower, &log_upper)
-    } else {
-        table_bounds_of::<f64>(py, image, &old_log_prob, &lower, &log_upper)
-    }
+    let run =
+        if is_float32(&old_log_prob) { table_bounds_of::<f32> } else { table_bounds_of::<f64> };
+    run(py, image, &old_log_prob, &lower, &log_upper)
 }
 
 fn table_bounds_of<T: Float + Element>(
@@ -166,14 +195,14 @@ fn table_bounds_of<T: Float + Element>(
     Ok(py.detach(|| loss::table_bounds(image, old_log_prob, lower, log_upper))?)
 }
 
-/// How many tokens count.
+/// The number of valid tokens.
 #[pyfunction]
 #[pyo3(signature = (mask, /))]
 pub(super) fn count_valid(mask: PyReadonlyArrayDyn<'_, u8>) -> PyResult<usize> {
     Ok(loss::count_valid(mask.as_slice()?))
 }
 
-/// Multiplies a gradient by a factor, an array without dimensions.
+/// Multiplies a gradient by a factor, which is an array without dimensions.
 #[pyfunction]
 #[pyo3(signature = (gradient, factor, /))]
 pub(super) fn scale<'py>(
@@ -181,11 +210,8 @@ pub(super) fn scale<'py>(
     gradient: Bound<'py, PyAny>,
     factor: Bound<'py, PyAny>,
 ) -> PyResult<()> {
-    if gradient.cast::<PyArrayDyn<f32>>().is_ok() {
-        scale_of::<f32>(py, &gradient, &factor)
-    } else {
-        scale_of::<f64>(py, &gradient, &factor)
-    }
+    let run = if is_float32(&gradient) { scale_of::<f32> } else { scale_of::<f64> };
+    run(py, &gradient, &factor)
 }
 
 fn scale_of<T: Float + Element + std::ops::MulAssign>(

@@ -1,6 +1,6 @@
-//! The Python extension `bandpo._core`: convert, release the GIL, call, map the error. No logic.
+//! The Python extension `bandpo._core`. It converts arguments, releases the GIL, calls the crate and maps errors.
 
-// Python hands over its objects, and gets arrays back in pairs.
+// pyo3 passes arguments by value, and results are tuples of arrays.
 #![allow(clippy::needless_pass_by_value, clippy::type_complexity)]
 
 mod band;
@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use crate::error::Error;
 
 impl From<Error> for PyErr {
-    /// Each kind of error becomes the class of `bandpo.error` that callers expect.
+    /// Makes each kind of error an instance of its class in `bandpo.error`.
     fn from(error: Error) -> Self {
         let class = match error {
             Error::TableFile { .. } => "TableFileError",
@@ -37,7 +37,7 @@ impl From<Error> for PyErr {
     }
 }
 
-/// The compiled half of bandpo. Private: use `bandpo` itself.
+/// Compiled half of bandpo. It is private: use `bandpo`.
 #[pymodule(gil_used = false)]
 mod _core {
     use super::{Bound, PyModule, PyResult};
@@ -62,7 +62,7 @@ mod _core {
     const KERNEL_SOURCE: &str = crate::KERNEL_SOURCE;
 
     #[pymodule_export]
-    #[allow(non_upper_case_globals)] // Python's name for it
+    #[allow(non_upper_case_globals)] // Python's convention
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
     /// Refuses a `BANDPO_SIMD` that names no instructions.

@@ -1,4 +1,4 @@
-//! Tables, for Python.
+//! Tables, and the regions and functions that they are built from.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::loss;
 use crate::table::{BandTable, Curve, MaxError, Stretches, Verification};
 
-/// Where a table's curve comes from, as Python gives it.
+/// A curve of a table, as Python passes it.
 #[derive(FromPyObject)]
 enum CurveArgument {
     Constant(f64),
@@ -23,14 +23,14 @@ enum CurveArgument {
     Sampled(Py<PyAny>),
 }
 
-/// A curve with everything that it refers to.
+/// A curve that owns its data; [`Curve`] borrows it.
 enum OwnedCurve {
     Constant(f64),
     Band(Band),
     Sampled(Box<dyn Fn(Side, &[f64]) -> crate::error::Result<Vec<(f64, f64)>> + Sync>),
 }
 
-/// What a Python function raised inside a call from Rust; it is raised again at the end.
+/// First exception of a Python function that Rust called. It is raised once Rust returns.
 #[derive(Default)]
 struct Raised(Mutex<Option<PyErr>>);
 
@@ -46,13 +46,14 @@ impl Raised {
         }
     }
 
+    /// The kept exception, or else an error of Rust.
     fn or(&self, error: Error) -> PyErr {
         let kept = self.0.lock().ok().and_then(|mut kept| kept.take());
         kept.unwrap_or_else(|| error.into())
     }
 }
 
-/// What a table is measured against: a band, or `exact(logp) -> (log_lower, log_upper)`.
+/// Exact bounds to measure a table against: a band's, or `exact(logp) -> (log_lower, log_upper)`.
 #[derive(FromPyObject)]
 enum ExactArgument {
     Band(PyDivergence, f64, f64),
@@ -117,13 +118,13 @@ fn borrowed(side: &[(f64, OwnedCurve)]) -> Stretches<'_> {
         .collect()
 }
 
-/// A region's bounds as a lookup table.
+/// Tabulated bounds of a region.
 #[pyclass(name = "BandTable", module = "bandpo._core", frozen)]
 pub(super) struct PyBandTable(BandTable);
 
 #[pymethods]
 impl PyBandTable {
-    /// Tabulates curves, each with the `y` where it begins.
+    /// Tabulates curves, each with the `y` it begins at.
     #[staticmethod]
     fn build(
         py: Python<'_>,
@@ -189,7 +190,7 @@ impl PyBandTable {
         words.into_pyarray(py)
     }
 
-    /// The largest errors at the values number `start..stop` of `count`; see [`BandTable::errors_between`].
+    /// Max errors at the values numbered `start..stop` of `count`; see [`BandTable::errors_between`].
     fn errors_between(
         &self,
         py: Python<'_>,
@@ -207,7 +208,7 @@ impl PyBandTable {
         .map_err(|error| raised.or(error))
     }
 
-    /// The largest errors at some values in every cell; see [`BandTable::errors_in_cells`].
+    /// Max errors at some values in each cell; see [`BandTable::errors_in_cells`].
     fn errors_in_cells(&self, py: Python<'_>, exact: ExactArgument) -> PyResult<(f64, f64)> {
         py.check_signals()?;
         let raised = Raised::default();
@@ -217,13 +218,13 @@ impl PyBandTable {
             .map_err(|error| raised.or(error))
     }
 
-    /// How many values an exhaustive verification looks at.
+    /// The number of values of an exhaustive verification.
     #[staticmethod]
     fn checkable() -> u64 {
         BandTable::checkable()
     }
 
-    /// A copy that says that `count` values were looked at and these largest errors were found.
+    /// A copy with the max errors that a verification of `count` values found.
     fn verified(&self, count: u64, log_upper: f64, lower: f64) -> Self {
         Self(self.0.clone().verified(count, MaxError { log_upper, lower }))
     }
