@@ -6,7 +6,6 @@ import doctest
 import importlib
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,25 +14,49 @@ import bandpo
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_example_of_the_readme_runs_and_does_what_it_says(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    torch = pytest.importorskip("torch")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    example = next(block for block in blocks if "policy_loss" in block)
-    names: dict[str, Any] = {}
-    exec(compile(example, "README.md", "exec"), names)  # noqa: S102 -- our own text
-    gradient = names["log_prob"].grad
-    # -A r over three tokens; all of them are inside the band at these ratios.
-    expected = -torch.exp(torch.tensor([[2.0, -0.2, 0.05]])) / 3
-    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0.0)
-    assert names["result"].metrics["clip_fraction_high"] == 0.0
-    assert capsys.readouterr().out
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")})
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def test_the_sessions_of_the_readme_print_what_they_show() -> None:
-    failed, tried = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
-    assert (failed, tried > 0) == (0, True)
+def blocks(document: Path) -> list[tuple[str, str]]:
+    """Language and content of each fenced block."""
+    return FENCE.findall(document.read_text(encoding="utf-8"))
+
+
+def test_every_block_has_a_language_that_a_test_executes() -> None:
+    for document in DOCUMENTS:
+        assert {language for language, _ in blocks(document)} <= {"python", "sh", "text"}, document
+
+
+@pytest.mark.parametrize(
+    "document",
+    [d for d in DOCUMENTS if any(x == "python" for x, _ in blocks(d))],
+    ids=lambda d: d.name,
+)
+def test_python_of_a_document_prints_what_it_shows(document: Path) -> None:
+    pytest.importorskip("torch")
+    sessions = [text for language, text in blocks(document) if language == "python"]
+    if ">>> " in sessions[0]:
+        assert all(text.startswith(">>> ") for text in sessions)
+        failed, tried = doctest.testfile(str(document), module_relative=False)
+        assert (failed, tried > 0) == (0, True)
+    else:
+        for text in sessions:
+            exec(compile(text, document.name, "exec"), {})  # noqa: S102 -- our own text
+
+
+def test_commands_of_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    shell = [text for d in DOCUMENTS for language, text in blocks(d) if language == "sh"]
+    commands = [line.split("#")[0].split() for text in shell for line in text.splitlines()]
+    assert commands
+    for command in filter(None, commands):
+        if command[0] == "make":
+            assert set(command[1:]) <= targets, command
+        else:
+            assert command[:2] == ["pip", "install"], command
+            extras = re.findall(r"\[(\w+)\]", " ".join(command))
+            assert all(f"\n{extra} = " in (ROOT / "pyproject.toml").read_text() for extra in extras)
 
 
 def modules_with_sessions() -> list[str]:
