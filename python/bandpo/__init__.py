@@ -10,10 +10,16 @@ radius delta still holds, given the token's old probability (BandPO, arXiv 2603.
 [7.8098, 1.3085]
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from bandpo import error, presets, schedule
 from bandpo._core import __version__
 from bandpo.divergence import Divergence
 from bandpo.error import BandpoError
+from bandpo.presets import preset
 from bandpo.region import Band, Clip, Dcpo, Region, sides
 from bandpo.spec import region_from_spec
 from bandpo.surrogate import GradientPreserving, Mask
@@ -32,8 +38,31 @@ __all__ = [
     "TableAccuracyWarning",
     "__version__",
     "error",
+    "preset",
     "presets",
     "region_from_spec",
     "schedule",
     "sides",
 ]
+
+_NEED_TORCH = ("loss", "policy_loss", "torch")
+"""Names that are imported at their first use, so that this package needs numpy alone."""
+
+if TYPE_CHECKING:
+    from bandpo import loss as loss
+    from bandpo import torch as torch
+    from bandpo.loss import policy_loss as policy_loss
+else:  # hidden from type checkers, for which every name would exist
+
+    def __getattr__(name: str) -> Any:
+        if name == "policy_loss":
+            from bandpo.loss import policy_loss
+
+            return policy_loss
+        if name in _NEED_TORCH:
+            return import_module(f"bandpo.{name}")
+        raise AttributeError(f"module 'bandpo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_NEED_TORCH]

@@ -16,6 +16,7 @@ AggregationMode: TypeAlias = Literal[
     "seq-mean-token-sum",
     "seq-mean-token-mean",
     "seq-mean-token-sum-norm",
+    "none",
 ]
 RatioLevel: TypeAlias = Literal["token", "sequence", "geometric-mean"]
 BackendName: TypeAlias = Literal["auto", "native", "cuda", "torch"]

@@ -1,6 +1,11 @@
-"""Bounds on tensors, and the backends of the loss. The one module that imports torch.
+"""Bounds of a region on tensors: `clip_ratio` replaces `torch.clamp` in any loss.
 
-Every backend reads the bounds of a region from one tensor, made by `bounds_of`.
+>>> import torch
+>>> from bandpo import Band
+>>> from bandpo.torch import clip_ratio
+>>> old_log_prob, ratio = torch.tensor([0.01, 0.9]).log(), torch.tensor([3.0, 3.0])
+>>> [round(bound, 4) for bound in clip_ratio(Band("kl", 0.05), old_log_prob, ratio).tolist()]
+[3.0, 1.0765]
 """
 
 from __future__ import annotations
@@ -22,17 +27,21 @@ from bandpo.tensors.lookup import clipped_op
 __all__ = ["clip", "clip_ratio", "contains", "log_bounds"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def log_bounds(
     region: AnyRegion, old_log_prob: torch.Tensor, *, exact: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns ``(log_lower, log_upper)`` of every token, like `Region.log_bounds`.
 
     Args:
-        region: Where the bounds come from.
+        region: Source of the bounds.
         old_log_prob: Natural log-probabilities under the policy that drew the tokens, any shape,
             float32, float64, bfloat16 or float16. Above 0 is read as 0.
-        exact: Use the solver, in float64, even where there is a table. It runs on the CPU, but for
-            CUDA tensors on the device where the kernels can and the divergence has a name.
+        exact: Use the solver, in float64, even if there is a table. It runs on the CPU, but for
+            CUDA tensors on the device if the kernels can run and the divergence has a name.
 
     Returns:
         Two tensors of the shape, dtype and device of ``old_log_prob``, without gradient. They are
@@ -40,7 +49,7 @@ def log_bounds(
 
     Raises:
         InvalidTypeError: If an argument has the wrong type or dtype.
-        InvalidValueError: If an array of radii does not broadcast to the shape.
+        InvalidValueError: If an array of deltas does not broadcast to the shape.
     """
     check_region(region)
     check_float("old_log_prob", old_log_prob)
@@ -52,14 +61,14 @@ def log_bounds(
 def contains(
     region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, *, exact: bool = False
 ) -> torch.Tensor:
-    """Returns whether each log-ratio lies between the bounds, both included, as a bool tensor.
+    """Returns True for each log-ratio between the bounds, both included, as a bool tensor.
 
     The arguments are those of `log_bounds` and log-ratios ``ln(new/old)`` that broadcast with
-    ``old_log_prob``. NaN lies nowhere.
+    ``old_log_prob``. NaN lies in no region.
 
     Raises:
         InvalidTypeError: If an argument has the wrong type or dtype.
-        InvalidValueError: If an array of radii does not broadcast to the shape, or the tensors are
+        InvalidValueError: If an array of deltas does not broadcast to the shape, or the tensors are
             on different devices.
     """
     old_log_prob, log_ratio = _precise(region, old_log_prob, log_ratio, "log_ratio")
@@ -70,14 +79,14 @@ def contains(
 def clip(
     region: AnyRegion, old_log_prob: torch.Tensor, log_ratio: torch.Tensor, *, exact: bool = False
 ) -> torch.Tensor:
-    """Returns the log-ratios moved to the nearest bound where they lie outside.
+    """Returns the log-ratios, moved to the nearest bound if they are outside.
 
     The arguments are those of `contains`; the result has the dtype of ``log_ratio``. Its gradient
     passes to ``log_ratio`` inside the region and at its bounds. NaN in either gives NaN.
 
     Raises:
         InvalidTypeError: If an argument has the wrong type or dtype.
-        InvalidValueError: If an array of radii does not broadcast to the shape, or the tensors are
+        InvalidValueError: If an array of deltas does not broadcast to the shape, or the tensors are
             on different devices.
     """
     return _clip(region, old_log_prob, log_ratio, "log_ratio", exact)
@@ -86,14 +95,13 @@ def clip(
 def clip_ratio(
     region: AnyRegion, old_log_prob: torch.Tensor, ratio: torch.Tensor, *, exact: bool = False
 ) -> torch.Tensor:
-    """Returns the ratios new/old moved to the nearest bound where they lie outside.
+    """Returns the ratios new/old, moved to the nearest bound if they are outside.
 
-    It takes the place of ``torch.clamp(ratio, 1 - eps_low, 1 + eps_high)``. All else is as `clip`
-    has it.
+    It replaces ``torch.clamp(ratio, 1 - eps_low, 1 + eps_high)``. Otherwise it is as `clip`.
 
     Raises:
         InvalidTypeError: If an argument has the wrong type or dtype.
-        InvalidValueError: If an array of radii does not broadcast to the shape, or the tensors are
+        InvalidValueError: If an array of deltas does not broadcast to the shape, or the tensors are
             on different devices.
     """
     return _clip(region, old_log_prob, ratio, "ratio", exact)
@@ -102,7 +110,7 @@ def clip_ratio(
 def _clip(
     region: AnyRegion, old_log_prob: torch.Tensor, values: torch.Tensor, argument: str, exact: bool
 ) -> torch.Tensor:
-    """Log-ratios or ratios, as the argument is called, within the bounds."""
+    """Clips log-ratios or ratios, according to the argument's name."""
     of_ratio = argument == "ratio"
     old_log_prob, precise = _precise(region, old_log_prob, values, argument)
     if default_backend(precise.device.type) == "cuda" and not is_transformed():
@@ -122,11 +130,11 @@ def _clip(
 def _precise(
     region: AnyRegion, old_log_prob: torch.Tensor, values: torch.Tensor, argument: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Old log-probs without gradient and an argument, checked, in the dtype to compute in."""
+    """Checks the arguments; returns old log-probs without gradient and values, same dtype."""
     check_region(region)
     check_float("old_log_prob", old_log_prob)
     check_float(argument, values)
-    if values.device != old_log_prob.device:  # which a kernel would not notice
+    if values.device != old_log_prob.device:  # otherwise a kernel would read foreign memory
         raise InvalidValueError(
             f"{argument} must be on old_log_prob's device {old_log_prob.device}, "
             f"got {values.device}"
@@ -142,6 +150,6 @@ def _log_bounds(
     log_lower, log_upper = sides_of(region, old_log_prob, bounds=bounds)
     if bounds.dtype == torch.int32 or bounds.ndim > 1:
         return log_lower, log_upper
-    # A constant does not know which tokens are NaN.
+    # A constant is the same for every token, also for a NaN.
     unknown = torch.where(old_log_prob.isnan(), old_log_prob, 0.0)
     return unknown + log_lower, unknown + log_upper

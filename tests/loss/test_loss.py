@@ -1004,7 +1004,7 @@ PACKED = random_batch((24,))
 @pytest.mark.parametrize(
     ("batch", "options", "error", "message"),
     [
-        (BATCH, {"region": "kl"}, TypeError, "region must be .* got str"),
+        (BATCH, {"region": 0.05}, TypeError, "region must be .* got float"),
         (BATCH, {"backend": "gpu"}, ValueError, "backend .* auto, native, cuda, torch, got 'gpu'"),
         (BATCH, {"backend": None}, ValueError, "backend must be one of"),
         (BATCH, {"loss_agg_mode": "mean"}, ValueError, "token-mean, token-sum, seq-mean-.*'mean'"),

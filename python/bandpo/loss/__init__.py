@@ -2,12 +2,14 @@
 
 from bandpo.backends.contract import PROBABILITY_EDGES
 from bandpo.loss.policy import PolicyLoss, policy_loss
+from bandpo.loss.reduction import GlobalBatch
 from bandpo.loss.result import Metrics, PolicyLossResult
 from bandpo.surrogate import LOG_RATIO_LIMIT
 
 __all__ = [
     "LOG_RATIO_LIMIT",
     "PROBABILITY_EDGES",
+    "GlobalBatch",
     "Metrics",
     "PolicyLoss",
     "PolicyLossResult",

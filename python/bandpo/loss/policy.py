@@ -1,34 +1,26 @@
-"""The clipped policy loss of PPO and GRPO with the bounds of any region.
-
-Every backend turns tokens into a loss of each token, first; one reducer turns those into a scalar.
-"""
+"""`policy_loss` and `PolicyLoss`: check, choose a backend, call it, reduce, wrap."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bandpo.backends.contract import (
-    Backend,
-)
+from bandpo.backends.contract import Backend
 from bandpo.backends.internals import needs_no_dispatcher
 from bandpo.backends.native import count_valid
 from bandpo.backends.select import select
 from bandpo.check import check_name
-from bandpo.error import InvalidValueError
+from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.loss.levels import inputs_of, token_losses
 from bandpo.loss.metrics import metrics_of
-from bandpo.loss.reduction import (
-    Count,
-    Reduction,
-    aggregate,
-    check_reduction,
-    check_sequences,
-    divisor_of,
-)
+from bandpo.loss.reduction import Count, GlobalBatch, Reduction
 from bandpo.loss.result import Metrics, PolicyLossResult
-from bandpo.loss.tokens import Tokens, advantages_shape, check_tokens, shaped
+from bandpo.loss.tokens import Tokens, check_cu_seqlens, check_tokens, shaped, shaped_by_row
+from bandpo.presets import PRESETS, Preset, preset
+from bandpo.region import Region
 from bandpo.rule import (
     BACKENDS,
     AggregationMode,
@@ -38,6 +30,7 @@ from bandpo.rule import (
     Rule,
     current,
 )
+from bandpo.spec import region_from_spec
 from bandpo.surrogate import Surrogate
 from bandpo.tensors.check import compute_dtype
 
@@ -48,7 +41,7 @@ def policy_loss(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     *,
-    region: AnyRegion,
+    region: AnyRegion | str,
     surrogate: Surrogate = "min-clip",
     dual_clip: float | None = None,
     ratio_level: RatioLevel = "token",
@@ -61,6 +54,7 @@ def policy_loss(
     batch_num_tokens: Count | None = None,
     global_batch_size: Count | None = None,
     loss_scale_factor: float | None = None,
+    global_batch: GlobalBatch | None = None,
     metrics_by_probability: bool = False,
 ) -> PolicyLossResult:
     """Returns the clipped loss of a batch, with its gradient to ``log_prob`` and its metrics.
@@ -83,53 +77,52 @@ def policy_loss(
 
     With ``ratio_level`` "sequence", r is ``exp`` of the mean log-ratio of a sequence's tokens, and
     the gradient passes to each of them as if it were its own (GSPO's token variant, arXiv
-    2507.18071; with loss_agg_mode seq-mean-token-mean it is GSPO). Only a `Clip` bounds it: a band
-    needs the probability of a token. With "geometric-mean" each token's log-ratio is clipped by the
-    region on the side of its advantage, the loss of all tokens of a sequence is ``-A`` times
-    ``exp`` of the mean, and tokens that were clipped have no gradient (GMPO, arXiv 2507.20673).
+    2507.18071; with loss_agg_mode seq-mean-token-mean it is GSPO). Only a `Clip` bounds it, because
+    a band needs the probability of a token. With "geometric-mean" each token's log-ratio is clipped
+    by the region on the side of its advantage. The loss of all tokens of a sequence is then ``-A``
+    times ``exp`` of the mean, and clipped tokens have no gradient (GMPO, arXiv 2507.20673).
 
-    The gradient flows to ``log_prob`` alone: ``old_log_prob``, ``advantages`` and
-    ``rollout_is_weights`` get none, whether or not they require it. All is computed in float32, in
-    float64 where one of the log-probs is.
+    The gradient flows to ``log_prob`` alone, never to ``old_log_prob``, ``advantages`` or
+    ``rollout_is_weights``. Everything is computed in float32, or in float64 if a log-prob is.
 
-    Masked tokens count nowhere, whatever they hold: NaN or inf in padding touches neither loss nor
-    gradient nor metrics. A NaN in a token that counts makes the loss NaN. If no token counts, or
-    there is none at all, the loss and its gradient are 0.
+    Masked tokens have no effect, even if they hold NaN or inf. A NaN in a token that counts makes
+    the loss NaN. If no token counts, the loss and its gradient are 0.
 
-    Modes, of the tokens that count, as verl defines them (sequences without any do not count):
+    Modes, over the tokens that count, as verl defines them; sequences without such a token do not
+    count:
 
     - token-mean: sum / tokens in the batch
     - token-sum: sum
     - seq-mean-token-sum: sum / sequences in the batch
     - seq-mean-token-mean: sum of the mean of each sequence / sequences in the batch
     - seq-mean-token-sum-norm: sum / sequences in the batch / ``loss_scale_factor``
+    - none: the loss of each token, in the shape of ``log_prob``, 0 where masked
 
-    All are multiplied by ``dp_size``. Given the counts of the global batch and, for -norm, the
-    ``loss_scale_factor``, micro-batches add up, and data-parallel ranks average, to the loss and
-    the gradient of the whole.
+    All but none are multiplied by ``dp_size``. Given the counts of the global batch and, for -norm,
+    the ``loss_scale_factor``, micro-batches add up, and data-parallel ranks average, to the loss
+    and the gradient of the whole.
 
-    Metrics, over the tokens that count (0, and 1 for ratios, where none does):
+    Metrics, over the tokens that count (0, and 1 for ratios, if there is none):
 
     - clip_fraction_low: fraction with ``A < 0`` and ``r < lower``; for weight of either sign
     - clip_fraction_high: fraction with ``A > 0`` and ``r > upper``; for weight of either sign
     - dual_clip_fraction (min-clip): fraction with ``A < 0`` and ``r >= c``
     - truncation_fraction (mask): fraction with ``r > truncation`` that is neither beyond nor in a
-      sequence that was masked
-    - masked_sequence_fraction (mask of whole sequences): fraction of the sequences that were masked
-    - gradient_removed: what the rule takes from the gradient, as a share of what it would be
-      without: sum of ``abs(A r - A' r')`` / sum of ``abs(A) r``, ``-A' r'`` being the gradient
-    - all_ratios_one (bool): no ratio differs from 1, so that no rule can act: the first step on a
-      batch, or a trainer that takes but one
-    - entropy: mean of ``-old_log_prob``, an estimate of the entropy of the policy that drew them
+      masked sequence
+    - masked_sequence_fraction (mask of whole sequences): fraction of the sequences that are masked
+    - gradient_removed: share of the gradient that the rule removes: sum of ``abs(A r - A' r')`` /
+      sum of ``abs(A) r``, where ``-A' r'`` is the gradient
+    - all_ratios_one (bool): no ratio differs from 1, so no rule can act, as in the first step on a
+      batch
+    - entropy: mean of ``-old_log_prob``, in nats, an estimate of the entropy of the old policy
     - approx_kl: mean of ``-ln r``, approx_kl_k3: mean of ``r - 1 - ln r``, both with the clamped r
     - ratio_min, ratio_max: extremes of the clamped r
-    - valid_tokens, and nonfinite_tokens: those of them whose loss is inf or NaN (int64)
+    - valid_tokens (int64), and nonfinite_tokens (int64): those of them whose loss is inf or NaN
     - with ``metrics_by_probability``, over the bins of the old probability between
       `PROBABILITY_EDGES`: tokens_by_probability (int64), and clip_fraction_low_by_probability and
       clip_fraction_high_by_probability, as fractions of the bin's tokens
 
-    They are detached tensors, computed when the first is looked at, and nothing waits for the
-    device.
+    Metrics are detached tensors, computed at the first access, without waiting for the device.
 
     Args:
         old_log_prob: Natural log-probabilities of the tokens under the policy in the denominator
@@ -137,67 +130,68 @@ def policy_loss(
         log_prob: The same under the policy being trained.
         advantages: One a token, or one a sequence as [B, 1] or [B]; same dtypes.
         response_mask: Which tokens count (0: not), bool, int or float.
-        region: Where the bounds come from: `Band`, `Clip`, `BandTable` or another `Region`, or a
-            `bandpo.schedule.RegionSource`, whose region is the one of its last step. A band
-            with one radius is tabulated at its first use; one with an array of radii takes the
-            exact solver, or for mask one evaluation of the divergence, and the array must broadcast
-            to the shape of ``old_log_prob``.
-        surrogate: What the loss of a token is: a name, `bandpo.Mask` or
-            `bandpo.GradientPreserving`.
-        dual_clip: Greatest ratio c for ``A < 0`` of min-clip, above 1; None for none.
+        region: Source of the bounds: `Band`, `Clip`, `BandTable` or another `Region`, a
+            `bandpo.schedule.RegionSource`, whose region is the one of its last step, or a spec such
+            as ``"(kl@0.05).cap(10)"`` (see `bandpo.spec`). A band with one delta is tabulated at
+            its first use. One with an array of deltas, which must broadcast to the shape of
+            ``old_log_prob``, takes the exact solver, or for mask one evaluation of the divergence.
+        surrogate: The loss of a token: a name, `bandpo.Mask` or `bandpo.GradientPreserving`.
+        dual_clip: Max ratio c for ``A < 0`` of min-clip, above 1; None for none.
         ratio_level: Whose ratio is bounded: "token", "sequence" or "geometric-mean".
-        loss_agg_mode: How the tokens' losses become one number.
+        loss_agg_mode: How the losses of the tokens become one number, or "none".
         rollout_is_weights: Weights at least 0 that correct for a rollout engine whose probabilities
-            differ from ``old_log_prob``, shaped and typed like advantages: truncated importance
-            sampling gives ``min(exp(old_log_prob - rollout_log_prob), C)``, masked importance
-            sampling 0 where that ratio is out of range. They multiply the loss; a token of weight 0
-            is not counted as clipped.
+            differ from ``old_log_prob``, shaped and typed like advantages. They multiply the loss;
+            a token of weight 0 is not counted as clipped. Truncated importance sampling gives
+            ``min(exp(old_log_prob - rollout_log_prob), C)``, masked importance sampling 0 where
+            that ratio is out of range.
         cu_seqlens: Offsets of the sequences in packed tensors, int32 or int64 [S + 1], from 0 to N.
             Their values are checked on a CPU only, outside `torch.compile`.
         backend: ``"native"`` is compiled and runs on the CPU; ``"cuda"`` is a kernel for NVIDIA
             GPUs and needs the extra ``cuda12`` or ``cuda13``; ``"torch"`` is plain torch and runs
             on any device (CUDA, ROCm, MPS); ``"auto"`` is native for CPU tensors, cuda for CUDA
-            tensors where the kernel can run (a `bandpo.error.BackendWarning` says once why not),
-            else torch.
+            tensors if the kernel can run (otherwise a `bandpo.error.BackendWarning` gives the
+            reason once), else torch.
         exact: Take the bounds from the exact solver instead of a table. It runs on the CPU, but
-            for CUDA tensors on the device where the kernels can run and the divergence has a name.
+            for CUDA tensors on the device if the kernels can run and the divergence has a name.
         dp_size: Number of data-parallel ranks whose gradients are averaged.
         batch_num_tokens: Tokens that count in the global batch, a number or a 0-dim tensor, for
-            token-mean; this batch's if left out.
+            token-mean; by default those of this batch.
         global_batch_size: The same of sequences, for the seq-mean modes.
-        loss_scale_factor: Divisor of seq-mean-token-sum-norm; T if left out, needed if packed.
+        loss_scale_factor: Divisor of seq-mean-token-sum-norm; T by default, needed if packed.
+        global_batch: The last four as one `GlobalBatch`.
         metrics_by_probability: Add the metrics by bin of the old probability.
 
     Raises:
-        InvalidTypeError: If an argument has the wrong type or dtype; the message says what it may.
+        InvalidTypeError: If an argument has the wrong type or dtype; the message names the right
+            ones.
         InvalidValueError: If shapes or devices do not match, a value is out of range or a name not
-            known, region, surrogate and ratio level do not go together, ``cu_seqlens`` or a global
-            count (for ``dp_size > 1``) is missing where it is needed, or the backend cannot run on
-            the tensors' device.
+            known, arguments do not go together, ``cu_seqlens`` or a global count (for
+            ``dp_size > 1``) is missing, or the backend cannot run on the tensors' device.
         MissingExtraError: With backend "cuda", if CuPy is not installed.
-        BrokenExtraError: With backend "cuda", if it is but cannot be used.
+        BrokenExtraError: With backend "cuda", if the kernels cannot run.
     """
-    rule = Rule.of(region, surrogate, dual_clip, ratio_level)
+    rule = Rule.of(_resolved(region), surrogate, dual_clip, ratio_level)
     check_name("backend", backend, BACKENDS)
-    reduction = Reduction(
-        loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor
+    reduction = Reduction.of(
+        loss_agg_mode,
+        global_batch,
+        dp_size,
+        batch_num_tokens,
+        global_batch_size,
+        loss_scale_factor,
     )
-    check_reduction(reduction)
-    shape, shape_of_advantages = check_tokens(
-        old_log_prob, log_prob, advantages, response_mask, rollout_is_weights
-    )
-    check_sequences(rule, reduction, cu_seqlens, log_prob)
+    shape = check_tokens(old_log_prob, log_prob, advantages, response_mask, rollout_is_weights)
+    _check_sequences(rule, reduction, cu_seqlens, log_prob)
     chosen = select(backend, log_prob.device)
 
     dtype = compute_dtype(old_log_prob, log_prob)
     valid = shaped(response_mask, shape)
     valid = valid if valid.dtype == torch.bool else valid != 0
-    cost = shaped(advantages.detach().to(dtype), shape_of_advantages)
+    weighted = shaped_by_row(advantages.detach().to(dtype), shape)
     if rollout_is_weights is not None:
         # Every surrogate is homogeneous in the advantage, so a weight may go there.
-        weights = rollout_is_weights.detach().to(dtype)
-        cost = cost * weights.reshape(advantages_shape(rollout_is_weights, shape))
-    # Half precision is read where it is, unless torch has to compute with it as well.
+        weighted = weighted * shaped_by_row(rollout_is_weights.detach().to(dtype), shape)
+    # Half precision needs no copy in float32, unless torch has to compute with it as well.
     narrow = (
         chosen.reads_half
         and log_prob.dtype == old_log_prob.dtype
@@ -208,21 +202,18 @@ def policy_loss(
     tokens = Tokens(
         old_log_prob.detach().to(stored),
         shaped(log_prob.to(stored), shape),
-        cost,
+        weighted,
         valid,
         cu_seqlens,
     )
     if (
         chosen.weighted_sum is not None
+        and reduction.is_one_weight
         and not rule.changes_tokens
-        and loss_agg_mode != "seq-mean-token-mean"
         and needs_no_dispatcher(log_prob)
     ):
-        divisor = divisor_of(lambda: count_valid(valid), tokens, reduction)
-        if isinstance(divisor, torch.Tensor):
-            divisor = float(divisor.detach().cpu().double().numpy())  # which knows no bfloat16
-        weight = dp_size / divisor
-        inputs = inputs_of(rule, tokens, exact, metrics_by_probability)
+        weight = reduction.weight(lambda: count_valid(valid), tokens)
+        inputs = inputs_of(rule, tokens, exact=exact, by_probability=metrics_by_probability)
         loss, totals = chosen.weighted_sum(weight, inputs)
         given = (old_log_prob, log_prob, advantages, response_mask, rollout_is_weights)
         return PolicyLossResult(
@@ -230,26 +221,84 @@ def policy_loss(
             _per_token_later(rule, tokens, chosen, exact, log_prob.shape, given),
             Metrics(lambda: metrics_of(rule, totals(), dtype)),
         )
-    losses, more = token_losses(rule, tokens, chosen, exact, metrics_by_probability)
-    loss = aggregate(losses, tokens, reduction)
+    losses, more = token_losses(
+        rule, tokens, chosen, exact=exact, by_probability=metrics_by_probability
+    )
+    per_token = shaped(losses.per_token, log_prob.shape)
+    loss = per_token if loss_agg_mode == "none" else reduction.aggregate(losses, tokens)
 
     def metrics() -> dict[str, torch.Tensor]:
         return {**metrics_of(rule, losses.totals(), dtype), **more}
 
-    # A compiler computes them in one kernel; else few of those who train look at all of them.
+    # A compiler computes them in one kernel; otherwise most callers read few of them.
     found = metrics() if torch.compiler.is_compiling() else Metrics(metrics)
-    return PolicyLossResult(loss, shaped(losses.per_token, log_prob.shape), found)
+    return PolicyLossResult(loss, per_token, found)
+
+
+def _resolved(region: AnyRegion | str) -> AnyRegion:
+    """The region, read from its spec if it is text.
+
+    Raises:
+        InvalidTypeError: If it is a preset, or text in a function that is compiled.
+        InvalidValueError: If the text names a preset alone, or cannot be read.
+    """
+    if isinstance(region, Preset):
+        raise InvalidTypeError(_has_a_preset(region.name))
+    if not isinstance(region, str):
+        return region
+    if torch.compiler.is_compiling():  # which cannot trace the parser
+        raise InvalidTypeError(
+            f"region must be an object in a compiled function, got the text {region!r}; "
+            f"PolicyLoss or bandpo.region_from_spec reads it outside of it"
+        )
+    return _from_spec(region)
+
+
+@lru_cache(64)
+def _from_spec(text: str) -> Region:
+    """One object a text, so that its table is made and copied to a device once."""
+    if text.strip() in PRESETS:
+        raise InvalidValueError(_has_a_preset(text.strip()))
+    return region_from_spec(text)
+
+
+def _has_a_preset(name: str) -> str:
+    return (
+        f"region must be a region, got the preset {name!r}, which has a surrogate as well: use "
+        f"PolicyLoss.from_preset({name!r}) or **preset({name!r}).arguments(), or "
+        f"'preset:{name}' for its region alone"
+    )
+
+
+def _check_sequences(
+    rule: Rule, reduction: Reduction, cu_seqlens: torch.Tensor | None, log_prob: torch.Tensor
+) -> None:
+    """Raises unless the arguments that the rule and the mode need are given."""
+    packed = log_prob.ndim == 1
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, log_prob)
+    elif packed:
+        for needs, what in (
+            (rule.ratio_level != "token", f"ratio_level {rule.ratio_level!r}"),
+            (rule.surrogate.whole_sequence, "a mask of whole sequences"),
+        ):
+            if needs:
+                raise InvalidValueError(
+                    f"cu_seqlens must be given for {what} with packed tensors: "
+                    f"offsets of the sequences, int32 or int64 [S + 1]"
+                )
+    reduction.check_given(packed, cu_seqlens)
 
 
 class PolicyLoss(torch.nn.Module):
     """`policy_loss` as a module: the rule in the constructor, the batch in the call.
 
     Args:
-        region: See `policy_loss`, as for every other argument.
-        surrogate: What the loss of a token is.
-        dual_clip: Greatest ratio for negative advantages.
+        region: Where the bounds come from; `policy_loss` describes every argument.
+        surrogate: The loss of a token.
+        dual_clip: Max ratio where the advantage is negative.
         ratio_level: Whose ratio is bounded.
-        loss_agg_mode: How the tokens' losses become one number.
+        loss_agg_mode: How the losses of the tokens become one number.
         backend: What computes them.
         exact: Take the bounds from the exact solver.
         dp_size: Number of data-parallel ranks.
@@ -263,7 +312,7 @@ class PolicyLoss(torch.nn.Module):
 
     def __init__(
         self,
-        region: AnyRegion,
+        region: AnyRegion | str,
         *,
         surrogate: Surrogate = "min-clip",
         dual_clip: float | None = None,
@@ -276,9 +325,10 @@ class PolicyLoss(torch.nn.Module):
         metrics_by_probability: bool = False,
     ) -> None:
         super().__init__()
+        region = _resolved(region)
         Rule.of(region, surrogate, dual_clip, ratio_level)
         check_name("backend", backend, BACKENDS)
-        check_reduction(Reduction(loss_agg_mode, dp_size, None, None, loss_scale_factor))
+        Reduction.of(loss_agg_mode, None, dp_size, None, None, loss_scale_factor)
         self.region = region
         self.surrogate: Surrogate = surrogate
         self.dual_clip = dual_clip
@@ -289,6 +339,23 @@ class PolicyLoss(torch.nn.Module):
         self.dp_size = dp_size
         self.loss_scale_factor = loss_scale_factor
         self.metrics_by_probability = metrics_by_probability
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> PolicyLoss:
+        """Returns the loss of a published method.
+
+        >>> PolicyLoss.from_preset("dapo", loss_agg_mode="token-sum").region
+        Clip(0.2, 0.28)
+
+        Args:
+            name: One of `bandpo.presets.PRESETS`.
+            changes: Arguments of the class, in place of the preset's or beside them.
+
+        Raises:
+            InvalidTypeError: If a change has the wrong type.
+            InvalidValueError: If there is no such preset, or a change is out of range.
+        """
+        return cls(**{**preset(name).arguments(), **changes})
 
     def forward(
         self,
@@ -301,8 +368,12 @@ class PolicyLoss(torch.nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         batch_num_tokens: Count | None = None,
         global_batch_size: Count | None = None,
+        global_batch: GlobalBatch | None = None,
     ) -> PolicyLossResult:
-        """Returns `policy_loss` of a batch."""
+        """Returns `policy_loss` of a batch.
+
+        With a ``global_batch`` the module must have neither a dp_size nor a loss_scale_factor.
+        """
         return policy_loss(
             old_log_prob,
             log_prob,
@@ -321,8 +392,12 @@ class PolicyLoss(torch.nn.Module):
             batch_num_tokens=batch_num_tokens,
             global_batch_size=global_batch_size,
             loss_scale_factor=self.loss_scale_factor,
+            global_batch=global_batch,
             metrics_by_probability=self.metrics_by_probability,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """Returns the rule, for the module's repr."""
@@ -341,13 +416,12 @@ def _per_token_later(
     shape: torch.Size,
     given: tuple[torch.Tensor | None, ...],
 ) -> torch.Tensor | Callable[[], torch.Tensor]:
-    """Returns what computes the losses of the tokens, as of now, when it is called.
+    """Returns a function that computes the losses of the tokens with the state of now.
 
-    Few look at them, and to write them costs as much as the gradient. If nobody could say whether
-    what was given is still the same, it returns the losses.
+    They are rarely read and cost as much to write as the gradient, so they are computed on first
+    access. Inference-mode tensors have no version counter; for them the losses are returned.
     """
-    # The region of a schedule may be another one by then.
-    rule = rule._replace(region=current(rule.region))
+    rule = rule._replace(region=current(rule.region))  # a source may have another one by then
     tensors = [tensor for tensor in given if tensor is not None]
     untracked = any(tensor.is_inference() for tensor in tensors)
     versions = [] if untracked else [tensor._version for tensor in tensors]
@@ -357,11 +431,11 @@ def _per_token_later(
     def compute() -> torch.Tensor:
         if not untracked and [tensor._version for tensor in tensors] != versions:
             raise InvalidValueError(
-                "per_token must be looked at before a tensor that was given to policy_loss is "
-                "changed in place"
+                "per_token must be read before a tensor that was given to policy_loss is changed "
+                "in place; loss_agg_mode 'none' computes it at once"
             )
         with torch.inference_mode(inference), torch.set_grad_enabled(with_gradient):
-            losses, _ = token_losses(rule, tokens, backend, exact, False)
+            losses, _ = token_losses(rule, tokens, backend, exact=exact, by_probability=False)
             return shaped(losses.per_token, shape)
 
     return compute() if untracked else compute

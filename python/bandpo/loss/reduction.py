@@ -1,81 +1,193 @@
-"""How the losses of tokens become one number."""
+"""Aggregation of the losses of the tokens, over micro-batches and ranks alike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 
-from bandpo.backends.contract import (
-    TokenLosses,
-)
-from bandpo.check import check_name, real_number
-from bandpo.error import InvalidValueError
-from bandpo.loss.tokens import Tokens, check_cu_seqlens
-from bandpo.rule import (
-    AGGREGATION_MODES,
-    AggregationMode,
-    Rule,
-)
+from bandpo.backends.contract import TokenLosses
+from bandpo.check import check_name, positive_number, real_number
+from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.loss.tokens import Tokens
+from bandpo.rule import AGGREGATION_MODES, AggregationMode
 
 Count: TypeAlias = "float | torch.Tensor"
 
 
+@dataclass(frozen=True)
+class GlobalBatch:
+    """Counts of the whole batch, of which a call has one micro-batch on one rank.
+
+    It replaces the four arguments ``batch_num_tokens``, ``global_batch_size``, ``dp_size`` and
+    ``loss_scale_factor`` of `policy_loss`.
+
+    Args:
+        tokens: Tokens that count, a number or a 0-dim tensor, for token-mean; by default those of
+            the call.
+        sequences: Sequences with such a token, likewise, for the seq-mean modes.
+        dp_size: Number of data-parallel ranks whose gradients are averaged.
+        loss_scale_factor: Divisor of seq-mean-token-sum-norm; T by default, needed if packed.
+
+    Raises:
+        InvalidTypeError: If an argument is not a number.
+        InvalidValueError: If it is out of range.
+    """
+
+    tokens: Count | None = None
+    sequences: Count | None = None
+    dp_size: int = 1
+    loss_scale_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_counts(
+            self.dp_size, self.loss_scale_factor, tokens=self.tokens, sequences=self.sequences
+        )
+
+
 class Reduction(NamedTuple):
-    """A mode, and the counts of the global batch where they are given."""
+    """A checked loss_agg_mode with the counts of the global batch; made by `Reduction.of`."""
 
     mode: AggregationMode
     dp_size: int
-    batch_num_tokens: Count | None
-    global_batch_size: Count | None
+    tokens: Count | None
+    sequences: Count | None
     loss_scale_factor: float | None
 
+    @classmethod
+    def of(
+        cls,
+        mode: AggregationMode,
+        global_batch: GlobalBatch | None,
+        dp_size: int,
+        batch_num_tokens: Count | None,
+        global_batch_size: Count | None,
+        loss_scale_factor: float | None,
+    ) -> Reduction:
+        """Returns the reduction of arguments that a user gave.
 
-def aggregate(losses: TokenLosses, batch: Tokens, reduction: Reduction) -> torch.Tensor:
-    """Every mode is a sum over tokens, 0 where masked, with one weight for each sequence."""
-    per_token, total, totals = losses
-    if reduction.mode == "seq-mean-token-mean":
-        of_batch = batch.sequences()
-        total = (per_token / of_batch.spread(of_batch.lengths).clamp(min=1)).sum()
-    total = total if reduction.dp_size == 1 else total * reduction.dp_size
-    loss = total / divisor_of(lambda: totals().valid, batch, reduction)
-    return loss.to(total.dtype)  # a count in float64 has no say in it
+        Raises:
+            InvalidTypeError: If an argument has the wrong type.
+            InvalidValueError: If it is out of range or unknown, or a count is given twice.
+        """
+        check_name("loss_agg_mode", mode, AGGREGATION_MODES)
+        _check_counts(
+            dp_size,
+            loss_scale_factor,
+            batch_num_tokens=batch_num_tokens,
+            global_batch_size=global_batch_size,
+        )
+        found = cls(mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
+        if global_batch is not None:
+            if not isinstance(global_batch, GlobalBatch):
+                raise InvalidTypeError(
+                    f"global_batch must be a bandpo.loss.GlobalBatch, "
+                    f"got {type(global_batch).__name__}"
+                )
+            counts = batch_num_tokens, global_batch_size, loss_scale_factor
+            if dp_size != 1 or any(count is not None for count in counts):
+                raise InvalidValueError(
+                    "global_batch must be left out where dp_size, batch_num_tokens, "
+                    "global_batch_size or loss_scale_factor is given"
+                )
+            found = cls(
+                mode,
+                global_batch.dp_size,
+                global_batch.tokens,
+                global_batch.sequences,
+                global_batch.loss_scale_factor,
+            )
+        if mode == "none" and found.dp_size != 1:
+            raise InvalidValueError(
+                f"dp_size must be 1 with loss_agg_mode 'none', which averages nothing, "
+                f"got {found.dp_size}"
+            )
+        return found
 
+    @property
+    def is_one_weight(self) -> bool:
+        """True if every token of the batch has the same weight."""
+        return self.mode not in ("none", "seq-mean-token-mean")
 
-def divisor_of(valid_tokens: Callable[[], Count], batch: Tokens, reduction: Reduction) -> Count:
-    """What the sum is divided by, before ranks are taken into account."""
-    mode, _, tokens, sequences, scale = reduction
-    if mode == "token-sum":
-        return 1
-    if mode == "token-mean":
-        return _at_least_one(valid_tokens() if tokens is None else tokens)
-    if sequences is None:
-        sequences = (batch.sequences().lengths > 0).sum()
-    divisor = _at_least_one(sequences)
-    if mode == "seq-mean-token-sum-norm":
-        divisor = divisor * (max(batch.valid.shape[1], 1) if scale is None else scale)
-    return divisor
+    def check_given(self, packed: bool, cu_seqlens: torch.Tensor | None) -> None:
+        """Raises InvalidValueError if the mode needs an argument that is missing."""
+        mode = self.mode
+        if mode in ("none", "token-sum"):
+            return
+        argument, count = (
+            ("batch_num_tokens", self.tokens)
+            if mode == "token-mean"
+            else ("global_batch_size", self.sequences)
+        )
+        if self.dp_size > 1 and count is None:
+            raise InvalidValueError(
+                f"{argument} must be given for loss_agg_mode {mode!r} with dp_size {self.dp_size}"
+            )
+        if packed and mode != "token-mean" and cu_seqlens is None:
+            raise InvalidValueError(
+                f"cu_seqlens must be given for loss_agg_mode {mode!r} with packed tensors: "
+                f"offsets of the sequences, int32 or int64 [S + 1]"
+            )
+        if packed and mode == "seq-mean-token-sum-norm" and self.loss_scale_factor is None:
+            raise InvalidValueError(
+                f"loss_scale_factor must be given for loss_agg_mode {mode!r} with packed tensors, "
+                f"which have no width"
+            )
+
+    def divisor(self, valid_tokens: Callable[[], Count], batch: Tokens) -> Count:
+        """Returns the divisor of the sum, for one rank.
+
+        Args:
+            valid_tokens: Returns how many tokens of the batch count; called only if needed.
+            batch: The tokens.
+        """
+        if self.mode == "token-sum":
+            return 1
+        if self.mode == "token-mean":
+            return _at_least_one(valid_tokens() if self.tokens is None else self.tokens)
+        sequences = self.sequences
+        if sequences is None:
+            sequences = (batch.sequences().lengths > 0).sum()
+        divisor = _at_least_one(sequences)
+        if self.mode == "seq-mean-token-sum-norm":
+            scale = self.loss_scale_factor
+            divisor = divisor * (max(batch.valid.shape[1], 1) if scale is None else scale)
+        return divisor
+
+    def weight(self, valid_tokens: Callable[[], Count], batch: Tokens) -> float:
+        """Returns the weight of every token, if `is_one_weight`; see `divisor`."""
+        divisor = self.divisor(valid_tokens, batch)
+        if isinstance(divisor, torch.Tensor):
+            divisor = float(divisor.detach().cpu().double().numpy())  # numpy has no bfloat16
+        return self.dp_size / divisor
+
+    def aggregate(self, losses: TokenLosses, batch: Tokens) -> torch.Tensor:
+        """Returns the loss, 0-dim, unless the mode is "none"."""
+        total = losses.total
+        if self.mode == "seq-mean-token-mean":
+            sequences = batch.sequences()
+            lengths = sequences.spread(sequences.lengths).clamp(min=1)
+            total = (losses.per_token / lengths).sum()
+        total = total if self.dp_size == 1 else total * self.dp_size
+        loss = total / self.divisor(lambda: losses.totals().valid, batch)
+        return loss.to(total.dtype)  # not that of a count in float64
 
 
 def _at_least_one(count: Count) -> Count:
-    """A batch without any token has a loss of 0, not 0/0."""
+    """Avoids 0/0: the loss of a batch without tokens is 0."""
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
-def check_reduction(reduction: Reduction) -> None:
-    """Raises InvalidTypeError or InvalidValueError unless each field is what it may be."""
-    mode, dp_size, tokens, sequences, scale = reduction
-    check_name("loss_agg_mode", mode, AGGREGATION_MODES)
+def _check_counts(dp_size: int, scale: float | None, **counts: Count | None) -> None:
     real_number("dp_size", dp_size)
     if not 1 <= dp_size < math.inf or dp_size != int(dp_size):
         raise InvalidValueError(f"dp_size must be a whole number above 0, got {dp_size}")
     if scale is not None:
-        real_number("loss_scale_factor", scale)
-        if not 0.0 < scale < math.inf:
-            raise InvalidValueError(f"loss_scale_factor must be finite and above 0, got {scale}")
-    for argument, count in (("batch_num_tokens", tokens), ("global_batch_size", sequences)):
+        positive_number("loss_scale_factor", scale)
+    for argument, count in counts.items():
         if isinstance(count, torch.Tensor):
             if count.ndim > 0:
                 raise InvalidValueError(
@@ -85,45 +197,3 @@ def check_reduction(reduction: Reduction) -> None:
             real_number(argument, count)
             if not 0 <= count < math.inf:
                 raise InvalidValueError(f"{argument} must be finite and at least 0, got {count}")
-
-
-def check_sequences(
-    rule: Rule,
-    reduction: Reduction,
-    cu_seqlens: torch.Tensor | None,
-    log_prob: torch.Tensor,
-) -> None:
-    """What the mode needs to know of sequences and of the global batch must be there."""
-    mode, dp_size, tokens, sequences, scale = reduction
-    packed = log_prob.ndim == 1
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, log_prob)
-    if packed and cu_seqlens is None:
-        for needs, what in (
-            (rule.ratio_level != "token", f"ratio_level {rule.ratio_level!r}"),
-            (rule.surrogate.whole_sequence, "a mask of whole sequences"),
-        ):
-            if needs:
-                raise InvalidValueError(
-                    f"cu_seqlens must be given for {what} with packed tensors: "
-                    f"offsets of the sequences, int32 or int64 [S + 1]"
-                )
-    if mode == "token-sum":
-        return
-    argument, count = (
-        ("batch_num_tokens", tokens) if mode == "token-mean" else ("global_batch_size", sequences)
-    )
-    if dp_size > 1 and count is None:
-        raise InvalidValueError(
-            f"{argument} must be given for loss_agg_mode {mode!r} with dp_size {dp_size}"
-        )
-    if packed and mode != "token-mean" and cu_seqlens is None:
-        raise InvalidValueError(
-            f"cu_seqlens must be given for loss_agg_mode {mode!r} with packed tensors: "
-            f"offsets of the sequences, int32 or int64 [S + 1]"
-        )
-    if packed and mode == "seq-mean-token-sum-norm" and scale is None:
-        raise InvalidValueError(
-            f"loss_scale_factor must be given for loss_agg_mode {mode!r} with packed tensors, "
-            f"which have no width"
-        )

@@ -1,15 +1,21 @@
-"""What `policy_loss` returns."""
+"""What `bandpo.loss.policy_loss` returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    # For type checkers a tuple, because only a tuple unpacks to three different types.
+    _Triple = tuple[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]]
+else:
+    _Triple = Sequence
+
 
 class Metrics(Mapping[str, torch.Tensor]):
-    """Metrics by name, computed when the first of them is looked at."""
+    """Metrics by name, computed at the first access to any of them."""
 
     def __init__(self, compute: Callable[[], dict[str, torch.Tensor]]) -> None:
         self._compute: Callable[[], dict[str, torch.Tensor]] | None = compute
@@ -36,15 +42,17 @@ class Metrics(Mapping[str, torch.Tensor]):
         return dict, (self._all(),)
 
 
-class PolicyLossResult(Sequence[Any]):
-    """What `policy_loss` returns: also a sequence of its attributes, in this order.
+class PolicyLossResult(_Triple):
+    """Loss, losses of the tokens and metrics; also a sequence of the three.
 
     Attributes:
-        loss: The aggregated loss, 0-dim, float32, or float64 where a log-prob is.
+        loss: The aggregated loss, 0-dim, float32, or float64 if a log-prob is; with loss_agg_mode
+            "none" the losses of the tokens.
         per_token: The loss of each token before aggregation, in the shape of ``log_prob`` and the
-            dtype of ``loss``, 0 for masked tokens. It carries the gradient as well. On a CPU it is
-            computed when it is looked at, for which the inputs must not have been changed in place;
-            at once for tensors of `torch.inference_mode`, which do not tell.
+            dtype of ``loss``, 0 for masked tokens, with gradient. On a CPU it is computed at the
+            first access, because it is rarely read; until then no input may be changed in place.
+            For tensors of `torch.inference_mode`, which count no changes, it is computed at once.
+            loss_agg_mode "none" computes it at once as well.
         metrics: Detached tensors by name, on the device of the loss; see `policy_loss`.
     """
 
@@ -60,7 +68,7 @@ class PolicyLossResult(Sequence[Any]):
 
     @property
     def per_token(self) -> torch.Tensor:
-        """See the class.
+        """The loss of each token; see the class.
 
         Raises:
             InvalidValueError: If it was not computed yet and an input has been changed in place.
@@ -69,18 +77,16 @@ class PolicyLossResult(Sequence[Any]):
             self._per_token = self._per_token()
         return self._per_token
 
-    @overload
-    def __getitem__(self, index: int) -> Any: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Any, ...]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        names = ("loss", "per_token", "metrics")[index]
-        if isinstance(names, str):  # and per_token is left alone unless it is meant
-            return getattr(self, names)
-        return tuple(getattr(self, name) for name in names)
+    if not TYPE_CHECKING:
 
-    def __len__(self) -> int:
-        return 3
+        def __getitem__(self, index: int | slice) -> Any:
+            names = ("loss", "per_token", "metrics")[index]
+            if isinstance(names, str):  # so that another index does not compute per_token
+                return getattr(self, names)
+            return tuple(getattr(self, name) for name in names)
+
+        def __len__(self) -> int:
+            return 3
 
     def __reduce__(self) -> tuple[object, tuple[Any, ...]]:
         return PolicyLossResult, tuple(self)

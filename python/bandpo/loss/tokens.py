@@ -14,14 +14,14 @@ from bandpo.tensors.check import check_float, check_tensor
 
 
 class Sequences(NamedTuple):
-    """The sequences of a batch of shape [B, T], or [1, N] where they are packed."""
+    """The sequences of a batch: rows of [B, T], or parts of [1, N] where tokens are packed."""
 
     lengths: torch.Tensor  # tokens that count, int64 [S]
-    of_token: torch.Tensor | None  # the sequence of each packed token, int64 [N]
+    of_token: torch.Tensor | None  # index of the sequence of each packed token, int64 [N]
 
     @classmethod
     def of(cls, valid: torch.Tensor, cu_seqlens: torch.Tensor | None) -> Sequences:
-        """Returns the rows of ``valid``, or its parts between the offsets if there are some."""
+        """Returns the rows of ``valid``, or its parts between offsets, [S + 1], if it is packed."""
         if cu_seqlens is None:
             return cls(valid.sum(-1), None)
         offsets = cu_seqlens.to(torch.int64)
@@ -30,38 +30,38 @@ class Sequences(NamedTuple):
         return cls(lengths, torch.searchsorted(offsets[1:], position, right=True))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over the tokens of each sequence, [S]."""
+        """Returns the sum over the tokens of each sequence, [S]."""
         if self.of_token is None:
             return values.sum(-1)
         return values.new_zeros(self.lengths.shape).index_add(0, self.of_token, values[0])
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """A value of each sequence at its tokens: [B, 1] or [1, N]."""
+        """Returns the value of each sequence at its tokens: [B, 1] or [1, N]."""
         return values[:, None] if self.of_token is None else values[self.of_token][None]
 
 
 class Tokens(NamedTuple):
-    """A batch as backends take it."""
+    """A batch in the shape that backends take, packed tokens being one row."""
 
-    old_log_prob: torch.Tensor  # as it was given, but for its dtype, which may be a wider one
-    log_prob: torch.Tensor  # [B, T], with its gradient, of the same dtype
+    old_log_prob: torch.Tensor  # in the user's shape, without gradient
+    log_prob: torch.Tensor  # [B, T], same dtype, with its gradient
     advantages: torch.Tensor  # [B, T] or [B, 1]
     valid: torch.Tensor  # bool [B, T]
     cu_seqlens: torch.Tensor | None
 
     def sequences(self) -> Sequences:
-        """Computed anew by each of the few who need them."""
+        """Returns the sequences, computed at every call."""
         return Sequences.of(self.valid, self.cu_seqlens)
 
     def log_ratio(self) -> torch.Tensor:
-        """That of each token, clamped, 0 where masked; NaN stays. Without gradient."""
+        """Returns the clamped log-ratios without gradient, [B, T], 0 where masked; NaN stays."""
         log_prob = self.log_prob.detach()
         log_ratio = log_prob - self.old_log_prob.reshape(log_prob.shape)
         return torch.where(self.valid, log_ratio, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def shaped(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor in a shape; itself, and not a view, where it has it."""
+    """Returns the tensor in a shape: itself, not a view, if it has that shape."""
     return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
@@ -71,8 +71,13 @@ def check_tokens(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     rollout_is_weights: torch.Tensor | None,
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of tokens and advantages as backends take them: [B, T], packed being one row."""
+) -> tuple[int, int]:
+    """Returns the shape of the tokens as backends take them, [B, T]; packed tokens are one row.
+
+    Raises:
+        InvalidTypeError: If a tensor is none, or has a dtype that is not accepted.
+        InvalidValueError: If shapes or devices do not match.
+    """
     check_float("old_log_prob", old_log_prob)
     check_float("log_prob", log_prob)
     check_float("advantages", advantages)
@@ -110,12 +115,13 @@ def check_tokens(
                 f"{argument} must be on log_prob's device {log_prob.device}, got {tensor.device}"
             )
     rows, width = shape if len(shape) == 2 else (1, shape[0])
-    return (rows, width), advantages_shape(advantages, (rows, width))
+    return rows, width
 
 
-def advantages_shape(advantages: torch.Tensor, shape: tuple[int, int]) -> tuple[int, int]:
-    """[B, T], or [B, 1] where there is one a sequence."""
-    return shape if advantages.numel() == math.prod(shape) else (shape[0], 1)
+def shaped_by_row(tensor: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Returns advantages or weights as [B, T], or as [B, 1] if there is one a sequence."""
+    whole = tensor.numel() == math.prod(shape)
+    return shaped(tensor, shape if whole else (shape[0], 1))
 
 
 def _without_last_1(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -141,7 +147,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, log_prob: torch.Tensor) -> None:
         raise InvalidValueError(
             f"cu_seqlens must be on log_prob's device {log_prob.device}, got {cu_seqlens.device}"
         )
-    # Elsewhere, to look at the values would make the host wait.
+    # On another device, reading the values would make the host wait.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         offsets, tokens = cu_seqlens.numpy(), log_prob.shape[0]
         if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
