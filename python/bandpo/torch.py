@@ -14,7 +14,7 @@ from __future__ import annotations
 from bandpo.tensors.check import check_float, compute_dtype
 
 # isort: split
-import torch as torch
+import torch
 
 from bandpo.backends.internals import is_transformed
 from bandpo.backends.select import default_backend

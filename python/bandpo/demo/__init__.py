@@ -55,6 +55,7 @@ def run(
             from bandpo.demo.figure import demo_figure
 
             plot.check_output(output)
+        import bandpo.tensors  # noqa: F401  # reports a missing torch
         from bandpo.demo import experiment
     except MissingExtraError as missing:
         raise MissingExtraError(missing.module, "demo") from None

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 from bandpo import BandTable
 from bandpo.demo.grpo import train
 from bandpo.demo.policy import Policy, pretrain
@@ -14,7 +16,6 @@ from bandpo.demo.result import Result, Run
 from bandpo.demo.rule import regions
 from bandpo.demo.settings import Settings
 from bandpo.demo.task import Task, make_task
-from bandpo.torch import torch
 
 
 def run_all(settings: Settings, table: BandTable, progress: Progress) -> Result:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import torch
+
 from bandpo import Region
 from bandpo.demo.policy import Policy
 from bandpo.demo.result import BIN_NAMES, Run
 from bandpo.demo.settings import Settings
 from bandpo.demo.task import Task, reward
 from bandpo.loss import policy_loss
-from bandpo.torch import torch
 
 MAX_GRADIENT_NORM = 1.0
 

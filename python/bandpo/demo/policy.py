@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from bandpo.demo.settings import ANSWERS
 from bandpo.demo.task import LETTERS, PROMPT_LENGTH, Task
-from bandpo.torch import torch
 
 WIDTH = 64
 HEADS = 4

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from bandpo.demo.settings import ANSWERS
-from bandpo.torch import torch
 
 LETTERS = 26
 PROMPT_LENGTH = 3
