@@ -42,7 +42,7 @@ from bandpo.region import Band, Clip, Combined, Dcpo, Region, sides
 from bandpo.schedule import RegionSource
 
 _Node: TypeAlias = dict[str, Any]
-"""Of the tree that `_core.parse_spec` returns."""
+"""A node of the tree that `_core.parse_spec` returns."""
 
 _INTERVALS: dict[str, tuple[Callable[..., Region], tuple[int, ...], str]] = {
     "clip": (Clip, (1, 2), "clip@0.2 or clip@0.2,0.28"),
@@ -93,7 +93,7 @@ def _region(node: _Node) -> Region:
     if isinstance(found, RegionSource):
         raise InvalidValueError(
             f"{node['place']}: the region of {node['leaf']} changes with the batch; "
-            "bandpo.presets.preset makes what changes it"
+            "its source is the region of that preset in bandpo.presets"
         )
     return found
 
@@ -113,37 +113,43 @@ def _build(node: _Node) -> Region | RegionSource:
 
 def _leaf(node: _Node) -> Region | RegionSource:
     word: str = node["leaf"]
-    numbers = [float(number) for number in node["numbers"]]
-    if not numbers and (word in PRESETS or word.startswith("preset:")):
+    is_interval = word in _INTERVALS and not node["quoted"]
+    is_name = word in PRESETS and not (is_interval and node["numbers"])  # dcpo is both
+    if not node["quoted"] and (is_name or word.startswith("preset:")):
         return _preset(word.removeprefix("preset:"), node)
-    if word in _INTERVALS and not node["quoted"]:
-        if node["separator"] == "/":
-            raise _error(node, f"widths are separated by a comma: {_INTERVALS[word][2]}")
-        return _call(_INTERVALS, word, node)
-    if not numbers:
-        raise _error(node, _unknown(word, node["quoted"]))
-    if node["separator"] == ",":
-        raise _error(
-            node, f"radii below and above 1 are written {word}@{'/'.join(node['numbers'])}"
-        )
-    try:
-        make = Divergence.from_expression if node["quoted"] else Divergence
-        return Band(make(word), (numbers[0], numbers[-1]))
-    except InvalidValueError as error:
-        raise _error(node, error) from None
+    if not is_interval:
+        return _band(word, node)
+    if node["separator"] == "/":
+        raise _error(node, f"widths are separated by a comma: {_INTERVALS[word][2]}")
+    return _call(_INTERVALS, word, node)
 
 
 def _preset(name: str, node: _Node) -> Region | RegionSource:
+    if node["numbers"]:
+        raise _error(node, f"the preset {name} takes no numbers")
     try:
         return preset(name).region
     except InvalidValueError as error:
         raise _error(node, error) from None
 
 
-def _unknown(word: str, quoted: bool) -> str:
-    """What is wrong with a leaf without numbers that is no preset."""
-    if quoted:
-        return 'an expression needs a radius, as in "u*ln(u) - u + 1"@0.01'
+def _band(source: str, node: _Node) -> Region:
+    radii = node["numbers"]
+    if not radii and node["quoted"]:
+        raise _error(node, 'an expression needs a radius, as in "u*ln(u) - u + 1"@0.01')
+    if not radii:
+        raise _error(node, _not_a_region(source))
+    if node["separator"] == ",":
+        raise _error(node, f"radii below and above 1 are written {source}@{'/'.join(radii)}")
+    try:
+        make = Divergence.from_expression if node["quoted"] else Divergence
+        return Band(make(source), (float(radii[0]), float(radii[-1])))
+    except InvalidValueError as error:
+        raise _error(node, error) from None
+
+
+def _not_a_region(word: str) -> str:
+    """The reason why a word without numbers is no region."""
     names = [name.partition(":")[0] for name in _core.DIVERGENCES]
     if word.partition(":")[0] in names:
         return f"a divergence needs a radius, as in {word}@0.05"

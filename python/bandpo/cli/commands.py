@@ -34,10 +34,10 @@ SAMPLES = 1_000_000
 """Log-probs that ``table verify`` compares unless told otherwise."""
 
 PICTURE = "bandpo-plot.png"
+"""The picture that ``plot`` writes unless told otherwise."""
 
 TOGETHER = 3
 """Regions that are drawn over each other unless axes are named; more are hard to tell apart."""
-"""What ``plot`` writes unless told otherwise."""
 
 
 def bounds(parsed: argparse.Namespace) -> int:
