@@ -28,9 +28,10 @@ class Bounds:
         import make_accuracy
 
         from conftest import read_reference
+        from support.contract import ILL_CONDITIONED
 
         measured = make_accuracy.compare(read_reference(path))
-        self.ulp = measured.ulp[measured.kappa <= make_accuracy.ILL_CONDITIONED]
+        self.ulp = measured.ulp[measured.kappa <= ILL_CONDITIONED]
         self.outside = measured.outside()
 
     def track_max_ulp_error(self, *_: object) -> float:

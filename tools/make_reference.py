@@ -3,8 +3,8 @@
 Truth comes from tests/support/reference.py, which finds the roots of the Csiszar f-divergence of
 the two-outcome split (BandPO, arXiv 2603.04918), and proves the digits of each at doubled
 precision. The full set goes to build/reference, one band_<spec>.csv.gz a divergence; its fixed
-points and every eleventh of the others go to tests/data. The points depend on the spec, the seed and --points
-alone, so that the same command writes the same rows.
+points and every eleventh of the others go to tests/data. The points depend on the spec, the seed
+and --points alone, so that the same command writes the same rows.
 
     python tools/make_reference.py
 """
