@@ -217,6 +217,9 @@ impl<C: Curve> Law for Iterated<C> {
 #[derive(Clone, Copy)]
 struct Kl;
 
+/// Fit of [`Kl`]'s start, by `tools/make_constants.py`.
+const KL_START: [f64; 3] = [0.424, 0.409, 0.235];
+
 impl Curve for Kl {
     const AT_ZERO: f64 = f64::INFINITY;
 
@@ -225,21 +228,27 @@ impl Curve for Kl {
         Values { value: point.gap, slope: point.excess, curvature: point.u.constant(1.0) }
     }
 
-    /// `m` within 0.4 %: its square is `y^2 + 2 g y` at both ends, where `w (m - 1)` is the radius or
+    /// `m` within 0.5 %, see docs/numerics.md. Its square is `y^2 + 2 g y` at both ends, where `w (m - 1)` is the radius or
     /// `w m^2 / 2g` is; the rest is of third order next to 0 and was fitted in between.
     #[inline(always)]
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
+        let fit = KL_START;
         let y = radius / split.shrinking;
         let square = y * split.growing * 2.0;
         let third = y.constant(2.0 / 3.0).mul_add(split.shrinking, y.constant(2.0 / 3.0));
-        let rate = y.mul_add(y.constant(0.424), y.constant(0.409));
-        let fall = square.mul_add(rate, y.mul_add(y.constant(0.235), square.sqrt()));
+        let rate = y.mul_add(y.constant(fit[0]), y.constant(fit[1]));
+        let fall = square.mul_add(rate, y.mul_add(y.constant(fit[2]), square.sqrt()));
         (third * y).mul_add(square / fall, y.mul_add(y, square)).sqrt()
     }
 }
 
 #[derive(Clone, Copy)]
 struct ReverseKl;
+
+/// Fits of [`ReverseKl`]'s start, by `tools/make_constants.py`.
+const REVERSE_KL_NUMERATOR: [f64; 4] = [5.2662e-5, 0.0163546, 0.326014, 1.0];
+const REVERSE_KL_DENOMINATOR: [f64; 3] = [0.00117282, 0.160436, 1.0];
+const REVERSE_KL_FALL: [f64; 2] = [0.0647, 0.0722];
 
 impl Curve for ReverseKl {
     const AT_ZERO: f64 = 1.0;
@@ -253,16 +262,17 @@ impl Curve for ReverseKl {
         Values { value, slope: u * log, curvature: u }
     }
 
-    /// `m` within 2 %, but next to saturation. What is lost is `q` for small radii; then what the other one
+    /// `m` within 2.2 % up to half of saturation. The lost share is `q` for small radii; then what the other one
     /// gains decides, `(1+v) ln(1+v) - v` being about the radius times the odds; rational fits.
     #[inline(always)]
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
+        let fit = REVERSE_KL_FALL;
         let q = (radius * 2.0 / split.odds).sqrt();
         let s = q * split.odds;
-        let numerator = s.polynomial(&[5.2662e-5, 0.0163546, 0.326014, 1.0]);
-        let denominator = s.polynomial(&[0.00117282, 0.160436, 1.0]);
+        let numerator = s.polynomial(&REVERSE_KL_NUMERATOR);
+        let denominator = s.polynomial(&REVERSE_KL_DENOMINATOR);
         let one = s.constant(1.0);
-        let rate = s.constant(0.0647).mul_add(s / (s + one), s.constant(0.0722));
+        let rate = s.constant(fit[0]).mul_add(s / (s + one), s.constant(fit[1]));
         let fall = q.mul_add(q.mul_add(rate, s.constant(1.0 / 6.0)), one);
         log_loss(q * numerator / (denominator * fall))
     }
@@ -300,7 +310,11 @@ impl Curve for Jeffreys {
 #[derive(Clone, Copy)]
 struct JensenShannon;
 
-/// `((1+s) ln(1+s) + (1-s) ln(1-s))/z` for `z = s^2` up to 1/4, within 2e-17 (a Chebyshev fit).
+/// Fit of [`JensenShannon`]'s start, by `tools/make_constants.py`.
+const JENSEN_SHANNON_START: [f64; 7] = [0.883, 3.145, 0.584, 0.269, 1.386, 0.208, 0.1093];
+
+/// `((1+s) ln(1+s) + (1-s) ln(1-s))/z` for `z = s^2` up to 0.2501, within 2e-17. A Chebyshev fit by
+/// `tools/make_constants.py`.
 const ENTROPY: [f64; 13] = [
     0.014378630255707502,
     -0.006753648250995665,
@@ -341,20 +355,21 @@ impl Curve for JensenShannon {
         }
     }
 
-    /// `m` within 2 %, but next to saturation. The square of what is lost is `q^2` for small radii and `far^2`
+    /// `m` within 3.2 % up to half of saturation. The square of what is lost is `q^2` for small radii and `far^2`
     /// where the other one is improbable, with `f'(inf) far + far^2/8` about the radius; the rest was fitted.
     #[inline(always)]
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
+        let fit = JENSEN_SHANNON_START;
         let constant = radius.constant(0.5 * std::f64::consts::LN_2);
-        let bend = radius * radius.mul_add(radius.constant(0.883), radius.constant(0.5));
+        let bend = radius * radius.mul_add(radius.constant(fit[0]), radius.constant(0.5));
         let far = radius * 2.0 / (constant.mul_add(constant, bend).sqrt() + constant);
         let square = radius * 8.0 / split.odds;
         let q = square.sqrt();
-        let rate = far.mul_add(far.constant(3.145), far.constant(0.584));
-        let between = square.mul_add(rate, far.mul_add(far.constant(0.269), q));
-        let lost = (far * 1.386).mul_add(square / between, far.mul_add(far, square)).sqrt();
+        let rate = far.mul_add(far.constant(fit[1]), far.constant(fit[2]));
+        let between = square.mul_add(rate, far.mul_add(far.constant(fit[3]), q));
+        let lost = (far * fit[4]).mul_add(square / between, far.mul_add(far, square)).sqrt();
         let fall =
-            square.mul_add(q.constant(0.1093), q.mul_add(q.constant(0.208), q.constant(1.0)));
+            square.mul_add(q.constant(fit[6]), q.mul_add(q.constant(fit[5]), q.constant(1.0)));
         log_loss(lost / fall)
     }
 }

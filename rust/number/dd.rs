@@ -21,14 +21,15 @@ pub struct Dd {
     pub lo: f64,
 }
 
-/// `ln 2` in three parts; the first has so few bits that its product with an exponent is exact.
+/// `ln 2` in three parts, by `tools/make_constants.py`. The first has 33 bits, so that its product with an exponent is
+/// exact.
 pub(super) const LN_2_PARTS: [f64; 3] =
     [0.6931471804855391, 7.440617110012397e-11, -1.3124698417785255e-27];
 
 /// `pi/2` in three parts, likewise.
 const HALF_PI_PARTS: [f64; 3] = [1.5707963267341256, 6.077100506506192e-11, 3.5215598651832e-27];
 
-/// `1/n!` for n = 2..=12.
+/// `1/n!` for n = 2..=12, by `tools/make_constants.py`.
 const INVERSE_FACTORIAL: [Dd; 11] = [
     Dd { hi: 0.5, lo: 0.0 },
     Dd { hi: 0.16666666666666666, lo: 9.25185853854297e-18 },
