@@ -990,7 +990,7 @@ class TestKept:
         assert kept.ready() is tensor
         assert other.waited == one.events
         assert recorded == [other]
-        kept.note_filled()  # now there
+        kept.mark_filled()  # now there
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: one)
         kept.ready()
         assert one.waited == other.events

@@ -20,7 +20,7 @@ pytest.importorskip("torch")
 
 from bandpo import _core
 from bandpo.backends.cuda.launch import COMPILER_OPTIONS, THREADS, _cupy
-from bandpo.tensors.bounds import MOST_TABLE_WORDS
+from bandpo.tensors.bounds import MAX_TABLE_WORDS
 from support.emulated import KERNELS
 
 ARCHITECTURES = {12: (70, 75, 80, 86, 89, 90, 100, 120), 13: (75, 80, 86, 89, 90, 100, 120)}
@@ -146,7 +146,7 @@ def test_every_kernel_compiles_everywhere_without_spills(major: int, architectur
         registers, shared_bytes, spilled = found[name]
         assert set(spilled) == {0}, kernel
         assert registers * THREADS <= REGISTERS_OF_AN_SM, kernel
-        assert shared_bytes + 4 * MOST_TABLE_WORDS <= SHARED_BYTES, kernel
+        assert shared_bytes + 4 * MAX_TABLE_WORDS <= SHARED_BYTES, kernel
         if "policy_loss<" in kernel and "double" not in kernel:
             assert registers * THREADS_THAT_HIDE_MEMORY <= REGISTERS_OF_AN_SM, kernel
 

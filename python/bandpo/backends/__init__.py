@@ -1,3 +1,3 @@
-"""What computes the loss of a token: compiled code, a CUDA kernel, or plain torch."""
+"""Backends, which compute the losses of tokens: compiled code, a CUDA kernel, plain torch."""
 
 import bandpo.tensors  # noqa: F401  # reports a missing torch

@@ -1,4 +1,7 @@
-"""The gradient of the compiled loss for autograd and the transforms of torch."""
+"""The compiled loss with its gradient, for autograd and the transforms of torch.
+
+The forward pass computes the gradient as well, so the backward pass only scales it.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def _backward(
 def _gradients(
     ctx: Any, grad_per_token: torch.Tensor | None, grad_gradient: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    """Those of the inputs, of which only ``log_prob`` has one."""
+    """The gradients of `LossInputs` from those of the losses and of their gradients."""
     (gradient,) = ctx.saved_tensors
     # A gradient that carries the ratio is its own derivative, so any order is right.
     if not ctx.carries_ratio:
@@ -57,7 +60,7 @@ token_loss_op.register_autograd(_backward, setup_context=_save_of_op)
 
 
 def token_losses(inputs: LossInputs) -> TokenLosses:
-    """Returns losses, with their gradient in the same pass: Rust on the CPU, a kernel on CUDA."""
+    """Returns the losses; Rust on the CPU or a kernel on CUDA computes their gradient as well."""
     if not (is_in_memory(inputs.log_prob) or is_transformed()):
         per_token, _, counts, sums = token_loss_op(*inputs)
         sums = sums.detach()
@@ -83,14 +86,14 @@ def weighted_sum(weight: float, inputs: LossInputs) -> WeightedSum:
 def _forward_mode(
     ctx: Any, tangents: tuple[torch.Tensor | None, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tangents of the losses and of their gradients, for those of `LossInputs`."""
+    """The tangents of the losses and of their gradients, from those of `LossInputs`."""
     (gradient,) = ctx.saved_tensors
     moved = gradient * LossInputs(*tangents).log_prob  # type: ignore[arg-type]
     return moved, moved if ctx.carries_ratio else torch.zeros_like(moved)
 
 
 class _TokenLossFunction(torch.autograd.Function):
-    """The operator in the form that `torch.func` takes, with the sum of the losses."""
+    """The operator with the sum of the losses, in the form that `torch.func` needs."""
 
     generate_vmap_rule = True
 
@@ -127,13 +130,17 @@ class _TokenLossFunction(torch.autograd.Function):
         """Returns the gradients of the inputs."""
         if grad_total is None:
             return _gradients(ctx, grad_per_token, grad_gradient)
-        # To add to each of the losses is to add to their sum.
+        # The sum passes its gradient to each of the losses.
         whole = grad_total if grad_per_token is None else grad_per_token + grad_total
         return _gradients(ctx, whole, grad_gradient)
 
 
 class _WeightedSum(torch.autograd.Function):
-    # Not in the newer form with setup_context: for that torch inspects signatures at every call.
+    """The weighted sum of the losses, with one gradient that is already weighted.
+
+    It has no setup_context, because torch would inspect signatures at every call.
+    """
+
     @staticmethod
     def forward(ctx: Any, weight: float, *args: Any) -> tuple[torch.Tensor, ...]:
         inputs = LossInputs(*args)
@@ -168,11 +175,10 @@ class _WeightedSum(torch.autograd.Function):
         ):
             return None, *_gradients(ctx, grad_loss, grad_gradient)
         (saved,) = ctx.saved_tensors
-        # Where the graph is about to be freed nobody needs the gradient as it was, and memory that
-        # is new to the process costs more than all the rest.
+        # A graph about to be freed gives its gradient away, because memory that is new to the
+        # process costs more than everything else.
         gradient = saved.clone() if ctx.is_shared or keeps_graph() else saved.detach()
         if grad_loss.numpy() != 1.0:
-            # In Rust as well: the threads of torch would go on to spin for a while, where those of
-            # the next loss are to run.
+            # In Rust, because torch's threads would spin on the cores that the next loss needs.
             _core.scale(gradient.numpy(), grad_loss.numpy())
         return None, *gradients_of(gradient)

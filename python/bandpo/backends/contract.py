@@ -1,4 +1,4 @@
-"""What a backend of the loss takes and gives, and the names of its counts and sums."""
+"""The contract of a backend: its inputs, its outputs, and the names of its counts and sums."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LossInputs(NamedTuple):
         surrogate: Its name.
         parameters: Those of the surrogate: the dual clip of min-clip or the truncation of mask, if
             there is one; both betas of gradient-preserving.
-        by_probability: Whether to count by bin of the old probability.
+        by_probability: Whether to count by bin of the old probability as well.
     """
 
     old_log_prob: torch.Tensor
@@ -49,7 +49,7 @@ SCHEMA = (
     "Tensor bounds, str surrogate, float[] parameters, bool by_probability) "
     "-> (Tensor per_token, Tensor gradient, Tensor counts, Tensor sums)"
 )
-"""`LossInputs` as torch declares them, and what the compiled backends return."""
+"""`LossInputs` and the outputs of the compiled backends, as torch declares an operator."""
 
 
 def gradients_of(log_prob: torch.Tensor | None) -> tuple[Any, ...]:
@@ -104,7 +104,7 @@ SUMS = len(Totals._fields) - 1 - COUNTS
 
 
 class TokenLosses(NamedTuple):
-    """What a backend returns for `LossInputs`."""
+    """The losses of `LossInputs`."""
 
     per_token: torch.Tensor
     """[B, T], 0 where masked."""
@@ -122,8 +122,8 @@ class Backend:
         token_losses: Returns the losses, with their gradient.
         runs_on: The type of its devices, such as ``"cpu"``; None for any.
         reads_half: Whether log-probs may be bfloat16 or float16.
-        weighted_sum: Returns the sum of the losses times a number, 0-dim, and what returns the
-            counts and sums, where it can; see `bandpo.backends.autograd.weighted_sum`.
+        weighted_sum: Returns the sum of the losses times a number, 0-dim, and a function that
+            returns the totals; None if the backend cannot. See `bandpo.backends.autograd`.
     """
 
     token_losses: Callable[[LossInputs], TokenLosses]

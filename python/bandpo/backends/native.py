@@ -1,4 +1,4 @@
-"""The loss in Rust on the CPU, as an operator of torch."""
+"""The loss in Rust on the CPU, and its operator, for which `bandpo.backends.cuda` has a kernel."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bandpo.tensors.check import compute_dtype
 
 @torch.library.custom_op("bandpo::token_loss", mutates_args=(), device_types="cpu", schema=SCHEMA)
 def token_loss_op(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses, gradients, counts and sums of a batch on the CPU; `bandpo.cuda` adds its kernel."""
+    """Returns losses and gradients, [B, T], counts and sums; takes the fields of `LossInputs`."""
     per_token, gradient, _, counts, sums = all_in_rust(LossInputs(*inputs))
     return per_token, gradient, counts, sums
 
 
 def all_in_rust(inputs: LossInputs) -> tuple[torch.Tensor, ...]:
-    """Losses, gradients, their sum, counts and sums."""
+    """Returns losses and gradients, [B, T], the sum of the losses, counts and sums."""
     per_token = _empty_like(inputs.log_prob)
     return per_token, *in_rust(inputs, per_token=per_token)
 
@@ -33,9 +33,12 @@ def _empty_like(log_prob: torch.Tensor) -> torch.Tensor:
 def in_rust(
     inputs: LossInputs, weight: float = 1.0, *, per_token: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients and sum of the losses, both times the weight, counts and sums.
+    """Returns the gradients and the sum of the losses, both times a weight, counts and sums.
 
-    The losses themselves are written to ``per_token``.
+    Args:
+        inputs: Tokens on the CPU.
+        weight: Factor of gradients and sum.
+        per_token: Takes the losses, [B, T], contiguous; None to compute none.
     """
     log_prob, bounds = inputs.log_prob.detach(), inputs.bounds
     gradient = _empty_like(log_prob)
@@ -82,5 +85,5 @@ def _(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def count_valid(valid: torch.Tensor) -> int:
-    """Returns how many tokens count, of a bool tensor of the CPU."""
+    """Returns the number of True in a bool tensor on the CPU, on all threads."""
     return _core.count_valid(valid.contiguous().numpy().view(np.uint8))

@@ -1,4 +1,4 @@
-"""Both log bounds of every token, read by what is fastest for its device."""
+"""Both log bounds of every token, read by the fastest code for their device."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def sides_of(
     bounds: torch.Tensor | None = None,
     exact: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns both log bounds of every token, like ``old_log_prob``.
+    """Returns both log bounds of every token, in the shape and dtype of ``old_log_prob``.
 
     Args:
-        region: Where the bounds come from.
+        region: Source of the bounds.
         old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
-        bounds: What `bounds_of` or `membership_of` made for them, if that is known.
-        exact: Use the solver even where there is a table.
+        bounds: The result of `bounds_of` or `membership_of` for them, if it is at hand.
+        exact: Use the solver even if there is a table.
     """
     if bounds is None:
         bounds = bounds_of(region, old_log_prob, exact=exact)

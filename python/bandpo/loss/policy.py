@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bandpo.backends.contract import Backend
-from bandpo.backends.internals import needs_no_dispatcher
+from bandpo.backends.internals import needs_no_dispatcher, version_of
 from bandpo.backends.native import count_valid
 from bandpo.backends.select import select
 from bandpo.check import check_name
@@ -423,13 +423,13 @@ def _per_token_later(
     """
     rule = rule._replace(region=current(rule.region))  # a source may have another one by then
     tensors = [tensor for tensor in given if tensor is not None]
-    untracked = any(tensor.is_inference() for tensor in tensors)
-    versions = [] if untracked else [tensor._version for tensor in tensors]
+    versions = [version_of(tensor) for tensor in tensors]
+    untracked = None in versions
     with_gradient = torch.is_grad_enabled()
     inference = torch.is_inference_mode_enabled()
 
     def compute() -> torch.Tensor:
-        if not untracked and [tensor._version for tensor in tensors] != versions:
+        if not untracked and [version_of(tensor) for tensor in tensors] != versions:
             raise InvalidValueError(
                 "per_token must be read before a tensor that was given to policy_loss is changed "
                 "in place; loss_agg_mode 'none' computes it at once"

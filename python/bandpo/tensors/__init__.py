@@ -1,4 +1,4 @@
-"""Regions as tensors. A torch that is missing or broken is reported here."""
+"""Regions as tensors. The import of torch is checked here, for every module that needs it."""
 
 from bandpo.error import BrokenExtraError, MissingExtraError
 

@@ -1,4 +1,4 @@
-"""The bounds of a region as one tensor, which every backend reads."""
+"""A region as one tensor of bounds, which every backend reads."""
 
 from __future__ import annotations
 
@@ -29,25 +29,24 @@ def bounds_of(
 
     - Constants, [2]: ``log_lower`` and ``log_upper`` of every token, for a `Clip`.
     - A table, int32 [words]: the image described in ``docs/table-format.md``, for other regions.
-      Devices other than the CPU keep theirs as long as the table lives.
+      Its copy on a device lives as long as the region.
     - Per token, [2, ...] and the shape of ``old_log_prob``: the bounds of each token, by
-      `Region.log_bounds`, which runs on the CPU in float64, or by a kernel; with
-      ``exact``, and for regions that no table can hold, such as a `Band` with an array of radii.
+      `Region.log_bounds`, which runs on the CPU in float64, or by a kernel. With ``exact``, and for
+      regions that no table can hold, such as a `Band` with an array of deltas.
 
-    A tensor enters a compiled graph as data. Under `torch.compile` the region itself is a constant:
-    another region object compiles again. A `RegionSource` does not: it has one tensor for each
-    device, filled anew in place whenever its region changes, so that graphs that were compiled or
-    captured with it go on to be right.
+    A tensor enters a compiled graph as data. Under `torch.compile` the region is a constant, so
+    another region compiles again. Another region of a `RegionSource` does not: it has one tensor a
+    device, filled in place at each change, so graphs compiled or captured with it stay right.
 
     Args:
-        region: Where the bounds come from.
+        region: Source of the bounds.
         old_log_prob: Old log-probabilities, any float, without gradient, any shape. The bounds are
             in float32, in float64 where it is.
         valid: Bool, like ``old_log_prob``; the solver skips the other tokens.
-        exact: Use the solver even where there is a table.
+        exact: Use the solver even if there is a table.
 
     Raises:
-        InvalidValueError: If an array of radii does not broadcast to the shape, or the region is
+        InvalidValueError: If an array of deltas does not broadcast to the shape, or the region is
             first used on a device in the capture of a CUDA graph.
     """
     dtype = compute_dtype(old_log_prob)
@@ -56,7 +55,7 @@ def bounds_of(
         return source.bounds
     old_log_prob = old_log_prob.to(dtype)
     if valid is not None:
-        # The solver is at its limit at once where the probability is 1.
+        # At probability 1 the solver returns its limit at once.
         old_log_prob = torch.where(valid, old_log_prob, 0.0)
     bounds: torch.Tensor = exact_log_bounds_op(old_log_prob, source.region)
     return bounds
@@ -70,20 +69,20 @@ def membership_of(
     *,
     exact: bool = False,
 ) -> torch.Tensor:
-    """Returns bounds that say of these log-ratios alone whether they are beyond the region's.
+    """Returns bounds that are right about which of the given log-ratios are inside.
 
-    They are those of `bounds_of` where that needs no solver. Where it would, one evaluation of the
-    divergence decides, and they are infinite for a ratio that is inside and 0 for one that is not.
+    They are those of `bounds_of` if that needs no solver. Otherwise one evaluation of the
+    divergence decides, and they are infinite for a ratio inside and 0 for a ratio outside.
 
     Args:
-        region: Where the bounds come from.
+        region: Source of the bounds.
         old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
-        log_ratio: Returns the log-ratios, the same; called only if the divergence decides.
+        log_ratio: Returns the log-ratios, same shape and dtype; called if the divergence decides.
         valid: Which tokens count, bool, the same shape.
-        exact: Use the divergence even where there is a table.
+        exact: Use the divergence even if there is a table.
 
     Raises:
-        InvalidValueError: If an array of radii does not broadcast to the shape.
+        InvalidValueError: If an array of deltas does not broadcast to the shape.
     """
     source: _Source = _source(region, old_log_prob.dtype, old_log_prob.device, exact)
     if source.bounds is not None:
@@ -92,20 +91,20 @@ def membership_of(
     inside: torch.Tensor = exact_contains_op(
         torch.where(valid, old_log_prob, 0.0), torch.where(valid, ratios, 0.0), source.region
     )
-    # A NaN is in no region, but to be kept, not clipped.
+    # A NaN is in no region, but must stay a NaN.
     limit = torch.where(inside | ratios.isnan(), math.inf, 0.0).to(old_log_prob.dtype)
     return torch.stack([-limit, limit])
 
 
 class _Source(NamedTuple):
-    """Either the bounds themselves or, by its id in `REGIONS`, the region to ask for them."""
+    """Either the bounds or, by its key in `REGIONS`, the region to solve for them."""
 
     bounds: torch.Tensor | None
     region: int
 
 
-# A region cannot be traced: torch.compile calls this once, guards on the identity of the region
-# and takes the tensor it returns as an input of the graph.
+# A region cannot be traced. So torch.compile calls this once, guards on the identity of the region
+# and makes the returned tensor an input of the graph.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _source(region: AnyRegion, dtype: torch.dtype, device: torch.device, exact: bool) -> _Source:
     now = current(region)
@@ -124,11 +123,12 @@ def _kept_bounds(region: Region, dtype: torch.dtype, device: torch.device) -> to
     return cached(region, "table", device, lambda: upload(region.table().words, device))
 
 
-MOST_TABLE_WORDS = 32 * 1024 // 4
+MAX_TABLE_WORDS = 32 * 1024 // 4
+"""Size of the largest table, 32 KiB."""
 
 
 class _LiveBounds:
-    """The bounds of a source on every device that asked for them, kept as its region changes."""
+    """The bounds of a source on every device in use, refilled when its region changes."""
 
     def __init__(self, source: RegionSource) -> None:
         self._region = source.region
@@ -139,11 +139,11 @@ class _LiveBounds:
         kept = self._tensors.get((dtype, device))
         if kept is None:
             check_no_capture(device)
-            with torch.inference_mode(False):  # or it could not be filled anew outside of it
+            with torch.inference_mode(False):  # otherwise it could not be refilled later
                 if isinstance(self._region, Clip):
                     tensor = torch.empty(2, dtype=dtype, device=device)
-                else:  # as large as any table, since the next may be larger
-                    tensor = torch.zeros(MOST_TABLE_WORDS, dtype=torch.int32, device=device)
+                else:  # the next table may be larger
+                    tensor = torch.zeros(MAX_TABLE_WORDS, dtype=torch.int32, device=device)
             if type(tensor) is not torch.Tensor:  # a fake one would outlive its mode
                 return tensor
             kept = self._tensors[dtype, device] = Cached(tensor)
@@ -167,7 +167,7 @@ class _LiveBounds:
         else:
             words = upload(self._region.table().words, tensor.device)
             tensor[: words.shape[0]].copy_(words)
-        kept.note_filled()
+        kept.mark_filled()
 
 
 _LIVE: weakref.WeakKeyDictionary[RegionSource, _LiveBounds] = weakref.WeakKeyDictionary()
@@ -181,7 +181,7 @@ def _live_bounds(source: RegionSource) -> _LiveBounds:
 
 
 def _constants(clip: Clip, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    # Filled on the device: a copy from the host would have to wait for it.
+    # Filled on the device, because a copy from the host would wait for it.
     bounds = torch.full((2,), clip.log_upper, dtype=dtype, device=device)
     bounds[0].fill_(clip.log_lower)
     return bounds

@@ -1,4 +1,4 @@
-"""Checks of the tensors and regions that callers give."""
+"""Checks of tensors that a user gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounds by the exact solver, as operators."""
+"""Bounds and membership by the exact solver, as operators; `bandpo.backends.cuda` adds kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bandpo.rule import AnyRegion, current
 from bandpo.table import BandTable
 
 REGIONS: weakref.WeakValueDictionary[int, AnyRegion] = weakref.WeakValueDictionary()
-"""Regions by the number that an operator takes in place of one."""
+"""Regions by their id, because an operator takes numbers but no Python objects."""
 
 
 @torch.library.custom_op(
@@ -86,7 +86,7 @@ def contains_on_host(
 
 
 def exact_region(key: int) -> Region:
-    """Returns the region of a key in `REGIONS`, as it is now, not as a table."""
+    """Returns the region of a key in `REGIONS`: that of a source now, or of a table."""
     region = current(REGIONS[key])
     return region.region if isinstance(region, BandTable) else region
 

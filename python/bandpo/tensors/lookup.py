@@ -1,4 +1,8 @@
-"""Bounds from the words of a table, in plain torch and as operators."""
+"""Bounds from the words of a table, in plain torch and as operators.
+
+An operator gives a CUDA kernel its place in a compiled graph. Other devices call the function
+behind it, because a compiler can fuse that. docs/table-format.md describes the words.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,13 @@ def table_log_bounds(
     return lower.log(), log_upper
 
 
-# Operators, so that a kernel has its place in a compiled graph. On other devices the functions that
-# they stand for are called themselves: a compiler can fuse those.
 @torch.library.custom_op(
     "bandpo::table_log_bounds",
     mutates_args=(),
     schema="(Tensor words, Tensor old_log_prob) -> Tensor",
 )
 def table_log_bounds_op(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
-    """Both log bounds of every token from a table, [2, ...], in the dtype that is computed in."""
+    """Returns `table_log_bounds` as [2, ...]; in float32 for half precision."""
     precise = old_log_prob.to(compute_dtype(old_log_prob))
     return torch.stack(table_log_bounds(words, precise))
 
@@ -46,7 +48,14 @@ def _(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
 def clipped_op(
     bounds: torch.Tensor, old_log_prob: torch.Tensor, values: torch.Tensor, of_ratio: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-ratios or ratios moved to the nearest bound where they lie outside, and which do not."""
+    """Returns values moved to the nearest bound if they are outside, and which are inside.
+
+    Args:
+        bounds: As `bandpo.tensors.bounds.bounds_of` returns them.
+        old_log_prob: Old log-probabilities, float32 or float64.
+        values: Log-ratios, or ratios with ``of_ratio``; same shape and dtype.
+        of_ratio: Whether the values are ratios.
+    """
     if bounds.dtype == torch.int32:
         log_lower, log_upper = table_log_bounds(bounds, old_log_prob)
     else:
@@ -84,18 +93,17 @@ clipped_op.register_autograd(_backward_of_clipped, setup_context=_save_inside)
 def read_table(
     words: torch.Tensor, old_log_prob: torch.Tensor, lower: torch.Tensor
 ) -> torch.Tensor:
-    """Looks one side up for every token: ``lower``, a ratio, or ``log_upper``.
+    """Returns one bound of every token: ``lower``, a ratio, or ``log_upper``.
 
-    Plain torch on integers and floats: the operations of ``rust/image.rs`` in the same order, for
-    the same results bit for bit.
+    The operations of ``rust/image.rs`` in the same order, for the same bits.
 
     Args:
-        words: The image of a table, int32 [words].
-        old_log_prob: Old log-probabilities, float32 or float64.
-        lower: Which side, bool, broadcasts with ``old_log_prob``.
+        words: Image of a table, int32 [words].
+        old_log_prob: Old log-probabilities, float32 or float64; rounded to float32 for the lookup.
+        lower: True for the lower bound, bool, broadcasts with ``old_log_prob``.
 
     Returns:
-        The bounds, in the dtype of ``old_log_prob``, which is rounded to float32 for the lookup.
+        The bounds, in the dtype of ``old_log_prob``.
     """
     floats = words.view(torch.float32)
     y = (-old_log_prob).to(torch.float32).clamp(min=0.0)
@@ -111,7 +119,7 @@ def read_table(
     entry = words[words[48 + lane] + exponent]
     halvings = entry & 15
     node = 2 * ((entry >> 4) + ((bits & 0x7FFFFF) >> (23 - halvings)))
-    # What is left of the mantissa becomes that of a float in [1, 2).
+    # The rest of the mantissa becomes that of a float in [1, 2).
     fraction = (((bits << halvings) & 0x7FFFFF) | 0x3F800000).view(torch.float32) - 1.0
     width = ((exponent - halvings) << 23).view(torch.float32)
     value, slope = floats[node], floats[node + 1] * width
@@ -122,5 +130,5 @@ def read_table(
     bound = torch.where(y == 0.0, of_side(96, 1), torch.where(y >= 128.0, of_side(98, 1), bound))
     everything = ~lower & (bound >= y)
     bound = torch.where(y.isnan(), y, bound.clamp(min=0.0)).to(old_log_prob.dtype)
-    # Where everything is allowed, y in float32 could fall short of a new probability of 1.
+    # If everything is allowed, y in float32 could fall short of a new probability of 1.
     return torch.where(everything, (-old_log_prob).clamp(min=0.0), bound)

@@ -1,10 +1,4 @@
-"""The CUDA backend: kernels on torch's stream and device. The one module that imports CuPy.
-
-The kernels are in ``cuda/``. CuPy compiles each at its first use on a device and keeps it on disk,
-and what a region needs there is copied at its first use. So a call with the same region and dtypes
-has to come before a CUDA graph is captured; the graph reads what belongs to the region at every
-replay, so keep the region as well. Nothing here waits for a device.
-"""
+"""The kernels as functions of tensors, registered with the operators for CUDA devices."""
 
 from __future__ import annotations
 
@@ -42,9 +36,9 @@ _STORED = {
 def token_loss(
     *args: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The implementation of ``bandpo::token_loss`` for CUDA tensors, which may have any strides.
+    """Returns losses and gradients, [B, T], counts and sums; takes the fields of `LossInputs`.
 
-    Arguments are `LossInputs`; returns losses, gradients, counts and sums.
+    Tensors may have any strides.
     """
     inputs = LossInputs(*args)
     log_prob, bounds = inputs.log_prob, inputs.bounds
@@ -112,7 +106,7 @@ def token_loss(
 
 
 def table_log_bounds(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
-    """The implementation of ``bandpo::table_log_bounds`` for CUDA tensors."""
+    """Returns `bandpo.tensors.lookup.table_log_bounds_op` by a kernel."""
     old_log_prob = old_log_prob.contiguous()
     bounds = torch.empty(
         (2, *old_log_prob.shape),
@@ -142,7 +136,7 @@ def table_log_bounds(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.T
 def clipped(
     bounds: torch.Tensor, old_log_prob: torch.Tensor, values: torch.Tensor, of_ratio: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The implementation of ``bandpo::clipped`` for CUDA tensors."""
+    """Returns `bandpo.tensors.lookup.clipped_op` by a kernel."""
     old_log_prob, values = old_log_prob.contiguous(), values.contiguous()
     moved = torch.empty_like(values)
     count = moved.numel()
@@ -169,14 +163,13 @@ def clipped(
 def log_bounds(region: Region, old_log_prob: torch.Tensor) -> torch.Tensor | None:
     """Returns the exact log bounds of a region, float64 [2, ...], solved on the device.
 
-    In double precision: always inside, within 1e-12 of the exact bound, relatively, where its
-    condition number is at most 20, for a log-prob in [-690, -1e-300]. Log-probs are float32
-    or float64.
+    The bounds are always inside. They are within 1e-12 of the exact bound, relatively, if its
+    condition number is at most 20 and the log-prob, float32 or float64, is in [-690, -1e-300].
 
     Returns:
-        None where the region has a part that only the CPU can solve: a divergence that is an
-        expression or a Python function, `Dcpo`, a `Region` of one's own, or radii that do not
-        broadcast to the shape of ``old_log_prob``, which the CPU reports.
+        None if the region has a part that only the CPU can solve: a divergence that is an
+        expression or a Python function, `Dcpo`, a user's own `Region`, or deltas that do not
+        broadcast to the shape of ``old_log_prob``, for which the CPU raises the error.
     """
     if type(region) is Combined:
         parts = [log_bounds(part, old_log_prob) for part in region.parts]
@@ -211,13 +204,13 @@ def log_bounds(region: Region, old_log_prob: torch.Tensor) -> torch.Tensor | Non
 def contains(
     region: Region, old_log_prob: torch.Tensor, log_ratio: torch.Tensor
 ) -> torch.Tensor | None:
-    """Returns whether each log-ratio lies in a region, bool, by one evaluation of the divergence.
+    """Returns True for each log-ratio in a region, by one evaluation of the divergence in float64.
 
-    In double precision: a log-ratio whose divergence is within some 1e-14 of delta, relatively, may
-    be taken for either. ``log_ratio`` has the shape and dtype of ``old_log_prob``.
+    A log-ratio whose divergence is within about 1e-14 of delta, relatively, may be taken for
+    either. ``log_ratio`` has the shape and dtype of ``old_log_prob``.
 
     Returns:
-        None where the region has a part that only the CPU can decide; see `log_bounds`.
+        None if the region has a part that only the CPU can decide; see `log_bounds`.
     """
     if type(region) is Combined:
         left, right = (contains(part, old_log_prob, log_ratio) for part in region.parts)
@@ -255,7 +248,7 @@ def contains(
 def _solver_of(
     region: Region, old_log_prob: torch.Tensor
 ) -> tuple[tuple[np.generic, ...], torch.Tensor] | None:
-    """Generator and radii as kernels take them, with the tensor that the arguments point to."""
+    """Generator and radii as kernels take them, and the tensor to keep for the launch."""
     if type(region) is not Band:
         return None
     divergence = region.divergence.solver.core
@@ -286,7 +279,7 @@ def _solver_of(
 
 
 def _radii_of(region: Band, divergence: _core.Divergence, device: torch.device) -> torch.Tensor:
-    """Radii of the generator on a device: of every token, or the low and the high one."""
+    """The generator's radii on a device: one for each delta, or the low and the high one."""
 
     def make() -> torch.Tensor:
         sides = region.delta_low, region.delta_high
@@ -298,7 +291,7 @@ def _radii_of(region: Band, divergence: _core.Divergence, device: torch.device) 
 
 
 def _bounds_kind(bounds: torch.Tensor) -> tuple[str, torch.Tensor, int]:
-    """What the kernels call bounds of this kind, the bounds, and the words of a table."""
+    """The kernels' type for bounds of this kind, the bounds, and the number of a table's words."""
     bounds = bounds.contiguous()
     if bounds.dtype == torch.int32:
         return "Table", bounds, bounds.numel()
@@ -306,7 +299,7 @@ def _bounds_kind(bounds: torch.Tensor) -> tuple[str, torch.Tensor, int]:
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
-    """Whether it can be read as vectors of four."""
+    """Returns True if a tensor can be read as vectors of four."""
     alignment = min(16, 4 * tensor.element_size())
     return tensor.is_contiguous() and tensor.data_ptr() % alignment == 0
 

@@ -1,4 +1,4 @@
-"""Kernels on torch's stream and device. The one module that imports CuPy."""
+"""Whether kernels can run, and their launch on torch's stream. The only module with CuPy."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ import torch
 from bandpo import _core
 from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
 
-# As in cuda/band.cu.
 THREADS = 256
+"""Threads of a block, as in ``cuda/``."""
+
 CHUNK = 8192
+"""Tokens that a block of the loss adds up, as in ``cuda/``."""
 
 COMPILER_OPTIONS = ("-std=c++17", "-fmad=false")
 """No fused multiply-adds, so that float32 has the bits that it has in Rust."""
 
 BLOCKS_A_PROCESSOR = 8
-"""More blocks than run at a time would copy the table again."""
+"""Max blocks of a launch. Each copies the table to shared memory, so more would cost more."""
 
 TOTALS_KERNEL = "bandpo::policy_loss_totals<double>"
 """The kernel that every loss needs."""
 
 
 def _cupy() -> Any:
-    """CuPy, whose import takes longer than all of bandpo's."""
+    """CuPy, imported late, because that takes longer than importing bandpo."""
     import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     return cupy
 
 
 def obstacle() -> ImportError | None:
-    """Returns the error that says why the kernels cannot run here, or None if they can."""
+    """Returns the error with the reason why the kernels cannot run here, or None if they can."""
     version = torch.version.cuda
     if torch.version.hip is not None:
         return BrokenExtraError("the kernels need CUDA, this torch is built for ROCm")
-    # Of an older CUDA there is no CuPy 14; a newer one runs what was made for 13.
+    # CuPy 14 needs CUDA 12 or newer; a newer CUDA than 13 runs code for 13.
     extra = "cuda12" if version and int(version.partition(".")[0]) <= 12 else "cuda13"
     try:
         cupy = _cupy()
@@ -63,7 +65,7 @@ def obstacle() -> ImportError | None:
         return BrokenExtraError(f"the kernels of bandpo[{extra}] need a CUDA device: there is none")
     try:
         _compiled(TOTALS_KERNEL, torch.cuda.current_device())
-    except Exception as reason:  # CuPy has one of its own for each of its parts
+    except Exception as reason:  # each part of CuPy has its own class
         line = str(reason).strip().partition("\n")[0]
         return BrokenExtraError(f"the kernels of bandpo[{extra}] cannot be compiled: {line}")
     return None
@@ -88,8 +90,15 @@ def launch(
 ) -> None:
     """Enqueues a kernel on torch's current stream of a device.
 
-    Tensors that were allocated for that stream may be released at once: the allocator hands their
-    memory on in the order of the stream.
+    Tensors allocated for that stream may be released at once, because the allocator reuses their
+    memory in the order of the stream.
+
+    Args:
+        kernel: Name of an instance of a template in ``cuda/``.
+        device: A CUDA device.
+        blocks: Blocks that the work needs; fewer run, and each strides over the work.
+        arguments: The kernel's, as numpy scalars.
+        shared_bytes: Dynamic shared memory of a block.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     grid = max(1, min(blocks, BLOCKS_A_PROCESSOR * processors))
@@ -102,18 +111,18 @@ def launch(
 
 
 class _Stream(NamedTuple):
-    """A stream of torch as CuPy takes it; those of old versions of torch do not say it."""
+    """A stream of torch in CuPy's protocol, which streams of old versions of torch lack."""
 
     pointer: int
 
     def __cuda_stream__(self) -> tuple[int, int]:
-        """The version of the protocol, and the handle."""
+        """Returns the version of the protocol, and the handle."""
         return 0, self.pointer
 
 
 @cache
 def _compiled(kernel: str, device_index: int) -> Any:
-    """The kernel, compiled and loaded, for the device of this index."""
+    """Compiles and loads a kernel for a device."""
     cupy = _cupy()
     with cupy.cuda.Device(device_index):
         module = cupy.RawModule(
