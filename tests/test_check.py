@@ -17,21 +17,21 @@ from bandpo.error import InvalidTypeError, InvalidValueError
 @pytest.mark.parametrize(
     "value", [2, 2.0, Fraction(2), np.float32(2), np.int64(2), np.array(2.0), np.array(2)]
 )
-def test_a_number_is_one_whoever_made_it(value: Any) -> None:
+def test_numbers_of_every_origin_are_accepted(value: Any) -> None:
     assert real_number("x", value) == 2.0
     assert type(real_number("x", value)) is float
     assert Mask(truncation=value) == Mask(truncation=2.0)
     assert Clip(0.2, value) == Clip(0.2, 2.0)
 
 
-def test_a_tensor_of_no_dimension_is_a_number() -> None:
+def test_a_0_dim_tensor_is_a_number() -> None:
     torch = pytest.importorskip("torch")
     assert Clip(torch.tensor(0.25)) == Clip(0.25)
     assert Mask(truncation=torch.tensor(2.0)).parameters == [2.0]
 
 
 @pytest.mark.parametrize("value", [None, True, "2", 2j, [2.0, 3.0], object(), np.array([2.0])])
-def test_what_is_no_number_is_refused(value: Any) -> None:
+def test_other_types_than_numbers_are_refused(value: Any) -> None:
     with pytest.raises(InvalidTypeError, match=r"x must be (a real|one) number"):
         real_number("x", value)
 
@@ -42,13 +42,13 @@ def test_a_positive_number_is_finite_and_above_0(value: float) -> None:
         positive_number("x", value)
 
 
-def test_an_array_keeps_its_dtype() -> None:
+def test_real_array_keeps_the_dtype() -> None:
     assert real_array("x", np.zeros(3, np.float32)).dtype == np.float32
     with pytest.raises(InvalidTypeError, match="x must hold real numbers, got dtype bool"):
         real_array("x", [True])
 
 
-def test_the_nearest_name_is_suggested_and_no_other() -> None:
+def test_only_a_near_name_is_suggested() -> None:
     assert suggestion("hellingr", ("kl", "hellinger")) == "; did you mean 'hellinger'?"
     assert suggestion("abc", ("kl", "hellinger")) == ""
     assert suggestion(3, ("kl",)) == ""

@@ -55,7 +55,7 @@ class Solver(Protocol):
 
 
 class CompiledSolver(NamedTuple):
-    """The solver in Rust, for built-in divergences and expressions; see `Solver`."""
+    """Solver in Rust, for built-in divergences and expressions; see `Solver`."""
 
     core: _core.Divergence
 
@@ -182,7 +182,9 @@ class Divergence:
         at_zero: float | None = None,
         slope_at_infinity: float | None = None,
     ) -> Divergence:
-        """The divergence of a convex function of ``u`` written as text, never evaluated by Python.
+        """Returns the divergence of a convex function of ``u``, given as text.
+
+        The text is parsed and evaluated in Rust, never by Python.
 
         >>> Divergence.from_expression("u*ln(u) - u + 1")
         Divergence.from_expression('u*ln(u) - u + 1')
@@ -222,12 +224,12 @@ class Divergence:
         at_zero: float | None = None,
         slope_at_infinity: float | None = None,
     ) -> Divergence:
-        """The divergence of a convex Python function over arrays.
+        """Returns the divergence of a convex Python function over arrays.
 
-        It is called with whole arrays and never with single elements. In double precision a
-        function cancels near ``u = 1``: its bounds agree with exact ones to about 1e-10 for delta
-        >= 1e-5, and ``log_lower`` is a limit where the ratio is not a normal float64. An expression
-        is better.
+        The function is called with whole numpy arrays. In double precision it cancels near
+        ``u = 1``: bounds agree with exact ones to about 1e-10 for delta >= 1e-5, and ``log_lower``
+        is a limit where the ratio is not a normal float64. Prefer `from_expression` where a
+        function can be written as text.
 
         Args:
             fn: Takes a float64 array of ``u > 0`` and returns ``f(u)``, of the same shape.
@@ -270,7 +272,12 @@ class Divergence:
     ) -> NDArray[np.float64]:
         """Returns ``D_f(p, r)`` of the split {this token, everything else}, in double precision.
 
-        Both arguments are one-dimensional float64 of the same length; inf outside the simplex.
+        Args:
+            logp: Old log-probabilities, float64 [n].
+            log_ratio: Log-ratios new/old, float64 [n].
+
+        Returns:
+            The divergences, float64 [n]; inf outside the simplex.
 
         Raises:
             InvalidValueError: If lengths differ.
@@ -278,7 +285,7 @@ class Divergence:
         return self.solver.divergences(logp, log_ratio)
 
     def describe(self) -> dict[str, object]:
-        """Returns a description, for JSON, of which `from_description` makes the same."""
+        """Returns a description, for JSON, from which `from_description` makes the same."""
         kind, *values = self._key
         if kind == "name":
             return {"divergence": self.spec}

@@ -1,8 +1,8 @@
 """Surrogates: the loss of a token, given its ratio, its bounds and its advantage.
 
-A surrogate is named, or is an object where it has parameters of its own; a name stands for the
-defaults. `bandpo.loss.policy_loss` defines their formulas. Each class carries its own data, so that
-nothing else compares names.
+A surrogate is an object with its parameters, or a name, which stands for the defaults. Each class
+carries its own data, so that nothing else compares names. `bandpo.loss.policy_loss` defines their
+formulas.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ NAMES = tuple(BY_NAME)
 
 
 def resolve(surrogate: Surrogate, dual_clip: float | None) -> TokenSurrogate:
-    """Returns a surrogate with its parameters, from what `bandpo.loss.policy_loss` takes.
+    """Returns a surrogate with its parameters, from the arguments of `bandpo.loss.policy_loss`.
 
     Raises:
         InvalidTypeError: If ``dual_clip`` is not a real number.

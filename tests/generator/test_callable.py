@@ -17,7 +17,7 @@ from bandpo.generator import BLOCK, LOG_REACH, MAX_CALLS, CallableGenerator
 from support.tokens import log_probs
 
 RELATIVE = 1e-10
-"""What a log bound may be off the built-in's, relatively, for delta >= 1e-5."""
+"""Relative tolerance of a log bound against the built-in's, for delta >= 1e-5."""
 
 Function = Callable[[Float64Array], Any]
 
@@ -69,7 +69,7 @@ def radii(seed: int, count: int, low: float = -5.0) -> Float64Array:
 
 
 class Counted:
-    """Counts the calls of a function, and looks at what it is called with."""
+    """Counts the calls of a function and checks their arguments."""
 
     def __init__(self, fn: Function) -> None:
         self.fn = fn
@@ -102,20 +102,20 @@ def assert_agrees(fn: Function, spec: str, logp: Float64Array, delta: Float64Arr
 
 
 @pytest.mark.parametrize("spec", FUNCTIONS)
-def test_equals_the_built_in(spec: str) -> None:
+def test_bounds_equal_the_built_in_divergence(spec: str) -> None:
     logp = log_probs(1, 30_000)
     assert_agrees(FUNCTIONS[spec], spec, logp, radii(2, logp.size))
 
 
 @pytest.mark.parametrize("text", WITH_MULTIPLE_OF_U_MINUS_1)
-def test_a_multiple_of_u_minus_1_changes_nothing(text: str) -> None:
+def test_a_multiple_of_u_minus_1_does_not_change_bounds(text: str) -> None:
     spec, fn = WITH_MULTIPLE_OF_U_MINUS_1[text]
     logp = log_probs(3, 9_000)
     assert_agrees(fn, spec, logp, radii(4, logp.size))
 
 
 @pytest.mark.parametrize("spec", ["kl", "reverse-kl", "tv", "hellinger", "neyman-chi2"])
-def test_small_radii_lose_little_where_f_is_smooth_or_relative(spec: str) -> None:
+def test_small_deltas_lose_few_digits_if_f_is_smooth(spec: str) -> None:
     logp = log_probs(5, 9_000)
     delta = radii(6, logp.size, low=-12.0)
     generator = CallableGenerator(FUNCTIONS[spec])
@@ -134,7 +134,7 @@ def test_delta_as_numbers_and_as_arrays() -> None:
     np.testing.assert_allclose(of_numbers, Band("kl", (0.01, 0.2)).log_bounds(logp), rtol=RELATIVE)
 
 
-def test_many_blocks_give_what_one_gives() -> None:
+def test_blocks_do_not_change_the_bounds() -> None:
     logp = np.resize(log_probs(8, 999), BLOCK + 12_345)
     log_lower, log_upper = CallableGenerator(kl).log_bounds(0.05, 0.05, logp)
     expected = Band("kl", 0.05).log_bounds(logp)
@@ -185,7 +185,7 @@ def bisected(f: Callable[[mpf], mpf], logp: float, delta: float, upper: bool) ->
     ],
     ids=["max of two", "flat bottom", "Huber", "cosh"],
 )
-def test_equals_bisection(fn: Function, f: Callable[[mpf], mpf]) -> None:
+def test_bounds_equal_bisection(fn: Function, f: Callable[[mpf], mpf]) -> None:
     generator = CallableGenerator(fn)
     logp = np.log([1e-6, 0.003, 0.2, 0.5, 0.7, 0.99])
     for delta in [1e-5, 0.01, 0.1]:
@@ -199,7 +199,7 @@ def test_equals_bisection(fn: Function, f: Callable[[mpf], mpf]) -> None:
                 assert log_upper[i] == pytest.approx(exact, rel=RELATIVE, abs=0)
 
 
-def test_closed_form_of_twice_tv() -> None:
+def test_twice_tv_equals_its_closed_form() -> None:
     # p |r - 1| = delta / 2 for |u - 1|.
     p = np.array([0.01, 0.3, 0.9])
     log_lower, log_upper = CallableGenerator(lambda u: np.abs(u - 1)).log_bounds(
@@ -209,8 +209,8 @@ def test_closed_form_of_twice_tv() -> None:
     np.testing.assert_allclose(log_upper, np.log1p(0.002 / p), rtol=1e-13, atol=0)
 
 
-def test_a_flat_bottom_lets_its_width_pass() -> None:
-    # D = 0 for ratios of token and rest in [0.5, 2], and those are the smallest bands there are.
+def test_a_flat_bottom_of_f_allows_its_whole_width() -> None:
+    # D = 0 for ratios of token and rest in [0.5, 2], which every band therefore contains.
     generator = CallableGenerator(lambda u: np.maximum(u - 2, 0) + np.maximum(0.5 - u, 0))
     log_lower, log_upper = generator.log_bounds(1e-12, 1e-12, np.log([0.5, 0.01]))
     np.testing.assert_allclose(np.exp(log_lower), [0.5, 0.5], rtol=1e-9)
@@ -264,7 +264,7 @@ def test_saturation_is_exact_where_f_at_0_is_finite() -> None:
 
 
 @pytest.mark.parametrize("spec", FUNCTIONS)
-def test_far_tails_have_bounds_in_order(spec: str) -> None:
+def test_bounds_are_monotone_into_the_far_tails(spec: str) -> None:
     ends = -np.concatenate([10.0 ** -np.linspace(0, 320, 400), 10.0 ** np.linspace(0, 308, 400)])
     logp = np.sort(ends)
     generator = CallableGenerator(FUNCTIONS[spec])
@@ -304,7 +304,7 @@ def slowly_to_100(u: Float64Array) -> Any:
     return (u**0.01 - 1 - 0.01 * (u - 1)) / (0.01 * -0.99)
 
 
-def test_limits_of_f_that_are_not_clear_are_asked_for() -> None:
+def test_an_unclear_limit_of_f_is_an_error_that_names_the_argument() -> None:
     with pytest.raises(InvalidValueError, match=r"f\(0\) is not clear .* as at_zero=\.\.\."):
         CallableGenerator(slowly_to_100)
     generator = CallableGenerator(slowly_to_100, at_zero=100.0)
@@ -404,7 +404,7 @@ def test_the_exception_of_the_function_is_the_cause() -> None:
 
 
 @pytest.mark.parametrize("multiple", [0.0, 1.0, -30.0, 1e6])
-def test_the_verdict_on_convexity_stands_whatever_multiple_is_added(multiple: float) -> None:
+def test_convexity_is_judged_alike_for_any_multiple_of_u_minus_1(multiple: float) -> None:
     # The second derivative of the first is at least 1, that of the second falls to -1.
     CallableGenerator(lambda u: (u - 1) ** 2 + 1e-4 * np.sin(100 * (u - 1)) + multiple * (u - 1))
     with pytest.raises(InvalidValueError, match=r"not convex: at u = \d"):
@@ -453,7 +453,7 @@ def test_bad_limits_are_refused(
         CallableGenerator(FUNCTIONS["tv"], **limits)
 
 
-def test_a_function_that_fails_later_is_an_error_then() -> None:
+def test_a_function_that_fails_after_construction_is_an_error() -> None:
     def fails_between_the_points(u: Float64Array) -> Any:
         return np.where((u > 1.99) & (u < 1.9901), np.nan, (u - 1) ** 2)
 
@@ -481,7 +481,7 @@ def test_calls_are_few_and_on_arrays(spec: str) -> None:
     assert counted.fewest == 2 * logp.size
 
 
-def test_work_does_not_grow_with_the_number_of_log_probs() -> None:
+def test_the_number_of_calls_does_not_grow_with_the_batch() -> None:
     counted = Counted(kl)
     generator = CallableGenerator(counted)
     calls = []
@@ -495,7 +495,7 @@ def test_work_does_not_grow_with_the_number_of_log_probs() -> None:
 # --- membership --------------------------------------------------------------------------------
 
 
-def test_contains_is_the_divergence_at_most_delta() -> None:
+def test_contains_equals_divergence_at_most_delta() -> None:
     logp = log_probs(12, 3000)
     rng = np.random.default_rng(13)
     log_ratio = np.where(rng.uniform(size=logp.size) < 0.5, 1.0, 1e-3) * rng.normal(size=logp.size)
@@ -559,15 +559,15 @@ def differentiated(
 
 @pytest.mark.parametrize("spec", FUNCTIONS)
 @pytest.mark.parametrize("delta", [1e-4, 0.05, 0.5])
-def test_slopes_equal_differences_of_the_bounds(spec: str, delta: float) -> None:
+def test_slopes_equal_differences_of_bounds(spec: str, delta: float) -> None:
     logp = np.concatenate([log_probs(15, 900)[:600], -np.linspace(1e-3, 3.0, 300)])
     log_lower, log_upper, *slopes = CallableGenerator(FUNCTIONS[spec]).bounds_with_slopes(
         delta, delta, logp
     )
     expected = differentiated(spec, delta, logp)
     for slope, bound, (exact, doubt) in zip(slopes, (log_lower, log_upper), expected, strict=True):
-        # Where differences are good, the reach of the callable included, and -logp is not so small
-        # that 1 - p is lost in the rounding errors of f.
+        # Compared are slopes whose differences are accurate, within reach of the callable, and for
+        # -logp large enough that rounding errors of f do not hide 1 - p.
         fair = np.isfinite(exact) & (doubt <= 1e-6 * np.abs(exact))
         fair &= (bound > -LOG_REACH * 0.9) & (logp < -1e-7)
         assert np.count_nonzero(fair) > 100
@@ -575,7 +575,7 @@ def test_slopes_equal_differences_of_the_bounds(spec: str, delta: float) -> None
 
 
 @pytest.mark.parametrize("spec", FUNCTIONS)
-def test_slopes_have_their_signs_and_ends(spec: str) -> None:
+def test_slopes_have_their_signs_and_limits(spec: str) -> None:
     logp = np.concatenate([log_probs(16, 3000), [0.0, 1.0, -np.inf, -1e-300, -1e3, -1e300]])
     generator = CallableGenerator(FUNCTIONS[spec])
     log_lower, log_upper, of_lower, of_upper = generator.bounds_with_slopes(0.05, 0.2, logp)

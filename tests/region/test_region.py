@@ -23,10 +23,10 @@ CLOSED_FORM = 2e-15
 """Relative tolerance of a log bound from a closed form: a few roundings of 1.1e-16 each."""
 
 ROOT = 4e-8
-"""Where 1 - 4 eps/p is within this squared of 0, its square root magnifies a rounding of p."""
+"""If 1 - 4 eps/p is below the square of this, its square root magnifies a rounding of p."""
 
 TABLE = 1e-6
-"""What a table may be off: absolute, beyond one float32 ulp of the bound."""
+"""Max absolute error of a table, beyond one float32 ulp of the bound."""
 
 LOGP = np.concatenate([-np.logspace(-18, 2.5, 83), [0.0, -0.3, -700.0, -5e4]])
 
@@ -41,7 +41,7 @@ def dcpo(logp: float, eps: float, upper: bool) -> mpf:
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-3, 0.16, 0.2, 0.25, 3.0])
-def test_dcpo_is_its_closed_form(eps: float) -> None:
+def test_dcpo_bounds_equal_their_closed_form(eps: float) -> None:
     log_lower, log_upper = Dcpo(eps, eps).log_bounds(LOGP)
     for logp, lower, upper in zip(LOGP, log_lower, log_upper, strict=True):
         assert upper == pytest.approx(float(dcpo(logp, eps, True)), rel=CLOSED_FORM, abs=0)
@@ -52,7 +52,7 @@ def test_dcpo_is_its_closed_form(eps: float) -> None:
             assert lower == pytest.approx(expected, rel=CLOSED_FORM * max(1.0, lost), abs=0)
 
 
-def test_dcpo_goes_through_its_published_points() -> None:
+def test_dcpo_has_its_published_points() -> None:
     """Figure 4 and appendix A.9 of arXiv 2509.02333, with epsilons 0.16 and 0.2."""
     region = Dcpo()
     p = np.array([0.1, 0.01, 1 / 1.2])
@@ -117,7 +117,7 @@ def test_tables_of_regions_with_closed_forms(region: Region, tmp_path: Path) -> 
 def test_kl3_solves_its_equation(delta: float) -> None:
     """arXiv 2602.05494: the ratios with r - 1 - ln r <= delta, by Lambert's W."""
     region = Clip.kl3(delta)
-    with mp.workdps(400):  # e^t - 1 - t has lost 300 digits at the least of these deltas
+    with mp.workdps(400):  # e^t - 1 - t loses 300 digits at the min delta
         for log_bound in (region.log_lower, region.log_upper):
             t = mpf(log_bound)
             nearer = t - (expm1(t) - t - mpf(delta)) / expm1(t)
@@ -134,7 +134,7 @@ def test_kl3_has_known_values() -> None:
     assert (lower, upper) == pytest.approx((0.7161895, 1.3504033), rel=0, abs=5e-8)
 
 
-def test_clips_of_the_log_ratio() -> None:
+def test_a_clip_of_the_log_ratio_keeps_its_widths() -> None:
     clip = Clip.from_log_ratio(0.4)
     assert (clip.log_lower, clip.log_upper) == (-0.4, 0.4)
     assert clip.contains(-1.0, [-0.4, 0.4]).all()
@@ -170,7 +170,7 @@ def test_sides_take_each_bound_from_its_region(lower: Region, upper: Region) -> 
     assert eval(repr(region), dict(vars(bandpo))) == region  # noqa: S307 -- our own text
 
 
-def test_sides_know_whether_a_part_has_a_radius_for_each_token() -> None:
+def test_sides_are_per_token_if_a_part_is() -> None:
     per_token = sides(lower=Clip(0.2), upper=Band("kl", np.array([0.1, 0.2])))
     assert per_token.per_token
     np.testing.assert_allclose(
@@ -187,7 +187,7 @@ def test_a_minimum_width_is_a_union_with_a_clip() -> None:
     assert Dcpo().at_least(0.2) == Dcpo() | Clip(0.2)
 
 
-def test_a_table_stands_for_its_region_in_sides() -> None:
+def test_sides_accept_a_table() -> None:
     table = Band("kl", 0.05).table()
     assert isinstance(table, BandTable)
     lower, upper = sides(lower=Clip(0.2), upper=table).bounds(-3.0)
@@ -239,7 +239,7 @@ def test_bad_input(make: Any, error: type[Exception], message: str) -> None:
         make()
 
 
-def test_a_tensor_is_no_array_of_radii() -> None:
+def test_a_tensor_of_deltas_is_refused() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(InvalidTypeError, match=r"a number, .* or a numpy array, got Tensor"):
         Band("kl", torch.full((3,), 0.1))
@@ -326,7 +326,7 @@ def test_between_takes_the_ends_of_an_interval(lower: float, upper: float, clip:
         ("0.5", 2.0, InvalidTypeError, "lower must be a real number, got str"),
     ],
 )
-def test_between_refuses_what_is_no_interval_around_1(
+def test_between_refuses_an_interval_without_1(
     lower: Any, upper: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -74,7 +74,7 @@ def test_the_loss_is_that_of_the_region_of_the_last_step(
 
 
 @pytest.mark.parametrize("make", SOURCES)
-def test_a_step_compiles_nothing_again(make: Any, backend: str) -> None:
+def test_a_step_causes_no_recompilation(make: Any, backend: str) -> None:
     source, batch = make(), random_batch((6, 20))
     compiled_graphs = 0
 
@@ -97,7 +97,7 @@ def test_a_step_compiles_nothing_again(make: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize("make", SOURCES)
-def test_its_tensor_stays_where_a_captured_graph_reads_it(make: Any) -> None:
+def test_a_change_fills_the_same_tensor_in_place(make: Any) -> None:
     source, old = make(), torch.full((3,), -1.0)
     first = bounds_of(source, old)
     kept = first.clone()
@@ -135,7 +135,7 @@ def test_a_source_may_not_change_between_a_clip_and_a_table() -> None:
         source.step()
 
 
-def test_tensors_of_a_source_go_with_it() -> None:
+def test_tensors_of_a_source_are_freed_with_it() -> None:
     source = scheduled()
     random_batch((2, 8)).loss(region=source)
     bounds = weakref.ref(_LIVE[source])

@@ -1,4 +1,4 @@
-"""Schedules and region sources: their rules, their states, and who is told of a change."""
+"""Schedules and region sources: their rules, their states and their subscribers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ ROUNDING = 1e-15
 """Relative tolerance of a value that is computed with a few roundings."""
 
 SUM = 1e-13
-"""Shares of a batch that differ from the target by less than this, relatively, are ties: the sums
-here and there are rounded in another order."""
+"""Relative distance from the target below which shares are ties, because sums are rounded in
+another order."""
 
 
 def values(schedule: Schedule, steps: int, entropy: float | None = None) -> list[float]:
@@ -43,7 +43,7 @@ def values(schedule: Schedule, steps: int, entropy: float | None = None) -> list
     return seen
 
 
-def test_constant_linear_and_cosine_are_their_formulas() -> None:
+def test_constant_linear_and_cosine_equal_their_formulas() -> None:
     assert values(Constant(0.05), 3) == [0.05] * 4
     share = np.arange(9) / 8
     expected = {Linear: 0.1 + (0.02 - 0.1) * share}
@@ -85,7 +85,7 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
-def test_a_schedule_goes_on_from_its_state(schedule: Schedule) -> None:
+def test_a_schedule_resumes_from_its_state(schedule: Schedule) -> None:
     fresh = copy.deepcopy(schedule)
     values(schedule, 4, 1.0)
     state = json.loads(json.dumps(schedule.state_dict()))
@@ -198,7 +198,7 @@ def test_a_scheduled_band_refuses_the_number_of_a_step(number: int) -> None:
     assert source.region == Band("kl", 0.1)
 
 
-def test_the_region_stays_the_same_object_and_its_table_is_kept() -> None:
+def test_the_region_is_one_object_with_one_table_until_it_changes() -> None:
     source = ScheduledBand("kl", Constant(0.05))
     region = source.region
     table = region.table()
@@ -209,55 +209,55 @@ def test_the_region_stays_the_same_object_and_its_table_is_kept() -> None:
     assert ScheduledBand("kl", Linear(0.05, 0.1, 5)).region.table() is table
 
 
-class Listener:
+class Subscriber:
     def __init__(self) -> None:
-        self.heard: list[Region] = []
+        self.regions: list[Region] = []
 
-    def hear(self, region: Region) -> None:
-        self.heard.append(region)
+    def record(self, region: Region) -> None:
+        self.regions.append(region)
 
 
-def test_subscribers_hear_of_changes_and_of_nothing_else() -> None:
+def test_subscribers_are_called_on_changes_only() -> None:
     source = ScheduledBand("kl", Linear(0.1, 0.05, 4))
-    listener = Listener()
-    source.subscribe(listener.hear)
-    source.subscribe(listener.hear)
+    subscriber = Subscriber()
+    source.subscribe(subscriber.record)
+    source.subscribe(subscriber.record)
     source.step()
-    assert listener.heard == [source.region]
-    assert listener.heard[0] is source.region
+    assert subscriber.regions == [source.region]
+    assert subscriber.regions[0] is source.region
     source.load_state_dict({"taken": 1})
-    assert len(listener.heard) == 1, "nothing changed"
+    assert len(subscriber.regions) == 1, "nothing changed"
     source.load_state_dict({"taken": 4})
-    assert listener.heard[1:] == [Band("kl", 0.05)]
+    assert subscriber.regions[1:] == [Band("kl", 0.05)]
 
-    def hear(region: Region) -> None:
-        listener.hear(region)
+    def record(region: Region) -> None:
+        subscriber.record(region)
 
     constant = ScheduledBand("kl", Constant(0.1))
-    constant.subscribe(hear)
+    constant.subscribe(record)
     constant.step()
-    assert len(listener.heard) == 2
+    assert len(subscriber.regions) == 2
 
 
 def test_subscribers_are_held_weakly_and_not_copied() -> None:
     source = ScheduledBand("kl", Linear(0.1, 0.05, 4))
-    kept, dropped = Listener(), Listener()
-    source.subscribe(kept.hear)
-    source.subscribe(dropped.hear)
-    heard = dropped.heard
+    kept, dropped = Subscriber(), Subscriber()
+    source.subscribe(kept.record)
+    source.subscribe(dropped.record)
+    of_dropped = dropped.regions
     del dropped
     gc.collect()
     source.step()
-    assert (len(kept.heard), len(heard)) == (1, 0)
+    assert (len(kept.regions), len(of_dropped)) == (1, 0)
     for twin in (copy.deepcopy(source), pickle.loads(pickle.dumps(source))):  # noqa: S301
         assert twin.region == source.region
         twin.step()
         assert twin.region != source.region
-    assert len(kept.heard) == 1
+    assert len(kept.regions) == 1
 
 
 @pytest.mark.parametrize("kind", ["scheduled", "bapo"])
-def test_a_source_goes_on_from_its_state(kind: str) -> None:
+def test_a_source_resumes_from_its_state(kind: str) -> None:
     def make() -> RegionSource:
         return ScheduledBand("kl", SCHEDULES[1]) if kind == "scheduled" else Bapo()
 
@@ -267,15 +267,15 @@ def test_a_source_goes_on_from_its_state(kind: str) -> None:
     elif isinstance(source, ScheduledBand):
         source.step()
     fresh = copy.deepcopy(make())
-    listener = Listener()
-    fresh.subscribe(listener.hear)
+    subscriber = Subscriber()
+    fresh.subscribe(subscriber.record)
     fresh.load_state_dict(json.loads(json.dumps(source.state_dict())))
     assert fresh.region == source.region
-    assert listener.heard == [source.region]
+    assert subscriber.regions == [source.region]
 
 
 class Rollout(NamedTuple):
-    """What `Bapo.step` learns from."""
+    """Arguments of `Bapo.update`."""
 
     advantages: Float64Array
     log_ratio: Float64Array
@@ -313,7 +313,7 @@ def published_bapo(tokens: Rollout, target: float) -> tuple[int, int, list[float
 
 
 @pytest.mark.parametrize("target", [0.2, 0.4, 0.5])
-def test_bapo_is_its_published_algorithm(target: float) -> None:
+def test_bapo_equals_the_published_algorithm(target: float) -> None:
     moved = set()
     for seed in range(60):
         tokens = rollout(seed, mean=-1.8 + 0.04 * seed)
@@ -333,7 +333,7 @@ def test_bapo_is_its_published_algorithm(target: float) -> None:
     assert moved == {(False, False), (False, True), (True, True)}, "all that can happen"
 
 
-def test_bapo_begins_anew_with_every_batch() -> None:
+def test_bapo_restarts_from_the_low_ends_at_every_batch() -> None:
     source = Bapo()
     assert source.region == Clip(0.4, 1.2 - 1)
     source.step(*rollout(1, -1.0))
@@ -352,14 +352,14 @@ def test_bapo_begins_anew_with_every_batch() -> None:
         (([1.0, -1.0], [0.0, -900.0], [-1.0, -math.inf]), (0.6, 1.2)),
     ],
 )
-def test_bapo_on_batches_at_the_edge(tokens: Any, bounds: tuple[float, float]) -> None:
+def test_bapo_handles_empty_and_one_sided_batches(tokens: Any, bounds: tuple[float, float]) -> None:
     source = Bapo()
     source.step(*tokens)
     found = tuple(source.state_dict().values())
     assert found == pytest.approx(bounds, rel=ROUNDING, abs=0)
 
 
-def test_bapo_finds_the_same_bounds_on_every_rank() -> None:
+def test_bapo_has_the_same_bounds_on_every_rank() -> None:
     advantages, log_ratio, logp = rollout(7, -0.5)
     whole = Bapo()
     whole.step(advantages, log_ratio, logp)

@@ -21,46 +21,47 @@ __all__ = ["BLOCK", "LOG_REACH", "MAX_CALLS", "CallableGenerator", "checked_limi
 class CallableGenerator:
     """The f of an f-divergence, given as a callable; bounds and membership of its bands.
 
-    On construction ``fn`` is checked on 4001 points ``u = e^t``, ``|t| <= 300``, and at a few
-    farther out, and refused if it is not the f of a divergence: it must be finite, convex and 0 at
-    ``u = 1``. Kinks and flat parts are allowed. A dip of f'' among neighbours gets a finer grid,
-    because a concave kink may hide between two points behind the curvature around it. Not detected
-    is a kink that makes f' fall by less than 1 % of what it gains between two
-    points (6e-5 apart around 1, 1.3 % of u at 10), or less than the growth of f'' adds to that, a
-    smooth dent that lies between two points, and what rounding errors of ``fn`` would hide.
+    The constructor evaluates ``fn`` at 4001 points ``u = e^t``, ``|t| <= 300``, and a few beyond.
+    It refuses an ``fn`` that is not finite, not convex or not 0 at ``u = 1``. Kinks and flat parts
+    are allowed. A dip of f'' among neighbours gets a finer grid, because the curvature around a
+    concave kink may hide it between two points. Three faults are not detected:
 
-    ``f(u) + c (u-1)`` has the same divergence for every c. The c that puts the min of f at 1 is
-    used within. If f is smooth around 1, a polynomial fitted to ``fn`` takes its place
-    there, so that the rounding errors of ``fn``, which are absolute ones, do not swamp a small f.
+    - a kink at which f' falls by less than 1 % of its gain between two points (6e-5 apart around 1,
+      1.3 % of u at 10), or by less than the growth of f'' adds to that gain;
+    - a smooth dent between two points;
+    - anything below the rounding errors of ``fn``.
+
+    ``f(u) + c (u-1)`` has the same divergence for every c; the solver takes the c that puts the min
+    of f at 1. If f is smooth around 1, a polynomial fitted to ``fn`` stands for it there, because
+    the rounding errors of ``fn`` are absolute and would swamp a small f.
 
     Consequences of float64 values of f:
 
     - A bound is off by a few rounding errors of D times its condition number. For
-      ``delta >= 1e-5`` that is less than 1e-10 of the log bound, and mostly less than 1e-13. The
-      exception is the lower side next to saturation, where D hardly depends on the ratio: below a
-      ratio of 1e-4 the error is about 1e-15/ratio. An f that is written so that large terms cancel
-      loses what they lose.
+      ``delta >= 1e-5`` that is less than 1e-10 of the log bound, and mostly less than 1e-13. Next
+      to saturation of the lower side the error is larger, because D hardly depends on the ratio:
+      below a ratio of 1e-4 it is about 1e-15/ratio. An f whose large terms cancel loses as many
+      digits as they do.
     - A bound lies inside by the values of ``fn``: `contains` is true there.
-    - ``fn`` gets normal float64 numbers only. Where the bound's ratio, or that of everything
-      else, is none, or ``fn`` overflows there, the bound is replaced by a limit on its inner side,
-      the farthest ratio within reach of ``fn``: ``log_lower`` is no less than -708.39
-      where it is not -inf by saturation, and ``log_upper`` no more than 708.39 where ``f'(inf)`` is
-      infinite. So ``log_lower`` is not to be used to compare tokens below that.
+    - ``fn`` gets normal float64 numbers only. If the ratio at a bound, or that of everything else,
+      is not one, or if ``fn`` overflows there, the bound is the last ratio on its inner side at
+      which ``fn`` can be evaluated. So ``log_lower`` is at least -708.39 unless saturation makes it
+      -inf, and ``log_upper`` at most 708.39 if ``f'(inf)`` is infinite. Below that, ``log_lower``
+      does not order tokens.
 
     Args:
         fn: Maps a float64 array of ``u > 0``, shape [n], to ``f(u)``, float64, shape [n], element
-            by element. The array that it is handed cannot be written to. ``f`` may overflow to inf
-            far out where it grows that fast, as ``u**4`` does.
-        at_zero: The limit of f at 0, maybe inf. Left out, it is found numerically.
-        slope_at_infinity: The limit of ``f(u)/u`` at infinity, maybe inf. Left out, it is found
-            numerically.
+            by element. Its argument is read-only. It may overflow to inf if f grows as fast as
+            ``u**4`` does.
+        at_zero: The limit of f at 0, inf allowed; found numerically if left out.
+        slope_at_infinity: The limit of ``f(u)/u`` at infinity, inf allowed; likewise.
 
     Raises:
         InvalidTypeError: If ``fn`` is not callable or does not return real numbers in double
             precision, or a limit is not a real number.
         InvalidValueError: If ``fn`` raises, returns another shape, is not elementwise, is not
-            finite, not 0 at 1, not convex or linear, if a limit cannot be decided numerically and
-            was not given, or if one was given that contradicts ``fn``.
+            finite, not 0 at 1, not convex, or linear; if a limit is not given and cannot be found;
+            or if a given one contradicts ``fn``.
     """
 
     def __init__(
@@ -87,12 +88,12 @@ class CallableGenerator:
 
     @property
     def at_zero(self) -> float:
-        """The limit of f at 0, given or found; maybe inf."""
+        """The limit of f at 0, given or found; inf allowed."""
         return self._f.at_zero
 
     @property
     def slope_at_infinity(self) -> float:
-        """The limit of ``f(u)/u`` at infinity, given or found; maybe inf."""
+        """The limit of ``f(u)/u`` at infinity, given or found; inf allowed."""
         return self._f.slope_at_infinity
 
     @property
@@ -116,7 +117,7 @@ class CallableGenerator:
             logp: Old log-probabilities, float64 [n]. Above 0 is read as 0; NaN gives NaN.
 
         Returns:
-            Two float64 arrays [n]; see the class for where they are limits instead of bounds.
+            Two float64 arrays [n]; the class states which bounds are limits of ``fn`` instead.
         """
         log_lower, log_upper = np.empty_like(logp), np.empty_like(logp)
         low = np.broadcast_to(np.asarray(delta_low, dtype=np.float64), logp.shape)
@@ -138,9 +139,9 @@ class CallableGenerator:
     ) -> BoolArray:
         """Returns whether ``D_f <= delta`` at each log-ratio, evaluated in double precision.
 
-        True at every bound that `log_bounds` returns; false outside the simplex and for NaN. Where
-        the ratio is no normal float64, ``f(0)`` and ``f'(inf)`` stand for f, which is on the inner
-        side. For ``logp`` of 0 the band is a limit in p.
+        True at every bound that `log_bounds` returns; false outside the simplex and for NaN. At a
+        ratio that is no normal float64, ``f(0)`` and ``f'(inf)`` stand for f, on the inner side.
+        For ``logp`` of 0 the band is a limit in p.
 
         Args:
             delta_low: Radius for log-ratios below 0, finite and above 0; float or float64 [n].
@@ -153,8 +154,8 @@ class CallableGenerator:
         """
         delta = np.where(log_ratio < 0.0, delta_low, delta_high)
         tokens = np.minimum(logp, 0.0)
-        # A ratio of 1 has no divergence, whatever the rounding; and a token of no probability has
-        # none at any ratio.
+        # Exact, whatever the rounding: a ratio of 1 has no divergence, and a token of probability 0
+        # has none at any ratio.
         inside = np.asarray((log_ratio == 0.0) & ~np.isnan(logp))
         inside |= (logp == -np.inf) & ~np.isnan(log_ratio)
         solvable = ~inside & (tokens > -np.inf) & (log_ratio <= -tokens)
@@ -169,16 +170,16 @@ class CallableGenerator:
     def diagnose(
         self, delta: float | Float64Array, logp: Float64Array, upper: bool
     ) -> tuple[Float64Array, Float64Array, NDArray[np.uint8], NDArray[np.uint32]]:
-        """Returns the bounds of one side with how each was found.
+        """Returns the bounds of one side with the origin of each.
 
         Args:
             delta: Radius of that side, finite and above 0; float or float64 [n].
             logp: Old log-probabilities, float64 [n].
-            upper: Whether that side is the upper one.
+            upper: True for the upper side.
 
         Returns:
-            The log bounds, a log-ratio outside next to each (the bound itself where there is none),
-            the `bandpo.region.Status` of each, and how often D was evaluated; arrays [n].
+            The log bounds; a log-ratio outside next to each, or the bound itself if nothing is
+            outside; the `bandpo.region.Status` of each; and the evaluations of D. Arrays [n].
         """
         bound, solved = self._limits(logp, upper)
         outside, evaluations = bound.copy(), np.zeros(logp.size, dtype=np.uint32)
@@ -190,11 +191,12 @@ class CallableGenerator:
                 tokens = np.minimum(logp[block], 0.0)
                 problems = self._equation.problems_of(tokens, np.full(block.size, upper))
                 found = self._equation.solve(problems, radii[block])
-                free = found == (-tokens if upper else -np.inf)
-                # The farthest ratio within reach of fn.
-                unasked = np.abs(found) >= LOG_REACH * (1.0 - 4.0 * EPS)
-                unasked &= ~free & (self.slope_at_infinity == math.inf if upper else True)
-                status[block] = np.select([status[block] > 0, free, unasked], [status[block], 1, 2])
+                saturated = found == (-tokens if upper else -np.inf)
+                at_reach = np.abs(found) >= LOG_REACH * (1.0 - 4.0 * EPS)
+                at_reach &= ~saturated & (self.slope_at_infinity == math.inf if upper else True)
+                status[block] = np.select(
+                    [status[block] > 0, saturated, at_reach], [status[block], 1, 2]
+                )
                 bound[block] = outside[block] = found
                 edged = np.flatnonzero(status[block] == 0)
                 outside[block[edged]] = self._equation.move(
@@ -241,9 +243,9 @@ class CallableGenerator:
 
         Returns:
             ``log_lower``, ``log_upper``, ``d log_lower / d logp`` (at least 0) and
-            ``d log_upper / d logp`` (in [-1, 0]), float64 [n] each. The derivative is -1 where the
-            upper side is saturated, 0 where the lower side is, where a bound is a constant limit,
-            and for a ``logp`` of at least 0 or of -inf.
+            ``d log_upper / d logp`` (in [-1, 0]), float64 [n] each. The derivative is -1 at a
+            saturated upper bound. It is 0 at a saturated lower bound, at a constant limit, and for
+            a ``logp`` of at least 0 or of -inf.
         """
         log_lower, log_upper = self.log_bounds(delta_low, delta_high, logp)
         with np.errstate(all="ignore"):
@@ -280,12 +282,12 @@ class CallableGenerator:
         return log_lower, log_upper
 
     def _limits(self, logp: Float64Array, upper: bool) -> tuple[Float64Array, BoolArray]:
-        """The bounds that are limits in p, and which ones are to be solved for instead."""
+        """Returns the bounds that are limits in p, and a mask of those to solve for instead."""
         solved = (logp < 0.0) & (logp > -np.inf)
         certain = logp >= 0.0
         unlikely = np.where(np.isnan(logp), np.nan, np.inf if upper else -np.inf)
         if not upper and self.slope_at_infinity < math.inf:
-            solved |= certain  # elsewhere the limit p -> 1 of the lower side is 0
+            solved |= certain  # with an infinite slope the limit p -> 1 of the lower side is 0
         return np.where(certain, 0.0, unlikely), solved
 
     def __repr__(self) -> str:

@@ -14,22 +14,22 @@ from bandpo.generator.limits import (
     DIP,
     EPS,
     EXPLODED,
-    FINER,
     GRID_HALF,
     GRID_REACH,
-    HUGE,
-    LARGEST,
     LONG_STEP,
     MAX_REFINEMENTS,
     MAX_SUSPECTS,
+    MAX_U,
+    MIN_STEP,
+    MIN_U,
+    OVERFLOWING,
+    REFINED_INTERVALS,
     ROUNDING,
     SERIES_NODES,
     SERIES_NOISE,
     SERIES_ORDER,
     SERIES_REACHES,
     SHORT_STEP,
-    SHORTEST_STEP,
-    SMALLEST,
     UNBOUNDED,
 )
 
@@ -39,11 +39,11 @@ class Series:
 
     def __init__(self, reach: float, coefficients: Float64Array) -> None:
         self.reach = reach
-        self._coefficients = coefficients  # of (y/reach)^2 and up
+        self._coefficients = coefficients  # of (y/reach)^2, (y/reach)^3, ...
         self.curvature = 2.0 * float(coefficients[0]) / reach**2
 
     def value(self, excess: Float64Array) -> Float64Array:
-        """The polynomial at these y, float64 [n]."""
+        """Returns the polynomial at each y, float64 [n]."""
         x = excess / self.reach
         q = np.zeros_like(x)
         for coefficient in self._coefficients[::-1]:
@@ -51,7 +51,7 @@ class Series:
         return np.asarray(x * x * q)
 
     def derivative(self, excess: Float64Array) -> Float64Array:
-        """Its derivative there."""
+        """Returns its derivative at each y, float64 [n]."""
         x = excess / self.reach
         q = np.zeros_like(x)
         for power in range(self._coefficients.size + 1, 1, -1):
@@ -60,14 +60,14 @@ class Series:
 
 
 class Function:
-    """A callable that has been checked to be an f, with its limits and its derivative.
+    """A callable that is checked to be an f, with its limits and its derivative.
 
     Attributes:
-        at_zero: f(0), maybe inf.
-        slope_at_infinity: f'(inf), maybe inf.
+        at_zero: f(0), inf allowed.
+        slope_at_infinity: f'(inf), inf allowed.
         tangent: The c for which ``f(u) - c (u-1)``, the normalised f, has its min at 1.
         scale: The size of f around 1.
-        rough_curvature: About f''(1), where an iteration starts; a guess where f has a kink.
+        rough_curvature: An estimate of f''(1), from which an iteration starts; finite at a kink.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Function:
 
     @property
     def curvature(self) -> float | None:
-        """f''(1), of the polynomial around 1; None where f is not smooth there, or flat."""
+        """f''(1), from the polynomial around 1; None if f is not smooth there, or flat."""
         if self._series is None:
             return None
         curvature = self._series.curvature
@@ -115,16 +115,16 @@ class Function:
         return self.slope_at_infinity - self.tangent
 
     def value(self, u: Float64Array, excess: Float64Array) -> Float64Array:
-        """The normalised f, ``f(u) - c (u-1)``, for u in [0, inf]; one call of the callable.
+        """Returns the normalised f, ``f(u) - c (u-1)``, by one call of the callable.
 
-        Outside the normal float64 numbers, and where ``fn`` overflows, ``f(0)`` and
-        ``f'(inf) (u-1)`` stand for f. They are not below it, so a bound does not move outwards.
+        ``f(0)`` and ``f'(inf) (u-1)`` stand for f outside the normal float64 numbers and where
+        ``fn`` overflows. They are not below f, so that no bound moves outwards.
 
         Args:
-            u: Where to evaluate, float64 [n].
+            u: Arguments in [0, inf], float64 [n].
             excess: ``u - 1`` without the rounding error of u, float64 [n].
         """
-        clamped = np.clip(u, SMALLEST, LARGEST)
+        clamped = np.clip(u, MIN_U, MAX_U)
         f = self._call(clamped)
         rounded = clamped - 1.0
         value = f - self.tangent * rounded
@@ -137,8 +137,8 @@ class Function:
             value = np.where(plain, value, tail)
         near = np.abs(excess) < 0.5
         if near.any():
-            # Along the chord from 1, f(1+y) for the y that rounding took from 1+y. At a kink at 1
-            # this is exact.
+            # Rounding took 1+y to u; f goes back to 1+y along the chord from 1, which is exact at
+            # a kink at 1.
             correction = excess[near] / rounded[near]
             value[near] *= np.where(rounded[near] == 0.0, 1.0, correction)
             if self._series is not None:
@@ -147,25 +147,26 @@ class Function:
         return value
 
     def derivative(self, u: Float64Array, excess: Float64Array) -> Float64Array:
-        """The derivative of the normalised f, by differences; one call of the callable."""
-        # Steps shrink towards 1, since that is where kinks are: in |u-1|, and in f's of that power.
+        """Returns the derivative of the normalised f, from differences of one call."""
+        # Steps shrink towards 1, because kinks lie there, as that of |u-1|.
         near = np.abs(excess) < 0.5
-        step = np.where(near, np.maximum(np.abs(excess), SHORTEST_STEP), u)
+        step = np.where(near, np.maximum(np.abs(excess), MIN_STEP), u)
         offsets = np.array([-SHORT_STEP, SHORT_STEP, *(LONG_STEP * np.array([-2, -1, 1, 2]))])
         points = u + offsets[:, None] * step
         at = np.where(near, excess + offsets[:, None] * step, points - 1.0)
         value = self.value(points.reshape(-1), at.reshape(-1)).reshape(at.shape)
-        # Without the slope of the tail, the formulas' error is relative to what is left.
+        # The slope of the tail is taken out first; the error is then relative to the rest.
         straight = self.normal_slope if self.normal_slope < math.inf else 0.0
         rest = value - straight * at
-        # By the points as they were rounded, not by the steps that were meant; u keeps the digits
-        # of small ones.
+        # Differences of the rounded points, not the nominal steps; a small u has more digits than
+        # u - 1.
         x = np.where(near, at, points)
         short = (rest[1] - rest[0]) / (x[1] - x[0])
         inner = (rest[4] - rest[3]) / (x[4] - x[3])
         outer = (rest[5] - rest[2]) / (x[5] - x[2])
         long = (4.0 * inner - outer) / 3.0
-        # The long formula has less rounding error; a kink within it shows by their difference.
+        # The long formula has less rounding error. It differs from the short one if a kink lies
+        # within it.
         noise = 16.0 * EPS * (np.abs(value[0]) + self.scale * (1.0 + u)) / (SHORT_STEP * step)
         smooth = np.abs(long - short) <= noise + 1e-6 * np.abs(short)
         derivative: Float64Array = straight + np.where(smooth, long, short)
@@ -175,7 +176,12 @@ class Function:
         return derivative
 
     def _call(self, u: Float64Array) -> Float64Array:
-        """``fn(u)``, float64, after checking that it is an array of real numbers like u."""
+        """Returns ``fn(u)``, float64 [n].
+
+        Raises:
+            InvalidTypeError: If it is not an array of real numbers in double precision.
+            InvalidValueError: If ``fn`` raises or returns another shape.
+        """
         argument = u.view()
         argument.flags.writeable = False
         try:
@@ -233,7 +239,7 @@ class Function:
         """Refuses an inf at an end that is no overflow, because f jumps there."""
         finite = np.flatnonzero(f < np.inf)
         for last, beyond in ((finite[0], finite[0] - 1), (finite[-1], finite[-1] + 1)):
-            if 0 <= beyond < f.size and f[last] < min(HUGE * self.scale, 1e285):
+            if 0 <= beyond < f.size and f[last] < min(OVERFLOWING * self.scale, 1e285):
                 raise InvalidValueError(
                     f"f must be finite on (0, inf), got f({u[beyond]:.6g}) = inf next to "
                     f"f({u[last]:.6g}) = {f[last]:.6g}"
@@ -254,7 +260,7 @@ class Function:
         reach = 1
         while 2 * reach < u.size:
             left, middle, right = u[: -2 * reach], u[reach:-reach], u[2 * reach :]
-            # Both by themselves: one may round to 1 where the other one still counts.
+            # Each by itself, because 1 minus the other may round to 0.
             of_left = (right - middle) / (right - left)
             of_right = (middle - left) / (right - left)
             chord = of_left * f[: -2 * reach] + of_right * f[2 * reach :]
@@ -279,7 +285,7 @@ class Function:
     def _check_convex_between(self, log_u: Float64Array, u: Float64Array, f: Float64Array) -> None:
         """Refines the grid where f'' dips, because the curvature around a concave kink may hide it.
 
-        On a finer grid f' gains less while the fall at a kink stays, until a chord exposes it.
+        On a finer grid f' gains less between two points while its fall at a kink stays the same.
         """
         log_u, u, f = log_u[None], u[None], f[None]
         for _ in range(MAX_REFINEMENTS):
@@ -296,7 +302,7 @@ class Function:
                     f"f is not convex: at u = {u[row, at + 1]:.6g} its slope falls by "
                     f"{(slope[row, at] - slope[row, at + 1]):.3g}"
                 )
-            # f'' and how far rounding errors may have moved it, against its neighbours.
+            # f'' beside that of its neighbours, both with the error that rounding may have made.
             curvature = np.where(bent, np.diff(slope) / width, np.nan)
             doubt = (noise[:, :-1] + noise[:, 1:]) / width
             floor = np.minimum(curvature[:, :-4], curvature[:, 4:]) - doubt[:, :-4] - doubt[:, 4:]
@@ -307,7 +313,10 @@ class Function:
             deepest = np.argsort((curvature[:, 2:-2] / floor)[dip])[:MAX_SUSPECTS]
             rows, columns = rows[deepest], columns[deepest]
             left, right = u[rows, columns + 1], u[rows, columns + 5]
-            u = left[:, None] + np.linspace(0.0, 1.0, FINER + 1) * (right - left)[:, None]
+            u = (
+                left[:, None]
+                + np.linspace(0.0, 1.0, REFINED_INTERVALS + 1) * (right - left)[:, None]
+            )
             log_u, f = np.log(u), self._call(u.reshape(-1)).reshape(u.shape)
 
     def _check_not_linear(self, u: Float64Array, f: Float64Array) -> None:
@@ -319,9 +328,9 @@ class Function:
             raise InvalidValueError(f"f is {shape} everywhere, which is no divergence")
 
     def _slack(self, log_u: Float64Array, u: Float64Array, f: Float64Array) -> Float64Array:
-        """Rounding errors that f may have: of its value, and of terms c (u-1) that cancelled.
+        """Returns the rounding error of f: that of its value and of terms c (u-1) that cancelled.
 
-        Terms that a logarithm or a power make are larger than f by ``|ln u|`` at most.
+        Terms of a logarithm or a power exceed f by a factor of ``|ln u|`` at most.
         """
         terms = np.abs(f) + self.scale * (1.0 + u)
         return ROUNDING * EPS * (1.0 + np.abs(log_u)) * terms
@@ -349,7 +358,11 @@ class Function:
     def _reconcile(
         self, argument: str, symbol: str, found: float | None, given: float | None, reached: float
     ) -> float:
-        """The limit found or given; both are kept from contradicting each other."""
+        """Returns the given limit, or else the one found.
+
+        Raises:
+            InvalidValueError: If there is neither, or they contradict each other.
+        """
         if given is None:
             if found is None:
                 raise InvalidValueError(
@@ -366,10 +379,10 @@ class Function:
         return given
 
     def _find_series(self) -> Series | None:
-        """The normalised f around 1 as a polynomial, if it is one to rounding errors.
+        """Returns the normalised f around 1 as a polynomial, or None if no polynomial fits.
 
-        If f is of order y^2, its values are off by rounding errors of order 1. Over a wide
-        interval they average out, and ``y^2 q(y)`` loses nothing for small y.
+        For small y, f is of order y^2 and its rounding errors are of order 1. A fit over a wide
+        interval averages them out, and ``y^2 q(y)`` keeps its digits for small y.
         """
         for reach in SERIES_REACHES:
             y = reach * SERIES_NODES
@@ -380,8 +393,8 @@ class Function:
             coefficients = np.asarray(np.linalg.lstsq(powers, value, rcond=None)[0], np.float64)
             error = value - powers @ coefficients
             worst, rough = np.abs(error).max(), np.abs(np.diff(error)).max()
-            # What is left jumps from node to node where it is rounding, and waves where it is f.
-            # A polynomial, or what is as good, leaves the rounding errors of the fit, in any shape.
+            # A rest of rounding errors jumps from node to node; a rest of f is smooth. If f is a
+            # polynomial, the rest is the rounding error of the fit, which may be smooth as well.
             exact = worst <= 16.0 * EPS * np.abs(value).max()
             if exact or (worst <= 3.0 * rough and worst <= SERIES_NOISE * self.scale):
                 self.tangent += float(coefficients[0]) / reach
@@ -390,7 +403,7 @@ class Function:
 
 
 def _grid() -> Float64Array:
-    """Values of ln u, rising, with 0 in the middle."""
+    """Returns rising values of ln u, with 0 in the middle."""
     spread = np.arcsinh(100.0 * GRID_REACH)
     t = 0.01 * np.sinh(np.linspace(-spread, spread, 2 * GRID_HALF + 1))
     t[GRID_HALF] = 0.0
@@ -398,13 +411,16 @@ def _grid() -> Float64Array:
 
 
 def _scale(log_u: Float64Array, f: Float64Array, tangent: float) -> float:
-    """The size of f, in units of ``1+u``, around 1 and no farther out than where it is not 0."""
+    """Returns the size of f: the max of ``|f| / (1+u)`` around 1, plus ``|tangent|``.
+
+    The max is taken over the first of several intervals in which it is above 0.
+    """
     size = np.where(f < np.inf, np.abs(f) / (1.0 + np.exp(log_u)), 0.0)
 
     def max_value(reach: float) -> float:
         return float(size[np.abs(log_u) <= reach].max()) + abs(tangent)
 
-    # Less far where f explodes on the way, as e^(1000 (u-1)) does.
+    # A shorter reach if f explodes on the way, as e^(1000 (u-1)) does.
     near_1 = max_value(0.001)
     for reach in (math.log(2.0), 0.1, 0.01):
         if 0.0 < max_value(reach) <= EXPLODED * near_1:
@@ -416,10 +432,10 @@ def _scale(log_u: Float64Array, f: Float64Array, tangent: float) -> float:
 def _settle(
     value: Callable[[Float64Array], Float64Array], scale: float, reached: float
 ) -> float | None:
-    """The limit at infinity of a monotone function, inf included; None where it is not clear.
+    """Returns the limit at infinity of a monotone function, inf included; None if it is not clear.
 
-    If it converges as a power of u, two steps give its distance from the limit; if it grows
-    without a bound, it grows by as much again or more when ln u doubles, as a logarithm does.
+    A function that converges as a power of u has its distance from the limit in two steps. One
+    without a limit grows by as much again, or more, when ln u doubles, as a logarithm does.
     """
     for last in (600.0, 300.0, 150.0):
         quarter, half, whole = (float(v) for v in value(np.array([0.25, 0.5, 1.0]) * last))
@@ -437,7 +453,7 @@ def _settle(
 
 
 def checked_limit(argument: str, value: object) -> float | None:
-    """Returns a limit of f that a user may have given, as a float.
+    """Returns a limit of f as a float, or None if it is not given.
 
     Raises:
         InvalidTypeError: If it is neither None nor a real number; the message names ``argument``.

@@ -8,87 +8,100 @@ import numpy as np
 
 EPS = float(np.finfo(np.float64).eps)
 
+# The range of u. Beyond it float64 numbers are not normal.
+
 LOG_REACH = 708.39
-"""Max ``|ln u|`` at which the callable is evaluated; beyond, float64 numbers are not normal."""
+"""Max ``|ln u|`` at which the callable is evaluated."""
+
+MIN_U = math.exp(-LOG_REACH - 0.001)
+
+MAX_U = math.exp(LOG_REACH + 0.001)
+
+MAX_LOG_M = math.log(LOG_REACH)
+"""``ln m`` at which the shrinking outcome has the min u."""
+
+FAR_ODDS = 650.0
+"""Log-odds from which on the growth of the other outcome is formed from logarithms."""
+
+# The solver.
 
 BLOCK = 2**18
 """Tokens that are solved at the same time; it bounds the memory of a call."""
 
-SMALLEST = math.exp(-LOG_REACH - 0.001)
+MAX_LOG_EXCESS = 700.0
+"""Max ``|ln(D/delta)|``, so that a D of 0 or inf can be interpolated."""
 
-LARGEST = math.exp(LOG_REACH + 0.001)
-
-# ln m of an outcome that shrinks to the min u of the callable.
-FARTHEST = math.log(LOG_REACH)
-
-# Odds from which on the growth of the other outcome is formed from logarithms.
-FAR_ODDS = 650.0
-
-# ln(D/delta) is cut off here, so that a D of 0 or inf can be interpolated.
-STEEPEST = 700.0
-
-# The solver's loops; 35 iterations interpolate, the others halve a bracket that is at most 1500
-# wide. A bound is moved inwards by factors that grow to 1.
 MAX_EXPANSIONS = 14
-
-MAX_INTERPOLATIONS = 35
+"""Max evaluations that look for a bracket."""
 
 MAX_ITERATIONS = 100
+"""Max evaluations within a bracket."""
+
+MAX_INTERPOLATIONS = 35
+"""Iterations that may interpolate; the others halve a bracket that is at most 1500 wide."""
 
 MAX_MOVES = 27
+"""Max moves of a bound inwards, by factors that grow to 1."""
 
 MAX_CALLS = 2 + MAX_EXPANSIONS + MAX_ITERATIONS + MAX_MOVES
 """Max calls of the callable for the bounds of a block of `BLOCK` tokens, for any arguments.
 
-Two are for saturation and for the far end. The mean over tokens is about 8, but the slowest token
-of 100 000 takes 15 to 80.
+Two are for saturation and for the max unknown. The mean over tokens is about 8, but the slowest
+token of 100 000 takes 15 to 80.
 """
 
-# Grid of the checks on construction: |ln u| <= GRID_REACH, 6e-5 apart around u = 1 and 1.6 apart at
-# the ends. The tail beyond GRID_REACH serves limits only.
+# The checks on construction.
+
 GRID_REACH = 300.0
+"""Max ``|ln u|`` of the grid; only limits are taken from values beyond."""
 
 GRID_HALF = 2000
+"""Points on each side of 1: 6e-5 apart in ln u around 1 and 1.6 apart at the ends."""
 
-# The rounding errors, in units of eps and of the terms of f, that are no violation.
 ROUNDING = 32.0
+"""Rounding errors that are no violation, in units of eps and of the terms of f."""
 
-# Finer grids are laid where f'' is below DIP times its values two points away on both sides. Each
-# grid has FINER points over 4 intervals; the MAX_SUSPECTS deepest dips get one.
 DIP = 0.99
+"""A finer grid is laid where f'' is below this times its values two points away on both sides."""
 
-FINER = 24
+REFINED_INTERVALS = 24
+"""Intervals of a finer grid, which spans 4 of the coarser one."""
 
 MAX_SUSPECTS = 64
+"""Max finer grids; the deepest dips get them."""
 
 MAX_REFINEMENTS = 9
+"""Max times that a grid is refined."""
 
-# f has exploded where it exceeds its max within 0.001 of u = 1 by this factor.
 EXPLODED = 1e13
+"""f has exploded where it exceeds its max within 0.001 of u = 1 by this factor."""
 
-# A value next to an overflow is at least this many times f around 1, or 1e285; else f has an edge
-# there.
-HUGE = 1e150
+OVERFLOWING = 1e150
+"""Min value next to an overflow, in units of f around 1; below it, and below 1e285, f jumps."""
 
-# A slope or a value that grew this far, in units of f around 1, has no finite limit.
 UNBOUNDED = 1e50
+"""A slope or a value above this, in units of f around 1, has no finite limit."""
 
-# Relative steps of the two difference formulas for f': of order 2 and of order 4.
+# The derivative by differences.
+
 SHORT_STEP = 2.0**-17
+"""Relative step of the formula of order 2."""
 
 LONG_STEP = 2.0**-8
+"""Relative step of the formula of order 4."""
 
-# Min of the number that a step is relative to.
-SHORTEST_STEP = 2.0**-46
+MIN_STEP = 2.0**-46
+"""Min of the number that a step is relative to."""
 
-# A polynomial stands for f around 1: its order, the |u-1| it is tried for, and how far f may be off
-# it, in units of f around 1. Nodes: Chebyshev's, and some towards 1, where details show that do not
-# show elsewhere.
+# The polynomial that stands for f around 1.
+
 SERIES_ORDER = 12
 
 SERIES_REACHES = (2.0**-4, 2.0**-6, 2.0**-8)
+"""The ``|u-1|`` that it is fitted for, until one fits."""
 
 SERIES_NOISE = 1e-12
+"""Max distance of f from the polynomial, in units of f around 1."""
 
 SERIES_NODES = np.sort(
     np.concatenate(
@@ -98,3 +111,4 @@ SERIES_NODES = np.sort(
         ]
     )
 )
+"""Chebyshev's nodes, and some towards 1, where alone some details of f show."""

@@ -1,4 +1,4 @@
-"""Two-outcome problems, whose solution is a bound."""
+"""Two-outcome problems, whose solutions are bounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bandpo.generator.limits import (
 
 
 class Tally:
-    """Evaluations of D of each problem, also after a selection from a batch."""
+    """Counts the evaluations of D of each problem; a selection shares the counts of its batch."""
 
     def __init__(self, counts: NDArray[np.uint32], problems: NDArray[np.intp]) -> None:
         self.counts = counts
@@ -32,24 +32,28 @@ class Tally:
 class Problems(NamedTuple):
     """Two-outcome problems, one an element; arrays of one length."""
 
-    logp: Float64Array  # of the token, at most 0
-    upper: BoolArray  # whether everything else shrinks, and not the token
+    logp: Float64Array
+    """Log-probability of the token, at most 0."""
+    upper: BoolArray
+    """True if everything else shrinks, False if the token does."""
     shrinking: Float64Array
+    """Probability w of the outcome that shrinks."""
     growing: Float64Array
-    # Square roots of the two: w f(u) is formed in two steps, so that a probability below the
-    # min float still meets a large f(u).
+    """Probability g of the outcome that grows."""
     half_shrinking: Float64Array
+    """Square root of w: ``w f(u)`` is formed in two steps, otherwise a tiny w underflows."""
     half_growing: Float64Array
-    odds: Float64Array  # shrinking / growing, which may overflow
+    """Square root of g, likewise."""
+    odds: Float64Array
+    """w / g, which may overflow."""
     log_odds: Float64Array
-    # True if the unknown is the ln of the growth in place of ln m, which is no float here, because
-    # the shrinking outcome hardly changes at any growth within reach of the callable.
     by_growth: BoolArray
+    """True if the unknown is ``ln gained`` in place of ``ln m``, because m is no float64."""
     tally: Tally
 
     @classmethod
     def of(cls, logp: Float64Array, upper: BoolArray, steep: bool) -> Problems:
-        """The problems of tokens; ``steep`` if f'(inf) is infinite."""
+        """Returns the problems of tokens; ``steep`` is True if f'(inf) is infinite."""
         token, others = np.exp(logp), -np.expm1(logp)
         half_token, half_others = np.exp(0.5 * logp), np.sqrt(others)
         shrinking = np.where(upper, others, token)
@@ -70,20 +74,23 @@ class Problems(NamedTuple):
         )
 
     def take(self, chosen: BoolArray | NDArray[np.intp]) -> Problems:
-        """The chosen problems."""
+        """Returns the chosen problems."""
         return Problems._make(array[chosen] for array in self)
 
 
 class Move(NamedTuple):
-    """How the two outcomes of each problem change."""
+    """Changes of the two outcomes of each problem."""
 
-    shrunk: Float64Array  # u of the outcome that shrinks, 1 - lost
+    shrunk: Float64Array
+    """u of the outcome that shrinks."""
     lost: Float64Array
-    gained: Float64Array  # u - 1 of the outcome that grows
+    """1 - u of the outcome that shrinks."""
+    gained: Float64Array
+    """u - 1 of the outcome that grows."""
 
 
 def move_by_unknown(problems: Problems, unknown: Float64Array) -> Move:
-    """The move for an ``ln m``, or for an ``ln gained`` where that is the unknown."""
+    """Returns the move for each unknown, ``ln m`` or ``ln gained``."""
     by_growth, log_odds = problems.by_growth, problems.log_odds
     log_m = np.where(by_growth, unknown - log_odds, unknown)
     m = np.exp(log_m)
@@ -98,7 +105,7 @@ def move_by_unknown(problems: Problems, unknown: Float64Array) -> Move:
 
 
 def move_by_log_ratio(problems: Problems, log_ratio: Float64Array) -> Move:
-    """The move for a log-ratio of the token."""
+    """Returns the move for each log-ratio of the token."""
     upper, logp = problems.upper, problems.logp
     excess = np.expm1(log_ratio)
     far = problems.log_odds > FAR_ODDS
@@ -107,6 +114,6 @@ def move_by_log_ratio(problems: Problems, log_ratio: Float64Array) -> Move:
     if far.any():
         gained = np.where(far & ~upper, np.exp(problems.log_odds + np.log(lost)), gained)
         lost = np.where(far & upper, np.exp(logp + log_ratio), lost)
-    # Next to saturation, what is left of the others without cancellation.
+    # Next to saturation 1 - lost would cancel.
     left = np.where(lost > 0.5, -np.expm1(logp + log_ratio) / problems.shrinking, 1.0 - lost)
     return Move(np.where(upper, left, np.exp(log_ratio)), lost, gained)

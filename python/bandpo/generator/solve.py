@@ -1,4 +1,4 @@
-"""Bounds of an f that is given as a Python callable over arrays.
+"""`Equation`: ``D_f = delta`` for an f that is a Python callable over arrays.
 
 One problem serves both sides, as in ``rust/band/``: of the two outcomes {this token, everything
 else} one, of probability ``w``, shrinks by a factor ``e^-m``; the other, of probability
@@ -7,8 +7,8 @@ shrinks, for the upper bound everything else does. The unknown is ``s = ln m``, 
 ``ln(D/delta)`` against it is nearly a straight line. All elements of a batch are solved together:
 an iteration calls the function once, with one array.
 
-A callable gives float64 values ``f(u)`` at normal float64 numbers, and not ``f(1+y)``. The
-docstring of `CallableGenerator` states what that costs.
+A callable has float64 values ``f(u)`` at normal float64 numbers, and none of ``f(1+y)`` for a tiny
+y. The docstring of `bandpo.generator.CallableGenerator` states the cost in accuracy.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from bandpo.check import BoolArray, Float64Array
 from bandpo.generator.function import Function
 from bandpo.generator.limits import (
     EPS,
-    FARTHEST,
-    LARGEST,
     LOG_REACH,
     MAX_EXPANSIONS,
     MAX_INTERPOLATIONS,
     MAX_ITERATIONS,
+    MAX_LOG_EXCESS,
+    MAX_LOG_M,
     MAX_MOVES,
-    STEEPEST,
+    MAX_U,
 )
 from bandpo.generator.problem import Move, Problems, move_by_log_ratio, move_by_unknown
 
@@ -44,7 +44,7 @@ class Equation:
         return Problems.of(logp, upper, self._f.slope_at_infinity == math.inf)
 
     def solve(self, problems: Problems, delta: Float64Array) -> Float64Array:
-        """The log bound of each problem."""
+        """Returns the log bound of each problem."""
         bound: Float64Array = np.where(problems.upper, -problems.logp, -np.inf)
         todo = np.arange(delta.size)
         if self._f.at_zero < math.inf:
@@ -57,19 +57,17 @@ class Equation:
 
     def _root(self, problems: Problems, delta: Float64Array) -> Float64Array:
         """Returns the max unknown found with ``D <= delta``, by Chandrupatla's method."""
-        farthest = self._farthest(problems)
-        root: Float64Array = farthest.copy()
-        at_farthest = self._log_excess(problems, delta, farthest)
-        todo = np.flatnonzero(at_farthest > 0.0)
+        max_unknown = self._max_unknown(problems)
+        root: Float64Array = max_unknown.copy()
+        at_max = self._log_excess(problems, delta, max_unknown)
+        todo = np.flatnonzero(at_max > 0.0)
         if todo.size == 0:
             return root
         problems, delta = problems.take(todo), delta[todo]
-        low, high, at_low, at_high = self._bracket(
-            problems, delta, farthest[todo], at_farthest[todo]
-        )
-        # T. R. Chandrupatla, Adv. Eng. Softw. 28 (1997) 145-149: x1 is the newest point, the root
-        # is between it and x2, x3 is the one before; inverse quadratic interpolation where the
-        # three points promise that it is safe, halving elsewhere.
+        low, high, at_low, at_high = self._bracket(problems, delta, max_unknown[todo], at_max[todo])
+        # T. R. Chandrupatla, Adv. Eng. Softw. 28 (1997) 145-149. x1 is the newest point, the root
+        # lies between x1 and x2, and x3 is the previous point. Interpolation is inverse quadratic
+        # if the three points make it safe; otherwise the bracket is halved.
         x1, f1, x2, f2 = low, at_low, high, at_high
         share = f1 / (f1 - f2)
         for iteration in range(MAX_ITERATIONS):
@@ -107,16 +105,19 @@ class Equation:
         self,
         problems: Problems,
         delta: Float64Array,
-        farthest: Float64Array,
-        at_farthest: Float64Array,
+        max_unknown: Float64Array,
+        at_max: Float64Array,
     ) -> tuple[Float64Array, Float64Array, Float64Array, Float64Array]:
-        """Ends of a bracket of the root, inside and outside, with ``ln(D/delta)`` there."""
-        low, at_low = np.full_like(delta, -np.inf), np.full_like(delta, -STEEPEST)
-        high, at_high = farthest.copy(), at_farthest.copy()
+        """Returns a bracket of the root: low, high, and ``ln(D/delta)`` at both.
+
+        ``high`` is outside; ``low`` is inside, or next to ``high`` if no point is.
+        """
+        low, at_low = np.full_like(delta, -np.inf), np.full_like(delta, -MAX_LOG_EXCESS)
+        high, at_high = max_unknown.copy(), at_max.copy()
         # Around 1, D is about w/(2g) f''(1) m^2.
         x = 0.5 * (np.log(2.0 * delta / self._f.rough_curvature) - problems.log_odds)
         x = np.where(problems.by_growth, LOG_REACH, np.maximum(x, -40.0))
-        x = np.minimum(x, farthest - 1.0)
+        x = np.minimum(x, max_unknown - 1.0)
         step = np.zeros_like(x)
         rising = np.zeros(x.shape, dtype=np.bool_)
         todo = np.arange(x.size)
@@ -131,43 +132,43 @@ class Equation:
                 # The slope of ln D by ln m is 2 around 1 for a smooth f and 1 for a kink there.
                 step = np.minimum(0.6 * np.abs(f) + 0.05, 4.0)
             x = np.where(rising, x + step, x - step)
-            # Once the search runs up to the far end, that end is the bracket's.
-            active = (inside == rising) & (x < farthest[todo])
+            # A search that has passed the max unknown keeps it as its outer end.
+            active = (inside == rising) & (x < max_unknown[todo])
             if not active.any():
                 break
             problems, delta, todo = problems.take(active), delta[active], todo[active]
             x, rising, step = x[active], rising[active], 2.0 * step[active]
-        # A D of rounding errors alone may be too large at every m; the bound is then next to 1.
+        # A D of rounding errors alone may exceed delta at every m; the bound is then next to 1.
         unseen = low == -np.inf
         low[unseen] = high[unseen] - 1.0
         return low, high, at_low, at_high
 
-    def _farthest(self, problems: Problems) -> Float64Array:
+    def _max_unknown(self, problems: Problems) -> Float64Array:
         """Returns the max unknown at which both u are normal float64 numbers."""
-        farthest = np.full_like(problems.logp, FARTHEST)
+        max_unknown = np.full_like(problems.logp, MAX_LOG_M)
         if self._f.slope_at_infinity == math.inf:
             log_lost = LOG_REACH - problems.log_odds
             log_m = np.where(log_lost < -37.0, log_lost, np.log(-np.log1p(-np.exp(log_lost))))
             far = log_lost < 0.0
-            farthest[far] = np.minimum(log_m[far], FARTHEST)
-            farthest[problems.by_growth] = LOG_REACH
-        return farthest
+            max_unknown[far] = np.minimum(log_m[far], MAX_LOG_M)
+            max_unknown[problems.by_growth] = LOG_REACH
+        return max_unknown
 
     def _log_excess(
         self, problems: Problems, delta: Float64Array, unknown: Float64Array
     ) -> Float64Array:
-        """``ln(D/delta)``, cut off at +-`STEEPEST`; what cannot be evaluated counts as outside."""
+        """Returns ``ln(D/delta)`` within +-`MAX_LOG_EXCESS`; a NaN counts as outside."""
         d = self.divergence(problems, move_by_unknown(problems, unknown))
-        excess = np.clip(np.log(np.maximum(d, 0.0) / delta), -STEEPEST, STEEPEST)
-        excess[np.isnan(excess)] = STEEPEST
+        excess = np.clip(np.log(np.maximum(d, 0.0) / delta), -MAX_LOG_EXCESS, MAX_LOG_EXCESS)
+        excess[np.isnan(excess)] = MAX_LOG_EXCESS
         # ln rounds a D just above delta to 0.
         return np.where((excess <= 0.0) & (d > delta), EPS, excess)
 
     def _log_ratio(self, problems: Problems, unknown: Float64Array) -> Float64Array:
-        """The log-ratio of the token, which is not at saturation."""
+        """Returns the log-ratio of a token that is not at saturation."""
         move = move_by_unknown(problems, unknown)
         growth = np.where(
-            move.gained < LARGEST, np.log1p(move.gained), problems.log_odds + np.log(move.lost)
+            move.gained < MAX_U, np.log1p(move.gained), problems.log_odds + np.log(move.lost)
         )
         upper = np.minimum(growth, np.nextafter(-problems.logp, 0.0))
         lower = np.maximum(-np.exp(unknown), -LOG_REACH)
@@ -176,12 +177,12 @@ class Equation:
     def move(
         self, problems: Problems, delta: Float64Array, log_ratio: Float64Array, inwards: bool
     ) -> Float64Array:
-        """The log-ratios, each moved until D evaluated at it is at most delta, or above it."""
+        """Moves each log-ratio until D there is at most delta (``inwards``), or above delta."""
         bound: Float64Array = log_ratio.copy()
         end = np.where(problems.upper, np.nextafter(-problems.logp, np.inf), -np.inf)
         end = 0.0 * bound if inwards else end
         if inwards:
-            # `contains` must agree, though a function may round differently in another array.
+            # Slack for `contains`, because a function may round differently in another array.
             delta = delta * (1.0 - 2.0 * EPS)
         todo = np.arange(bound.size)
         for move in range(MAX_MOVES):
@@ -200,12 +201,12 @@ class Equation:
     def is_inside(
         self, problems: Problems, delta: Float64Array, log_ratio: Float64Array
     ) -> BoolArray:
-        """Whether D is at most delta, at log-ratios on the side of each problem."""
+        """Returns True if D is at most delta, for a log-ratio on the side of each problem."""
         d = self.divergence(problems, move_by_log_ratio(problems, log_ratio))
         return np.asarray(d <= delta)
 
     def divergence(self, problems: Problems, move: Move) -> Float64Array:
-        """``w f(1 - lost) + g f(1 + gained)``; one call of the callable."""
+        """Returns D, ``w f(1 - lost) + g f(1 + gained)``, by one call of the callable."""
         problems.tally.add()
         grown = 1.0 + move.gained
         value = self._f.value(
@@ -213,19 +214,19 @@ class Equation:
         )
         of_shrunk, of_grown = value[: grown.size], value[grown.size :]
         part = of_grown * problems.half_growing * problems.half_growing
-        beyond = grown > LARGEST
+        beyond = grown > MAX_U
         if beyond.any():
-            # g (u-1) f'(inf), in which g (u-1) is the probability that the other one loses.
+            # g (u-1) f'(inf), where g (u-1) is the probability that the other outcome loses.
             slope = self._f.normal_slope
             moved = (problems.shrinking * move.lost)[beyond]
             part[beyond] = slope * moved if slope < math.inf else math.inf
         return of_shrunk * problems.half_shrinking * problems.half_shrinking + part
 
     def log_slope(self, logp: Float64Array, log_bound: Float64Array) -> Float64Array:
-        """``d log_bound / d logp``."""
+        """Returns ``d log_bound / d logp``, not yet limited to its range."""
         slope = np.where(np.isnan(logp), np.nan, 0.0)
         at_rest = (log_bound == 0.0) | (np.abs(log_bound) >= LOG_REACH)
-        # Beyond the reach of f, an upper bound below saturation moves as saturation does.
+        # An upper bound beyond the reach of f moves as a saturated one does.
         saturated = (log_bound >= -logp) | (log_bound > LOG_REACH * (1.0 + EPS))
         slope[(logp < 0.0) & saturated & (logp > -np.inf)] = -1.0
         solved = (logp < 0.0) & ~at_rest & ~saturated & (logp > -np.inf)

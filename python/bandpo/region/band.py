@@ -16,14 +16,14 @@ from bandpo.region.base import Curves, Region
 
 
 class Status(IntEnum):
-    """Origin of a bound."""
+    """Origin of a bound in `Band.diagnose`."""
 
     CONVERGED = 0
     """The equation D = delta was solved."""
     SATURATED = 1
     """The whole side is allowed: exactly -inf or -logp."""
     LIMIT = 2
-    """The limit: logp is 0 or -inf, or a Python function reaches no farther."""
+    """A limit: logp is 0 or -inf, or a Python function cannot be evaluated beyond."""
     READ_AS_CERTAIN = 3
     """logp is above 0 and was read as 0."""
     NOT_A_NUMBER = 4
@@ -60,10 +60,12 @@ class Band(Region):
     The bounds are exact: within 1e-14 of the true log bound, relatively, and on its inner side.
 
     ``"kl"`` is KL(old || new), the paper's direction; ``"reverse-kl"`` is KL(new || old). The
-    paper takes delta 0.05 for ``"kl"``; in this project's small trials, on one toy task, 0.002 to
-    0.01 did better where rewards were sometimes wrong. The upper bound grows without limit as p
-    falls (495 at p = 1e-4 for kl and 0.05), so without `Region.cap` one rare token may take almost
-    the whole gradient of a batch; the paper caps at 10.
+    paper takes delta 0.05 for ``"kl"``. In small trials of this project, on one toy task, 0.002 to
+    0.01 did better where some rewards were wrong; other tasks were not tried.
+
+    Without `Region.cap` the upper bound grows without limit as p falls: for kl and 0.05 it is 495
+    at p = 1e-4 and 48 782 at 1e-6. One rare token may then take almost the whole gradient of a
+    batch. The paper caps ratios at 10: ``Band("kl", 0.05).cap(10)``.
 
     Args:
         divergence: A `Divergence` or the name of one, such as ``"kl"``.
@@ -135,7 +137,7 @@ class Band(Region):
         return np.asarray(inside.reshape(tokens.shape), dtype=np.bool_)
 
     def diagnose(self, logp: ArrayLike) -> Diagnosis:
-        """Returns the bounds, and the origin of each; no element fails the others.
+        """Returns the bounds and the origin of each; an element that fails leaves the others.
 
         Raises:
             InvalidValueError: If ``logp`` and an array of deltas do not broadcast, or a Python

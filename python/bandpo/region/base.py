@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 
 Curve: TypeAlias = float | tuple[_core.Divergence, float] | Sampler
-"""A constant ratio, a divergence with its radius, or anything smooth."""
+"""A constant ratio, a compiled divergence with its delta, or a smooth function."""
 
 Curves: TypeAlias = list[tuple[float, Curve]]
+"""Curves that follow each other, each with the ``-logp`` where it begins; the first begins at 0."""
 
-_SMALLEST_POSITIVE = math.ulp(0.0)
+_MIN_POSITIVE = math.ulp(0.0)
 
 
 class Region(ABC):
@@ -55,7 +56,7 @@ class Region(ABC):
         with np.errstate(over="ignore", under="ignore"):
             lower, upper = np.exp(log_lower), np.exp(log_upper)
         underflowed = (lower == 0.0) & (log_lower > -np.inf)
-        return np.asarray(np.where(underflowed, _SMALLEST_POSITIVE, lower)), np.asarray(upper)
+        return np.asarray(np.where(underflowed, _MIN_POSITIVE, lower)), np.asarray(upper)
 
     @property
     def per_token(self) -> bool:
@@ -71,19 +72,18 @@ class Region(ABC):
         raise InvalidValueError(f"{self!r} cannot be described")
 
     def curves(self, upper: bool) -> Curves:
-        """Returns the curves that one side is made of, from which a table is built.
+        """Returns the smooth curves that make up one side, from which a table is built.
 
-        A side of up to eight pieces is tabulated; a region that has no table need not override
-        this.
+        A table holds up to eight of them a side. A region without a table does not need this.
 
         Args:
             upper: True for ``log_upper``, False for ``log_lower``.
 
         Returns:
-            Pairs ``(start, curve)``: the ``-logp`` where the curve begins, rising, the first 0. A
-            curve is a constant ratio, or a function of ``(upper, logp)`` that returns the log
-            bounds and their slopes in logp, both float64 in the shape of ``logp``, and is smooth
-            between its start and the next; or a compiled divergence with its delta.
+            Pairs ``(start, curve)`` in rising order. ``start`` is the ``-logp`` where the curve
+            begins, 0 for the first. ``curve`` is smooth up to the next start. It is a constant
+            ratio; or a function from ``(upper, logp)`` to the log bounds and their slopes in logp,
+            each float64 in the shape of ``logp``; or a compiled divergence with its delta.
 
         Raises:
             InvalidValueError: If the region cannot be tabulated.
@@ -93,7 +93,7 @@ class Region(ABC):
     def table(self) -> BandTable:
         """Returns the bounds as a lookup table, built once for each region.
 
-        The table keeps to the simplex, ``log_upper <= -logp``, where the region may not (a `Clip`).
+        A table keeps to the simplex, ``log_upper <= -logp``, which a region such as `Clip` may not.
 
         Raises:
             InvalidValueError: If a delta is an array, or a side has more than eight smooth pieces.
@@ -153,7 +153,7 @@ class Region(ABC):
 
 
 def _combined(kind: Literal["union", "intersection"], left: Region, right: object) -> Region:
-    """Returns the combination; `Combined` is a Region, so that it is imported late."""
+    """Returns the combination; the import is lazy because `Combined` is a `Region` itself."""
     from bandpo.region.combined import Combined
 
     return Combined(kind, left, right) if isinstance(right, Region) else NotImplemented

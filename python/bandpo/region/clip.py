@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -65,8 +64,11 @@ class Clip(Region):
             raise InvalidValueError(f"lower must be in [0, 1], got {lower}")
         if not high >= 1.0:
             raise InvalidValueError(f"upper must be at least 1, got {upper}")
+        from decimal import Decimal  # a slow import
+
         # The widths that a user would write: 1 - 0.8 is not 0.2 in binary.
-        return cls(float(_decimal(1) - _decimal(low)), float(_decimal(high) - _decimal(1)))
+        eps_low, eps_high = 1 - Decimal(repr(low)), Decimal(repr(high)) - 1
+        return cls(float(eps_low), float(eps_high))
 
     @classmethod
     def from_log_ratio(cls, log_low: float, log_high: float | None = None) -> Clip:
@@ -150,14 +152,10 @@ class Clip(Region):
         return hash((Clip, self.log_lower, self.log_upper))
 
 
-def _decimal(number: float) -> Decimal:
-    return Decimal(repr(float(number)))
-
-
 def _kl3_root(delta: float, sign: float) -> float:
     """The log-ratio t of the sign with ``e^t - 1 - t = delta``."""
-    # Newton's method comes from outside, and steadily, as the left side is convex. It starts from
-    # r <= 1 + sqrt(2 delta) + delta (Chatzigeorgiou, 2013), and on the lower side likewise.
+    # Newton's method converges monotonically from outside, because the left side is convex. It
+    # starts from r <= 1 + sqrt(2 delta) + delta (Chatzigeorgiou, 2013), mirrored on the lower side.
     start = math.sqrt(2.0) * math.sqrt(delta) + delta
     t = math.log1p(start) if sign > 0.0 else -min(1.0 + delta, start)
     while True:

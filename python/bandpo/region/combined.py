@@ -16,12 +16,12 @@ from bandpo.region.base import Curves, Region
 def sides(*, lower: Region, upper: Region) -> Region:
     """Returns the region with the lower bound of one region and the upper bound of another.
 
-    ``sides(lower=Clip(0.2), upper=Band("kl", 0.05))`` lets rare tokens rise as a band does and
-    holds what they may lose to a fixed clip.
+    ``sides(lower=Clip(0.2), upper=Band("kl", 0.05))`` lets rare tokens rise as far as a band does
+    and fall as far as a fixed clip does.
 
     Args:
-        lower: Bounds ratios below 1.
-        upper: Bounds ratios above 1.
+        lower: The region of ratios below 1.
+        upper: The region of ratios above 1.
 
     Raises:
         InvalidTypeError: If one is not a region.
@@ -50,7 +50,7 @@ class Combined(Region):
         return any(part.per_token for part in self.parts)
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
-        """Returns the bounds, each from the part that holds it; see `Region.log_bounds`."""
+        """Returns the bounds, each from the part that sets it; see `Region.log_bounds`."""
         (low_a, up_a), (low_b, up_b) = (part.log_bounds(logp) for part in self.parts)
         if self.kind == "sides":
             return low_a, up_b
@@ -73,34 +73,34 @@ class Combined(Region):
         return {self.kind: [part.describe() for part in self.parts]}
 
     def curves(self, upper: bool) -> Curves:
-        """Returns the curves of the part that bounds each stretch; see `Region.curves`."""
+        """Returns the curves of whichever part sets the bound; see `Region.curves`."""
         if self.kind == "sides":
             return self.parts[int(upper)].curves(upper)
         sides = [part.curves(upper) for part in self.parts]
         # A union takes the outer part: on the lower side the smaller bound.
         outer = self.kind == "union"
 
-        def left_holds(y: Float64Array) -> BoolArray:
+        def left_sets(y: Float64Array) -> BoolArray:
             left, right = (part.log_bounds(-y)[int(upper)] for part in self.parts)
             further: BoolArray = left >= right if upper else left <= right
             return further if outer else ~further | (left == right)
 
-        # Kinks are bracketed on a fine grid, which starts of parts are points of, then halved.
+        # Crossings are bracketed on a fine grid that holds the starts of the parts, then bisected.
         octaves = np.exp2(np.arange(-149 * 16, 7 * 16 + 1) / 16.0)
         grid = np.unique(np.concatenate([octaves, [start for side in sides for start, _ in side]]))
         grid = grid[grid > 0.0]
-        holds = left_holds(grid)
-        change = np.flatnonzero(holds[1:] != holds[:-1])
+        by_left = left_sets(grid)
+        change = np.flatnonzero(by_left[1:] != by_left[:-1])
         low, high = grid[change], grid[change + 1]
         for _ in range(64):
             middle = 0.5 * (low + high)
-            same = left_holds(middle) == holds[change]
+            same = left_sets(middle) == by_left[change]
             low, high = np.where(same, middle, low), np.where(same, high, middle)
         starts = [0.0, *high.tolist()]
         curves: Curves = []
         for i, start in enumerate(starts):
             end = starts[i + 1] if i + 1 < len(starts) else math.inf
-            side = sides[0] if bool(holds[0]) == (i % 2 == 0) else sides[1]
+            side = sides[0] if bool(by_left[0]) == (i % 2 == 0) else sides[1]
             for k, (begin, curve) in enumerate(side):
                 next_begin = side[k + 1][0] if k + 1 < len(side) else math.inf
                 if max(begin, start) < min(next_begin, end):

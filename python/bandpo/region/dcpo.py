@@ -24,8 +24,8 @@ class Dcpo(Region):
     leaves the simplex for ``p > 1 / (1 + eps_high)``. DCPO caps it: ``Dcpo().cap(10)``.
 
     Args:
-        eps_low: Of the lower bound, finite and above 0.
-        eps_high: Of the upper bound, likewise.
+        eps_low: Epsilon of the lower bound, finite and above 0.
+        eps_high: Epsilon of the upper bound, likewise.
 
     Raises:
         InvalidTypeError: If an epsilon is not a real number.
@@ -53,7 +53,7 @@ class Dcpo(Region):
         # With k = eps / p: r - 1 = 2 k / (1 + sqrt(1 + 4 k)).
         k = self.eps_high * np.exp(np.minimum(y, _MAX_Y))
         near = np.log1p(2.0 * k / (1.0 + np.sqrt(1.0 + 4.0 * k)))
-        # If 1/p overflows, r is the square root of k to the last bit.
+        # Where 1/p overflows, r equals sqrt(k) in float64.
         far = 0.5 * (math.log(self.eps_high) + y)
         return np.asarray(np.where(y > _MAX_Y, far, near))
 
@@ -75,7 +75,7 @@ class Dcpo(Region):
         if upper:
             return [(0.0, self._sample)]
         kink = self._kink()
-        # Nearer to y = 0 a table has no grid; the bound there exceeds 1/2 by less than 1e-6.
+        # A table has no grid below this y, where the bound exceeds 1/2 by less than 1e-6.
         return [(0.0, self._sample), (kink, 0.5)] if kink > 2e-12 else [(0.0, 0.5)]
 
     def _kink(self) -> float:
@@ -95,8 +95,8 @@ class Dcpo(Region):
         root = 2.0 * np.exp(log_bound) - 1.0
         with np.errstate(divide="ignore"):
             slope = np.where(root > 0.0, -np.expm1(log_bound) / root, 0.0)
-        # A table grades its grid towards the place where a side saturates, which the square root
-        # needs at its end; the values beyond are not used, because the constant follows there.
+        # The -inf makes a table grade its grid towards the kink, as the square root needs; the
+        # values themselves are not used, because the constant follows there.
         return np.where(-logp > self._kink(), -np.inf, log_bound), slope
 
     def __repr__(self) -> str:

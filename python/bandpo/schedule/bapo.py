@@ -71,14 +71,14 @@ class Bapo(RegionSource):
         """Moves the bounds to those of a batch, before its loss.
 
         An advantage of 0 has no weight; if all are 0, the bounds are the low ends. The controller
-        runs on the CPU: tokens on a GPU have to be copied, so that the host waits once a step.
+        runs on the CPU, so that tokens on a GPU cost a copy and a synchronisation.
 
         Args:
             advantages: Advantages of the tokens that count: real and finite, any shape.
             log_ratio: Their log-ratios ``ln(new/old)``, the same shape.
             old_log_prob: Their old log-probabilities (natural), the same shape.
-            all_reduce: From an array of sums over this rank's tokens, float64 [n], to the sums over
-                all ranks, so that all get the same bounds. It is called once.
+            all_reduce: Maps sums over this rank's tokens, float64 [n], to the sums over all ranks,
+                so that all ranks get the same bounds. It is called once.
 
         Raises:
             InvalidTypeError: If an array does not hold real numbers.

@@ -15,10 +15,10 @@ from bandpo.schedule.schedule import Schedule
 
 
 class RegionSource(ABC):
-    """A region that changes between steps; the loss reads it once an optimiser step.
+    """A region that changes between optimiser steps; a loss reads it at each call.
 
-    ``region`` is the same object until it changes. Subscribers are then called with the new one, so
-    that they can fill their tensors in place.
+    ``region`` is the same object until it changes. A change calls the subscribers with the new
+    region, so that they can refill their tensors in place.
     """
 
     def __init__(self, region: Region) -> None:
@@ -33,8 +33,8 @@ class RegionSource(ABC):
     def subscribe(self, callback: Callable[[Region], object]) -> None:
         """Registers ``callback(region)``, which is called after each change.
 
-        The callback is held weakly (a bound method as long as its object lives), so that a lambda
-        without another reference is gone at once. A copy starts without subscribers.
+        The reference is weak: a bound method lasts as long as its object, and a lambda that nothing
+        else refers to is dropped at once. A copy starts without subscribers.
         """
         kind = weakref.WeakMethod if hasattr(callback, "__self__") else weakref.ref
         reference = kind(callback)
@@ -86,12 +86,12 @@ class ScheduledBand(RegionSource):
 
     Args:
         divergence: A `bandpo.Divergence` or the name of one.
-        schedule: The delta. It belongs to this object: step the object, not the schedule.
+        schedule: The delta. Call ``step`` of this object, not of the schedule.
         cap: Max ratio of the region; see `Region.cap`. None for no cap.
-        at_least: Min width of the region, before the cap: eps_low and eps_high of
+        at_least: Min width of the region, applied before the cap: eps_low and eps_high of
             `Region.at_least`, or one number for both. None for no min width.
-        within: For any other region around the band: a function from the band to the region,
-            before the cap. A schedule that is pickled needs a function of a module, no lambda.
+        within: A function from the band to a region, applied first, for regions that ``cap`` and
+            ``at_least`` cannot make. It must be a function of a module if this object is pickled.
 
     Raises:
         InvalidTypeError: If an argument has the wrong type, or ``within`` returns no region.

@@ -25,7 +25,7 @@ class TableAccuracyWarning(UserWarning):
 
 
 class MaxError(NamedTuple):
-    """Largest absolute error beyond one float32 ulp of the bound, where log bounds are in +-20."""
+    """Max absolute error beyond one float32 ulp of the bound, where log bounds are in +-20."""
 
     log_upper: float
     lower: float
@@ -34,9 +34,9 @@ class MaxError(NamedTuple):
 class BandTable(Region):
     """A tabulated region; make one with `Region.table` or `BandTable.load`.
 
-    It holds ``log_upper`` and ``lower`` over ``-logp`` in float32, as cubic Hermite pieces whose
-    cell is read off the bits of the float: a lookup has no exponential, logarithm, division or
-    search. A table can be pickled; on a disk it is a safetensors file.
+    It holds ``log_upper`` and ``lower`` over ``-logp`` in float32, as cubic Hermite pieces. The
+    bits of the float give the cell, so that a lookup needs no exponential, logarithm, division or
+    search. A table pickles; its file is in the safetensors format.
     """
 
     def __init__(self, core: _core.BandTable) -> None:
@@ -49,8 +49,8 @@ class BandTable(Region):
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the tabulated ``(log_lower, log_upper)``; see `Region.log_bounds`.
 
-        ``logp`` is rounded to float32 first. ``lower`` is what is tabulated, so ``log_lower`` has
-        an absolute error in ``exp(log_lower)``.
+        ``logp`` is rounded to float32 first. The table holds ``lower``, so that the error of
+        ``log_lower`` is absolute in ``exp(log_lower)``.
         """
         tokens = real_array("logp", logp)
         if tokens.dtype != np.float32:
@@ -70,7 +70,7 @@ class BandTable(Region):
 
     @classmethod
     def build(cls, region: Region) -> BandTable:
-        """Tabulates a region; `Region.table` does it once for each.
+        """Tabulates a region; `Region.table` does so once and keeps the table.
 
         Warns with `TableAccuracyWarning` if the error found is above `TARGET`.
 
@@ -108,7 +108,7 @@ class BandTable(Region):
 
     @property
     def words(self) -> NDArray[np.int32]:
-        """The image that every backend reads: a copy, one-dimensional."""
+        """A copy of the image that every backend reads, int32 [n]."""
         return self._core.words()
 
     @property
@@ -118,7 +118,7 @@ class BandTable(Region):
 
     @property
     def max_error(self) -> MaxError:
-        """Largest error found, by samples in every cell or by the last `verify`."""
+        """Max error found, by samples in every cell or by the last `verify`."""
         return MaxError(*self._core.max_error)
 
     @property
@@ -136,17 +136,17 @@ class BandTable(Region):
     ) -> BandTable:
         """Returns this table with `max_error` measured against the exact solver.
 
-        Samples can only raise it; looking at every float32 replaces it.
+        Samples can only raise the error; a comparison of every float32 replaces it.
 
         Args:
-            samples: How many float32 values of ``-logp`` to look at, at least 2, evenly spaced in
-                their bit patterns over [0, 104], both ends included; besides, 16 in every cell of
-                the table are looked at. None means every float32 there
-                is, about 1.1e9, and the metadata then says ``exhaustive``.
-            region: What to compare with, where the table cannot tell (Python functions).
-            progress: Called with the number of values done and to do, from time to time.
-            checkpoint: A file that keeps how far it got, so that the same call can go on after an
-                interruption. It is removed at the end.
+            samples: Number of float32 values of ``-logp`` to compare, at least 2, evenly spaced in
+                their bit patterns over [0, 104], both ends included; 16 values in every cell of the
+                table come on top. None compares every float32, about 1.1e9, and sets the metadata
+                to ``exhaustive``.
+            region: The region to compare with; needed only if a Python function is part of it.
+            progress: Called with the numbers of values done and in total, after every 2^20 values.
+            checkpoint: A file that records the progress, from which the same call resumes after an
+                interruption; removed at the end.
 
         Raises:
             InvalidTypeError: If an argument has the wrong type.

@@ -35,7 +35,7 @@ def verify(
         exact: The exact bounds, as the core takes them.
         count: Number of values to verify, evenly spaced in their bit patterns.
         exhaustive: True if these are all there are.
-        progress: Called with the number of values done and to do.
+        progress: Called with the numbers of values done and in total.
         checkpoint: The file of the `Checkpoint`, or None.
     """
     state = Checkpoint(checkpoint, core.to_bytes(), count)
@@ -66,7 +66,7 @@ class Checkpoint:
         count: Number of values to verify.
 
     Raises:
-        InvalidValueError: If the file is no checkpoint, or that of another verification.
+        InvalidValueError: If the file is not a checkpoint, or belongs to another verification.
         OutputPathError: If it cannot be written.
     """
 
@@ -78,7 +78,7 @@ class Checkpoint:
         if self.path is None:
             return
         if not self.path.exists():
-            self.save()  # fails now, not after minutes, if it cannot be written
+            self.save()  # so that a path that cannot be written fails now, not after minutes
             return
         try:
             kept = json.loads(self.path.read_text())
