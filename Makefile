@@ -23,7 +23,7 @@ test: $(VENV)/test.stamp
 
 # NVIDIA's compiler runs anywhere; with CuPy it takes 550 MB, more than the other tests need.
 test-nvrtc: $(VENV)/nvrtc.stamp
-	$(BIN)/python -m pytest --quiet tests/backends/test_nvrtc.py
+	$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal tests/backends/test_nvrtc.py
 
 # On a machine with a GPU; `make test-gpu CUDA=12` where its driver or its torch is older. Where no registry
 # can be reached, `make test-gpu WHEELS=folder` needs neither Rust nor a compiler: it takes all wheels in the
