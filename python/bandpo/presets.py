@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from bandpo.check import check_name
 from bandpo.error import InvalidValueError, UnknownNameError
+from bandpo.notebook import html_table
 from bandpo.region import Band, Clip, Dcpo
 from bandpo.rule import AggregationMode, AnyRegion, RatioLevel
 from bandpo.schedule import Bapo, RegionSource
@@ -172,6 +173,14 @@ class _Presets(Mapping[str, Preset]):
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    def __repr__(self) -> str:
+        return f"<presets: {', '.join(self)}>"
+
+    def _repr_html_(self) -> str:
+        fields = ("name", "region", "surrogate", "dual_clip", "ratio_level", "source")
+        rows = ([getattr(preset, field) for field in fields] for preset in _PRESETS)
+        return html_table(fields, rows)
 
 
 PRESETS: Final[Mapping[str, Preset]] = _Presets()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from bandpo.backends.contract import PROBABILITY_EDGES
+from bandpo.notebook import html_table
 
 if TYPE_CHECKING:
     # For type checkers a tuple, because only a tuple unpacks to three different types.
@@ -38,8 +42,23 @@ class Metrics(Mapping[str, torch.Tensor]):
     def __repr__(self) -> str:
         return repr(self._all())
 
+    def _repr_html_(self) -> str:
+        bins = [f"p in {low:g}..{high:g}" for low, high in pairwise(PROBABILITY_EDGES)]
+        single = {name: value for name, value in self.items() if value.ndim == 0}
+        by_bin = {name: value for name, value in self.items() if value.ndim == 1}
+        tables = [html_table(("metric", "value"), ([n, *_texts(v)] for n, v in single.items()))]
+        if by_bin:
+            rows = ([name, *_texts(value)] for name, value in by_bin.items())
+            tables.append(html_table(("metric", *bins), rows))
+        return "".join(tables)
+
     def __reduce__(self) -> tuple[object, tuple[dict[str, torch.Tensor]]]:
         return dict, (self._all(),)
+
+
+def _texts(value: torch.Tensor) -> list[str]:
+    """The numbers of a metric; a count has all its digits."""
+    return [f"{v:.4g}" if isinstance(v, float) else str(v) for v in value.reshape(-1).tolist()]
 
 
 class PolicyLossResult(_Triple):
@@ -90,6 +109,11 @@ class PolicyLossResult(_Triple):
 
     def __reduce__(self) -> tuple[object, tuple[Any, ...]]:
         return PolicyLossResult, tuple(self)
+
+    def _repr_html_(self) -> str:
+        metrics = Metrics(lambda: dict(self.metrics))
+        loss = f"{self.loss:.6g}" if self.loss.ndim == 0 else f"shape {tuple(self.loss.shape)}"
+        return html_table(("loss",), [(loss,)]) + metrics._repr_html_()
 
     def __repr__(self) -> str:
         return f"PolicyLossResult(loss={self.loss!r}, metrics={self.metrics!r})"
