@@ -350,7 +350,7 @@ def test_wrong_types_and_shapes_name_the_argument() -> None:
         band.log_bounds(np.array([1j]))
     with pytest.raises(InvalidTypeError, match="logp must be an array of real numbers"):
         band.log_bounds([[1.0], [1.0, 2.0]])
-    with pytest.raises(InvalidTypeError, match="delta must be a number, a tuple"):
+    with pytest.raises(InvalidTypeError, match="delta must be a number, a pair"):
         Band("kl", "0.05")  # type: ignore[arg-type]
     with pytest.raises(InvalidValueError, match="pair"):
         Band("kl", (0.1, 0.2, 0.3))  # type: ignore[arg-type]
