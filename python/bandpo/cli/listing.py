@@ -34,7 +34,7 @@ def table(rows: Sequence[Mapping[str, str]], columns: int, *, wrap_last: bool = 
             return [
                 line.rstrip()
                 for *cells, text in lines
-                for line in _hanging(_row(cells, widths, str.ljust) + GAP, text, columns)
+                for line in wrapped(_row(cells, widths, str.ljust) + GAP, text, columns)
             ]
     elif sum(widths) + len(GAP) * (len(widths) - 1) <= columns:
         return [_row(cells, widths, str.rjust) for cells in lines]
@@ -48,16 +48,15 @@ def fields(values: Mapping[str, str], columns: int) -> list[str]:
     return [
         line
         for name, value in values.items()
-        for line in _hanging(name.ljust(longest) + GAP, value, columns)
+        for line in wrapped(name.ljust(longest) + GAP, value, columns)
     ]
 
 
-def _row(cells: Sequence[str], widths: Sequence[int], justify: Callable[[str, int], str]) -> str:
-    return GAP.join(justify(cell, width) for cell, width in zip(cells, widths, strict=False))
+def wrapped(head: str, text: str, columns: int) -> list[str]:
+    """Returns a text in lines, the first after a head, the others indented as far.
 
-
-def _hanging(head: str, text: str, columns: int) -> list[str]:
-    """The text after a head, its further lines indented as far."""
+    Lines end at spaces alone, so that a name with a hyphen stays whole.
+    """
     if len(head) + len(text) <= columns:
         return [(head + text).rstrip()]
     from textwrap import wrap
@@ -65,3 +64,7 @@ def _hanging(head: str, text: str, columns: int) -> list[str]:
     room = max(columns - len(head), 1)
     first, *rest = wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
     return [head + first, *(" " * len(head) + line for line in rest)]
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], justify: Callable[[str, int], str]) -> str:
+    return GAP.join(justify(cell, width) for cell, width in zip(cells, widths, strict=False))

@@ -42,11 +42,11 @@ class _Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Returns the help with the notes and examples at its end."""
-        from textwrap import wrap
-
         columns = min(listing.width(), 100)
         blocks = [
-            wrap(note, columns) if isinstance(note, str) else listing.fields(note, columns)
+            listing.wrapped("", note, columns)
+            if isinstance(note, str)
+            else listing.fields(note, columns)
             for note in self.notes
         ]
         if self.examples:
