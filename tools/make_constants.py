@@ -120,11 +120,11 @@ class Polynomial:
 
 POLYNOMIALS = (
     Polynomial(
-        "rust/simd/math.rs", "GAP", exp_gap, "-0.3469", "0.3469", 6, 4.5e-9,
+        "rust/simd/exp_log.rs", "GAP", exp_gap, "-0.3469", "0.3469", 6, 4.5e-9,
         single=True, copy="cuda/math.cuh",
     ),
-    Polynomial("rust/simd/math.rs", "EXP_GAP", exp_gap, "-0.7", "0.7", 13, 1e-17),
-    Polynomial("rust/simd/math.rs", "LOG_TAIL", log_tail, "0", "0.0626", 10, 6e-17),
+    Polynomial("rust/simd/exp_log.rs", "EXP_GAP", exp_gap, "-0.7", "0.7", 13, 1e-17),
+    Polynomial("rust/simd/exp_log.rs", "LOG_TAIL", log_tail, "0", "0.0626", 10, 6e-17),
     Polynomial("rust/band/laws.rs", "ENTROPY", entropy, "0", "0.2501", 13, 2e-17),
 )  # fmt: skip
 
@@ -159,8 +159,8 @@ class Digits:
 
 
 EXACT = (
-    Digits("rust/simd/math.rs", "LN_2_F32", lambda: parts(mp.log(2), 10, 2, mp.nint)),
-    Digits("rust/simd/math.rs", "LN_2_F64", lambda: parts(mp.log(2), 53, 2, mp.nint)),
+    Digits("rust/simd/exp_log.rs", "LN_2_F32", lambda: parts(mp.log(2), 10, 2, mp.nint)),
+    Digits("rust/simd/exp_log.rs", "LN_2_F64", lambda: parts(mp.log(2), 53, 2, mp.nint)),
     Digits("rust/number/dd.rs", "LN_2_PARTS", lambda: parts(mp.log(2), 33, 3, mp.floor)),
     Digits("rust/number/dd.rs", "HALF_PI_PARTS", lambda: parts(mp.pi / 2, 33, 3, mp.floor)),
     Digits(

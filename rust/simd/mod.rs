@@ -24,10 +24,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(crate) mod doubles;
+mod exp_log;
 mod interleaved;
 pub(crate) mod lanes;
 mod lookup;
-mod math;
 mod portable;
 #[cfg(test)]
 mod tests;
@@ -41,9 +41,9 @@ use crate::simd::avx2::{Avx2, Avx2Fused};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::avx512::Avx512;
 use crate::simd::doubles::Doubles;
+use crate::simd::exp_log::Exponentials;
 use crate::simd::interleaved::Interleaved;
 use crate::simd::lookup::LookUp;
-use crate::simd::math::Exponentials;
 use crate::simd::portable::{Double, Portable, PortableDoubles};
 
 /// Environment variable that names a [`Level`].

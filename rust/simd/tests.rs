@@ -7,8 +7,8 @@ mod lanes {
     use crate::band::Band;
     use crate::divergence::Divergence;
     use crate::image::Image;
+    use crate::simd::exp_log::{ExpAndGap, Exponentials};
     use crate::simd::lanes::MAX_LANES;
-    use crate::simd::math::{ExpAndGap, Exponentials};
     use crate::simd::portable::{Double, Portable};
     use crate::simd::{AnyLanes, LossLanes, WithLanes};
     use crate::table::BandTable;
