@@ -30,7 +30,7 @@ test-nvrtc: $(VENV)/nvrtc.stamp
 # folder, that of `make wheel` among them, and the rest, torch and CuPy say, as $(PYTHON) has it. The tests
 # run once more under NVIDIA's sanitizer, if it is installed. Warnings of other versions are no failures.
 test-gpu: gpu $(ON_GPU)
-	$(ON_GPU_PYTHON) -c 'from bandpo.backends.cuda.launch import obstacle; raise SystemExit(obstacle())'
+	$(ON_GPU_PYTHON) -c 'from bandpo.backends.cuda.availability import obstacle; raise SystemExit(obstacle())'
 	$(ON_GPU_PYTHON) -m pytest --quiet -rs -W default tests/backends/test_gpu.py tests/backends/test_cuda.py tests/backends/test_tokens.py
 
 # Before anything is installed.

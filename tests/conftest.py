@@ -97,7 +97,7 @@ def gpu() -> torch.device:
     """A GPU, if there is one."""
     import torch
 
-    from bandpo.backends.cuda.launch import obstacle
+    from bandpo.backends.cuda.availability import obstacle
 
     if SANITIZED:
         pytest.skip("the sanitizers look at the emulator")

@@ -37,7 +37,7 @@ from typing import Any, TypeAlias
 import torch
 
 from bandpo import Band, __version__
-from bandpo.backends.cuda.launch import obstacle
+from bandpo.backends.cuda.availability import obstacle
 from bandpo.backends.native import token_loss_op
 from bandpo.tensors.bounds import bounds_of
 

@@ -88,7 +88,7 @@ def _driver() -> tuple[int, str | None]:
 def _backends(gpus: int) -> dict[str, Any]:
     found: dict[str, Any] = {"backend_cpu": None, "gpu": None, "backend_gpu": None, "problems": []}
     try:
-        from bandpo.backends.cuda.launch import obstacle
+        from bandpo.backends.cuda.availability import obstacle
         from bandpo.backends.select import default_backend, gpu_report
     except (BrokenExtraError, MissingExtraError) as reason:
         return {**found, "problems": [f"the loss cannot run: {reason}"]}

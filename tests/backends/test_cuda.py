@@ -33,15 +33,14 @@ from bandpo import _core
 from bandpo.backends.autograd import token_losses
 from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
 from bandpo.backends.cuda import kernels
+from bandpo.backends.cuda.availability import kernels_run, obstacle
 from bandpo.backends.cuda.launch import (
     BLOCKS_A_PROCESSOR,
     CHUNK,
     COMPILER_OPTIONS,
     THREADS,
     TOTALS_KERNEL,
-    _compiled,
-    kernels_run,
-    obstacle,
+    compiled,
 )
 from bandpo.backends.native import token_loss_op
 from bandpo.backends.select import default_backend
@@ -884,8 +883,8 @@ class TestLaunch:
     @pytest.fixture
     def cupy(self, library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
         cupy = FakeCupy(Emulator(library))
-        monkeypatch.setattr("bandpo.backends.cuda.launch._cupy", lambda: cupy)
-        monkeypatch.setattr("bandpo.backends.cuda.launch._compiled", cache(_compiled.__wrapped__))
+        monkeypatch.setattr("bandpo.backends.cuda.launch.cupy_module", lambda: cupy)
+        monkeypatch.setattr("bandpo.backends.cuda.launch.compiled", cache(compiled.__wrapped__))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
         monkeypatch.setattr(
@@ -924,7 +923,7 @@ class TestLaunch:
     def test_a_compiler_that_fails_is_an_obstacle(self, cupy: FakeCupy) -> None:
         assert obstacle() is None
         assert cupy.log == [("compiled", TOTALS_KERNEL, 1)]
-        bandpo.backends.cuda.launch._compiled.cache_clear()
+        bandpo.backends.cuda.launch.compiled.cache_clear()
         cupy.broken = RuntimeError("Failed to find CUDA headers.\nTry this")
         reason = obstacle()
         assert isinstance(reason, BrokenExtraError)
@@ -949,7 +948,7 @@ def test_a_missing_cupy_names_an_extra_that_exists(
     def missing() -> None:
         raise ModuleNotFoundError("No module named 'cupy'", name="cupy")
 
-    monkeypatch.setattr("bandpo.backends.cuda.launch._cupy", missing)
+    monkeypatch.setattr("bandpo.backends.cuda.launch.cupy_module", missing)
     monkeypatch.setattr(torch.version, "cuda", version)
     reason = obstacle()
     assert isinstance(reason, MissingExtraError)

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("torch")
 
 from bandpo import _core
-from bandpo.backends.cuda.launch import COMPILER_OPTIONS, THREADS, _cupy
+from bandpo.backends.cuda.launch import COMPILER_OPTIONS, THREADS, cupy_module
 from bandpo.tensors.bounds import MAX_TABLE_WORDS
 from support.emulated import KERNELS
 
@@ -212,7 +212,7 @@ class TestCupy:
         """And does not call it deprecated: warnings are errors here."""
         import cupy
 
-        assert _cupy() is cupy
+        assert cupy_module() is cupy
         assert issubclass(cupy.cuda.runtime.CUDARuntimeError, Exception)
         with pytest.raises(TypeError, match="2-tuple"):
             cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: 77))

@@ -25,12 +25,12 @@ def report(
 ) -> Callable[..., Report]:
     """Returns what doctor prints for a number of GPUs, what torch says, and why no kernel runs."""
     from bandpo.backends import select
-    from bandpo.backends.cuda import launch
+    from bandpo.backends.cuda import availability
 
     def made(gpus: int, gpu: str, obstacle: ImportError | None = None, code: int = 0) -> Report:
         monkeypatch.setattr(doctor, "_driver", lambda: (gpus, "13.0" if gpus else None))
         monkeypatch.setattr(select, "gpu_report", lambda: gpu)
-        monkeypatch.setattr(launch, "obstacle", lambda: obstacle)
+        monkeypatch.setattr(availability, "obstacle", lambda: obstacle)
         assert main(["doctor", "--json", "--check"]) == code
         found: Report = json.loads(capsys.readouterr().out)
         assert main(["doctor", "--json"]) == 0

@@ -7,7 +7,7 @@ import torch
 from bandpo.backends import autograd, plain
 from bandpo.backends.contract import Backend
 from bandpo.backends.cuda import kernels as kernels  # registers them with the operators
-from bandpo.backends.cuda.launch import kernels_run, obstacle
+from bandpo.backends.cuda.availability import kernels_run, obstacle
 from bandpo.error import InvalidValueError
 
 _BACKENDS = {

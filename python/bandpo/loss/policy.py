@@ -14,11 +14,12 @@ from bandpo.backends.native import count_valid
 from bandpo.backends.select import select
 from bandpo.check import check_name
 from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.loss.check import check_cu_seqlens, check_tokens
 from bandpo.loss.levels import inputs_of, token_losses
 from bandpo.loss.metrics import metrics_of
 from bandpo.loss.reduction import Count, GlobalBatch, Reduction
 from bandpo.loss.result import Metrics, PolicyLossResult
-from bandpo.loss.tokens import Tokens, check_cu_seqlens, check_tokens, shaped, shaped_by_row
+from bandpo.loss.tokens import Tokens, shaped, shaped_by_row
 from bandpo.presets import PRESETS, Preset, preset
 from bandpo.region import Region
 from bandpo.rule import (

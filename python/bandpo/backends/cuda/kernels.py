@@ -10,7 +10,8 @@ import torch
 
 from bandpo import _core
 from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
-from bandpo.backends.cuda.launch import CHUNK, THREADS, TOTALS_KERNEL, kernels_run, launch
+from bandpo.backends.cuda.availability import kernels_run
+from bandpo.backends.cuda.launch import CHUNK, THREADS, TOTALS_KERNEL, launch
 from bandpo.backends.native import token_loss_op
 from bandpo.region import Band, Clip, Combined, Region
 from bandpo.surrogate import NAMES

@@ -1,8 +1,7 @@
-"""Whether kernels can run, and their launch on torch's stream. The only module with CuPy."""
+"""Compilation of kernels, and their launch on torch's stream. The only module with CuPy."""
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 
 from bandpo import _core
-from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
 
 THREADS = 256
 """Threads of a block, as in ``cuda/``."""
@@ -28,57 +26,11 @@ TOTALS_KERNEL = "bandpo::policy_loss_totals<double>"
 """The kernel that every loss needs."""
 
 
-def _cupy() -> Any:
+def cupy_module() -> Any:
     """CuPy, imported late, because that takes longer than importing bandpo."""
     import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     return cupy
-
-
-def obstacle() -> ImportError | None:
-    """Returns the error with the reason why the kernels cannot run here, or None if they can."""
-    version = torch.version.cuda
-    if torch.version.hip is not None:
-        return BrokenExtraError("the kernels need CUDA, this torch is built for ROCm")
-    # CuPy 14 needs CUDA 12 or newer; a newer CUDA than 13 runs code for 13.
-    extra = "cuda12" if version and int(version.partition(".")[0]) <= 12 else "cuda13"
-    try:
-        cupy = _cupy()
-    except ModuleNotFoundError as missing:
-        if missing.name == "cupy":
-            return MissingExtraError("cupy", extra)
-        return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {missing}")
-    except (ImportError, OSError) as broken:
-        return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {broken}")
-    if not hasattr(cupy.cuda.Stream, "from_external"):
-        return BrokenExtraError(f"bandpo[{extra}] needs CuPy 14 or newer, got {cupy.__version__}")
-    if version is None:
-        return BrokenExtraError(
-            f"the kernels of bandpo[{extra}] need a torch built with CUDA, "
-            f"torch {torch.__version__} is not"
-        )
-    try:
-        devices = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as reason:
-        return BrokenExtraError(f"the kernels of bandpo[{extra}] need a CUDA driver: {reason}")
-    if devices == 0:
-        return BrokenExtraError(f"the kernels of bandpo[{extra}] need a CUDA device: there is none")
-    try:
-        _compiled(TOTALS_KERNEL, torch.cuda.current_device())
-    except Exception as reason:  # each part of CuPy has its own class
-        line = str(reason).strip().partition("\n")[0]
-        return BrokenExtraError(f"the kernels of bandpo[{extra}] cannot be compiled: {line}")
-    return None
-
-
-@cache
-def kernels_run() -> bool:
-    """Returns True if the kernels can run here; otherwise warns why not, once."""
-    reason = obstacle()
-    if reason is not None:
-        message = f"CUDA tensors take the torch backend: {reason}"
-        warnings.warn(message, BackendWarning, stacklevel=1)
-    return reason is None
 
 
 def launch(
@@ -104,8 +56,8 @@ def launch(
     grid = max(1, min(blocks, BLOCKS_A_PROCESSOR * processors))
     index = torch.cuda.current_device() if device.index is None else device.index
     stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
-    function = _compiled(kernel, index)
-    of_cupy = _cupy().cuda
+    function = compiled(kernel, index)
+    of_cupy = cupy_module().cuda
     with of_cupy.Device(index), of_cupy.Stream.from_external(stream):
         function((grid,), (THREADS,), arguments, shared_mem=shared_bytes)
 
@@ -121,9 +73,9 @@ class _Stream(NamedTuple):
 
 
 @cache
-def _compiled(kernel: str, device_index: int) -> Any:
+def compiled(kernel: str, device_index: int) -> Any:
     """Compiles and loads a kernel for a device."""
-    cupy = _cupy()
+    cupy = cupy_module()
     with cupy.cuda.Device(device_index):
         module = cupy.RawModule(
             code=_core.KERNEL_SOURCE, options=COMPILER_OPTIONS, name_expressions=(kernel,)

@@ -1,0 +1,95 @@
+"""Checks of the tensors that a user gives to a loss: types, dtypes, shapes, devices, offsets."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.tensors.check import check_float, check_tensor
+
+
+def check_tokens(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    rollout_is_weights: torch.Tensor | None,
+) -> tuple[int, int]:
+    """Returns the shape of the tokens as backends take them, [B, T]; packed tokens are one row.
+
+    Raises:
+        InvalidTypeError: If a tensor is none, or has a dtype that is not accepted.
+        InvalidValueError: If shapes or devices do not match.
+    """
+    check_float("old_log_prob", old_log_prob)
+    check_float("log_prob", log_prob)
+    check_float("advantages", advantages)
+    check_tensor("response_mask", response_mask)
+    weights = []
+    if rollout_is_weights is not None:
+        check_float("rollout_is_weights", rollout_is_weights)
+        weights = [("rollout_is_weights", rollout_is_weights)]
+    if response_mask.is_complex():
+        raise InvalidTypeError(
+            f"response_mask must be bool, int or float, got {response_mask.dtype}"
+        )
+    shape = _without_last_1(log_prob)
+    if not 1 <= len(shape) <= 2:
+        raise InvalidValueError(
+            f"log_prob must have shape [B, T], [B, T, 1] or, packed, [N], "
+            f"got {tuple(log_prob.shape)}"
+        )
+    per_row = ((shape[0], 1), shape[:1]) if len(shape) == 2 else ()
+    for argument, tensor, shapes in (
+        ("old_log_prob", old_log_prob, (shape,)),
+        ("response_mask", response_mask, (shape,)),
+        *(
+            (argument, of, (shape, *per_row))
+            for argument, of in [("advantages", advantages), *weights]
+        ),
+    ):
+        if _without_last_1(tensor) not in shapes:
+            raise InvalidValueError(
+                f"{argument} must have shape {' or '.join(map(str, shapes))} "
+                f"like log_prob's {tuple(log_prob.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != log_prob.device:
+            raise InvalidValueError(
+                f"{argument} must be on log_prob's device {log_prob.device}, got {tensor.device}"
+            )
+    rows, width = shape if len(shape) == 2 else (1, shape[0])
+    return rows, width
+
+
+def _without_last_1(tensor: torch.Tensor) -> tuple[int, ...]:
+    shape = tuple(tensor.shape)
+    return shape[:2] if len(shape) == 3 and shape[2] == 1 else shape
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, log_prob: torch.Tensor) -> None:
+    """Raises unless ``cu_seqlens`` are offsets, [S + 1], of the sequences of packed tensors."""
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise InvalidTypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if log_prob.ndim != 1:
+        raise InvalidValueError(
+            f"cu_seqlens must be left out unless tensors are packed, [N]: "
+            f"log_prob has shape {tuple(log_prob.shape)}"
+        )
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        raise InvalidValueError(
+            f"cu_seqlens must have shape [S + 1], got {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != log_prob.device:
+        raise InvalidValueError(
+            f"cu_seqlens must be on log_prob's device {log_prob.device}, got {cu_seqlens.device}"
+        )
+    # On another device, reading the values would make the host wait.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets, tokens = cu_seqlens.numpy(), log_prob.shape[0]
+        if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
+            raise InvalidValueError(
+                f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, "
+                f"got {np.array2string(offsets, threshold=8)}"
+            )
