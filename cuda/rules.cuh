@@ -4,6 +4,7 @@ namespace bandpo {
 
 const double LOG_RATIO_LIMIT = 20;  // log-ratios are clamped to plus and minus this
 
+// Of PPO, DPPO, CISPO and CE-GPPO.
 enum Surrogate { MIN_CLIP = 0, MASK = 1, WEIGHT = 2, GRADIENT_PRESERVING = 3 };
 
 template <class T>

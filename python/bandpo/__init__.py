@@ -21,7 +21,6 @@ from bandpo.divergence import Divergence
 from bandpo.error import BandpoError
 from bandpo.presets import preset
 from bandpo.region import Band, Clip, Dcpo, Region, sides
-from bandpo.spec import region_from_spec
 from bandpo.surrogate import GradientPreserving, Mask
 from bandpo.table import BandTable, TableAccuracyWarning
 
@@ -45,13 +44,14 @@ __all__ = [
     "sides",
 ]
 
-_NEED_TORCH = ("loss", "policy_loss", "torch")
-"""Names that are imported at their first use, so that this package needs numpy alone."""
+_LATER = ("loss", "policy_loss", "region_from_spec", "torch")
+"""Names that are imported at their first use: torch is optional, and a parser costs time."""
 
 if TYPE_CHECKING:
     from bandpo import loss as loss
     from bandpo import torch as torch
     from bandpo.loss import policy_loss as policy_loss
+    from bandpo.spec import region_from_spec as region_from_spec
 else:  # hidden from type checkers, for which every name would exist
 
     def __getattr__(name: str) -> Any:
@@ -59,10 +59,14 @@ else:  # hidden from type checkers, for which every name would exist
             from bandpo.loss import policy_loss
 
             return policy_loss
-        if name in _NEED_TORCH:
+        if name == "region_from_spec":
+            from bandpo.spec import region_from_spec
+
+            return region_from_spec
+        if name in _LATER:
             return import_module(f"bandpo.{name}")
         raise AttributeError(f"module 'bandpo' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *_NEED_TORCH]
+    return sorted({*__all__, *_LATER})

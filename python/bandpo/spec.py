@@ -23,7 +23,8 @@ spec                           region
 ``sides(a, b)``                ``sides(lower=a, upper=b)``
 =============================  =======================================================
 
-Spaces may stand between all parts. A spec has up to 4 KiB, 32 nested parentheses and 64 regions.
+The grammar is in ``rust/spec.rs``; this module gives words and methods their meaning. Spaces may
+stand between all parts. A spec has up to 4 KiB, 32 nested parentheses and 64 regions.
 A preset gives its region alone; `bandpo.presets.preset` has the rest of the method.
 """
 

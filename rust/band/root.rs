@@ -4,6 +4,8 @@
 //! the functions of this crate are nearly straight lines, kept inside a bracket that shrinks at every
 //! evaluation. [`last_inside`] halves the *bits* of a double and needs at most 64 evaluations
 //! whatever the function; it serves the far tails.
+//!
+//! Python functions and CUDA have finders of their own, in `generator/solve.py` and `cuda/solve.cuh`.
 
 /// What a finder did.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -89,6 +89,7 @@ impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
         lanes.store(neg_advantage, &mut self.neg_advantage[index..]);
 
         let clamped = clamp(lanes, log_ratio);
+        // A NaN advantage is on neither side, so its token is never clipped and its loss is NaN.
         let (upper, lower) = if R::BY_LOG_RATIO {
             (lanes.less(zero, log_ratio), lanes.less(log_ratio, zero))
         } else {

@@ -1,4 +1,5 @@
-//! Registers of AVX2: eight float32 or four float64.
+//! Registers of AVX2: eight float32 or four float64. Single operations alone; exponentials and logarithms
+//! of every register are in `exp_log.rs`.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always, clippy::wildcard_imports)]

@@ -129,6 +129,7 @@ def _mask(tokens: _Tokens, parameters: list[float]) -> _Loss:
 
 
 def _weight(tokens: _Tokens, parameters: list[float]) -> _Loss:
+    # CISPO's
     slope = tokens.cost * torch.where(tokens.beyond, tokens.edge, tokens.r)
     return slope * tokens.log_prob, slope, None
 

@@ -1,4 +1,8 @@
-"""Which backend computes a loss on a device, and why another one cannot."""
+"""Which backend computes a loss on a device, and why another one cannot.
+
+Without CuPy "auto" warns once and takes plain torch, and "cuda" raises MissingExtraError;
+`bandpo.backends.cuda.availability` finds the reason.
+"""
 
 from __future__ import annotations
 

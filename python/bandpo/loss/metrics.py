@@ -1,15 +1,11 @@
-"""The metrics of a loss."""
+"""The metrics of a loss from its totals; `policy_loss` defines each, and the backends count."""
 
 from __future__ import annotations
 
 import torch
 
-from bandpo.backends.contract import (
-    Totals,
-)
-from bandpo.rule import (
-    Rule,
-)
+from bandpo.backends.contract import Totals
+from bandpo.rule import Rule
 
 
 def metrics_of(rule: Rule, totals: Totals, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The tokens of a batch: their shapes, and the sequences that they form."""
+"""The tokens of a batch: their shapes, and the sequences that they form; `check` checks them."""
 
 from __future__ import annotations
 

@@ -72,6 +72,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str] | None, table: bytes, count: int) -> None:
         self.path = None if path is None else Path(path)
+        # Of the table in memory; the checksum of a file is in rust/table/file.rs.
         self.key = {"table": hashlib.sha256(table).hexdigest(), "count": count}
         self.done = 0
         self.max_error = 0.0, 0.0
