@@ -9,7 +9,7 @@ struct Exponentials {
 };
 
 // For x in [-20, 20] or NaN: e^x within 1.2 ulp, the excess within a relative 1e-6. The polynomial and the order
-// of operations are those of rust/simd/math.rs, so that the bits are equal.
+// of operations are those of rust/simd/exp_log.rs, so that the bits are equal.
 BAND_FUNCTION Exponentials<float> exponentials(float x) {
   const float rounding = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
   const float shifted = x * static_cast<float>(1.4426950408889634) + rounding;
