@@ -44,7 +44,7 @@ const ROUTINES: [Routine; 9] = [
         loss(|x| x, Surrogate::MinClip { dual_clip: None }, repeats);
     }),
     routine("loss mask float32", TOKENS, |repeats| {
-        loss(|x| x as f32, Surrogate::Mask { truncation: Some(20.0) }, repeats);
+        loss(|x| x as f32, Surrogate::Mask { truncation: Some(20.0), symmetric: false }, repeats);
     }),
     routine("loss weight float32", TOKENS, |repeats| {
         loss(|x| x as f32, Surrogate::Weight, repeats);
@@ -145,6 +145,7 @@ fn loss<T: Float>(of: impl Fn(f64) -> T, surrogate: Surrogate, repeats: u32) {
             old_log_prob: black_box(&old_log_prob),
             log_prob: &log_prob,
             log_ratio: None,
+            anchor_log_prob: None,
             advantages: Advantages::PerToken(&advantages),
             mask: &mask,
         };

@@ -9,14 +9,15 @@ const int BLOCKS = 3;  // of policy_loss on a multiprocessor: a fourth would spi
 
 // Bits of `vectorised`: arrays that may be read or written in vectors.
 enum Vectorised : unsigned {
-  OLD_LOG_PROB = 1, NEW_LOG_PROB = 2, LOG_RATIO = 4, ADVANTAGES = 8, VALID_TOKENS = 16, LOSS = 32, GRADIENT = 64
+  OLD_LOG_PROB = 1, NEW_LOG_PROB = 2, LOG_RATIO = 4, ADVANTAGES = 8, VALID_TOKENS = 16, ANCHOR = 32, LOSS = 64,
+  GRADIENT = 128
 };
 
 // Loss and gradient of every token, and the totals of each chunk.
 //
-// Inputs have the strides of their rows and columns; log_ratio may be null. `bounds` points to log_lower and
-// log_upper, to a table of `table_words`, or to all lower and then all upper log bounds. limit_or_beta_low,
-// beta_high and log_limit are those of Rule; beta_low shares an argument with the limit.
+// Inputs have the strides of their rows and columns; log_ratio and anchor_log_prob may be null. `bounds` points to
+// log_lower and log_upper, to a table of `table_words`, or to all lower and then all upper log bounds. first,
+// second and log_first are those of Rule.
 // sums is [SUMS, chunks]; counts is [COUNTS, chunks], or [MAX_COUNTS, chunks] with by_probability.
 template <class Stored, template <class> class Bounds>
 __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) policy_loss(
@@ -25,21 +26,22 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) pol
     const typename Computed<Stored>::Type* log_ratio, Index ratio_row, Index ratio_column,
     const typename Computed<Stored>::Type* advantages, Index advantage_row, Index advantage_column,
     const unsigned char* valid, Index valid_row, Index valid_column,
+    const Stored* anchor_log_prob, Index anchor_row, Index anchor_column,
     Index count, Index row_length, unsigned vectorised,
     const void* bounds, int table_words,
-    int surrogate, double limit_or_beta_low, double beta_high, double log_limit, int by_probability,
+    int surrogate, double first, double second, double log_first, int by_probability,
     typename Computed<Stored>::Type* loss, typename Computed<Stored>::Type* gradient,
     double* sums, int* counts) {
   typedef typename Computed<Stored>::Type T;
   BAND_TABLE_IN_SHARED_MEMORY(table);
   copy_table(bounds, table_words, table);
   const Bounds<T> token_bounds = Bounds<T>::make(bounds, table, count);
-  const T limit = static_cast<T>(limit_or_beta_low);
-  const Rule<T> rule = {surrogate, limit, static_cast<T>(log_limit), limit, static_cast<T>(beta_high)};
+  const Rule<T> rule = {surrogate, static_cast<T>(first), static_cast<T>(second), static_cast<T>(log_first)};
   const Strided<Stored> olds = {old_log_prob, old_row, old_column, (vectorised & OLD_LOG_PROB) != 0};
   const Strided<Stored> news = {log_prob, new_row, new_column, (vectorised & NEW_LOG_PROB) != 0};
   const Strided<T> ratios = {log_ratio, ratio_row, ratio_column, (vectorised & LOG_RATIO) != 0};
   const Strided<T> gains = {advantages, advantage_row, advantage_column, (vectorised & ADVANTAGES) != 0};
+  const Strided<Stored> anchors = {anchor_log_prob, anchor_row, anchor_column, (vectorised & ANCHOR) != 0};
   const Strided<unsigned char> mask = {valid, valid_row, valid_column, (vectorised & VALID_TOKENS) != 0};
 
   const int thread = threadIdx.x;
@@ -51,19 +53,22 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) pol
       const Index start = chunk * CHUNK + (vector * THREADS + thread) * WIDTH;
       if (start >= count) break;
       const int tokens = count - start < WIDTH ? static_cast<int>(count - start) : WIDTH;
-      T old_logp[WIDTH], new_logp[WIDTH], advantage[WIDTH], given_log_ratio[WIDTH], losses[WIDTH], slopes[WIDTH];
+      T old_logp[WIDTH], new_logp[WIDTH], anchor_logp[WIDTH], advantage[WIDTH], given_log_ratio[WIDTH];
+      T losses[WIDTH], slopes[WIDTH];
       unsigned char is_valid[WIDTH];
       load(mask, start, tokens, row_length, is_valid);
       load(olds, start, tokens, row_length, old_logp);
       load(news, start, tokens, row_length, new_logp);
       load(gains, start, tokens, row_length, advantage);
+      if (anchor_log_prob) load(anchors, start, tokens, row_length, anchor_logp);
       if (log_ratio) load(ratios, start, tokens, row_length, given_log_ratio);
 #pragma unroll
       for (int k = 0; k < WIDTH; ++k) {
         Outcome<T> token = {};  // of a masked token, whatever it holds
         if (k < tokens && is_valid[k]) {
           const T unclamped = log_ratio ? given_log_ratio[k] : new_logp[k] - old_logp[k];
-          token = outcome(rule, token_bounds, start + k, old_logp[k], new_logp[k], unclamped, advantage[k]);
+          const Anchor<T> anchor = {anchor_log_prob != nullptr, anchor_log_prob ? anchor_logp[k] : T(0)};
+          token = outcome(rule, token_bounds, start + k, old_logp[k], new_logp[k], unclamped, advantage[k], anchor);
           totals.add(token, old_logp[k], by_probability != 0);
         }
         losses[k] = token.loss;

@@ -3,16 +3,38 @@
 namespace bandpo {
 
 const double LOG_RATIO_LIMIT = 20;  // log-ratios are clamped to plus and minus this
+const double MIN_WIDTH = 1e-6;      // of a region, for rules that divide by it
+const double NO_RATIO = -40;        // log of a ratio that is 0 beside 1 in every type
+const double CLOSED = 40;           // argument from which a soft gate is closed
 
-// Of PPO, DPPO, CISPO and CE-GPPO.
-enum Surrogate { MIN_CLIP = 0, MASK = 1, WEIGHT = 2, GRADIENT_PRESERVING = 3 };
+// Of PPO, DPPO, CISPO, CE-GPPO, SAPO and SPO.
+enum Surrogate { MIN_CLIP = 0, MASK = 1, WEIGHT = 2, GRADIENT_PRESERVING = 3, SOFT_GATE = 4, QUADRATIC = 5 };
 
 template <class T>
 struct Rule {
   int surrogate;
-  T limit;      // dual clip of min-clip or truncation of mask, infinite for none
-  T log_limit;  // of min-clip
-  T beta_low, beta_high;  // of gradient-preserving
+  T first;      // dual clip of min-clip or truncation of mask, infinite for none; beta_low; tau_positive
+  T second;     // of mask: 1 if it is symmetric; beta_high; tau_negative
+  T log_first;  // of min-clip
+  BAND_FUNCTION bool needs_width() const { return surrogate == SOFT_GATE || surrogate == QUADRATIC; }
+  // True if the sign of the log-ratio selects the bound, not that of the advantage.
+  BAND_FUNCTION bool by_log_ratio() const {
+    return surrogate == WEIGHT || needs_width() || (surrogate == MASK && second == T(1));
+  }
+};
+
+// Comparisons, unlike fmin and fmax, keep a NaN.
+template <class T>
+BAND_FUNCTION T clamp_log_ratio(T log_ratio) {
+  const T limit = LOG_RATIO_LIMIT;
+  return limit < log_ratio ? limit : log_ratio < -limit ? -limit : log_ratio;
+}
+
+// A policy in place of the old one, at which the bounds stand.
+template <class T>
+struct Anchor {
+  bool given;
+  T log_prob;
 };
 
 // Counts of a loss, in the order of its output.
@@ -34,44 +56,102 @@ struct Outcome {
 // A valid token under a rule. `unclamped` is its log-ratio, or the log-ratio that is given in its place.
 template <class T, class Bounds>
 BAND_FUNCTION Outcome<T> outcome(const Rule<T>& rule, const Bounds& bounds, Index index, T old_log_prob,
-                                 T log_prob, T unclamped, T advantage) {
-  const T limit = LOG_RATIO_LIMIT;
-  const T minus_advantage = T(0) - advantage;
-  // Comparisons, unlike fmin and fmax, keep a NaN.
-  const bool above = limit < unclamped, below = unclamped < -limit, clamped = above || below;
-  const T log_ratio = above ? limit : below ? -limit : unclamped;
+                                 T log_prob, T unclamped, T advantage, Anchor<T> anchor) {
+  T minus_advantage = T(0) - advantage;
+  const bool clamped = static_cast<T>(LOG_RATIO_LIMIT) < magnitude(unclamped);
+  const T log_ratio = clamp_log_ratio(unclamped);
   const Exponentials<T> exponential = exponentials(log_ratio);
   const T ratio = exponential.exp;
 
-  const bool is_weight = rule.surrogate == WEIGHT;
-  const bool by_upper = is_weight ? T(0) < log_ratio : minus_advantage < T(0);
-  const bool by_lower = is_weight ? log_ratio < T(0) : T(0) < minus_advantage;
-  const T stored_bound = bounds.at(index, old_log_prob, by_lower);
-  const bool clipped_low = by_lower && (Bounds::LOWER_IS_RATIO ? ratio : log_ratio) < stored_bound;
-  const bool clipped_high = by_upper && stored_bound < log_ratio;
+  // The log-ratio that the bounds limit, and the distance from it to that to the old policy.
+  T limited_log_ratio = log_ratio, shift = 0;
+  Exponentials<T> limited_exponential = exponential;
+  if (anchor.given) {
+    const T compared = log_prob - anchor.log_prob;
+    if (is_nan(compared)) minus_advantage = compared;  // it compares false, and has to reach the loss
+    limited_log_ratio = clamp_log_ratio(compared);
+    limited_exponential = exponentials(limited_log_ratio);
+    shift = clamp_log_ratio(anchor.log_prob - old_log_prob);
+  }
+  const bool by_upper = rule.by_log_ratio() ? T(0) < limited_log_ratio : minus_advantage < T(0);
+  const bool by_lower = rule.by_log_ratio() ? limited_log_ratio < T(0) : T(0) < minus_advantage;
+  const T stored_bound = bounds.at(index, anchor.given ? anchor.log_prob : old_log_prob, by_lower);
+  const bool bound_is_ratio = Bounds::LOWER_IS_RATIO && by_lower;
+
+  bool clipped_low, clipped_high;
+  T bound = 0;              // as a ratio to the old policy, of a token beyond it
+  T width = 0, excess = 0;  // of the region and of the ratio that it limits, for rules that need them
+  if (rule.needs_width()) {
+    if (bound_is_ratio) {
+      width = T(1) - stored_bound;
+    } else {
+      const T from_below = stored_bound < static_cast<T>(NO_RATIO) ? static_cast<T>(NO_RATIO) : stored_bound;
+      const T limited = static_cast<T>(LOG_RATIO_LIMIT) < from_below ? static_cast<T>(LOG_RATIO_LIMIT) : from_below;
+      const T rise = exponentials(limited).excess + limited;
+      width = by_lower ? T(0) - rise : rise;
+    }
+    // A ratio of 1 is at no side, and its width does not matter.
+    if (!(by_lower || by_upper) || width < static_cast<T>(MIN_WIDTH)) width = MIN_WIDTH;
+    excess = limited_exponential.excess + limited_log_ratio;
+    clipped_low = by_lower && width < magnitude(excess);
+    clipped_high = by_upper && width < magnitude(excess);
+  } else {
+    clipped_low = by_lower && (Bounds::LOWER_IS_RATIO ? limited_exponential.exp : limited_log_ratio) < stored_bound;
+    clipped_high = by_upper && stored_bound < limited_log_ratio;
+    if (clipped_low || clipped_high) {  // few tokens, because exponentials are expensive
+      if (!anchor.given) {
+        bound = bound_is_ratio ? stored_bound : exponentials(stored_bound).exp;
+      } else if (bound_is_ratio) {
+        bound = stored_bound * exponentials(shift).exp;
+      } else {
+        bound = exponentials(clamp_log_ratio(stored_bound + shift)).exp;
+      }
+    }
+  }
   const bool beyond = clipped_low || clipped_high;
-  T bound = 0;  // as a ratio; computed for the few tokens beyond it, because exponentials are expensive
-  if (beyond) bound = Bounds::LOWER_IS_RATIO && by_lower ? stored_bound : exponentials(stored_bound).exp;
 
   Outcome<T> result;
   bool limited = false;
   if (rule.surrogate == MIN_CLIP) {
-    limited = by_lower && rule.log_limit <= log_ratio;
-    const T kept_ratio = limited ? rule.limit : beyond ? bound : ratio;
+    limited = by_lower && rule.log_first <= log_ratio;
+    const T kept_ratio = limited ? rule.first : beyond ? bound : ratio;
     result.loss = minus_advantage * kept_ratio;
     result.slope = clamped || beyond || limited ? T(0) : result.loss;
   } else if (rule.surrogate == MASK) {
-    limited = rule.limit < ratio && !beyond;
-    const T slope = minus_advantage * (limited ? rule.limit : ratio);
-    result.loss = beyond ? T(0) : slope * log_prob;
-    result.slope = beyond ? T(0) : slope;
-  } else if (is_weight) {
+    // Only in a symmetric mask the advantage of a token beyond can be NaN; it must not be dropped.
+    const bool dropped = beyond && !is_nan(minus_advantage);
+    limited = rule.first < ratio && !dropped;
+    const T slope = minus_advantage * (limited ? rule.first : ratio);
+    result.loss = dropped ? T(0) : slope * log_prob;
+    result.slope = dropped ? T(0) : slope;
+  } else if (rule.surrogate == WEIGHT) {
     result.slope = minus_advantage * (beyond ? bound : ratio);
     result.loss = result.slope * log_prob;
-  } else {  // GRADIENT_PRESERVING
-    const T beta = by_lower ? rule.beta_low : rule.beta_high;
+  } else if (rule.surrogate == GRADIENT_PRESERVING) {
+    const T beta = by_lower ? rule.first : rule.second;
     result.loss = minus_advantage * (beyond ? beta * bound : ratio);
     result.slope = clamped && !beyond ? T(0) : result.loss;
+  } else {
+    const bool gains = minus_advantage < T(0);
+    const T loss_scale = anchor.given ? exponentials(shift).exp : T(1);
+    T factor;
+    if (rule.surrogate == SOFT_GATE) {
+      const T tau = gains ? rule.first : rule.second;
+      const T size = magnitude(tau * excess / width);
+      const T closed = CLOSED;
+      const T falling = T(0) - (closed < size ? closed : size);
+      const Exponentials<T> e = exponentials(falling);
+      const T sum = T(1) + e.exp;
+      const T tanh = (T(0) - (e.excess + falling)) / sum;  // of half the size
+      factor = closed < size ? T(0) : T(4) * e.exp / (sum * sum);
+      const T moved = T(2) * width * tanh / tau;
+      result.loss = minus_advantage * (loss_scale * (T(2) / tau + (excess < T(0) ? T(0) - moved : moved)));
+    } else {  // QUADRATIC
+      const T share = gains ? excess / width : T(0) - excess / width;
+      factor = T(1) - share;
+      result.loss = minus_advantage * (ratio - static_cast<T>(0.5) * (loss_scale * excess) * share);
+    }
+    result.slope = clamped ? T(0) : minus_advantage * ratio * factor;
   }
   const T unclipped = minus_advantage * ratio;
   result.log_ratio = log_ratio;

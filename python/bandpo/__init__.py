@@ -20,8 +20,8 @@ from bandpo._core import __version__
 from bandpo.divergence import Divergence
 from bandpo.error import BandpoError
 from bandpo.presets import preset
-from bandpo.region import Band, Clip, Dcpo, Region, sides
-from bandpo.surrogate import GradientPreserving, Mask
+from bandpo.region import Band, Clip, Dcpo, Region, by_sign, sides
+from bandpo.surrogate import GammaWeight, GradientPreserving, Mask, SoftGate
 from bandpo.table import BandTable, TableAccuracyWarning
 
 __all__ = [
@@ -31,11 +31,14 @@ __all__ = [
     "Clip",
     "Dcpo",
     "Divergence",
+    "GammaWeight",
     "GradientPreserving",
     "Mask",
     "Region",
+    "SoftGate",
     "TableAccuracyWarning",
     "__version__",
+    "by_sign",
     "error",
     "preset",
     "presets",

@@ -113,6 +113,7 @@ def policy_loss(
     surrogate: str,
     parameters: Sequence[float],
     by_probability: bool,
+    anchor_log_prob: _FloatArray | None,
     weight: float,
     per_token: _FloatArray | None,
     gradient: _FloatArray,

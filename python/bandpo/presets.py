@@ -21,7 +21,7 @@ from bandpo.check import check_name
 from bandpo.error import InvalidValueError, UnknownNameError
 from bandpo.notebook import html_table
 from bandpo.region import Band, Clip, Dcpo
-from bandpo.rule import AggregationMode, AnyRegion, RatioLevel
+from bandpo.rule import AggregationMode, RatioLevel, RuleRegion
 from bandpo.schedule import Bapo, RegionSource
 from bandpo.surrogate import GradientPreserving, Mask, Surrogate
 
@@ -31,7 +31,7 @@ class Preset:
     """A method as the arguments of `bandpo.loss.policy_loss`."""
 
     name: str
-    region: AnyRegion
+    region: RuleRegion
     surrogate: Surrogate = "min-clip"
     dual_clip: float | None = None
     ratio_level: RatioLevel = "token"

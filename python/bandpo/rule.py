@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from bandpo.check import check_name
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.region import Clip, Region
+from bandpo.region import BySign, Clip, Region
 from bandpo.schedule import RegionSource
-from bandpo.surrogate import MinClip, Surrogate, TokenSurrogate, resolve
+from bandpo.surrogate import GammaWeight, MinClip, Surrogate, TokenSurrogate, resolve
 
 AggregationMode: TypeAlias = Literal[
     "token-mean",
@@ -18,10 +18,13 @@ AggregationMode: TypeAlias = Literal[
     "seq-mean-token-sum-norm",
     "none",
 ]
-RatioLevel: TypeAlias = Literal["token", "sequence", "geometric-mean"]
+RatioLevel: TypeAlias = Literal["token", "sequence", "sequence-product", "geometric-mean"]
 BackendName: TypeAlias = Literal["auto", "native", "cuda", "torch"]
 AnyRegion: TypeAlias = Region | RegionSource
 """A region, or a source of one that changes between steps."""
+
+RuleRegion: TypeAlias = AnyRegion | BySign
+"""What a loss takes: also a region for each sign of the advantage."""
 
 AGGREGATION_MODES: tuple[str, ...] = get_args(AggregationMode)
 RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
@@ -31,14 +34,14 @@ BACKENDS: tuple[str, ...] = get_args(BackendName)
 class Rule(NamedTuple):
     """A checked rule of `bandpo.loss.policy_loss`; made by `Rule.of`."""
 
-    region: AnyRegion
+    region: RuleRegion
     surrogate: TokenSurrogate
     ratio_level: RatioLevel
 
     @classmethod
     def of(
         cls,
-        region: AnyRegion,
+        region: RuleRegion,
         surrogate: Surrogate,
         dual_clip: float | None,
         ratio_level: RatioLevel,
@@ -49,13 +52,16 @@ class Rule(NamedTuple):
             InvalidTypeError: If an argument has the wrong type.
             InvalidValueError: If it is out of range or unknown, or does not go with another.
         """
-        check_region(region)
+        if not isinstance(region, BySign):
+            check_region(region)
         resolved = resolve(surrogate, dual_clip)
         check_name("ratio_level", ratio_level, RATIO_LEVELS)
-        if ratio_level == "sequence" and not isinstance(current(region), Clip):
+        if ratio_level in ("sequence", "sequence-product") and not all(
+            isinstance(part, Clip) for part in parts_of(region)
+        ):
             raise InvalidValueError(
-                f"region must be a Clip with ratio_level 'sequence', got {region!r}, which depends "
-                f"on each token's probability; use ratio_level 'token'"
+                f"region must be a Clip with ratio_level {ratio_level!r}, got {region!r}, which "
+                f"depends on each token's probability; use ratio_level 'token'"
             )
         if ratio_level == "geometric-mean":
             if not isinstance(resolved, MinClip):
@@ -72,12 +78,21 @@ class Rule(NamedTuple):
     @property
     def changes_tokens(self) -> bool:
         """True if some tokens are clipped or masked before a backend computes their losses."""
-        return self.surrogate.whole_sequence or self.ratio_level == "geometric-mean"
+        return (
+            self.surrogate.whole_sequence
+            or self.ratio_level == "geometric-mean"
+            or isinstance(self.surrogate, GammaWeight)
+        )
 
 
 def current(region: AnyRegion) -> Region:
     """Returns the region, or the one that a source has now."""
     return region.region if isinstance(region, RegionSource) else region
+
+
+def parts_of(region: RuleRegion) -> tuple[Region, ...]:
+    """Returns the region that it is now, or both regions of a `BySign`."""
+    return region if isinstance(region, BySign) else (current(region),)
 
 
 def check_region(region: object) -> None:

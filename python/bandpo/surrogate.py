@@ -11,11 +11,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
-from bandpo.check import check_name, real_number
+from bandpo.check import check_name, positive_number, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to plus and minus this before they are exponentiated."""
+
+MIN_WIDTH = 1e-6
+"""Min width of a region for the surrogates that divide by it; as in ``rust/loss/surrogate.rs``."""
 
 
 class TokenSurrogate:
@@ -24,6 +27,8 @@ class TokenSurrogate:
     name: ClassVar[str]
     gradient_carries_ratio: ClassVar[bool] = False
     """True if the gradient is ``r`` times a constant, so that its derivative is itself."""
+    gradient_bends: ClassVar[bool] = False
+    """True if the derivative of the gradient is neither itself nor 0."""
     needs_bounds: ClassVar[bool] = True
     """False if membership in the region is enough, which takes no root."""
     limited_metric: ClassVar[str | None] = None
@@ -33,6 +38,11 @@ class TokenSurrogate:
     def parameters(self) -> list[float]:
         """Its numbers, in the order in which backends take them."""
         return []
+
+    @property
+    def by_log_ratio(self) -> bool:
+        """True if both bounds hold for either sign of the advantage."""
+        return False
 
     @property
     def whole_sequence(self) -> bool:
@@ -77,10 +87,12 @@ class Mask(TokenSurrogate):
             verl's loss; verl's shipped configuration sets 3.
         whole_sequence: Drop every token of a sequence in which any token has left the region, on
             either side (trust region masking, arXiv 2512.23075), in place of single tokens.
+        symmetric: Drop a token that has left the region on either side, whatever the sign of its
+            advantage (IPO of prime-rl, IcePop as a loss, KPop).
 
     Raises:
-        InvalidTypeError: If ``truncation`` is not a real number, or ``whole_sequence`` not a bool.
-        InvalidValueError: If ``truncation`` is not above 1.
+        InvalidTypeError: If ``truncation`` is not a real number, or a flag not a bool.
+        InvalidValueError: If ``truncation`` is not above 1, or both flags are True.
     """
 
     name: ClassVar = "mask"
@@ -88,18 +100,30 @@ class Mask(TokenSurrogate):
     limited_metric: ClassVar = "truncation_fraction"
     truncation: float | None = 20.0
     whole_sequence: bool = False
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         _check_above_1("truncation", self.truncation)
-        if not isinstance(self.whole_sequence, bool):
-            raise InvalidTypeError(
-                f"whole_sequence must be a bool, got {type(self.whole_sequence).__name__}"
+        for argument in ("whole_sequence", "symmetric"):
+            value = getattr(self, argument)
+            if not isinstance(value, bool):
+                raise InvalidTypeError(f"{argument} must be a bool, got {type(value).__name__}")
+        if self.symmetric and self.whole_sequence:
+            raise InvalidValueError(
+                "symmetric must be left out with whole_sequence, which drops on either side, "
+                "got True for both"
             )
 
     @property
     def parameters(self) -> list[float]:
-        """The truncation, if there is one."""
-        return _optional(self.truncation)
+        """The truncation, infinite for none, and 1 if the mask is symmetric."""
+        limit = math.inf if self.truncation is None else float(self.truncation)
+        return [limit, float(self.symmetric)]
+
+    @property
+    def by_log_ratio(self) -> bool:
+        """True if the mask is symmetric."""
+        return self.symmetric
 
 
 @dataclass(frozen=True)
@@ -107,6 +131,11 @@ class Weight(TokenSurrogate):
     """The clipped ratio as a weight without gradient (CISPO, arXiv 2506.13585)."""
 
     name: ClassVar = "weight"
+
+    @property
+    def by_log_ratio(self) -> bool:
+        """True."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -142,16 +171,111 @@ class GradientPreserving(TokenSurrogate):
         return [float(self.beta_low), float(self.beta_high)]
 
 
-SurrogateName: TypeAlias = Literal["min-clip", "mask", "weight", "gradient-preserving"]
-Surrogate: TypeAlias = SurrogateName | Mask | GradientPreserving
+@dataclass(frozen=True)
+class SoftGate(TokenSurrogate):
+    """A smooth gate in place of a bound (SAPO, arXiv 2511.20347); the region gives its width.
+
+    The gradient of a token is ``-A r / cosh(tau (r - 1) / (2 w))^2``. The width w is the distance
+    from 1 to the bound on the side of r. With ``Clip(1.0, 1.0)``, where w is 1, this is SAPO. A
+    band opens the gate wider for tokens that are rarer.
+
+    Args:
+        tau_positive: Sharpness for ``A > 0``, finite and above 0; SAPO takes 1.0.
+        tau_negative: Sharpness for other advantages; SAPO takes 1.05.
+
+    Raises:
+        InvalidTypeError: If a sharpness is not a real number.
+        InvalidValueError: If it is out of range.
+    """
+
+    name: ClassVar = "soft-gate"
+    gradient_bends: ClassVar = True
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+
+    def __post_init__(self) -> None:
+        for argument in ("tau_positive", "tau_negative"):
+            positive_number(argument, getattr(self, argument))
+
+    @property
+    def parameters(self) -> list[float]:
+        """Both sharpnesses."""
+        return [float(self.tau_positive), float(self.tau_negative)]
+
+    @property
+    def by_log_ratio(self) -> bool:
+        """True."""
+        return True
+
+
+class Quadratic(TokenSurrogate):
+    """A quadratic penalty in place of a bound (SPO, arXiv 2401.16025); the region gives its width.
+
+    The gradient of a token is ``-A r (1 - sign(A) (r - 1) / w)``: it falls to 0 at the bound on the
+    side of the advantage and turns back beyond it. The width w is the distance from 1 to the bound
+    on the side of r. With ``Clip(eps)`` this is SPO, with a total-variation band the rule of DRPO
+    (arXiv 2606.09821).
+    """
+
+    name: ClassVar = "quadratic"
+    gradient_bends: ClassVar = True
+
+    @property
+    def by_log_ratio(self) -> bool:
+        """True."""
+        return True
+
+
+@dataclass(frozen=True)
+class GammaWeight(TokenSurrogate):
+    """A weight without gradient that follows a gamma density (VESPO, arXiv 2602.10693).
+
+    The gradient of a token is ``-A R^k exp(lambda (1 - R))``, where R is the ratio, moved to the
+    nearest bound of the region. VESPO takes ratio_level "sequence-product" and no bound.
+
+    Args:
+        k_positive: Exponent k for ``A >= 0``, finite and at least 0.
+        lambda_positive: Rate for ``A >= 0``, likewise.
+        k_negative: Exponent for ``A < 0``.
+        lambda_negative: Rate for ``A < 0``.
+
+    Raises:
+        InvalidTypeError: If a number is not real.
+        InvalidValueError: If it is out of range.
+    """
+
+    name: ClassVar = "gamma-weight"
+    k_positive: float = 2.0
+    lambda_positive: float = 3.0
+    k_negative: float = 3.0
+    lambda_negative: float = 2.0
+
+    def __post_init__(self) -> None:
+        for argument in ("k_positive", "lambda_positive", "k_negative", "lambda_negative"):
+            value = getattr(self, argument)
+            if not 0.0 <= real_number(argument, value) < math.inf:
+                raise InvalidValueError(f"{argument} must be finite and at least 0, got {value}")
+
+    @property
+    def by_log_ratio(self) -> bool:
+        """True."""
+        return True
+
+
+SurrogateName: TypeAlias = Literal[
+    "min-clip", "mask", "weight", "gradient-preserving", "soft-gate", "quadratic", "gamma-weight"
+]
+Surrogate: TypeAlias = SurrogateName | Mask | GradientPreserving | SoftGate | GammaWeight
 
 BY_NAME: dict[str, type[TokenSurrogate]] = {
-    surrogate.name: surrogate for surrogate in (MinClip, Mask, Weight, GradientPreserving)
+    surrogate.name: surrogate
+    for surrogate in (MinClip, Mask, Weight, GradientPreserving, SoftGate, Quadratic, GammaWeight)
 }
-"""Every surrogate by its name, which backends take."""
+"""Every surrogate by its name."""
 
-NAMES = tuple(BY_NAME)
-"""The names, in the order of the kernels' numbers."""
+NAMES = tuple(name for name in BY_NAME if name != GammaWeight.name)
+"""The names that backends take, in the order of the kernels' numbers; `bandpo.loss.levels` makes a
+gamma weight of "weight"."""
 
 
 def resolve(surrogate: Surrogate, dual_clip: float | None) -> TokenSurrogate:

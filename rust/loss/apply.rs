@@ -6,7 +6,7 @@
 use crate::loss::collect::clamp;
 use crate::loss::columns::{Columns, load, numbers};
 use crate::loss::scratch::{Candidates, Column};
-use crate::loss::surrogate::{Outcome, Rule, TokenVector};
+use crate::loss::surrogate::{MIN_WIDTH, Outcome, Rule, TokenVector};
 use crate::loss::totals::sum;
 use crate::loss::{Float, LOG_RATIO_LIMIT, Totals};
 use crate::simd::lanes::Lanes;
@@ -77,7 +77,7 @@ impl<T: Float, R: Rule> Apply<'_, T, R> {
         let neg_advantage = lanes.load(&self.neg_advantage[index..]);
         let unclamped = lanes.load(&self.log_ratio[index..]);
         let candidates = self.candidates.bits[index / L::COUNT];
-        let clipped_ratio =
+        let expanded =
             lanes.expand(lanes.mask_of(candidates), &self.candidates.scratch[*candidate..]);
         *candidate += candidates.count_ones() as usize;
 
@@ -85,23 +85,44 @@ impl<T: Float, R: Rule> Apply<'_, T, R> {
         let exponentials = lanes.exp_and_gap(log_ratio);
         let ratio = exponentials.exp;
         let unclipped = lanes.mul(neg_advantage, ratio);
+        // SAFETY: required of the caller.
+        let column = |column: &[T]| unsafe {
+            lanes.select(valid, load::<WHOLE, L>(lanes, column, index), zero)
+        };
+        let log_prob = column(self.columns.log_prob);
+        // Unused but by rules that are by the log-ratio.
+        let (compared, excess, loss_scale) = match self.columns.anchor_log_prob {
+            Some(anchor) if R::BY_LOG_RATIO => {
+                let anchor = column(anchor);
+                let compared = clamp(lanes, lanes.sub(log_prob, anchor));
+                let excess = lanes.add(lanes.exp_and_gap(compared).gap, compared);
+                let shift = clamp(lanes, lanes.sub(anchor, column(self.columns.old_log_prob)));
+                (compared, excess, lanes.exp_and_gap(shift).exp)
+            }
+            _ => (log_ratio, lanes.add(exponentials.gap, log_ratio), lanes.splat(1.0)),
+        };
         let lower = if R::BY_LOG_RATIO {
-            lanes.less(log_ratio, zero)
+            lanes.less(compared, zero)
         } else {
             lanes.less(zero, neg_advantage)
         };
+        let width = lanes.clamp_min(MIN_WIDTH, expanded);
         let tokens = TokenVector {
-            // SAFETY: required of the caller.
-            log_prob: unsafe {
-                lanes.select(valid, load::<WHOLE, L>(lanes, self.columns.log_prob, index), zero)
-            },
+            log_prob,
             neg_advantage,
             log_ratio,
             ratio,
             unclipped,
-            clipped_ratio,
+            clipped_ratio: expanded,
+            width,
+            excess,
+            loss_scale,
             clamped: lanes.less(lanes.splat(LOG_RATIO_LIMIT), lanes.abs(unclamped)),
-            beyond: lanes.less(zero, clipped_ratio),
+            beyond: if R::NEEDS_WIDTH {
+                lanes.less(width, lanes.abs(excess))
+            } else {
+                lanes.less(zero, expanded)
+            },
             lower,
         };
         let Outcome { loss, gradient, limited } = self.rule.apply(lanes, &tokens);

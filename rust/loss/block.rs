@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use crate::loss::apply::Apply;
 use crate::loss::bounds::{Bounds, Constant, PerToken};
-use crate::loss::clip::{ClipRatios, FindBounds};
+use crate::loss::clip::{ClipRatios, FindBounds, FindWidths};
 use crate::loss::collect::Collect;
 use crate::loss::columns::Columns;
 use crate::loss::scratch::Scratch;
@@ -90,10 +90,12 @@ impl<T: Float, R: Rule, B: Bounds<T>> Task<'_, T, R, B> {
             totals,
         });
         T::run(FindBounds { bounds, candidates });
-        if B::LOWER_IS_RATIO {
-            T::run(ClipRatios::<T, true> { candidates });
-        } else {
-            T::run(ClipRatios::<T, false> { candidates });
+        let has_anchor = columns.anchor_log_prob.is_some();
+        match (R::NEEDS_WIDTH, B::LOWER_IS_RATIO) {
+            (true, true) => T::run(FindWidths::<T, true> { candidates }),
+            (true, false) => T::run(FindWidths::<T, false> { candidates }),
+            (false, true) => T::run(ClipRatios::<T, true> { candidates, has_anchor }),
+            (false, false) => T::run(ClipRatios::<T, false> { candidates, has_anchor }),
         }
         T::run(Apply {
             rule,

@@ -1,4 +1,4 @@
-//! Middle steps: the bounds of the candidates, and their clipped ratios.
+//! Middle steps: the bounds of the candidates, and their clipped ratios or their widths.
 //!
 //! Two loops, because each is a long chain of operations, and a processor overlaps more turns of a short loop.
 
@@ -6,7 +6,9 @@
 #![allow(clippy::inline_always)]
 
 use crate::loss::Float;
+use crate::loss::LOG_RATIO_LIMIT;
 use crate::loss::bounds::Bounds;
+use crate::loss::collect::clamp;
 use crate::loss::scratch::Candidates;
 use crate::simd::{LossLanes, WithLanes};
 
@@ -33,8 +35,11 @@ impl<T: Float, B: Bounds<T>> WithLanes<T> for FindBounds<'_, T, B> {
 
 /// Replaces the bounds of the candidates by their clipped ratios: the bound as a ratio where the token is beyond
 /// it, otherwise 0. No token can be beyond a bound of 0, so that 0 is free to mean "not beyond".
+///
+/// With an anchor the bounds limit new/anchor. Those of new/old are further by the shift, anchor/old.
 pub(super) struct ClipRatios<'a, T, const LOWER_IS_RATIO: bool> {
     pub(super) candidates: &'a mut Candidates<T>,
+    pub(super) has_anchor: bool,
 }
 
 impl<T: Float, const LOWER_IS_RATIO: bool> WithLanes<T> for ClipRatios<'_, T, LOWER_IS_RATIO> {
@@ -42,7 +47,7 @@ impl<T: Float, const LOWER_IS_RATIO: bool> WithLanes<T> for ClipRatios<'_, T, LO
 
     #[inline(always)]
     fn run<L: LossLanes<Scalar = T>>(self, lanes: L) {
-        let Candidates { scratch, log_ratio, count, .. } = self.candidates;
+        let Candidates { scratch, log_ratio, shift, count, .. } = self.candidates;
         let zero = lanes.splat(0.0);
         for index in (0..*count).step_by(L::COUNT) {
             let (log_ratio, bound) =
@@ -55,8 +60,51 @@ impl<T: Float, const LOWER_IS_RATIO: bool> WithLanes<T> for ClipRatios<'_, T, LO
             } else {
                 (lanes.less(log_ratio, bound), lanes.exp_and_gap(bound).exp)
             };
+            let clipped = if self.has_anchor {
+                let shift = clamp(lanes, lanes.load(&shift[index..]));
+                let shifted = clamp(lanes, lanes.add(bound, shift));
+                if LOWER_IS_RATIO {
+                    let exp = lanes.exp_and_gap(lanes.select(lower, shift, shifted)).exp;
+                    lanes.select(lower, lanes.mul(bound, exp), exp)
+                } else {
+                    lanes.exp_and_gap(shifted).exp
+                }
+            } else {
+                clipped
+            };
             let beyond = lanes.or(above, lanes.and(lower, below));
             lanes.store(lanes.select(beyond, clipped, zero), &mut scratch[index..]);
         }
     }
 }
+
+/// Replaces the bounds of the candidates by the region's width on that side: the distance from 1 to the bound as a
+/// ratio. Bounds count up to the ratios that the clamp leaves.
+pub(super) struct FindWidths<'a, T, const LOWER_IS_RATIO: bool> {
+    pub(super) candidates: &'a mut Candidates<T>,
+}
+
+impl<T: Float, const LOWER_IS_RATIO: bool> WithLanes<T> for FindWidths<'_, T, LOWER_IS_RATIO> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: LossLanes<Scalar = T>>(self, lanes: L) {
+        let Candidates { scratch, log_ratio, count, .. } = self.candidates;
+        let zero = lanes.splat(0.0);
+        for index in (0..*count).step_by(L::COUNT) {
+            let lower = lanes.less(lanes.load(&log_ratio[index..]), zero);
+            let bound = lanes.load(&scratch[index..]);
+            let limited = lanes.clamp_min(NO_RATIO, lanes.clamp_max(LOG_RATIO_LIMIT, bound));
+            let rise = lanes.add(lanes.exp_and_gap(limited).gap, limited);
+            let fall = if LOWER_IS_RATIO {
+                lanes.sub(lanes.splat(1.0), bound)
+            } else {
+                lanes.sub(zero, rise)
+            };
+            lanes.store(lanes.select(lower, fall, rise), &mut scratch[index..]);
+        }
+    }
+}
+
+/// Log of a ratio that is 0 beside 1 in every float type.
+const NO_RATIO: f64 = -40.0;

@@ -85,27 +85,49 @@ impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
             None => lanes.sub(column(columns.log_prob), old_log_prob),
         };
         let neg_advantage = lanes.sub(zero, column(columns.advantages));
+        let clamped = clamp(lanes, log_ratio);
+        let (log_prob_of_bounds, compared, compared_clamped, neg_advantage) =
+            match columns.anchor_log_prob {
+                None => (old_log_prob, log_ratio, clamped, neg_advantage),
+                Some(anchor) => {
+                    let anchor = column(anchor);
+                    let compared = lanes.sub(column(columns.log_prob), anchor);
+                    // A NaN here compares false, so it has to reach the loss on another way.
+                    let unknown = lanes.is_nan(compared);
+                    let neg_advantage = lanes.select(unknown, compared, neg_advantage);
+                    (anchor, compared, clamp(lanes, compared), neg_advantage)
+                }
+            };
         lanes.store(log_ratio, &mut self.log_ratio[index..]);
         lanes.store(neg_advantage, &mut self.neg_advantage[index..]);
 
-        let clamped = clamp(lanes, log_ratio);
         // A NaN advantage is on neither side, so its token is never clipped and its loss is NaN.
         let (upper, lower) = if R::BY_LOG_RATIO {
-            (lanes.less(zero, log_ratio), lanes.less(log_ratio, zero))
+            (lanes.less(zero, compared), lanes.less(compared, zero))
         } else {
             (lanes.less(neg_advantage, zero), lanes.less(zero, neg_advantage))
         };
         // SAFETY: required of the caller.
-        let keys =
-            unsafe { self.bounds.keys::<WHOLE, L>(lanes, self.start + index, old_log_prob, lower) };
-        let reach = self.bounds.reach(lanes, keys, lower);
-        let candidate = lanes.or(
-            lanes.and(upper, lanes.less(reach, log_ratio)),
-            lanes.and(lower, lanes.less(log_ratio, reach)),
-        );
+        let keys = unsafe {
+            let start = self.start + index;
+            self.bounds.keys::<WHOLE, L>(lanes, start, log_prob_of_bounds, lower)
+        };
+        let candidate = if R::NEEDS_WIDTH {
+            lanes.or(upper, lower)
+        } else {
+            let reach = self.bounds.reach(lanes, keys, lower);
+            lanes.or(
+                lanes.and(upper, lanes.less(reach, compared)),
+                lanes.and(lower, lanes.less(compared, reach)),
+            )
+        };
         self.candidates.bits[index / L::COUNT] = lanes.bits(candidate);
         lanes.compress(candidate, keys, &mut self.candidates.scratch[*candidates..]);
-        lanes.compress(candidate, clamped, &mut self.candidates.log_ratio[*candidates..]);
+        lanes.compress(candidate, compared_clamped, &mut self.candidates.log_ratio[*candidates..]);
+        if columns.anchor_log_prob.is_some() {
+            let shift = lanes.sub(log_prob_of_bounds, old_log_prob);
+            lanes.compress(candidate, shift, &mut self.candidates.shift[*candidates..]);
+        }
         *candidates += lanes.bits(candidate).count_ones() as usize;
 
         sums.valid += lanes.bits(valid).count_ones();

@@ -14,6 +14,8 @@ pub(super) struct Columns<'a, T> {
     pub(super) log_prob: &'a [T],
     /// Log-ratios that replace `log_prob - old_log_prob`.
     pub(super) log_ratio: Option<&'a [T]>,
+    /// Log-probs that the bounds stand at, in place of `old_log_prob`.
+    pub(super) anchor_log_prob: Option<&'a [T]>,
     pub(super) advantages: &'a [T],
     pub(super) mask: &'a [u8],
 }
@@ -26,6 +28,7 @@ impl<'a, T: Float> Columns<'a, T> {
             old_log_prob: &tokens.old_log_prob[block.clone()],
             log_prob: &tokens.log_prob[block.clone()],
             log_ratio: tokens.log_ratio.map(|given| &given[block.clone()]),
+            anchor_log_prob: tokens.anchor_log_prob.map(|anchor| &anchor[block.clone()]),
             advantages: tokens.advantages.block(start, advantages),
             mask: &tokens.mask[block],
         }

@@ -15,6 +15,7 @@
 //!     old_log_prob: &[-1.0, -1.0, 0.0],
 //!     log_prob: &[-0.9, -0.5, 0.0],
 //!     log_ratio: None,
+//!     anchor_log_prob: None,
 //!     advantages: Advantages::PerToken(&[1.0, 1.0, 1.0]),
 //!     mask: &[1, 1, 0],
 //! };
@@ -48,7 +49,9 @@ mod totals;
 use std::fmt::Debug;
 
 use crate::error::{Error, Result};
-use crate::loss::surrogate::{GradientPreserving, Mask, MinClip, Surrogate, Weight};
+use crate::loss::surrogate::{
+    GradientPreserving, Mask, MinClip, Quadratic, SoftGate, Surrogate, Weight,
+};
 use crate::simd::Number;
 use crate::threads::map_parts;
 
@@ -132,6 +135,9 @@ pub struct Tokens<'a, T> {
     pub log_prob: &'a [T],
     /// Log-ratios that replace `log_prob - old_log_prob`, such as a sequence's mean.
     pub log_ratio: Option<&'a [T]>,
+    /// Natural log-probabilities under a third policy, such as the one that sampled: the bounds stand at these and
+    /// limit `log_prob - anchor_log_prob`, while the ratio stays that to `old_log_prob`. Not with `log_ratio`.
+    pub anchor_log_prob: Option<&'a [T]>,
     /// Advantages.
     pub advantages: Advantages<'a, T>,
     /// 0 for tokens that do not count. Their other elements may hold anything.
@@ -173,6 +179,7 @@ pub fn policy_loss<T: Float>(
     for (argument, actual) in [
         ("old_log_prob", tokens.old_log_prob.len()),
         ("log_ratio", tokens.log_ratio.map_or(count, <[T]>::len)),
+        ("anchor_log_prob", tokens.anchor_log_prob.map_or(count, <[T]>::len)),
         ("advantages", tokens.advantages.tokens()),
         ("mask", tokens.mask.len()),
         ("log_lower", bound_lengths.0),
@@ -185,18 +192,33 @@ pub fn policy_loss<T: Float>(
         }
     }
     surrogate.check()?;
+    if tokens.log_ratio.is_some() && tokens.anchor_log_prob.is_some() {
+        return Err(Error::Argument {
+            argument: "anchor_log_prob",
+            value: "given with log_ratio".into(),
+            allowed: "only one of the two: shift the bounds of a given log_ratio",
+        });
+    }
     Ok(match surrogate {
         Surrogate::MinClip { dual_clip } => {
             block::run(MinClip { dual_clip }, tokens, bounds, by_probability, outputs)
         }
-        Surrogate::Mask { truncation } => {
-            block::run(Mask { truncation }, tokens, bounds, by_probability, outputs)
+        Surrogate::Mask { truncation, symmetric: false } => {
+            block::run(Mask::<false> { truncation }, tokens, bounds, by_probability, outputs)
+        }
+        Surrogate::Mask { truncation, symmetric: true } => {
+            block::run(Mask::<true> { truncation }, tokens, bounds, by_probability, outputs)
         }
         Surrogate::Weight => block::run(Weight, tokens, bounds, by_probability, outputs),
         Surrogate::GradientPreserving { beta_low, beta_high } => {
             let rule = GradientPreserving { beta_low, beta_high };
             block::run(rule, tokens, bounds, by_probability, outputs)
         }
+        Surrogate::SoftGate { tau_positive, tau_negative } => {
+            let rule = SoftGate { tau_positive, tau_negative };
+            block::run(rule, tokens, bounds, by_probability, outputs)
+        }
+        Surrogate::Quadratic => block::run(Quadratic, tokens, bounds, by_probability, outputs),
     })
 }
 

@@ -26,10 +26,12 @@ pub(super) struct Scratch<T> {
 #[repr(align(64))]
 pub(super) struct Candidates<T> {
     /// Scratch column, reused by each step: lookup keys after `Collect`, bounds after `FindBounds`, and after
-    /// `ClipRatios` the clipped ratio, or 0 for tokens that are not clipped.
+    /// `ClipRatios` the clipped ratio, or 0 for tokens that are not clipped, or after `FindWidths` the width.
     pub(super) scratch: Column<T>,
-    /// Clamped log-ratios, negative where the lower bound holds.
+    /// Clamped log-ratios that the bounds are compared with, negative where the lower bound holds.
     pub(super) log_ratio: Column<T>,
+    /// Log-probs of the anchor less the old ones. Unused without an anchor.
+    pub(super) shift: Column<T>,
     pub(super) count: usize,
     /// A bit for each token of a vector: whether it is a candidate.
     pub(super) bits: [u32; BLOCK],
@@ -41,7 +43,13 @@ impl<T: Float> Scratch<T> {
         Self {
             log_ratio: zeros,
             neg_advantage: zeros,
-            candidates: Candidates { scratch: zeros, log_ratio: zeros, count: 0, bits: [0; BLOCK] },
+            candidates: Candidates {
+                scratch: zeros,
+                log_ratio: zeros,
+                shift: zeros,
+                count: 0,
+                bits: [0; BLOCK],
+            },
             advantages: [T::ZERO; BLOCK],
             losses: [T::ZERO; BLOCK],
         }

@@ -9,15 +9,26 @@
 //! | min-clip (PPO; dual clip c: arXiv 1912.09729) | `-A min(r, upper)` for `A > 0`, `min(-A max(r, lower), -A c)` for `A < 0` | `-A r`; 0 beyond, where `A < 0` and `r >= c`, and where the clamp acts |
 //! | mask (DPPO, arXiv 2602.04879) | `-A sg(min(r, c)) new`; 0 beyond | `-A min(r, c)`; 0 beyond |
 //! | weight (CISPO, arXiv 2506.13585) | `-A sg(clip(r, lower, upper)) new` | `-A clip(r, lower, upper)` |
+//! | mask, symmetric (IPO) | as mask, with beyond on either side whatever the sign of `A` | likewise |
 //! | gradient-preserving (CE-GPPO, arXiv 2509.20712) | `-A r`; beyond `-A beta bound r/sg(r)` | `-A r` but 0 where the clamp acts; beyond `-A beta bound` |
+//! | soft-gate (SAPO, arXiv 2511.20347) | `-A (2/t + 2w/t tanh(z/2))`, `z = t (r - 1)/w` | `-A r sech^2(z/2)`; 0 where the clamp acts |
+//! | quadratic (SPO, arXiv 2401.16025) | `-A r + abs(A) (r - 1)^2/(2w)` | `-A r (1 - sign(A) (r - 1)/w)`; 0 where the clamp acts |
+//!
+//! `w` is the width of the region on the side of `r`, `upper - 1` or `1 - lower`, at least [`MIN_WIDTH`]; `t` is
+//! `tau_positive` for `A > 0`, otherwise `tau_negative`.
 //!
 //! A token at its bound is not beyond it. Only one side of each token is looked up: the side that the sign of the
-//! advantage selects, or for weight the sign of `x`.
+//! advantage selects, or for weight, the symmetric mask and the two rules with a width the sign of `x`.
+//!
+//! With an anchor the bounds limit `v = e^(new - anchor)` in place of r: for the clipped ratio they are multiplied
+//! by anchor/old, and the two rules with a width take `v - 1` for `r - 1` and multiply their loss by anchor/old in
+//! place of the factor r/v, so that the gradient is still `-A r` times a factor.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
 use crate::error::{Error, Result};
+use crate::simd::LossLanes;
 use crate::simd::lanes::Lanes;
 
 /// Rule that makes a loss of a token's ratio and bounds.
@@ -32,6 +43,8 @@ pub enum Surrogate {
     Mask {
         /// Max weight, above 1.
         truncation: Option<f64>,
+        /// Whether a token outside on either side is dropped, whatever the sign of its advantage.
+        symmetric: bool,
     },
     /// CISPO's.
     Weight,
@@ -42,15 +55,26 @@ pub enum Surrogate {
         /// Factor of the gradient above the upper bound, finite and at least 0.
         beta_high: f64,
     },
+    /// SAPO's.
+    SoftGate {
+        /// Sharpness for `A > 0`, finite and above 0.
+        tau_positive: f64,
+        /// Sharpness for other advantages, finite and above 0.
+        tau_negative: f64,
+    },
+    /// SPO's.
+    Quadratic,
 }
 
 impl Surrogate {
-    /// The surrogate of a name, with its parameters in the order of its fields; an optional one may be missing.
+    /// The surrogate of a name, with its parameters in the order of its fields. An optional one may be missing, or
+    /// infinite for none; a flag is 0 or 1.
     ///
     /// ```
     /// use bandpo::surrogate::Surrogate;
     ///
-    /// assert_eq!(Surrogate::new("mask", &[5.0])?, Surrogate::Mask { truncation: Some(5.0) });
+    /// let mask = Surrogate::Mask { truncation: Some(5.0), symmetric: false };
+    /// assert_eq!(Surrogate::new("mask", &[5.0])?, mask);
     /// assert!(Surrogate::new("mask", &[0.5]).is_err());
     /// # Ok::<(), bandpo::error::Error>(())
     /// ```
@@ -59,19 +83,25 @@ impl Surrogate {
     /// [`Error::Argument`] if no surrogate has this name and number of parameters, or if a parameter is out of
     /// range.
     pub fn new(name: &str, parameters: &[f64]) -> Result<Self> {
-        let optional = parameters.first().copied();
+        let optional = parameters.first().copied().filter(|&limit| limit != f64::INFINITY);
         let surrogate = match (name, parameters) {
             ("min-clip", [] | [_]) => Self::MinClip { dual_clip: optional },
-            ("mask", [] | [_]) => Self::Mask { truncation: optional },
+            ("mask", [] | [_] | [_, 0.0]) => Self::Mask { truncation: optional, symmetric: false },
+            ("mask", [_, 1.0]) => Self::Mask { truncation: optional, symmetric: true },
             ("weight", []) => Self::Weight,
             ("gradient-preserving", &[beta_low, beta_high]) => {
                 Self::GradientPreserving { beta_low, beta_high }
             }
+            ("soft-gate", &[tau_positive, tau_negative]) => {
+                Self::SoftGate { tau_positive, tau_negative }
+            }
+            ("quadratic", []) => Self::Quadratic,
             _ => {
                 return Err(Error::Argument {
                     argument: "surrogate",
-                    value: format!("{name} with {} parameters", parameters.len()),
-                    allowed: "min-clip, mask, weight or gradient-preserving with its parameters",
+                    value: format!("{name} with parameters {parameters:?}"),
+                    allowed: "min-clip, mask, weight, gradient-preserving, soft-gate or quadratic with its \
+                              parameters",
                 });
             }
         };
@@ -84,11 +114,15 @@ impl Surrogate {
         let above_one = |name, value: Option<f64>| value.map(|value| (name, value, ABOVE_ONE));
         match self {
             Self::MinClip { dual_clip } => [above_one("dual_clip", dual_clip), None],
-            Self::Mask { truncation } => [above_one("truncation", truncation), None],
-            Self::Weight => [None, None],
+            Self::Mask { truncation, .. } => [above_one("truncation", truncation), None],
+            Self::Weight | Self::Quadratic => [None, None],
             Self::GradientPreserving { beta_low, beta_high } => {
                 [Some(("beta_low", beta_low, FACTOR)), Some(("beta_high", beta_high, FACTOR))]
             }
+            Self::SoftGate { tau_positive, tau_negative } => [
+                Some(("tau_positive", tau_positive, POSITIVE)),
+                Some(("tau_negative", tau_negative, POSITIVE)),
+            ],
         }
     }
 
@@ -115,13 +149,22 @@ const FACTOR: Range = Range {
     allowed: "finite and at least 0",
     contains: |value| (0.0..f64::INFINITY).contains(&value),
 };
+const POSITIVE: Range =
+    Range { allowed: "finite and above 0", contains: |value| value > 0.0 && value < f64::INFINITY };
+
+/// Min width of a region for the rules that divide by it. Where the old probability is 1 in its precision the upper
+/// width is 0, and a log-prob that rounding puts above 0 must not make the loss infinite.
+pub const MIN_WIDTH: f64 = 1e-6;
 
 /// Formulas of a surrogate.
 pub(crate) trait Rule: Copy + Sync {
     /// True if the sign of the log-ratio selects a token's bound, false if that of the advantage does.
     const BY_LOG_RATIO: bool;
+    /// True if the width of the region at every token matters, not only which tokens are beyond their bound. Such
+    /// a rule is by the log-ratio.
+    const NEEDS_WIDTH: bool = false;
 
-    fn apply<L: Lanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L>;
+    fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L>;
 }
 
 /// A vector of tokens. Tokens that do not count have numbers of 0 and a ratio of 1.
@@ -135,6 +178,12 @@ pub(crate) struct TokenVector<L: Lanes> {
     pub unclipped: L::Float,
     /// Bound as a ratio where the token is beyond it, otherwise 0.
     pub clipped_ratio: L::Float,
+    /// Width of the region, at least [`MIN_WIDTH`].
+    pub width: L::Float,
+    /// `v - 1`, where v is the ratio that the bounds limit.
+    pub excess: L::Float,
+    /// `r/v`.
+    pub loss_scale: L::Float,
     /// Tokens whose log-ratio was clamped.
     pub clamped: L::Mask,
     /// Tokens beyond their bound.
@@ -161,7 +210,7 @@ impl Rule for MinClip {
     const BY_LOG_RATIO: bool = false;
 
     #[inline(always)]
-    fn apply<L: Lanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
+    fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
         let &TokenVector { neg_advantage, log_ratio, unclipped, clamped, beyond, lower, .. } =
             tokens;
         let ratio = lanes.select(beyond, tokens.clipped_ratio, tokens.ratio);
@@ -180,17 +229,20 @@ impl Rule for MinClip {
 }
 
 #[derive(Clone, Copy)]
-pub(crate) struct Mask {
+pub(crate) struct Mask<const SYMMETRIC: bool> {
     pub truncation: Option<f64>,
 }
 
-impl Rule for Mask {
-    const BY_LOG_RATIO: bool = false;
+impl<const SYMMETRIC: bool> Rule for Mask<SYMMETRIC> {
+    const BY_LOG_RATIO: bool = SYMMETRIC;
 
     #[inline(always)]
-    fn apply<L: Lanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
+    fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
         let &TokenVector { log_prob, neg_advantage, ratio, beyond, .. } = tokens;
         let zero = lanes.splat(0.0);
+        // A NaN advantage has no side, so only here it can be that of a token beyond; it must not be dropped.
+        let beyond =
+            if SYMMETRIC { lanes.and_not(beyond, lanes.is_nan(neg_advantage)) } else { beyond };
         let (limited, weight) = match self.truncation {
             None => (lanes.and_not(beyond, beyond), ratio),
             Some(c) => {
@@ -212,7 +264,7 @@ impl Rule for Weight {
     const BY_LOG_RATIO: bool = true;
 
     #[inline(always)]
-    fn apply<L: Lanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
+    fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
         let &TokenVector { log_prob, neg_advantage, ratio, clipped_ratio, beyond, .. } = tokens;
         let gradient = lanes.mul(neg_advantage, lanes.select(beyond, clipped_ratio, ratio));
         let limited = lanes.and_not(beyond, beyond);
@@ -230,7 +282,7 @@ impl Rule for GradientPreserving {
     const BY_LOG_RATIO: bool = false;
 
     #[inline(always)]
-    fn apply<L: Lanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
+    fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
         let &TokenVector { neg_advantage, ratio, clipped_ratio, clamped, beyond, lower, .. } =
             tokens;
         let beta = lanes.select(lower, lanes.splat(self.beta_low), lanes.splat(self.beta_high));
@@ -239,5 +291,70 @@ impl Rule for GradientPreserving {
         let flat = lanes.and_not(clamped, beyond);
         let gradient = lanes.select(flat, lanes.splat(0.0), loss);
         Outcome { loss, gradient, limited: lanes.and_not(beyond, beyond) }
+    }
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct SoftGate {
+    pub tau_positive: f64,
+    pub tau_negative: f64,
+}
+
+impl Rule for SoftGate {
+    const BY_LOG_RATIO: bool = true;
+    const NEEDS_WIDTH: bool = true;
+
+    #[inline(always)]
+    fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
+        let &TokenVector { neg_advantage, unclipped, width, excess, loss_scale, .. } = tokens;
+        let (zero, one, two) = (lanes.splat(0.0), lanes.splat(1.0), lanes.splat(2.0));
+        let gains = lanes.less(neg_advantage, zero);
+        let tau =
+            lanes.select(gains, lanes.splat(self.tau_positive), lanes.splat(self.tau_negative));
+        let size = lanes.abs(lanes.div(lanes.mul(tau, excess), width));
+        // tanh and sech^2 of half the size, from e^-size.
+        let falling = lanes.sub(zero, lanes.clamp_max(CLOSED, size));
+        let exponential = lanes.exp_and_gap(falling);
+        let sum = lanes.add(one, exponential.exp);
+        let tanh = lanes.div(lanes.sub(zero, lanes.add(exponential.gap, falling)), sum);
+        let open = lanes.div(lanes.mul(lanes.splat(4.0), exponential.exp), lanes.mul(sum, sum));
+        let gate = lanes.select(lanes.less(lanes.splat(CLOSED), size), zero, open);
+        let moved = lanes.div(lanes.mul(lanes.mul(two, width), tanh), tau);
+        let moved = lanes.select(lanes.less(excess, zero), lanes.sub(zero, moved), moved);
+        let value = lanes.mul(loss_scale, lanes.add(lanes.div(two, tau), moved));
+        Outcome {
+            loss: lanes.mul(neg_advantage, value),
+            gradient: lanes.select(tokens.clamped, zero, lanes.mul(unclipped, gate)),
+            limited: lanes.and_not(gains, gains),
+        }
+    }
+}
+
+/// Argument from which a gate counts as closed: `sech^2` of its half is below the rounding error of 1.
+const CLOSED: f64 = 40.0;
+
+#[derive(Clone, Copy)]
+pub(crate) struct Quadratic;
+
+impl Rule for Quadratic {
+    const BY_LOG_RATIO: bool = true;
+    const NEEDS_WIDTH: bool = true;
+
+    #[inline(always)]
+    fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
+        let &TokenVector { neg_advantage, unclipped, ratio, width, excess, loss_scale, .. } =
+            tokens;
+        let (zero, one) = (lanes.splat(0.0), lanes.splat(1.0));
+        let gains = lanes.less(neg_advantage, zero);
+        let share = lanes.div(excess, width);
+        let share = lanes.select(gains, share, lanes.sub(zero, share));
+        let half = lanes.mul(lanes.splat(0.5), lanes.mul(loss_scale, excess));
+        let kept = lanes.sub(ratio, lanes.mul(half, share));
+        let slope = lanes.mul(unclipped, lanes.sub(one, share));
+        Outcome {
+            loss: lanes.mul(neg_advantage, kept),
+            gradient: lanes.select(tokens.clamped, zero, slope),
+            limited: lanes.and_not(gains, gains),
+        }
     }
 }

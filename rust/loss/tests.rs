@@ -28,6 +28,7 @@ fn run<T: Float>(
         old_log_prob: &old,
         log_prob: &new,
         log_ratio: None,
+        anchor_log_prob: None,
         advantages: Advantages::PerToken(&advantage),
         mask: &vec![1; old.len()],
     };
@@ -126,6 +127,7 @@ fn nan_affects_only_its_token_and_a_masked_nan_none() {
         old_log_prob: &[nan, -1.0],
         log_prob: &[f32::INFINITY, -1.5],
         log_ratio: None,
+        anchor_log_prob: None,
         advantages: Advantages::PerToken(&[nan, 1.0]),
         mask: &[0, 1],
     };
@@ -178,6 +180,7 @@ fn advantage_of_a_row_equals_one_for_each_token() {
             old_log_prob: &old,
             log_prob: &new,
             log_ratio: None,
+            anchor_log_prob: None,
             advantages,
             mask: &[1; 6],
         };
@@ -205,6 +208,7 @@ fn loss_of_a_token_is_independent_of_its_neighbours() {
             old_log_prob: &old[from..to],
             log_prob: &new[from..to],
             log_ratio: None,
+            anchor_log_prob: None,
             advantages: Advantages::PerToken(&advantages[from..to]),
             mask: &mask[from..to],
         };
@@ -220,7 +224,7 @@ fn loss_of_a_token_is_independent_of_its_neighbours() {
     };
     for surrogate in [
         dual(1.3),
-        Surrogate::Mask { truncation: Some(1.2) },
+        Surrogate::Mask { truncation: Some(1.2), symmetric: false },
         Surrogate::Weight,
         Surrogate::GradientPreserving { beta_low: 0.5, beta_high: 0.25 },
     ] {
@@ -264,8 +268,14 @@ fn weight_scales_only_the_gradient_and_losses_are_optional() {
     let advantages = Advantages::PerRow { values: &[1.0, -1.0, 0.5], row_length: count / 3 };
     assert_eq!(count % 3, 0);
     let mask: Vec<u8> = (0..count).map(|i| (i % 7) as u8).collect();
-    let tokens =
-        Tokens { old_log_prob: &old, log_prob: &new, log_ratio: None, advantages, mask: &mask };
+    let tokens = Tokens {
+        old_log_prob: &old,
+        log_prob: &new,
+        log_ratio: None,
+        anchor_log_prob: None,
+        advantages,
+        mask: &mask,
+    };
     let bounds = BoundSource::Constant { log_lower: -0.2, log_upper: 0.3 };
     let (mut loss, mut gradient) = (vec![7.0; count], vec![7.0; count]);
     let totals =
@@ -285,6 +295,7 @@ fn bad_arguments_are_refused_before_anything_is_written() {
         old_log_prob: &[-1.0, -1.0],
         log_prob: &[-1.0_f64],
         log_ratio: None,
+        anchor_log_prob: None,
         advantages: Advantages::PerToken(&[1.0]),
         mask: &[1],
     };
@@ -334,7 +345,7 @@ fn each_surrogate_equals_its_formula() {
         let preserved = if beyond { beta * edge } else { r };
         let formulas = [
             (
-                Surrogate::Mask { truncation: Some(3.0) },
+                Surrogate::Mask { truncation: Some(3.0), symmetric: false },
                 if beyond { 0.0 } else { -advantage * weight * new },
                 if beyond { 0.0 } else { -advantage * weight },
             ),
@@ -375,6 +386,7 @@ fn given_log_ratio_replaces_that_of_the_token() {
         old_log_prob: &[-1.0, -1.0],
         log_prob: &[-1.5, -0.5],
         log_ratio: Some(&[0.05, 0.2]),
+        anchor_log_prob: None,
         advantages: Advantages::PerToken(&[1.0, 1.0]),
         mask: &[1, 1],
     };
@@ -421,4 +433,149 @@ fn empty_batch_has_default_totals() {
     let (_, _, totals) =
         run::<f32>(&[], &BoundSource::Constant { log_lower: -0.1, log_upper: 0.1 }, MIN_CLIP);
     assert_eq!(totals, Totals::default());
+}
+
+/// A batch that moves in both directions, with advantages of both signs.
+fn spread_batch() -> Vec<(f64, f64, f64)> {
+    (0..400)
+        .map(|i| {
+            let old = -0.001 * 1.02_f64.powi(i);
+            let step = 1.7 * f64::from(i % 41 - 20) / 20.0;
+            ((old), (old + step).min(0.0), if i % 3 == 0 { -1.5 } else { 0.75 })
+        })
+        .collect()
+}
+
+#[test]
+fn symmetric_mask_drops_on_either_side_but_never_a_nan() {
+    let bounds = BoundSource::Constant { log_lower: -0.25, log_upper: 0.5 };
+    let mask = Surrogate::Mask { truncation: None, symmetric: true };
+    for advantage in [2.0, -2.0] {
+        for (log_ratio, kept) in
+            [(-0.5, false), (-0.25, true), (0.0, true), (0.5, true), (0.75, false)]
+        {
+            let (_, gradient, totals) = run(&[(-1.0, -1.0 + log_ratio, advantage)], &bounds, mask);
+            assert_eq!(gradient[0] != 0.0, kept, "{log_ratio} {advantage}");
+            let sides = (totals.clipped_low, totals.clipped_high);
+            assert_eq!(sides, (u64::from(log_ratio < -0.25), u64::from(log_ratio > 0.5)));
+        }
+    }
+    let (loss, gradient, _) = run(&[(-1.0, -0.5, f64::NAN)], &bounds, mask);
+    assert!(loss[0].is_nan() && gradient[0].is_nan());
+}
+
+#[test]
+fn soft_gate_of_a_clip_of_1_is_the_gate_of_sapo() {
+    let bounds = BoundSource::Constant { log_lower: f64::NEG_INFINITY, log_upper: 2.0_f64.ln() };
+    let gate = Surrogate::SoftGate { tau_positive: 1.0, tau_negative: 1.05 };
+    let tokens = spread_batch();
+    let (loss, gradient, _) = run(&tokens, &bounds, gate);
+    for (i, &(old, new, advantage)) in tokens.iter().enumerate() {
+        let r = (new - old).exp();
+        let tau = if advantage > 0.0 { 1.0 } else { 1.05 };
+        let sigmoid = 1.0 / (1.0 + (-tau * (r - 1.0)).exp());
+        let want =
+            [-advantage * 4.0 / tau * sigmoid, -advantage * r * 4.0 * sigmoid * (1.0 - sigmoid)];
+        for (got, want) in [loss[i], gradient[i]].into_iter().zip(want) {
+            assert!(
+                (got - want).abs() <= 1e-14 * want.abs(),
+                "{old} {new} {advantage}: {got} {want}"
+            );
+        }
+    }
+}
+
+#[test]
+fn quadratic_pulls_back_to_a_gradient_of_0_at_the_bound() {
+    let (low, high) = (0.25_f64, 0.5_f64);
+    let bounds = BoundSource::Constant { log_lower: (-low).ln_1p(), log_upper: high.ln_1p() };
+    let tokens = spread_batch();
+    let (loss, gradient, totals) = run(&tokens, &bounds, Surrogate::Quadratic);
+    for (i, &(old, new, advantage)) in tokens.iter().enumerate() {
+        let r = (new - old).exp();
+        let width = if r > 1.0 { high } else { low };
+        let want = [
+            -advantage * r + advantage.abs() * (r - 1.0).powi(2) / (2.0 * width),
+            -advantage * r * (1.0 - advantage.signum() * (r - 1.0) / width),
+        ];
+        for (got, want) in [loss[i], gradient[i]].into_iter().zip(want) {
+            // The factor of the gradient cancels where r is at its bound.
+            assert!((got - want).abs() <= 1e-14 * (want.abs() + r), "{old} {new}: {got} {want}");
+        }
+    }
+    let outside = |beyond: fn(f64, f64) -> bool, bound: f64| {
+        tokens.iter().filter(|(old, new, _)| beyond((new - old).exp(), bound)).count() as u64
+    };
+    assert_eq!(totals.clipped_low, outside(|r, bound| r < bound, 1.0 - low));
+    assert_eq!(totals.clipped_high, outside(|r, bound| r > bound, 1.0 + high));
+}
+
+/// Bounds at an anchor are the bounds of a token's own ratio, shifted by anchor/old.
+#[test]
+fn anchor_shifts_the_bounds() {
+    let table = table("kl", 0.05);
+    let tokens = spread_batch();
+    let column = |pick: fn(&(f64, f64, f64)) -> f64| tokens.iter().map(pick).collect::<Vec<_>>();
+    let (old, new, advantage) = (column(|t| t.0), column(|t| t.1), column(|t| t.2));
+    let anchor: Vec<f64> = old
+        .iter()
+        .enumerate()
+        .map(|(i, old)| old * (1.0 + 0.1 * f64::from(i as i32 % 7 - 3)))
+        .collect();
+    let mut lower = vec![0.0; old.len()];
+    let mut log_upper = vec![0.0; old.len()];
+    table_bounds(table.image(), &anchor, &mut lower, &mut log_upper);
+    let shift = |i: usize| anchor[i] - old[i];
+    let log_lower: Vec<f64> = lower.iter().enumerate().map(|(i, l)| l.ln() + shift(i)).collect();
+    let log_upper: Vec<f64> = log_upper.iter().enumerate().map(|(i, u)| u + shift(i)).collect();
+    let shifted = BoundSource::PerToken { log_lower: &log_lower, log_upper: &log_upper };
+    let mask = vec![1; old.len()];
+    let at = |anchor_log_prob, bounds: &BoundSource<'_, f64>, surrogate| {
+        let tokens = Tokens {
+            old_log_prob: &old,
+            log_prob: &new,
+            log_ratio: None,
+            anchor_log_prob,
+            advantages: Advantages::PerToken(&advantage),
+            mask: &mask,
+        };
+        let (mut loss, mut gradient) = (vec![0.0; old.len()], vec![0.0; old.len()]);
+        let outputs = both(&mut loss, &mut gradient);
+        let totals = policy_loss(&tokens, bounds, surrogate, false, outputs).unwrap();
+        (loss, gradient, totals)
+    };
+    // The symmetric mask and weight select a side by the sign of new/anchor, which the shifted bounds may not.
+    for surrogate in [
+        dual(3.0),
+        Surrogate::Mask { truncation: Some(1.5), symmetric: false },
+        Surrogate::GradientPreserving { beta_low: 0.5, beta_high: 1.0 },
+    ] {
+        let (loss, gradient, totals) =
+            at(Some(&anchor), &BoundSource::Table(table.image()), surrogate);
+        let (want_loss, want_gradient, want) = at(None, &shifted, surrogate);
+        assert!(totals.clipped_low > 10 && totals.clipped_high > 10);
+        assert_eq!(
+            (totals.clipped_low, totals.clipped_high),
+            (want.clipped_low, want.clipped_high)
+        );
+        for (got, want) in loss.iter().chain(&gradient).zip(want_loss.iter().chain(&want_gradient))
+        {
+            assert!((got - want).abs() <= 1e-13 * want.abs(), "{surrogate:?}: {got} {want}");
+        }
+    }
+    // An anchor at the old policy changes nothing, to the bit.
+    for surrogate in [
+        MIN_CLIP,
+        Surrogate::Mask { truncation: None, symmetric: true },
+        Surrogate::Weight,
+        Surrogate::SoftGate { tau_positive: 1.0, tau_negative: 1.05 },
+        Surrogate::Quadratic,
+    ] {
+        let bounds = BoundSource::Table(table.image());
+        assert_eq!(
+            at(Some(&old), &bounds, surrogate),
+            at(None, &bounds, surrogate),
+            "{surrogate:?}"
+        );
+    }
 }

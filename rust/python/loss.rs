@@ -17,13 +17,14 @@ type Reduced<'py> = (f64, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f64>>);
 /// Writes each token's loss to `per_token` and its gradient, times `weight`, to `gradient`.
 ///
 /// - `log_ratio` replaces `log_prob - old_log_prob` if it is given.
+/// - `anchor_log_prob` is where the bounds stand, in place of `old_log_prob`, if it is given.
 /// - `advantages` has one element a token or one a row.
 /// - `bounds` is the image of a table; or all lower log bounds, then all upper ones, one each or one a token.
-/// - `parameters` belong to the surrogate: the dual clip or the truncation, if any, or both betas.
+/// - `parameters` belong to the surrogate, as [`Surrogate::new`] takes them.
 #[pyfunction]
 #[pyo3(signature = (
     old_log_prob, log_prob, log_ratio, advantages, mask, bounds, row_length, surrogate, parameters,
-    by_probability, weight, per_token, gradient, /
+    by_probability, anchor_log_prob, weight, per_token, gradient, /
 ))]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn policy_loss<'py>(
@@ -38,6 +39,7 @@ pub(super) fn policy_loss<'py>(
     surrogate: &str,
     parameters: Vec<f64>,
     by_probability: bool,
+    anchor_log_prob: Option<Bound<'py, PyAny>>,
     weight: f64,
     per_token: Option<Bound<'py, PyAny>>,
     gradient: Bound<'py, PyAny>,
@@ -53,6 +55,7 @@ pub(super) fn policy_loss<'py>(
         row_length,
         surrogate: Surrogate::new(surrogate, &parameters)?,
         by_probability,
+        anchor_log_prob,
         weight,
         per_token,
         gradient,
@@ -75,6 +78,7 @@ struct Arguments<'py> {
     row_length: usize,
     surrogate: Surrogate,
     by_probability: bool,
+    anchor_log_prob: Option<Bound<'py, PyAny>>,
     weight: f64,
     per_token: Option<Bound<'py, PyAny>>,
     gradient: Bound<'py, PyAny>,
@@ -86,6 +90,8 @@ impl<'py> Arguments<'py> {
         let log_prob: PyReadonlyArrayDyn<'_, T> = self.log_prob.extract()?;
         let log_ratio: Option<PyReadonlyArrayDyn<'_, T>> =
             self.log_ratio.as_ref().map(PyAnyMethods::extract).transpose()?;
+        let anchor_log_prob: Option<PyReadonlyArrayDyn<'_, T>> =
+            self.anchor_log_prob.as_ref().map(PyAnyMethods::extract).transpose()?;
         let advantages: PyReadonlyArrayDyn<'_, T> = self.advantages.extract()?;
         let mut per_token: Option<PyReadwriteArrayDyn<'_, T>> =
             self.per_token.as_ref().map(PyAnyMethods::extract).transpose()?;
@@ -97,6 +103,10 @@ impl<'py> Arguments<'py> {
             old_log_prob: old_log_prob.as_slice()?,
             log_prob,
             log_ratio: log_ratio.as_ref().map(|log_ratio| log_ratio.as_slice()).transpose()?,
+            anchor_log_prob: anchor_log_prob
+                .as_ref()
+                .map(|anchor| anchor.as_slice())
+                .transpose()?,
             advantages: if values.len() == log_prob.len() {
                 Advantages::PerToken(values)
             } else {

@@ -29,6 +29,7 @@ pub trait Lanes: Copy {
     fn add(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn sub(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn mul(self, a: Self::Float, b: Self::Float) -> Self::Float;
+    fn div(self, a: Self::Float, b: Self::Float) -> Self::Float;
     fn abs(self, a: Self::Float) -> Self::Float;
 
     /// The smaller of both; `b` if either is NaN.

@@ -68,6 +68,10 @@ impl Lanes for Portable {
         pairwise(a, b, |a, b| a * b)
     }
     #[inline(always)]
+    fn div(self, a: Self::Float, b: Self::Float) -> Self::Float {
+        pairwise(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
     fn abs(self, a: Self::Float) -> Self::Float {
         each(a, f32::abs)
     }
@@ -243,6 +247,9 @@ impl Lanes for Double {
     }
     fn mul(self, a: f64, b: f64) -> f64 {
         a * b
+    }
+    fn div(self, a: f64, b: f64) -> f64 {
+        a / b
     }
     fn abs(self, a: f64) -> f64 {
         a.abs()

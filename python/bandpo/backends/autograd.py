@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bandpo import _core
+from bandpo.backends import plain
 from bandpo.backends.contract import LossInputs, TokenLosses, Totals, WeightedSum, gradients_of
 from bandpo.backends.internals import (
     has_saved_tensor_hooks,
@@ -19,13 +20,14 @@ from bandpo.backends.internals import (
     needs_no_dispatcher,
 )
 from bandpo.backends.native import all_in_rust, in_rust, token_loss_op
+from bandpo.error import InvalidValueError
 from bandpo.surrogate import BY_NAME
 
 
 def _save_gradient(ctx: Any, surrogate: str, gradient: torch.Tensor) -> None:
     ctx.save_for_backward(gradient)
     ctx.set_materialize_grads(False)
-    ctx.carries_ratio = BY_NAME[surrogate].gradient_carries_ratio
+    ctx.surrogate = BY_NAME[surrogate]
 
 
 def _save_of_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -47,7 +49,12 @@ def _gradients(
     """The gradients of `LossInputs` from those of the losses and of their gradients."""
     (gradient,) = ctx.saved_tensors
     # A gradient that carries the ratio is its own derivative, so any order is right.
-    if not ctx.carries_ratio:
+    if not ctx.surrogate.gradient_carries_ratio:
+        if ctx.surrogate.gradient_bends and torch.is_grad_enabled():
+            raise InvalidValueError(
+                f"backend must be 'torch' for second derivatives of surrogate "
+                f"{ctx.surrogate.name!r}, got a compiled one"
+            )
         gradient, grad_gradient = gradient.detach(), None
     grads = [grad for grad in (grad_per_token, grad_gradient) if grad is not None]
     if not grads:
@@ -61,6 +68,8 @@ token_loss_op.register_autograd(_backward, setup_context=_save_of_op)
 
 def token_losses(inputs: LossInputs) -> TokenLosses:
     """Returns the losses; Rust on the CPU or a kernel on CUDA computes their gradient as well."""
+    if BY_NAME[inputs.surrogate].gradient_bends and is_transformed():
+        return plain.token_losses(inputs)  # whose derivatives have any order
     if not (is_in_memory(inputs.log_prob) or is_transformed()):
         per_token, _, counts, sums = token_loss_op(*inputs)
         sums = sums.detach()
@@ -89,7 +98,8 @@ def _forward_mode(
     """The tangents of the losses and of their gradients, from those of `LossInputs`."""
     (gradient,) = ctx.saved_tensors
     moved = gradient * LossInputs(*tangents).log_prob  # type: ignore[arg-type]
-    return moved, moved if ctx.carries_ratio else torch.zeros_like(moved)
+    carries_ratio = ctx.surrogate.gradient_carries_ratio
+    return moved, moved if carries_ratio else torch.zeros_like(moved)
 
 
 class _TokenLossFunction(torch.autograd.Function):

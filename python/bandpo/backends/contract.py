@@ -28,9 +28,11 @@ class LossInputs(NamedTuple):
         valid: Which tokens count, bool [B, T].
         bounds: As `bandpo.tensors.bounds.bounds_of` makes them; per token, [2, B, T].
         surrogate: Its name.
-        parameters: Those of the surrogate: the dual clip of min-clip or the truncation of mask, if
-            there is one; both betas of gradient-preserving.
+        parameters: Those of the surrogate, as `bandpo.surrogate` orders them.
         by_probability: Whether to count by bin of the old probability as well.
+        anchor_log_prob: Like ``old_log_prob``: the bounds stand at these log-probs and limit
+            ``log_prob - anchor_log_prob``. None for ``old_log_prob``; None if a ``log_ratio`` is
+            given.
     """
 
     old_log_prob: torch.Tensor
@@ -42,11 +44,13 @@ class LossInputs(NamedTuple):
     surrogate: str
     parameters: list[float]
     by_probability: bool
+    anchor_log_prob: torch.Tensor | None = None
 
 
 SCHEMA = (
     "(Tensor old_log_prob, Tensor log_prob, Tensor? log_ratio, Tensor advantages, Tensor valid, "
-    "Tensor bounds, str surrogate, float[] parameters, bool by_probability) "
+    "Tensor bounds, str surrogate, float[] parameters, bool by_probability, "
+    "Tensor? anchor_log_prob=None) "
     "-> (Tensor per_token, Tensor gradient, Tensor counts, Tensor sums)"
 )
 """`LossInputs` and the outputs of the compiled backends, as torch declares an operator."""

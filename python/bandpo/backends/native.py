@@ -58,6 +58,7 @@ def in_rust(
         inputs.surrogate,
         inputs.parameters,
         inputs.by_probability,
+        None if inputs.anchor_log_prob is None else array(inputs.anchor_log_prob),
         weight,
         None if per_token is None else per_token.numpy(),
         gradient.numpy(),

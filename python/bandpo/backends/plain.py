@@ -15,13 +15,14 @@ from bandpo.backends.contract import (
     TokenLosses,
     Totals,
 )
-from bandpo.surrogate import LOG_RATIO_LIMIT
+from bandpo.surrogate import LOG_RATIO_LIMIT, MIN_WIDTH
 from bandpo.tensors.lookup import read_table
 
 
 def token_losses(inputs: LossInputs) -> TokenLosses:
     """Returns the losses, with their gradient to ``log_prob`` by autograd."""
     old_log_prob, log_prob, log_ratio, advantages, valid, bounds, *_ = inputs
+    rule = _RULES[inputs.surrogate]
     old_log_prob = torch.where(valid, old_log_prob, 0.0)
     log_prob = torch.where(valid, log_prob, 0.0)
     cost = torch.where(valid, -advantages, 0.0)
@@ -29,29 +30,51 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
         unclamped = log_prob - old_log_prob
     else:
         unclamped = torch.where(valid, log_ratio, 0.0) + _gradient_of(log_prob)
-    # Not clamp, which gives a NaN no gradient and so hides it.
-    x = torch.where(unclamped > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, unclamped)
-    x = torch.where(x < -LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT, x)
+    x = _clamped(unclamped)
     ratio = x.exp()
     clamped = unclamped.detach().abs() > LOG_RATIO_LIMIT
     x, r = x.detach(), ratio.detach()
 
-    # The weight of CISPO has both bounds for either sign of the advantage.
-    by_ratio = inputs.surrogate == "weight"
-    up, down = (x > 0.0, x < 0.0) if by_ratio else (cost < 0.0, cost > 0.0)
-    if bounds.dtype == torch.int32:
-        bound = read_table(bounds, old_log_prob, down)
-        clipped_low = down & (r < bound)
-        edge = torch.where(down, bound, bound.exp())
-    else:
-        bound = torch.where(down, bounds[0], bounds[1])
-        clipped_low = down & (x < bound)
-        edge = bound.exp()
-    clipped_high = up & (x > bound)
-    beyond = clipped_low | clipped_high
+    # With an anchor the bounds stand at it, and limit the ratio to it.
+    limited_x, shift = x, None
+    log_prob_of_bounds = old_log_prob
+    if inputs.anchor_log_prob is not None:
+        log_prob_of_bounds = torch.where(valid, inputs.anchor_log_prob, 0.0)
+        limited_x = _clamped(log_prob.detach() - log_prob_of_bounds)
+        shift = _clamped(log_prob_of_bounds - old_log_prob)
+        # A NaN compares false, so it has to reach the loss on another way.
+        cost = torch.where(limited_x.isnan(), limited_x, cost)
 
-    tokens = _Tokens(log_prob, cost, ratio, r, x, clamped, down, beyond, edge)
-    per_token, slope, limited = _RULES[inputs.surrogate](tokens, inputs.parameters)
+    if rule.by_log_ratio(inputs.parameters):
+        up, down = limited_x > 0.0, limited_x < 0.0
+    else:
+        up, down = cost < 0.0, cost > 0.0
+    bound, bound_is_ratio = _bound(bounds, log_prob_of_bounds, down)
+    if rule.needs_width:
+        width = _width(bound, bound_is_ratio, down)
+        excess = _gap(limited_x) + limited_x
+        clipped_low, clipped_high = down & (-excess > width), up & (excess > width)
+    else:
+        width = excess = None
+        limited_r = r if shift is None else limited_x.exp()
+        below = limited_r < bound if bound_is_ratio else limited_x < bound
+        clipped_low, clipped_high = down & below, up & (limited_x > bound)
+
+    tokens = _Tokens(
+        log_prob=log_prob,
+        cost=cost,
+        ratio=ratio,
+        r=r,
+        x=x,
+        clamped=clamped,
+        down=down,
+        beyond=clipped_low | clipped_high,
+        edge=_edge(bound, bound_is_ratio, down, shift),
+        width=width,
+        excess=excess,
+        loss_scale=None if shift is None else shift.exp(),
+    )
+    per_token, slope, limited = rule.losses(tokens, inputs.parameters)
 
     by_probability = None
     if inputs.by_probability:
@@ -68,9 +91,9 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
         nonfinite=(~per_token.isfinite()).sum(),
         clipped_low=clipped_low.sum(),
         clipped_high=clipped_high.sum(),
-        limited=torch.zeros_like(beyond).sum() if limited is None else limited.sum(),
+        limited=torch.zeros_like(clipped_low).sum() if limited is None else limited.sum(),
         negative_log_ratio=(-x).sum(),
-        excess=_excess(x).sum(),
+        excess=_gap(x).sum(),
         entropy=(-old_log_prob).sum(),
         gradient_unclipped=unclipped.abs().sum(),
         gradient_removed=(unclipped - slope).abs().sum(),
@@ -98,7 +121,10 @@ class _Tokens(NamedTuple):
     clamped: torch.Tensor  # whether the clamp acts
     down: torch.Tensor  # whether the lower bound is the one that holds
     beyond: torch.Tensor  # whether the ratio is beyond its bound
-    edge: torch.Tensor  # the bound as a ratio
+    edge: torch.Tensor  # the bound as a ratio new/old
+    width: torch.Tensor | None  # of the region, for rules that need it
+    excess: torch.Tensor | None  # v - 1, where v is the ratio that the bounds limit; likewise
+    loss_scale: torch.Tensor | None  # r / v; None without an anchor
 
 
 _Loss: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -106,21 +132,24 @@ _Loss: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def _min_clip(tokens: _Tokens, parameters: list[float]) -> _Loss:
-    _, cost, ratio, r, x, clamped, down, stopped, stop = tokens
+    cost, r, down, stopped, stop = tokens.cost, tokens.r, tokens.down, tokens.beyond, tokens.edge
     limited = None
     if parameters:
         [dual_clip] = parameters
-        limited = down & (x >= math.log(dual_clip))
+        limited = down & (tokens.x >= math.log(dual_clip))
         stopped, stop = stopped | limited, torch.where(limited, dual_clip, stop)
     # Not minimum and maximum, which halve the gradient where r is at the bound.
-    per_token = cost * torch.where(stopped, stop, ratio)
-    return per_token, torch.where(stopped | clamped, 0.0, cost * r), limited
+    per_token = cost * torch.where(stopped, stop, tokens.ratio)
+    return per_token, torch.where(stopped | tokens.clamped, 0.0, cost * r), limited
 
 
 def _mask(tokens: _Tokens, parameters: list[float]) -> _Loss:
     weight, beyond, limited = tokens.r, tokens.beyond, None
-    if parameters:
-        [truncation] = parameters
+    [truncation, symmetric] = [*parameters, math.inf, 0.0][:2]
+    if symmetric:
+        # Only here a NaN advantage can be that of a token beyond; it must not be dropped.
+        beyond = beyond & ~tokens.cost.isnan()
+    if truncation < math.inf:
         limited = ~beyond & (tokens.r > truncation)
         weight = torch.where(limited, truncation, tokens.r)
     slope = torch.where(beyond, 0.0, tokens.cost * weight)
@@ -135,20 +164,115 @@ def _weight(tokens: _Tokens, parameters: list[float]) -> _Loss:
 
 
 def _gradient_preserving(tokens: _Tokens, parameters: list[float]) -> _Loss:
-    log_prob, cost, ratio, _, _, clamped, down, beyond, edge = tokens
-    beta_low, beta_high = parameters
+    down, beyond = tokens.down, tokens.beyond
     # An infinite edge, which nothing is beyond, would make the gradient of all 0 * inf.
-    kept = torch.where(beyond, torch.where(down, beta_low, beta_high) * edge, 0.0)
-    per_token = cost * torch.where(beyond, kept * _gradient_of(log_prob).exp(), ratio)
-    return per_token, torch.where(clamped & ~beyond, 0.0, per_token.detach()), None
+    kept = torch.where(beyond, _either(down, parameters, tokens.edge) * tokens.edge, 0.0)
+    bounded = kept * _gradient_of(tokens.log_prob).exp()
+    per_token = tokens.cost * torch.where(beyond, bounded, tokens.ratio)
+    return per_token, torch.where(tokens.clamped & ~beyond, 0.0, per_token.detach()), None
 
 
-_RULES: dict[str, Callable[[_Tokens, list[float]], _Loss]] = {
-    "min-clip": _min_clip,
-    "mask": _mask,
-    "weight": _weight,
-    "gradient-preserving": _gradient_preserving,
+def _soft_gate(tokens: _Tokens, parameters: list[float]) -> _Loss:
+    width, excess = _measured(tokens)
+    tau = _either(tokens.cost < 0.0, parameters, tokens.cost)
+    z = tau * excess / width
+    # tanh and sech^2 of half of z, without cancellation.
+    falling = -z.abs()
+    e = falling.exp()
+    tanh = (-falling.expm1() / (1.0 + e)).copysign(z)
+    gate = 4.0 * e / (1.0 + e).square()
+    value = 2.0 / tau + 2.0 * width * tanh / tau
+    slope = torch.where(tokens.clamped, 0.0, tokens.cost * tokens.r * gate)
+    bend = slope * (1.0 - tau * (1.0 + excess) / width * tanh)
+    return _with_gradients(tokens, tokens.cost * _scaled(value, tokens), slope, bend), slope, None
+
+
+def _quadratic(tokens: _Tokens, parameters: list[float]) -> _Loss:
+    width, excess = _measured(tokens)
+    sign = torch.where(tokens.cost < 0.0, 1.0, -1.0)
+    share = sign * (excess / width)
+    value = tokens.cost * (tokens.r - 0.5 * _scaled(excess, tokens) * share)
+    unclipped = torch.where(tokens.clamped, 0.0, tokens.cost * tokens.r)
+    slope = unclipped * (1.0 - share)
+    bend = slope - unclipped * sign * (1.0 + excess) / width
+    return _with_gradients(tokens, value, slope, bend), slope, None
+
+
+def _either(first: torch.Tensor, parameters: list[float], like: torch.Tensor) -> torch.Tensor:
+    """One of two parameters; of two numbers alone torch.where would make float32."""
+    one, other = parameters
+    return torch.where(first, torch.full_like(like, one), other)
+
+
+def _measured(tokens: _Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """The width and the excess of a rule that needs them."""
+    if tokens.width is None or tokens.excess is None:
+        raise ValueError("the rule does not state that it needs a width")
+    return tokens.width, tokens.excess
+
+
+def _scaled(value: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
+    return value if tokens.loss_scale is None else value * tokens.loss_scale
+
+
+def _with_gradients(
+    tokens: _Tokens, value: torch.Tensor, slope: torch.Tensor, bend: torch.Tensor
+) -> torch.Tensor:
+    """Losses with their first and second derivatives, which autograd would round more."""
+    step = _gradient_of(tokens.log_prob)
+    return value + step * (slope + 0.5 * bend * step)
+
+
+class _Rule(NamedTuple):
+    """Formulas of a surrogate."""
+
+    losses: Callable[[_Tokens, list[float]], _Loss]
+    by_log_ratio: Callable[[list[float]], bool] = lambda parameters: False
+    """Returns True if the sign of the log-ratio selects the bound, not that of the advantage."""
+    needs_width: bool = False
+
+
+_RULES: dict[str, _Rule] = {
+    "min-clip": _Rule(_min_clip),
+    "mask": _Rule(_mask, lambda parameters: parameters[1:] == [1.0]),
+    "weight": _Rule(_weight, lambda parameters: True),
+    "gradient-preserving": _Rule(_gradient_preserving),
+    "soft-gate": _Rule(_soft_gate, lambda parameters: True, needs_width=True),
+    "quadratic": _Rule(_quadratic, lambda parameters: True, needs_width=True),
 }
+
+
+def _clamped(log_ratio: torch.Tensor) -> torch.Tensor:
+    # Not clamp, which gives a NaN no gradient and so hides it.
+    log_ratio = torch.where(log_ratio > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, log_ratio)
+    return torch.where(log_ratio < -LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT, log_ratio)
+
+
+def _bound(
+    bounds: torch.Tensor, log_prob_of_bounds: torch.Tensor, down: torch.Tensor
+) -> tuple[torch.Tensor, bool]:
+    """One bound a token, and True if the lower ones are ratios; all others are logarithms."""
+    if bounds.dtype == torch.int32:
+        return read_table(bounds, log_prob_of_bounds, down), True
+    return torch.where(down, bounds[0], bounds[1]), False
+
+
+def _edge(
+    bound: torch.Tensor, bound_is_ratio: bool, down: torch.Tensor, shift: torch.Tensor | None
+) -> torch.Tensor:
+    """The bounds as ratios new/old; they are further by the shift, which is ln(anchor/old)."""
+    if shift is None:
+        return torch.where(down, bound, bound.exp()) if bound_is_ratio else bound.exp()
+    shifted = _clamped(bound + shift).exp()
+    return torch.where(down, bound * shift.exp(), shifted) if bound_is_ratio else shifted
+
+
+def _width(bound: torch.Tensor, bound_is_ratio: bool, down: torch.Tensor) -> torch.Tensor:
+    """Distance from 1 to the bound, which counts up to the ratios that the clamp leaves."""
+    log_bound = torch.where(down, 0.0, bound) if bound_is_ratio else bound
+    rise = log_bound.clamp(max=LOG_RATIO_LIMIT).expm1()
+    fall = 1.0 - bound if bound_is_ratio else -rise
+    return torch.where(down, fall, rise).clamp(min=MIN_WIDTH)
 
 
 def _gradient_of(log_prob: torch.Tensor) -> torch.Tensor:
@@ -156,7 +280,7 @@ def _gradient_of(log_prob: torch.Tensor) -> torch.Tensor:
     return torch.where(log_prob.isinf(), 0.0, log_prob - log_prob.detach())
 
 
-def _excess(x: torch.Tensor) -> torch.Tensor:
+def _gap(x: torch.Tensor) -> torch.Tensor:
     """``e^x - 1 - x``, by its series near 0, because the difference cancels there."""
     near = x.abs() < 0.1
     z = torch.where(near, x, 0.0)

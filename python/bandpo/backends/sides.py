@@ -17,7 +17,6 @@ def sides_of(
     region: AnyRegion,
     old_log_prob: torch.Tensor,
     *,
-    bounds: torch.Tensor | None = None,
     exact: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns both log bounds of every token, in the shape and dtype of ``old_log_prob``.
@@ -25,11 +24,15 @@ def sides_of(
     Args:
         region: Source of the bounds.
         old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
-        bounds: The result of `bounds_of` or `membership_of` for them, if it is at hand.
         exact: Use the solver even if there is a table.
     """
-    if bounds is None:
-        bounds = bounds_of(region, old_log_prob, exact=exact)
+    return sides_from(bounds_of(region, old_log_prob, exact=exact), old_log_prob)
+
+
+def sides_from(
+    bounds: torch.Tensor, old_log_prob: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `sides_of` from the result of `bounds_of` or `membership_of` for the log-probs."""
     if bounds.dtype == torch.int32:
         if default_backend(bounds.device.type) == "cuda":
             log_lower, log_upper = table_log_bounds_op(bounds, old_log_prob).unbind()

@@ -7,12 +7,14 @@ from typing import TypeAlias
 
 import torch
 
+from bandpo.backends import plain
 from bandpo.backends.contract import PROBABILITY_BINS, Backend, LossInputs, TokenLosses, Totals
 from bandpo.backends.plain import probability_bin
-from bandpo.backends.sides import sides_of
+from bandpo.backends.sides import sides_from
 from bandpo.loss.tokens import Tokens, shaped
-from bandpo.region import Clip
-from bandpo.rule import Rule
+from bandpo.region import BySign, Clip
+from bandpo.rule import AnyRegion, Rule
+from bandpo.surrogate import LOG_RATIO_LIMIT, GammaWeight
 from bandpo.tensors.bounds import bounds_of, membership_of
 
 Losses: TypeAlias = tuple[TokenLosses, dict[str, torch.Tensor]]
@@ -35,6 +37,8 @@ def token_losses(
     """
     if rule.ratio_level == "geometric-mean":
         return _geometric_mean(rule, tokens, backend, exact, by_probability)
+    if isinstance(rule.surrogate, GammaWeight):
+        return _gamma_weight(rule, rule.surrogate, tokens, backend, exact, by_probability)
     inputs = inputs_of(rule, tokens, exact=exact, by_probability=by_probability)
     if rule.surrogate.whole_sequence:
         return _with_sequences_masked(rule, tokens, backend, inputs)
@@ -44,59 +48,95 @@ def token_losses(
 def inputs_of(rule: Rule, tokens: Tokens, *, exact: bool, by_probability: bool) -> LossInputs:
     """Returns the inputs of a backend for a rule that leaves the tokens as they are.
 
-    The log-ratio is each token's own, or with ratio_level "sequence" the mean of its sequence
-    (GSPO, arXiv 2507.18071).
+    The log-ratio is each token's own, or that of its sequence: the mean (GSPO, arXiv 2507.18071) or
+    the sum.
     """
-    old_log_prob, log_prob, advantages, valid, _ = tokens
-    of_sequence = rule.ratio_level == "sequence"
-    log_ratio = _sequence_mean(tokens.log_ratio(), tokens) if of_sequence else None
-    # The shape of the user's tensor, which an array of deltas has to match.
-    given = old_log_prob.shape
-    if rule.surrogate.needs_bounds:
-        bounds = bounds_of(rule.region, old_log_prob, valid=shaped(valid, given), exact=exact)
-    else:
-
-        def ratio_of_tokens() -> torch.Tensor:
-            ratio = tokens.log_ratio() if log_ratio is None else log_ratio
-            return ratio.reshape(given)
-
-        bounds = membership_of(
-            rule.region, old_log_prob, ratio_of_tokens, shaped(valid, given), exact=exact
-        )
+    shape = tokens.log_prob.shape
+    log_ratio, anchor, advantages = None, tokens.anchor_log_prob, tokens.advantages
+    bounds = _bounds(rule, tokens, exact)
+    if rule.ratio_level != "token":
+        log_ratio = _of_sequence(tokens.log_ratio(), rule, tokens)
+        shift = tokens.shift()
+        if shift is not None:
+            # A ratio that is given has no anchor, so its bounds are shifted.
+            shift, anchor = _of_sequence(shift, rule, tokens), None
+            bounds = torch.stack([side + shift for side in bounds.unbind()])
+            advantages = _unknown_where_nan(advantages, shift)
     return LossInputs(
-        shaped(old_log_prob, log_prob.shape),
-        log_prob,
+        shaped(tokens.old_log_prob, shape),
+        tokens.log_prob,
         log_ratio,
         advantages,
-        valid,
-        bounds if bounds.ndim == 1 else bounds.reshape(2, *log_prob.shape),
+        tokens.valid,
+        bounds,
         rule.surrogate.name,
         rule.surrogate.parameters,
         by_probability,
+        None if anchor is None else shaped(anchor, shape),
     )
+
+
+def _bounds(rule: Rule, tokens: Tokens, exact: bool) -> torch.Tensor:
+    """Bounds of any kind that `LossInputs` takes."""
+    # The shape of the user's tensor, which an array of deltas has to match.
+    log_prob = tokens.log_prob_of_bounds
+    given, shape = log_prob.shape, tokens.log_prob.shape
+    valid = shaped(tokens.valid, given)
+
+    def of(region: AnyRegion) -> torch.Tensor:
+        if rule.surrogate.needs_bounds:
+            return bounds_of(region, log_prob, valid=valid, exact=exact)
+
+        def ratio_of_tokens() -> torch.Tensor:
+            ratio = tokens.limited_log_ratio()
+            if rule.ratio_level != "token":
+                ratio = _of_sequence(ratio, rule, tokens)
+            return ratio.reshape(given)
+
+        return membership_of(region, log_prob, ratio_of_tokens, valid, exact=exact)
+
+    if isinstance(rule.region, BySign):
+        positive, negative = (
+            torch.stack(sides_from(of(part), log_prob)).reshape(2, *shape) for part in rule.region
+        )
+        return torch.where(tokens.advantages > 0.0, positive, negative)
+    bounds = of(rule.region)
+    return bounds if bounds.ndim == 1 else bounds.reshape(2, *shape)
+
+
+def _sides(rule: Rule, tokens: Tokens, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both log bounds of every token, [B, T]."""
+    bounds = _bounds(rule, tokens, exact)
+    at = tokens.log_prob_of_bounds
+    if bounds.ndim > 1:
+        lower, upper = bounds.unbind()
+        return lower, upper
+    shape = tokens.log_prob.shape
+    lower, upper = sides_from(bounds, at)
+    return lower.reshape(shape), upper.reshape(shape)
 
 
 def _geometric_mean(
     rule: Rule, tokens: Tokens, backend: Backend, exact: bool, by_probability: bool
 ) -> Losses:
     """Clips each token's log-ratio, then takes their mean (GMPO, arXiv 2507.20673, Eq. 4)."""
-    old_log_prob, log_prob, advantages, valid, _ = tokens
-    shape = log_prob.shape
-    own = tokens.log_ratio()
-    lower, upper = (
-        side.reshape(shape) for side in sides_of(rule.region, old_log_prob, exact=exact)
-    )
+    advantages, valid, shape = tokens.advantages, tokens.valid, tokens.log_prob.shape
+    own, (lower, upper) = tokens.log_ratio(), _sides(rule, tokens, exact)
+    shift = tokens.shift()
+    if shift is not None:
+        lower, upper = lower + shift, upper + shift
+        advantages = _unknown_where_nan(advantages, shift)
     low = valid & (advantages < 0.0) & (own < lower)
     high = valid & (advantages > 0.0) & (own > upper)
     clipped = low | high
     bound = torch.where(low, lower, upper)
     inputs = LossInputs(
-        shaped(old_log_prob, shape),
-        torch.where(clipped, log_prob.detach(), log_prob),
-        _sequence_mean(torch.where(clipped, bound, own), tokens),
+        shaped(tokens.old_log_prob, shape),
+        torch.where(clipped, tokens.log_prob.detach(), tokens.log_prob),
+        _of_sequence(torch.where(clipped, bound, own), rule, tokens),
         advantages,
         valid,
-        bounds_of(_NO_CLIP, old_log_prob),
+        bounds_of(_NO_CLIP, tokens.old_log_prob),
         rule.surrogate.name,
         rule.surrogate.parameters,
         by_probability,
@@ -107,24 +147,80 @@ def _geometric_mean(
     return losses._replace(totals=lambda: totals), {}
 
 
+def _gamma_weight(
+    rule: Rule,
+    surrogate: GammaWeight,
+    tokens: Tokens,
+    backend: Backend,
+    exact: bool,
+    by_probability: bool,
+) -> Losses:
+    """Weights each token by a function of its ratio (VESPO, arXiv 2602.10693)."""
+    advantages, valid, shape = tokens.advantages, tokens.valid, tokens.log_prob.shape
+    own = tokens.log_ratio()
+    if rule.ratio_level != "token":
+        own = _of_sequence(own, rule, tokens).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    lower, upper = _sides(rule, tokens, exact)
+    shift = tokens.shift()
+    if shift is not None:
+        if rule.ratio_level != "token":
+            shift = _of_sequence(shift, rule, tokens)
+        lower, upper = lower + shift, upper + shift
+        advantages = _unknown_where_nan(advantages, shift)
+    low, high = valid & (own < lower), valid & (own > upper)
+    moved = torch.where(low, lower, torch.where(high, upper, own))
+    moved = moved.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    falls = advantages < 0.0
+    k, rate = (
+        torch.where(falls, torch.full_like(own, negative), positive)
+        for negative, positive in (
+            (surrogate.k_negative, surrogate.k_positive),
+            (surrogate.lambda_negative, surrogate.lambda_positive),
+        )
+    )
+    log_weight = k * moved - rate * moved.expm1()
+    inputs = LossInputs(
+        shaped(tokens.old_log_prob, shape),
+        tokens.log_prob,
+        log_weight,
+        advantages,
+        valid,
+        bounds_of(_NO_CLIP, tokens.old_log_prob),
+        "weight",
+        [],
+        by_probability,
+    )
+    losses = backend.token_losses(inputs)
+    # The backend has taken the logarithm of the weight for that of the ratio.
+    of_rule = losses.totals()
+    ratios = plain.token_losses(inputs._replace(log_ratio=own, log_prob=inputs.log_prob.detach()))
+    totals = ratios.totals()._replace(nonfinite=of_rule.nonfinite)
+    change = torch.where(valid, advantages * (own.exp() - log_weight.exp()), 0.0).abs().sum()
+    totals = totals._replace(gradient_removed=torch.zeros_like(totals.gradient_removed))
+    totals = _with_clipped(totals, inputs, low, high, change)
+    return losses._replace(totals=lambda: totals), {}
+
+
 def _with_sequences_masked(
     rule: Rule, tokens: Tokens, backend: Backend, inputs: LossInputs
 ) -> Losses:
     """Masks each sequence with a token outside the region (arXiv 2512.23075)."""
     valid, shape = inputs.valid, inputs.log_prob.shape
     ratio = tokens.log_ratio() if inputs.log_ratio is None else inputs.log_ratio
-    given = tokens.old_log_prob.shape
+    limited = tokens.limited_log_ratio() if inputs.log_ratio is None else inputs.log_ratio
     bounds = inputs.bounds
-    bounds = bounds if bounds.ndim == 1 else bounds.reshape(2, *given)
-    lower, upper = (
-        side.reshape(shape) for side in sides_of(rule.region, tokens.old_log_prob, bounds=bounds)
-    )
-    below, above = valid & (ratio < lower), valid & (ratio > upper)
+    if bounds.ndim == 1:
+        at = tokens.log_prob_of_bounds
+        lower, upper = (side.reshape(shape) for side in sides_from(bounds, at))
+    else:
+        lower, upper = bounds.unbind()
+    below, above = valid & (limited < lower), valid & (limited > upper)
     sequences = tokens.sequences()
     dropped = sequences.sum((below | above).to(torch.int64)) > 0
     # A NaN is not outside, and must not be hidden by a neighbour that is.
     advantages = inputs.advantages
-    masked = sequences.spread(dropped) & valid & ~(ratio.isnan() | advantages.isnan())
+    unknown = ratio.isnan() | limited.isnan() | advantages.isnan()
+    masked = sequences.spread(dropped) & valid & ~unknown
     advantages = advantages.expand(shape)
     kept = inputs._replace(advantages=torch.where(masked, 0.0, advantages))
     losses = backend.token_losses(kept)
@@ -133,20 +229,27 @@ def _with_sequences_masked(
     totals = _with_clipped(losses.totals(), inputs, low, high, removed)
     # The backend misses the gradient of masked tokens, because their advantage is 0.
     totals = totals._replace(gradient_unclipped=totals.gradient_unclipped + removed)
-    if inputs.parameters:
-        [truncation] = inputs.parameters
-        limited = valid & ~masked & (ratio.exp() > truncation)
-        totals = totals._replace(limited=limited.sum())
+    truncation, _ = inputs.parameters
+    if truncation < math.inf:
+        over = valid & ~masked & (ratio.exp() > truncation)
+        totals = totals._replace(limited=over.sum())
     nonempty = (sequences.lengths > 0).sum().clamp(min=1)
     share = dropped.sum().to(inputs.log_prob.dtype) / nonempty
     return losses._replace(totals=lambda: totals), {"masked_sequence_fraction": share}
 
 
-def _sequence_mean(values: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """The mean over each sequence's tokens that count, at each of its tokens, [B, T]."""
+def _of_sequence(values: torch.Tensor, rule: Rule, tokens: Tokens) -> torch.Tensor:
+    """The mean, or the sum, over each sequence's tokens that count, at each of its tokens."""
     sequences = tokens.sequences()
-    mean = sequences.sum(values) / sequences.lengths.clamp(min=1)
-    return sequences.spread(mean).expand(values.shape)
+    total = sequences.sum(values)
+    if rule.ratio_level != "sequence-product":
+        total = total / sequences.lengths.clamp(min=1)
+    return sequences.spread(total).expand(values.shape)
+
+
+def _unknown_where_nan(advantages: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Advantages that are NaN where an anchor is, because a NaN bound clips nothing."""
+    return torch.where(shift.isnan(), shift, advantages)
 
 
 def _with_clipped(

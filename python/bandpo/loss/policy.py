@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,23 +14,24 @@ from bandpo.backends.contract import Backend
 from bandpo.backends.internals import needs_no_dispatcher, version_of
 from bandpo.backends.native import count_valid
 from bandpo.backends.select import select
-from bandpo.check import check_name
+from bandpo.check import check_name, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.loss.check import check_cu_seqlens, check_tokens
 from bandpo.loss.levels import inputs_of, token_losses
 from bandpo.loss.metrics import metrics_of
+from bandpo.loss.penalty import log_ratio_penalty as penalty_of
 from bandpo.loss.reduction import Count, GlobalBatch, Reduction
 from bandpo.loss.result import Metrics, PolicyLossResult
 from bandpo.loss.tokens import Tokens, shaped, shaped_by_row
 from bandpo.presets import PRESETS, Preset, preset
-from bandpo.region import Region
+from bandpo.region import BySign, Region
 from bandpo.rule import (
     BACKENDS,
     AggregationMode,
-    AnyRegion,
     BackendName,
     RatioLevel,
     Rule,
+    RuleRegion,
     current,
 )
 from bandpo.spec import region_from_spec
@@ -42,12 +45,14 @@ def policy_loss(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     *,
-    region: AnyRegion | str,
+    region: RuleRegion | str,
     surrogate: Surrogate = "min-clip",
     dual_clip: float | None = None,
     ratio_level: RatioLevel = "token",
     loss_agg_mode: AggregationMode = "token-mean",
+    log_ratio_penalty: float = 0.0,
     rollout_is_weights: torch.Tensor | None = None,
+    anchor_log_prob: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     backend: BackendName = "auto",
     exact: bool = False,
@@ -172,6 +177,7 @@ def policy_loss(
         BrokenExtraError: With backend "cuda", if the kernels cannot run.
     """
     rule = Rule.of(_resolved(region), surrogate, dual_clip, ratio_level)
+    _check_penalty(log_ratio_penalty)
     check_name("backend", backend, BACKENDS)
     reduction = Reduction.of(
         loss_agg_mode,
@@ -181,11 +187,21 @@ def policy_loss(
         global_batch_size,
         loss_scale_factor,
     )
-    shape = check_tokens(old_log_prob, log_prob, advantages, response_mask, rollout_is_weights)
+    shape = check_tokens(
+        old_log_prob,
+        log_prob,
+        advantages,
+        response_mask,
+        rollout_is_weights,
+        anchor_log_prob=anchor_log_prob,
+    )
     _check_sequences(rule, reduction, cu_seqlens, log_prob)
     chosen = select(backend, log_prob.device)
 
-    dtype = compute_dtype(old_log_prob, log_prob)
+    log_probs = [old_log_prob, log_prob]
+    if anchor_log_prob is not None:
+        log_probs.append(anchor_log_prob)
+    dtype = compute_dtype(*log_probs)
     valid = shaped(response_mask, shape)
     valid = valid if valid.dtype == torch.bool else valid != 0
     weighted = shaped_by_row(advantages.detach().to(dtype), shape)
@@ -195,7 +211,7 @@ def policy_loss(
     # Half precision needs no copy in float32, unless torch has to compute with it as well.
     narrow = (
         chosen.reads_half
-        and log_prob.dtype == old_log_prob.dtype
+        and all(tensor.dtype == log_prob.dtype for tensor in log_probs)
         and ratio_level == "token"
         and rule.surrogate.needs_bounds
     )
@@ -206,17 +222,26 @@ def policy_loss(
         weighted,
         valid,
         cu_seqlens,
+        None if anchor_log_prob is None else anchor_log_prob.detach().to(stored),
     )
     if (
         chosen.weighted_sum is not None
         and reduction.is_one_weight
         and not rule.changes_tokens
+        and log_ratio_penalty == 0.0
         and needs_no_dispatcher(log_prob)
     ):
         weight = reduction.weight(lambda: count_valid(valid), tokens)
         inputs = inputs_of(rule, tokens, exact=exact, by_probability=metrics_by_probability)
         loss, totals = chosen.weighted_sum(weight, inputs)
-        given = (old_log_prob, log_prob, advantages, response_mask, rollout_is_weights)
+        given = (
+            old_log_prob,
+            log_prob,
+            advantages,
+            response_mask,
+            rollout_is_weights,
+            anchor_log_prob,
+        )
         return PolicyLossResult(
             loss,
             _per_token_later(rule, tokens, chosen, exact, log_prob.shape, given),
@@ -225,8 +250,17 @@ def policy_loss(
     losses, more = token_losses(
         rule, tokens, chosen, exact=exact, by_probability=metrics_by_probability
     )
-    per_token = shaped(losses.per_token, log_prob.shape)
-    loss = per_token if loss_agg_mode == "none" else reduction.aggregate(losses, tokens)
+    parts = [losses]
+    if log_ratio_penalty != 0.0:
+        penalty = penalty_of(log_ratio_penalty, tokens, losses.totals())
+        parts.append(penalty)
+        mean = penalty.total.detach() / losses.totals().valid.clamp(min=1)
+        more = {**more, "log_ratio_penalty": mean.to(dtype)}
+    per_token = shaped(reduce(add, (part.per_token for part in parts)), log_prob.shape)
+    if loss_agg_mode == "none":
+        loss = per_token
+    else:
+        loss = reduce(add, (reduction.aggregate(part, tokens) for part in parts))
 
     def metrics() -> dict[str, torch.Tensor]:
         return {**metrics_of(rule, losses.totals(), dtype), **more}
@@ -236,7 +270,13 @@ def policy_loss(
     return PolicyLossResult(loss, per_token, found)
 
 
-def _resolved(region: AnyRegion | str) -> AnyRegion:
+def _check_penalty(value: float) -> None:
+    """Raises unless the coefficient of the penalty is a number in its range."""
+    if not 0.0 <= real_number("log_ratio_penalty", value) < math.inf:
+        raise InvalidValueError(f"log_ratio_penalty must be finite and at least 0, got {value}")
+
+
+def _resolved(region: RuleRegion | str) -> RuleRegion:
     """The region, read from its spec if it is text.
 
     Raises:
@@ -300,6 +340,7 @@ class PolicyLoss(torch.nn.Module):
         dual_clip: Max ratio where the advantage is negative.
         ratio_level: Whose ratio is bounded.
         loss_agg_mode: How the losses of the tokens become one number.
+        log_ratio_penalty: Coefficient of the squared log-ratio.
         backend: What computes them.
         exact: Take the bounds from the exact solver.
         dp_size: Number of data-parallel ranks.
@@ -313,12 +354,13 @@ class PolicyLoss(torch.nn.Module):
 
     def __init__(
         self,
-        region: AnyRegion | str,
+        region: RuleRegion | str,
         *,
         surrogate: Surrogate = "min-clip",
         dual_clip: float | None = None,
         ratio_level: RatioLevel = "token",
         loss_agg_mode: AggregationMode = "token-mean",
+        log_ratio_penalty: float = 0.0,
         backend: BackendName = "auto",
         exact: bool = False,
         dp_size: int = 1,
@@ -328,6 +370,7 @@ class PolicyLoss(torch.nn.Module):
         super().__init__()
         region = _resolved(region)
         Rule.of(region, surrogate, dual_clip, ratio_level)
+        _check_penalty(log_ratio_penalty)
         check_name("backend", backend, BACKENDS)
         Reduction.of(loss_agg_mode, None, dp_size, None, None, loss_scale_factor)
         self.region = region
@@ -335,6 +378,7 @@ class PolicyLoss(torch.nn.Module):
         self.dual_clip = dual_clip
         self.ratio_level: RatioLevel = ratio_level
         self.loss_agg_mode: AggregationMode = loss_agg_mode
+        self.log_ratio_penalty = log_ratio_penalty
         self.backend: BackendName = backend
         self.exact = exact
         self.dp_size = dp_size
@@ -366,6 +410,7 @@ class PolicyLoss(torch.nn.Module):
         response_mask: torch.Tensor,
         *,
         rollout_is_weights: torch.Tensor | None = None,
+        anchor_log_prob: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         batch_num_tokens: Count | None = None,
         global_batch_size: Count | None = None,
@@ -385,7 +430,9 @@ class PolicyLoss(torch.nn.Module):
             dual_clip=self.dual_clip,
             ratio_level=self.ratio_level,
             loss_agg_mode=self.loss_agg_mode,
+            log_ratio_penalty=self.log_ratio_penalty,
             rollout_is_weights=rollout_is_weights,
+            anchor_log_prob=anchor_log_prob,
             cu_seqlens=cu_seqlens,
             backend=self.backend,
             exact=self.exact,
@@ -422,7 +469,8 @@ def _per_token_later(
     They are rarely read and cost as much to write as the gradient, so they are computed on first
     access. Inference-mode tensors have no version counter; for them the losses are returned.
     """
-    rule = rule._replace(region=current(rule.region))  # a source may have another one by then
+    if not isinstance(rule.region, BySign):  # a source may have another one by then
+        rule = rule._replace(region=current(rule.region))
     tensors = [tensor for tensor in given if tensor is not None]
     versions = [version_of(tensor) for tensor in tensors]
     untracked = None in versions

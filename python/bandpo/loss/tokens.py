@@ -45,6 +45,24 @@ class Tokens(NamedTuple):
     advantages: torch.Tensor  # [B, T] or [B, 1]
     valid: torch.Tensor  # bool [B, T]
     cu_seqlens: torch.Tensor | None
+    anchor_log_prob: torch.Tensor | None = None  # like old_log_prob
+
+    @property
+    def log_prob_of_bounds(self) -> torch.Tensor:
+        """The log-probs at which the bounds stand, in the user's shape."""
+        return self.old_log_prob if self.anchor_log_prob is None else self.anchor_log_prob
+
+    def limited_log_ratio(self) -> torch.Tensor:
+        """Returns the clamped log-ratios that the bounds limit; see `log_ratio`."""
+        return self._log_ratio_to(self.log_prob_of_bounds)
+
+    def shift(self) -> torch.Tensor | None:
+        """Returns how much further bounds of new/old are than those of new/anchor, [B, T]."""
+        if self.anchor_log_prob is None:
+            return None
+        shape = self.log_prob.shape
+        shift = (self.anchor_log_prob - self.old_log_prob).reshape(shape)
+        return torch.where(self.valid, shift, 0.0)
 
     def sequences(self) -> Sequences:
         """Returns the sequences, computed at every call."""
@@ -52,8 +70,11 @@ class Tokens(NamedTuple):
 
     def log_ratio(self) -> torch.Tensor:
         """Returns the clamped log-ratios without gradient, [B, T], 0 where masked; NaN stays."""
+        return self._log_ratio_to(self.old_log_prob)
+
+    def _log_ratio_to(self, denominator: torch.Tensor) -> torch.Tensor:
         log_prob = self.log_prob.detach()
-        log_ratio = log_prob - self.old_log_prob.reshape(log_prob.shape)
+        log_ratio = log_prob - denominator.reshape(log_prob.shape)
         return torch.where(self.valid, log_ratio, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 

@@ -6,9 +6,11 @@ from bandpo.region.clip import Clip
 from bandpo.region.combined import Combined, sides
 from bandpo.region.dcpo import Dcpo
 from bandpo.region.description import from_description
+from bandpo.region.signed import BySign, by_sign
 
 __all__ = [
     "Band",
+    "BySign",
     "Clip",
     "Combined",
     "Curve",
@@ -18,6 +20,7 @@ __all__ = [
     "Region",
     "SideDiagnosis",
     "Status",
+    "by_sign",
     "from_description",
     "sides",
 ]

@@ -62,6 +62,7 @@ def token_loss(
             inputs.log_ratio,
             inputs.advantages.expand(log_prob.shape),
             inputs.valid,
+            inputs.anchor_log_prob,
         ]
         in_vectors = sum(
             1 << bit
