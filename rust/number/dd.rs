@@ -13,20 +13,27 @@ use std::sync::LazyLock;
 use crate::number::Real;
 
 /// A double-double: the exact sum `hi + lo` with `|lo| <= ulp(hi)/2`.
+///
+/// ```
+/// use bandpo::number::{Dd, Real};
+///
+/// let sum = Dd::of(1.0) + Dd::of(1e-20);
+/// assert_eq!((sum - Dd::of(1.0)).to_f64(), 1e-20);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dd {
     /// The leading double.
     pub hi: f64,
-    /// The rest.
+    /// The remainder.
     pub lo: f64,
 }
 
-/// `ln 2` in three parts, by `tools/make_constants.py`. The first has 33 bits, so that its product with an exponent is
-/// exact.
+/// `ln 2` in three parts, by `tools/make_constants.py`. The first has 33 bits, because its product with an exponent
+/// has to be exact.
 pub(super) const LN_2_PARTS: [f64; 3] =
     [0.6931471804855391, 7.440617110012397e-11, -1.3124698417785255e-27];
 
-/// `pi/2` in three parts, likewise.
+/// `pi/2` in three parts, like [`LN_2_PARTS`].
 const HALF_PI_PARTS: [f64; 3] = [1.5707963267341256, 6.077100506506192e-11, 3.5215598651832e-27];
 
 /// `1/n!` for n = 2..=12, by `tools/make_constants.py`.
@@ -50,7 +57,7 @@ impl Dd {
     pub fn sum(a: f64, b: f64) -> Self {
         let hi = a + b;
         if !hi.is_finite() {
-            return Self { hi, lo: 0.0 }; // the rest of an infinity would be a NaN
+            return Self { hi, lo: 0.0 }; // the remainder of an infinity would be NaN
         }
         let from_b = hi - a;
         Self { hi, lo: (a - (hi - from_b)) + (b - from_b) }
@@ -66,7 +73,7 @@ impl Dd {
         Self { hi, lo: a.mul_add(b, -hi) }
     }
 
-    /// `hi + lo` where `|hi| >= |lo|` is known.
+    /// `hi + lo`, for `|hi| >= |lo|`.
     fn ordered(hi: f64, lo: f64) -> Self {
         let sum = hi + lo;
         if !sum.is_finite() {
@@ -75,8 +82,9 @@ impl Dd {
         Self { hi: sum, lo: lo - (sum - hi) }
     }
 
+    /// `self * 2^exponent`.
     pub(crate) fn scaled_by_power_of_two(self, exponent: i32) -> Self {
-        // Two steps: 2^exponent itself may be outside the range of a double.
+        // Two steps, because 2^exponent itself may leave the range of a double.
         let half = exponent / 2;
         let (first, second) = (2f64.powi(half), 2f64.powi(exponent - half));
         Self { hi: self.hi * first * second, lo: self.lo * first * second }
@@ -86,7 +94,7 @@ impl Dd {
     pub(crate) fn reduced_exp_m1(self) -> (f64, Self) {
         let mut r = self;
         let mut whole = 0.0;
-        // Twice where x is so large that a rounding of k is more than 1; a third time would change nothing.
+        // A large x takes two turns, because rounding moves its k by more than 1. A third would change nothing.
         for _ in 0..3 {
             let k = (r.hi / std::f64::consts::LN_2).round();
             if k == 0.0 {
@@ -109,7 +117,7 @@ impl Dd {
 
     /// `e^r - 1` for `|r| <= 2^-7`.
     fn small_exp_m1(self) -> Self {
-        // Of the powers from the seventh on, a double has enough digits: they are 2^-54 of the sum.
+        // A double has enough digits for the powers from the seventh on: they are 2^-54 of the sum.
         let mut tail = INVERSE_FACTORIAL[10].hi;
         for coefficient in INVERSE_FACTORIAL[5..10].iter().rev() {
             tail = tail * self.hi + coefficient.hi;
@@ -122,10 +130,10 @@ impl Dd {
     }
 }
 
-/// Values of [`EXP_M1_ON_GRID`] between two whole numbers.
+/// Points of [`EXP_M1_ON_GRID`] in an interval of length 1.
 const GRID: f64 = 64.0;
 
-/// The last place on that grid: `ln(2)/2` lies before it.
+/// Last point of the grid, times [`GRID`]. It lies beyond `ln(2)/2`.
 const LAST_ON_GRID: f64 = 23.0;
 
 /// `e^(j/64) - 1` for j from -23 to 23.
@@ -142,7 +150,7 @@ static EXP_M1_ON_GRID: LazyLock<[Dd; 47]> = LazyLock::new(|| {
 impl Dd {
     /// The quadrant `k mod 4` and `sin r`, `cos r` with `x = k pi/2 + r`, `|r| <= pi/4`.
     ///
-    /// Absolute accuracy is 1e-31 times the size of `k`, and that of a double where `k` is huge.
+    /// The absolute error is 1e-31 times `|k|`, or a double's where `k` is huge.
     fn reduced_sin_cos(self) -> (u8, Self, Self) {
         if self.hi.abs() > 1e14 {
             return (0, Self::of(self.hi.sin()), Self::of(self.hi.cos()));
@@ -236,7 +244,7 @@ impl Real for Dd {
 
     fn exp_m1(self) -> Self {
         if self.hi.abs() < 1e-40 {
-            return self; // to all digits, where the halving below would lose those of a denormal
+            return self; // the next term, x^2/2, is below all digits
         }
         if self.hi.abs() < 0.34 {
             return self.reduced_exp_m1().1;
@@ -252,7 +260,7 @@ impl Real for Dd {
             return Self::of(self.hi.ln());
         }
         if !(1e-270..1e270).contains(&self.hi) {
-            // e^-y below would overflow or be denormal, as the rest of a tiny number is.
+            // Otherwise e^-y below would overflow or be denormal, as the low part of a tiny number is.
             let shift = if self.hi < 1.0 { 300 } else { -300 };
             let [first, second, third] =
                 LN_2_PARTS.map(|part| Self::product(-f64::from(shift), part));

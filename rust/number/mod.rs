@@ -1,4 +1,4 @@
-//! The number types that formulas are evaluated in: `f64` for speed, [`Dd`] where `f64` runs out.
+//! Number types of formulas: `f64` for speed, [`Dd`] where its digits do not suffice.
 //!
 //! A generator is written once, over [`Real`], and runs in both. [`Dd`] (about 31 digits) decides
 //! whether a bound is inside and polishes bounds whose condition number is large.
@@ -12,7 +12,7 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 
 pub use dd::Dd;
 
-/// What a generator needs from a number.
+/// Operations that formulas of a generator take from a number.
 pub trait Real:
     Copy
     + Add<Output = Self>
@@ -23,7 +23,7 @@ pub trait Real:
 {
     /// The number with the value of a double.
     fn of(value: f64) -> Self;
-    /// The nearest double; what is neither 0 nor infinite stays so.
+    /// The nearest double. A number that is neither 0 nor infinite stays so.
     fn to_f64(self) -> f64;
     /// The nearest double-double.
     fn to_dd(self) -> Dd;
@@ -58,13 +58,13 @@ pub trait Real:
     fn abs(self) -> Self {
         if self.to_f64() < 0.0 { -self } else { self }
     }
-    /// `x - ln(1 + x) >= 0`: relatively accurate near 0, where it is `x^2/2`, in double precision; where
-    /// there are more digits, they may cancel.
+    /// `x - ln(1 + x) >= 0`, about `x^2/2` near 0. In double precision it is relatively accurate there; wider
+    /// types may lose digits to cancellation.
     #[must_use]
     fn excess_over_ln_1p(self) -> Self {
         self - self.ln_1p()
     }
-    /// `e^x - 1 - x >= 0`, likewise.
+    /// `e^x - 1 - x >= 0`, with the accuracy of [`Self::excess_over_ln_1p`].
     #[must_use]
     fn exp_excess(self) -> Self {
         self.exp_m1() - self

@@ -1,4 +1,4 @@
-//! The functions of each number type.
+//! Tests of the functions of each number type.
 
 use super::*;
 
@@ -16,7 +16,7 @@ pub(crate) fn hex_float(text: &str) -> f64 {
     let (whole, fraction) = mantissa.split_once('.').unwrap();
     let bits = u64::from_str_radix(&format!("{whole}{fraction}"), 16).unwrap() as f64;
     let shift = exponent - 4 * fraction.len() as i32;
-    // Two steps, for exponents whose power of two is not a double.
+    // Two steps, because 2^shift itself may be no double.
     sign * bits * 2f64.powi(shift / 2) * 2f64.powi(shift - shift / 2)
 }
 
@@ -43,7 +43,7 @@ fn double_double_functions_hold_thirty_digits() {
 }
 
 #[test]
-fn double_double_limits() {
+fn double_double_functions_take_their_limits_at_the_ends() {
     assert_eq!(Dd::of(-1e300).exp(), Dd::of(0.0));
     assert_eq!(Dd::of(-1e300).exp_m1().to_f64(), -1.0);
     assert_eq!(Dd::of(1e300).exp().hi, f64::INFINITY);
@@ -53,7 +53,7 @@ fn double_double_limits() {
     assert_eq!(Dd::of(-5e-324).exp_m1(), Dd::of(-5e-324));
 }
 
-/// ln 2^k = k ln 2, also where e^-ln leaves the range of normal doubles.
+/// Covers powers whose inverse is not a normal double.
 #[test]
 fn logarithms_of_powers_of_two_hold_thirty_digits() {
     let ln_2 = Dd::of(2.0).ln();

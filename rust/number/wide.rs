@@ -1,8 +1,10 @@
 //! [`Wide`]: a number of any size, with a bound of its rounding error.
 //!
-//! Text such as `(u^4 + 1)/u^3` overflows long before its value does; and whether a slope that falls
-//! by 1e-20 breaks convexity or is a rounding error, only the size of the terms that cancelled can
-//! tell. So the judge of an expression evaluates it in these, and so does whoever met an overflow.
+//! Expressions are judged in these numbers, and evaluated in them after an overflow, for two reasons:
+//!
+//! - a term of `(u^4 + 1)/u^3` overflows long before the quotient does;
+//! - a slope that falls by 1e-20 either breaks convexity or is a rounding error. The size of the terms that
+//!   cancelled decides which.
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
@@ -12,15 +14,15 @@ use crate::number::{Dd, Real};
 /// Relative rounding error of one operation in double-double arithmetic, rounded up.
 pub(crate) const ROUNDING: f64 = 1e-30;
 
-/// Exponents beyond this are infinity, and 0 on the other side. Below it a double holds `x/ln 2` with its
-/// nearest whole number.
+/// Max exponent. A number beyond it is infinite, and below its negative 0. Up to it a double holds the whole
+/// number nearest to `x/ln 2`.
 const MAX_EXPONENT: i64 = 1 << 50;
 
-/// Where a number stops being a double with all its digits, and stays one for sure.
-const OF_A_DOUBLE: i64 = 900;
+/// Max magnitude of the exponent for which both parts of the number surely fit into doubles.
+const MAX_DOUBLE_EXPONENT: i64 = 900;
 
 /// `(digits +- error) 2^exponent`, by running error analysis (N. J. Higham, *Accuracy and Stability of
-/// Numerical Algorithms*, 2nd ed., SIAM 2002, section 3.3). The greater of digits and error is in [1, 2).
+/// Numerical Algorithms*, 2nd ed., SIAM 2002, section 3.3). The larger of digits and error is in [1, 2).
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Wide {
     digits: Dd,
@@ -32,7 +34,7 @@ impl Wide {
     fn new(digits: Dd, error: f64, exponent: i64) -> Self {
         let size = digits.hi.abs().max(error);
         if !size.is_finite() || digits.hi.is_nan() {
-            // Nothing is known of a number with an infinite error.
+            // A number with an infinite error is unknown.
             let hi = if digits.hi.is_infinite() { digits.hi } else { f64::NAN };
             return Self { digits: Dd { hi, lo: 0.0 }, error: 0.0, exponent: 0 };
         }
@@ -56,36 +58,37 @@ impl Wide {
         Self { digits, error: Dd::of(error).scaled_by_power_of_two(-shift).hi, exponent }
     }
 
-    /// A function's value, of which only a relative or an absolute error is known.
+    /// A function's value with its absolute error, to which rounding is added.
     fn of_function(value: Dd, error: f64) -> Self {
         Self::new(value, error + ROUNDING * value.hi.abs(), 0)
     }
 
-    /// Whether this is above 0 by more than `times` its rounding error.
+    /// True if the number exceeds 0 by more than `times` its rounding error.
     pub(crate) fn is_above_error(self, times: f64) -> bool {
         self.digits.hi > times * self.error
     }
 
-    /// So many times the rounding error.
+    /// `times` the rounding error.
     pub(crate) fn error_times(self, times: f64) -> Self {
         Self::new(Dd::of(self.error * times), 0.0, self.exponent)
     }
 
-    /// Whether it is neither infinite nor unknown.
+    /// True if the number is neither infinite nor unknown.
     pub(crate) fn is_finite(self) -> bool {
         self.digits.hi.is_finite()
     }
 
-    /// The same number, taken to be good to a relative rounding error.
+    /// The same number with the error of one more rounding.
     pub(crate) fn rounded(self) -> Self {
         Self { error: self.error + ROUNDING * self.digits.hi.abs(), ..self }
     }
 
+    /// True if a double-double holds all digits.
     fn is_double(self) -> bool {
-        self.exponent.abs() < OF_A_DOUBLE
+        self.exponent.abs() < MAX_DOUBLE_EXPONENT
     }
 
-    /// The error, as a double.
+    /// The rounding error as a double.
     fn absolute_error(self) -> f64 {
         Self { digits: Dd::of(self.error), ..self }.to_dd().hi
     }
@@ -109,7 +112,7 @@ impl Add for Wide {
         if big.digits.hi == 0.0 && big.error == 0.0 {
             return small;
         }
-        // What is shifted farther than this is a small part of the rounding error.
+        // Digits that are shifted farther are a small part of the rounding error.
         let shift = (big.exponent - small.exponent).min(300) as i32;
         let digits = big.digits + small.digits.scaled_by_power_of_two(-shift);
         let error = big.error + small.error * 2f64.powi(-shift) + ROUNDING * digits.hi.abs();
@@ -183,14 +186,14 @@ impl Real for Wide {
         }
         let (exponent, minus_one) = x.reduced_exp_m1();
         let digits = minus_one + Dd::of(1.0);
-        // The multiples of ln 2 are taken off with an error relative to x.
+        // Subtracting the multiples of ln 2 has an error relative to x.
         let relative = (self.absolute_error() + ROUNDING * (1.0 + x.hi.abs())).exp_m1();
         Self::new(digits, relative * digits.hi, exponent as i64)
     }
 
     fn exp_m1(self) -> Self {
         let x = self.to_dd();
-        if self.exponent < -OF_A_DOUBLE {
+        if self.exponent < -MAX_DOUBLE_EXPONENT {
             self.rounded()
         } else if x.hi.abs() < 0.34 {
             Self::of_function(x.exp_m1(), 2.0 * self.absolute_error())
@@ -215,7 +218,7 @@ impl Real for Wide {
     }
 
     fn ln_1p(self) -> Self {
-        if self.exponent < -OF_A_DOUBLE {
+        if self.exponent < -MAX_DOUBLE_EXPONENT {
             self.rounded()
         } else if self.to_dd().hi.abs() < 0.5 {
             Self::of_function(self.to_dd().ln_1p(), 2.0 * self.absolute_error())
@@ -243,11 +246,11 @@ impl Real for Wide {
     }
 
     fn sin(self) -> Self {
-        self.turned(Dd::sin)
+        self.periodic(Dd::sin)
     }
 
     fn cos(self) -> Self {
-        self.turned(Dd::cos)
+        self.periodic(Dd::cos)
     }
 
     fn abs(self) -> Self {
@@ -256,10 +259,11 @@ impl Real for Wide {
 }
 
 impl Wide {
-    fn turned(self, function: fn(Dd) -> Dd) -> Self {
+    /// Sine or cosine, by the function of a double-double.
+    fn periodic(self, function: fn(Dd) -> Dd) -> Self {
         let x = self.to_dd();
         let error = self.absolute_error() + ROUNDING * (1.0 + x.hi.abs());
-        // Of a huge angle nothing is known but that this is a sine or a cosine.
+        // The result for a huge angle is unknown, within [-1, 1].
         if error < 1e-10 {
             Self::of_function(function(x), error)
         } else {
@@ -277,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_far_out_of_the_range_of_a_double_keep_their_digits() {
+    fn numbers_beyond_the_range_of_a_double_keep_their_digits() {
         let huge = number(1e5).exp(); // 10^43429
         let back = huge.ln().to_dd() - Dd::of(1e5);
         assert!(back.to_f64().abs() < 1e-24, "{back:?}");
@@ -297,9 +301,8 @@ mod tests {
         assert_eq!(number(-1e30).exp().to_f64(), 0.0);
     }
 
-    /// Whatever cancels, the true value is within the error that is carried along.
     #[test]
-    fn errors_bound_what_cancelled() {
+    fn carried_error_contains_the_true_value_after_cancellation() {
         let one = number(1.0);
         for x in [1e-12, 1e-3, 0.3, 2.0, 50.0, 1e4] {
             let x = number(x);
