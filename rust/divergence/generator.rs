@@ -1,6 +1,6 @@
-//! The generators: value and slope, and their behaviour at 0, 1 and infinity.
+//! The generators: value, slope, and limits at 0, 1 and infinity.
 //!
-//! Each is written as a sum of terms of one sign: nothing cancels near `u = 1`, where a trust region lives.
+//! Each is written as a sum of terms of one sign, because a trust region lies near `u = 1`, where other forms cancel.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use crate::divergence::expression::Expression;
 use crate::divergence::point::Point;
 use crate::number::Real;
 
-/// The generators with a formula of their own, and those read from text.
+/// A generator with its own formula, or one read from text.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Generator {
     Kl,
@@ -27,7 +27,7 @@ pub(crate) enum Generator {
     Expression(Arc<Expression>),
 }
 
-/// What saturation and narrow bands depend on.
+/// Constants that decide saturation and the shape of narrow bands.
 pub(crate) struct Constants<T> {
     /// `f(0)`, infinite for some.
     pub(crate) at_zero: T,
@@ -90,7 +90,7 @@ impl Generator {
         }
     }
 
-    /// `f(u)/u`, which stays in the range of a double where `f(u)` does not.
+    /// `f(u)/u`, which remains in the range of a double where `f(u)` leaves it.
     pub(crate) fn value_per_u<T: Real>(&self, at: Point<T>) -> T {
         let Point { excess, u, .. } = at;
         match *self {
@@ -164,7 +164,7 @@ impl Generator {
         }
     }
 
-    /// `ln(f(u)/u)` for `log = ln u > 0`, and `ln f(u)` for `log < 0`, also where `f(u)` leaves the range of a
+    /// `ln(f(u)/u)` for `log = ln u > 0`, and `ln f(u)` for `log < 0`. `f(u)` itself may leave the range of a
     /// double.
     pub(crate) fn log_value<T: Real>(&self, log: T) -> T {
         let t = log.to_f64();
@@ -176,7 +176,7 @@ impl Generator {
         if let Self::Expression(expression) = self {
             return expression.log_value(log) - per_u;
         }
-        // What is left out is smaller by a factor e^-300 or more.
+        // The omitted terms are smaller by a factor of e^-300 or more.
         if t > 0.0 {
             match *self {
                 Self::ReverseKl => (log - T::of(1.0)).ln(),
@@ -207,17 +207,17 @@ impl Generator {
         }
     }
 
-    /// Whether evaluating it in double precision cancels near 1, as text does that was written by hand.
+    /// True if digits may cancel near 1 in double precision, as in a user's expression.
     pub(crate) fn cancels(&self) -> bool {
         matches!(self, Self::Expression(_))
     }
 
-    /// The size of terms, times the weight of an outcome, that cancel where `D` is small: those of text are
-    /// not known, and taken for 1.
+    /// Size of the terms that cancel where `D` is small, times the weight of their outcome. That of an expression is
+    /// unknown and taken as 1.
     pub(crate) fn cancelled(&self) -> f64 {
         match *self {
             Self::Expression(_) => 1.0,
-            // At its kink u = g, and an outcome that grew g times had at most the weight 1/g.
+            // At the kink u = g. An outcome that grew g times had at most the weight 1/g.
             Self::HockeyStick(threshold) => (threshold - 1.0) / threshold,
             _ => 0.0,
         }
@@ -259,7 +259,7 @@ impl Generator {
         Constants { at_zero, slope_at_infinity, curvature }
     }
 
-    /// Whether all of a side can be allowed: `f(0)` is finite.
+    /// True if a radius can allow a whole side, because `f(0)` is finite.
     pub(crate) fn saturates(&self) -> bool {
         self.constants::<f64>().at_zero.is_finite()
     }
@@ -286,9 +286,9 @@ fn jensen_shannon<T: Real>(at: Point<T>) -> T {
 
 /// Cressie-Read, `(u^a - 1 - a(u-1)) / (a(a-1))`.
 ///
-/// With `t = ln u` and `E(x) = e^x - 1 - x` it is `[E(a t) - a E(t)] / (a(a-1))` near u = 1, where that
-/// cancels only for a near 1; there the adjoint `f_a(u) = u f_(1-a)(1/u)` takes its place. Far from 1
-/// powers of u itself are more accurate than exponentials of t.
+/// Near u = 1 it is `[E(a t) - a E(t)] / (a(a-1))` with `t = ln u` and `E(x) = e^x - 1 - x`. That cancels for a
+/// near 1 only; for those, the adjoint `f_a(u) = u f_(1-a)(1/u)` replaces it. Far from u = 1, powers of u are
+/// more accurate than exponentials of t.
 fn alpha<T: Real>(order: T, at: Point<T>) -> T {
     let Point { log, excess, u } = at;
     let one = T::of(1.0);
@@ -304,7 +304,7 @@ fn alpha<T: Real>(order: T, at: Point<T>) -> T {
         let rest = one - order;
         u * ((-(rest * log)).exp_excess() - rest * (-log).exp_excess()) / (-rest * order)
     } else if log.to_f64() < -600.0 {
-        one / order // f(0) to all digits, and a power of 1/u would overflow
+        one / order // f(0) to all digits; a power of 1/u would overflow
     } else {
         (u * power_minus_one(order - one, at) - (order - one) * excess) / scale
     }
@@ -316,7 +316,7 @@ fn power_minus_one<T: Real>(order: T, at: Point<T>) -> T {
     if exponent.to_f64().abs() < 1.0 {
         exponent.exp_m1()
     } else if at.u.to_f64() < 1e-290 {
-        exponent.exp() - T::of(1.0) // u itself is about to underflow
+        exponent.exp() - T::of(1.0) // u may have lost digits to underflow
     } else {
         at.u.powf(order) - T::of(1.0)
     }

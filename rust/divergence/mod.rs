@@ -1,8 +1,8 @@
-//! f-divergences: which generator, its value and slope, its behaviour at 0 and infinity.
+//! f-divergences by name or expression: generator, value, slope, and limits at 0 and infinity.
 //!
 //! `D_f(old, new) = E_old[f(new/old)]` with `f` convex and `f(1) = 0` (Csiszar 1967). Every built-in
-//! generator is normalised so that also `f'(1) = 0`, hence `f >= 0`, and is written as a sum of
-//! terms of one sign: nothing cancels near `u = 1`, where a trust region lives.
+//! generator is normalised so that also `f'(1) = 0`, hence `f >= 0`. It is written as a sum of terms of
+//! one sign, because a trust region lies near `u = 1`, where other forms cancel.
 
 mod expression;
 mod generator;
@@ -17,13 +17,14 @@ use crate::number::Real;
 pub(crate) use generator::Generator;
 pub use point::Point;
 
-/// How the delta that the user gives becomes a radius of the generator.
+/// Conversion of the user's delta to a radius of the generator.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Units {
+    /// The radius is the delta.
     Same,
-    /// Renyi of order a: `(e^((a-1) delta) - 1) / (a (a-1))` of Cressie-Read.
+    /// Renyi of order a: the radius of Cressie-Read is `(e^((a-1) delta) - 1) / (a (a-1))`.
     Renyi(f64),
-    /// Bhattacharyya: `1 - e^-delta` of Hellinger.
+    /// Bhattacharyya: the radius of Hellinger is `1 - e^-delta`.
     Bhattacharyya,
 }
 
@@ -34,12 +35,16 @@ struct BuiltIn {
     make: Make,
 }
 
+/// Constructor of a built-in divergence.
 #[derive(Clone, Copy)]
 enum Make {
+    /// Without a parameter.
     Plain(fn() -> (Generator, Units)),
+    /// With a parameter.
     With {
-        /// A specification with a parameter that stands for all.
+        /// Specification that represents the family in [`ALL`].
         example: &'static str,
+        /// Range of the parameter, for error messages.
         allowed: &'static str,
         /// `None` for a parameter out of range.
         make: fn(f64) -> Option<(Generator, Units)>,
@@ -113,7 +118,7 @@ const BUILT_IN: [BuiltIn; 15] = [
     },
 ];
 
-/// Every built-in divergence, those with a parameter with one that stands for all.
+/// Every built-in divergence. A family with a parameter is represented by one example.
 pub const ALL: &[&str] = &{
     let mut all = [""; BUILT_IN.len()];
     let mut index = 0;
@@ -127,6 +132,7 @@ pub const ALL: &[&str] = &{
     all
 };
 
+/// The power divergence of an order, with its limits at 0 and 1.
 fn cressie_read(order: f64) -> Generator {
     if order == 0.0 {
         Generator::Kl
@@ -138,6 +144,17 @@ fn cressie_read(order: f64) -> Generator {
 }
 
 /// A divergence between the old and the new policy.
+///
+/// ```
+/// use bandpo::divergence::Divergence;
+///
+/// assert_eq!(Divergence::parse("alpha:0.5")?.curvature(), Some(1.0));
+///
+/// let squared = Divergence::from_expression("(u-1)^2", None, None)?;
+/// assert!((squared.curvature().unwrap() - 2.0).abs() < 1e-9);
+/// assert!(Divergence::from_expression("(u-1)^3", None, None).is_err(), "not convex");
+/// # Ok::<(), bandpo::error::Error>(())
+/// ```
 ///
 /// | name | generator f(u) |
 /// |---|---|
@@ -157,7 +174,7 @@ fn cressie_read(order: f64) -> Generator {
 /// | `bwcs:l`, 0 <= l <= 1 | `(u-1)^2/(1-l+l u)` |
 /// | `hockey-stick:g`, g >= 1 | `max(u-g, 0)` |
 ///
-/// Their f(0), f'(inf), f''(1) and greatest values are listed once, in `python/bandpo/divergence.py`.
+/// Their f(0), f'(inf), f''(1) and max values are listed once, in `python/bandpo/divergence.py`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Divergence {
     spec: String,
@@ -194,9 +211,9 @@ impl Divergence {
         Ok(Self { spec: spec.to_owned(), generator, units })
     }
 
-    /// The divergence of a convex function of `u` given as text, such as `u*ln(u) - u + 1`.
+    /// The divergence of a convex function of `u`, given as text such as `u*ln(u) - u + 1`.
     ///
-    /// `f(0)` and `f'(inf)` may be given where they cannot be found out from the text.
+    /// `f(0)` and `f'(inf)` may be given; they have to be where the text does not determine them.
     ///
     /// # Errors
     /// [`Error::Expression`] if the text cannot be read, [`Error::Generator`] if the function is not
@@ -218,11 +235,11 @@ impl Divergence {
     #[must_use]
     pub fn curvature(&self) -> Option<f64> {
         let curvature = self.generator.constants::<f64>().curvature?;
-        // Of a small divergence of the generator, Renyi's of order a is a times as much.
+        // A small Renyi divergence of order a is a times the divergence of its generator.
         Some(if let Units::Renyi(order) = self.units { curvature * order } else { curvature })
     }
 
-    /// The delta for this divergence that a radius for its generator stands for.
+    /// The delta of this divergence for a radius of its generator.
     #[must_use]
     pub fn delta_of_radius(&self, value: f64) -> f64 {
         match self.units {
@@ -232,7 +249,7 @@ impl Divergence {
         }
     }
 
-    /// Number and parameter of its generator in `cuda/generator.cuh`; `None` for a text.
+    /// Number and parameter of the generator in `cuda/generator.cuh`; `None` for an expression.
     #[must_use]
     pub fn kernel_generator(&self) -> Option<(i32, f64)> {
         Some(match self.generator {
@@ -257,7 +274,7 @@ impl Divergence {
         &self.spec
     }
 
-    /// The radius for the generator that a delta for this divergence stands for.
+    /// The radius of the generator for a delta of this divergence.
     #[must_use]
     pub fn generator_radius<T: Real>(&self, delta: f64) -> T {
         match self.units {
@@ -265,7 +282,7 @@ impl Divergence {
             Units::Renyi(order) => {
                 let rate = T::of(order) - T::of(1.0);
                 let radius = (rate * T::of(delta)).exp_m1() / (T::of(order) * rate);
-                // Beyond the range of a double every ratio that can be told from 0 is allowed.
+                // Infinite radii are capped: max double allows every ratio that differs from 0.
                 if radius.to_f64() < f64::MAX { radius } else { T::of(f64::MAX) }
             }
             Units::Bhattacharyya => -T::of(-delta).exp_m1(),

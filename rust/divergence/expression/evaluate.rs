@@ -1,24 +1,24 @@
-//! The value and the slope of a tree, in any number type.
+//! Value and slope of a syntax tree, in any number type.
 
 use super::grammar::Node;
 use crate::divergence::point::Point;
 use crate::number::wide::Wide;
 use crate::number::{Dd, Real};
 
-/// A number and its derivative in `ln u`; and the same of its logarithm, where that is known better than
-/// from it.
+/// A number with its derivative in `ln u`.
 #[derive(Clone, Copy)]
 pub(super) struct Jet<T> {
     pub(super) value: T,
     pub(super) slope: T,
+    /// The logarithm and its derivative, where they are more accurate than those of `value`.
     log: Option<(T, T)>,
 }
 
-/// A convex generator read from text, with what was found out about it when it was judged.
+/// A convex generator read from text, with the constants that judging it determined.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Expression {
     pub(super) node: Node,
-    /// A subgradient at 1: `f - slope_at_one (u-1)` is what is evaluated. It is at least 0.
+    /// A subgradient at 1. The normalised `f - slope_at_one (u-1)`, which is at least 0, is evaluated.
     pub(super) slope_at_one: Dd,
     pub(crate) at_zero: Dd,
     pub(crate) slope_at_infinity: f64,
@@ -39,27 +39,27 @@ impl Expression {
         }
     }
 
-    /// `u f'(u)`, of the same function.
+    /// `u f'(u)` of the normalised function.
     pub(crate) fn log_slope(&self, at: Point<f64>) -> f64 {
         let slope = evaluate(&self.node, at).slope - self.slope_at_one.to_f64() * at.u;
         if slope.is_finite() { slope } else { self.wide(widened(at)).slope.to_dd().to_f64() }
     }
 
-    /// `ln f(u)` for any `ln u`, where `f(u)` itself leaves the range of a double.
+    /// `ln f(u)` for any `ln u`. `f(u)` itself may leave the range of a double.
     pub(crate) fn log_value<T: Real>(&self, log: T) -> T {
-        // As a power of u beyond the farthest point where the text can be evaluated.
+        // Beyond the farthest point of evaluation f is extended as a power of u.
         let t = log.to_f64();
         let far = t.clamp(-FARTHEST, FARTHEST);
         let at = if t == far { Wide::of_dd(log.to_dd()) } else { Wide::of(far) };
         let Jet { value, slope, .. } = self.wide(Point::from_log(at));
         if value.is_finite() && !value.is_above_error(1.0) {
-            return T::of(f64::NEG_INFINITY); // all that is left is rounding error
+            return T::of(f64::NEG_INFINITY); // only rounding error remains
         }
         let beyond = if t == far { 0.0 } else { (slope / value).to_f64() * (t - far) };
         T::of_dd(value.ln().to_dd()) + T::of(beyond)
     }
 
-    /// `f(u) - f'(1) (u-1)` where nothing overflows, and with what is rounding error in it.
+    /// `f(u) - f'(1) (u-1)` with a bound of its rounding error. Nothing overflows.
     pub(super) fn wide(&self, at: Point<Wide>) -> Jet<Wide> {
         let Jet { value, slope, .. } = evaluate(&self.node, at);
         let tangent = Wide::of_dd(self.slope_at_one);
@@ -67,9 +67,10 @@ impl Expression {
     }
 }
 
-/// How far from 1, in `|ln u|`, text is evaluated at all; limits are looked for there.
+/// Max `|ln u|` at which an expression is evaluated. Its limits are determined there.
 pub(super) const FARTHEST: f64 = 1e10;
 
+/// The point in [`Wide`] numbers.
 pub(super) fn widened<T: Real>(at: Point<T>) -> Point<Wide> {
     let log = Wide::of_dd(at.log.to_dd());
     if at.log.to_f64().abs() < 600.0 {
@@ -80,8 +81,8 @@ pub(super) fn widened<T: Real>(at: Point<T>) -> Point<Wide> {
     }
 }
 
-/// The number and the slope of a formula; what a node does with its parts is in [`combined`], so that text
-/// of a thousand operations inside each other fits on the stack of a thread.
+/// Value and slope of a formula. The operations are in [`combined`], because a thousand nested ones have to fit
+/// on the stack of a thread.
 pub(super) fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Jet<T> {
     match node {
         Node::Variable => Jet { value: at.u, slope: at.u, log: Some((at.log, T::of(1.0))) },
@@ -108,9 +109,9 @@ pub(super) fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Jet<T> {
     }
 }
 
-/// What a node makes of its parts; of one part, it is the left one.
+/// The operation of a node on its operands. A single operand is `left`.
 #[inline(never)]
-#[allow(clippy::too_many_lines)] // one arm a kind of node
+#[allow(clippy::too_many_lines)] // one arm for each kind of node
 fn combined<T: Real>(node: &Node, left: Jet<T>, right: Jet<T>) -> Jet<T> {
     let zero = T::of(0.0);
     let plain = |value: T, slope: T| Jet { value, slope, log: None };
@@ -156,7 +157,7 @@ fn combined<T: Real>(node: &Node, left: Jet<T>, right: Jet<T>) -> Jet<T> {
             let order = exponent.value.to_f64();
             let constant = exponent.slope.to_f64() == 0.0;
             if constant && order.fract() == 0.0 && order.abs() <= 1e6 {
-                // Whole powers, of negative numbers too.
+                // A whole power, whose base may be negative.
                 let lower = whole_power(base.value, order as i32 - 1);
                 let value = lower * base.value;
                 let log = if in_range(value) { base.log } else { Some(logarithm(base)) };
@@ -192,7 +193,7 @@ fn combined<T: Real>(node: &Node, left: Jet<T>, right: Jet<T>) -> Jet<T> {
             match left.value.to_f64() {
                 value if value > 0.0 => left,
                 value if value < 0.0 => plain(-left.value, -left.slope),
-                _ => plain(left.value.abs(), zero), // at a kink, the middle of its slopes
+                _ => plain(left.value.abs(), zero), // the mean of the slopes at a kink
             }
         }
         Node::Sin(_) => plain(left.value.sin(), left.slope * left.value.cos()),
@@ -210,33 +211,34 @@ fn combined<T: Real>(node: &Node, left: Jet<T>, right: Jet<T>) -> Jet<T> {
     }
 }
 
-/// Whether a number is neither 0 nor infinite.
+/// True if a number is neither 0 nor infinite.
 fn in_range<T: Real>(value: T) -> bool {
     value.to_f64().is_finite() && value.to_f64() != 0.0
 }
 
-/// The logarithm of a sum in which one term has overflowed and the other is nothing beside it.
+/// The logarithm of a sum in which `term` has overflowed, so that `other` is negligible.
 fn dominant<T: Real>(term: Jet<T>, other: Jet<T>) -> Option<(T, T)> {
     let alone = other.value.to_f64().is_finite();
     term.log.filter(|log| alone && term.value.to_f64().is_infinite() && log.0.to_f64().is_finite())
 }
 
+/// True for the infinity of an overflow, and for NaN.
 fn has_overflowed(size: f64) -> bool {
     !size.is_finite()
 }
 
-/// Whether a number is 0 only because its type ends there, and its product with `factor` might not be.
+/// True if a number underflowed to 0 but its product with `factor` may not be 0.
 fn is_underflow<T: Real>(number: Jet<T>, factor: f64) -> bool {
     number.value.to_f64() == 0.0
         && number.log.is_some_and(|(log, _)| {
-            log.to_f64().is_finite() && log.to_f64() + factor.ln() > LOG_OF_NOTHING
+            log.to_f64().is_finite() && log.to_f64() + factor.ln() > NEGLIGIBLE_LOG
         })
 }
 
-/// `ln` of a number that is 0 in every product that matters.
-const LOG_OF_NOTHING: f64 = -800.0;
+/// `ln` of a product below which it is taken as 0.
+const NEGLIGIBLE_LOG: f64 = -800.0;
 
-/// A positive number by its logarithm; NaN where that is not known, to be evaluated again with a wider range.
+/// A positive number by its logarithm. An unknown one gives NaN, for which the caller evaluates again in [`Wide`].
 fn from_log<T: Real>(log: Option<(T, T)>) -> Jet<T> {
     let Some((exponent, relative)) = log else {
         return Jet { value: T::of(f64::NAN), slope: T::of(f64::NAN), log };
@@ -245,6 +247,7 @@ fn from_log<T: Real>(log: Option<(T, T)>) -> Jet<T> {
     Jet { value, slope: value * relative, log }
 }
 
+/// `base^exponent`, by repeated squaring.
 fn whole_power<T: Real>(base: T, exponent: i32) -> T {
     let mut result = T::of(1.0);
     let mut square = base;

@@ -1,4 +1,4 @@
-//! The grammar of a generator's text: from text to a tree.
+//! Grammar of a generator's text, and the syntax tree it gives.
 
 use std::sync::LazyLock;
 
@@ -8,9 +8,9 @@ use pest::pratt_parser::{Assoc, Op, PrattParser};
 
 use crate::error::{Error, Result, excerpt};
 
-/// Longest text that is read.
+/// Max characters of a text.
 const MAX_CHARACTERS: usize = 1024;
-/// Deepest nesting of parentheses that is read: the parser is recursive.
+/// Max nesting of parentheses, because the parser is recursive.
 const MAX_NESTED: usize = 64;
 
 #[derive(pest_derive::Parser)]
@@ -43,6 +43,7 @@ static PRECEDENCE: LazyLock<PrattParser<Rule>> = LazyLock::new(|| {
         .op(Op::infix(Rule::power, Assoc::Right))
 });
 
+/// A node of the syntax tree.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Node {
     Variable,
@@ -58,15 +59,16 @@ pub(super) enum Node {
     Abs(Box<Node>),
     Sin(Box<Node>),
     Cos(Box<Node>),
-    /// The lesser where the flag is false, the greater where it is true.
+    /// `max` if the flag is true, otherwise `min`.
     Extreme(bool, Box<Node>, Box<Node>),
 }
 
-/// The functions; `min` and `max` take two arguments.
+/// Names of the functions. `min` and `max` take two arguments, the others one.
 const FUNCTIONS: [&str; 9] = ["ln", "log", "exp", "sqrt", "abs", "sin", "cos", "min", "max"];
 
+/// Reads a text.
 pub(super) fn read(text: &str) -> Result<Node> {
-    // Places are bytes; columns count characters.
+    // Places count bytes, columns characters.
     let refuse = |place: usize, reason: String| Error::Expression {
         text: text.to_owned(),
         column: text[..place].chars().count() + 1,
@@ -102,7 +104,7 @@ pub(super) fn read(text: &str) -> Result<Node> {
     }
 }
 
-/// What is wrong between `before` and `rest`, where reading stopped; `unclosed` is the column of the last
+/// The reason why reading stopped between `before` and `rest`; `unclosed` is the column of the last
 /// parenthesis that is never closed.
 fn unreadable(before: &str, rest: &str, unclosed: Option<usize>) -> String {
     let before = before.trim_end();
@@ -141,7 +143,7 @@ fn unreadable(before: &str, rest: &str, unclosed: Option<usize>) -> String {
     }
 }
 
-/// The tree of an expression's operands and operators; `refuse` makes an error of a column and a reason.
+/// Builds the tree of operands and operators; `refuse` makes an error of a place and a reason.
 fn build(pairs: Pairs<'_, Rule>, refuse: &impl Fn(usize, String) -> Error) -> Result<Node> {
     PRECEDENCE
         .map_primary(|pair| primary(pair, refuse))
@@ -165,6 +167,7 @@ fn build(pairs: Pairs<'_, Rule>, refuse: &impl Fn(usize, String) -> Error) -> Re
         .parse(pairs)
 }
 
+/// Builds the node of an operand.
 fn primary(pair: Pair<'_, Rule>, refuse: &impl Fn(usize, String) -> Error) -> Result<Node> {
     let (place, text) = (pair.as_span().start(), pair.as_str());
     let shown = excerpt(text, 1);
@@ -183,6 +186,7 @@ fn primary(pair: Pair<'_, Rule>, refuse: &impl Fn(usize, String) -> Error) -> Re
     }
 }
 
+/// Builds the node of a function call.
 fn call(
     pair: Pair<'_, Rule>,
     place: usize,

@@ -1,4 +1,4 @@
-//! Whether a function is the generator of a divergence, and its limits.
+//! Judgement of a function: the conditions of a generator, and its limits.
 
 use super::evaluate::{Expression, FARTHEST, evaluate};
 use super::grammar::Node;
@@ -6,40 +6,42 @@ use crate::divergence::point::Point;
 use crate::number::wide::{ROUNDING, Wide};
 use crate::number::{Dd, Real};
 
-/// How far from 1, in `|ln u|`, convexity is judged, and the nearest point to 1 for that.
+/// Max `|ln u|` at which convexity is judged.
 const REACH: f64 = 700.0;
+/// Min `|ln u|` at which it is judged.
 const NEAREST: f64 = 1e-6;
 
-/// Points on each side of 1 where convexity is judged. Each has a neighbour this much farther out, between
-/// which f' falls wherever f'' < 0.
+/// Points on each side of 1 where convexity is judged.
 const POINTS: u32 = 1100;
+/// Factor from the `ln u` of a point to that of its neighbour. f' falls between them wherever f'' < 0.
 const NEIGHBOUR: f64 = 1.0 + 1e-8;
 
-/// Rounding errors of a double in those of a `Wide`: what decimals such as 0.1 may miss in `f(1) = 0`, or in
-/// pieces that join, is no violation.
+/// Rounding errors of a double, in units of those of a `Wide`. Decimals such as 0.1 may miss `f(1) = 0`, or the
+/// join of two pieces, by so much.
 const DECIMALS: f64 = 4.0 * f64::EPSILON / ROUNDING;
 
-/// How far from a change of sign the slopes beside it are taken, in `ln u`; rounding moves it by less.
+/// Distance in `ln u` from a change of sign to the slopes beside it. Rounding moves the change by less.
 const BESIDE: f64 = 1e-24;
 
-/// A value next to an overflow is at least this large; else f ends there.
+/// Min value next to an overflow. Beside a smaller value, f is not finite.
 const HUGE: f64 = 1e300;
 
-/// f and f' at a point of the grid.
+/// f and f' at a point.
 struct Sample {
     log: f64,
     value: Wide,
     slope: Wide,
 }
 
-/// What is found on the way from 1 to 0 or to infinity: samples, and whether f overflows at last.
+/// Samples from 1 towards 0 or infinity.
 struct Way {
     samples: Vec<Sample>,
+    /// True if f overflows after the last sample.
     overflows: bool,
 }
 
 impl Expression {
-    /// Finds out `f'(1)`, the limits and `f''(1)`; the error says which condition f breaks.
+    /// Determines `f'(1)`, the limits and `f''(1)`. The error names the condition that f breaks.
     pub(super) fn judge(
         &mut self,
         at_zero: Option<f64>,
@@ -83,21 +85,21 @@ impl Expression {
         Ok(())
     }
 
-    /// `f` and `f'`, of the normalised f.
+    /// `f` and `f'` of the normalised f.
     fn slope_at(&self, log: Dd) -> (Wide, Wide) {
         let at = Point::from_log(Wide::of_dd(log));
         let jet = self.wide(at);
         (jet.value, jet.slope / at.u)
     }
 
-    /// Goes from 1 to 0 (`sign` -1) or to infinity (1), looking for a slope that falls and for values that are
-    /// not finite.
+    /// Samples f from 1 towards 0 (`sign` -1) or infinity (1). Refuses a slope that falls and values that are not
+    /// finite.
     fn way(&self, sign: f64) -> std::result::Result<Way, String> {
         let mut samples = vec![Sample { log: 0.0, value: Wide::of(0.0), slope: Wide::of(0.0) }];
         for step in 0..POINTS {
             let share = f64::from(step) / f64::from(POINTS - 1);
             let t = sign * NEAREST * (REACH / NEAREST).powf(share);
-            // Pieces that decimals join may fall by their rounding error, but not within a piece.
+            // The slope may fall by the rounding of decimals where pieces join, but not within a piece.
             for (log, times) in [(t, DECIMALS), (t * NEIGHBOUR, 2.0)] {
                 let (value, slope) = self.slope_at(Dd::of(log));
                 if !value.is_finite() || !slope.is_finite() {
@@ -124,9 +126,9 @@ impl Expression {
         Ok(Way { samples, overflows: false })
     }
 
-    /// Looks at both sides of every kink and pole: of each place where the argument of an `abs`, a divisor,
-    /// the base of a power, or the difference of the arguments of a `min` or `max` changes sign. However near
-    /// one is to a point of the grid, and however curved f is around it, nothing hides its slopes.
+    /// Judges both sides of every kink and pole. These lie where the argument of an `abs`, a divisor, the base of
+    /// a power, or the difference of the arguments of a `min` or `max` changes sign. Bisection finds each place to
+    /// all digits, because a grid would miss a kink in a curved f.
     fn judge_sign_changes(&self, ways: &[&Way; 2]) -> std::result::Result<(), String> {
         let mut parts = Vec::new();
         sign_changing(&self.node, &mut parts);
@@ -147,7 +149,7 @@ impl Expression {
                 let (mut left, right) = (Dd::of(ends[0].log), Dd::of(ends[1].log));
                 let mut sign_left = signs[0];
                 while sign_left != signs[1] {
-                    // The last place with the sign of the left end, and the first one without.
+                    // The last place with the sign of the left end, and the first without.
                     let mut beyond = right;
                     for _ in 0..MAX_BISECTIONS {
                         let middle = (left + beyond) * Dd::of(0.5);
@@ -165,8 +167,8 @@ impl Expression {
         Ok(())
     }
 
-    /// Whether f is continuous and its slope does not fall between two places that are next to each other,
-    /// and f is not far above both `ends` of the piece of the grid that they lie in.
+    /// Refuses a jump, a pole or a falling slope between two adjacent places. At a pole, f is far above both `ends`
+    /// of the piece of the grid.
     fn judge_beside(
         &self,
         left: Dd,
@@ -194,7 +196,7 @@ impl Expression {
             ));
         }
         let fall = slope_left - slope_right;
-        // Beside a pole the error says nothing of decimals: the ends do.
+        // Decimals are measured at the ends, because the error beside a pole is unrelated to them.
         let decimals = (ends[1].slope - ends[0].slope).error_times(DECIMALS);
         if (fall - decimals).is_above_error(2.0) {
             return Err(falls(fall, left.hi, right.hi));
@@ -202,7 +204,7 @@ impl Expression {
         Ok(())
     }
 
-    /// `f''(1)`, if the slope changes at the same rate near 1 and nearer, on both sides.
+    /// `f''(1)`, if the slope changes at the same rate at two distances from 1, on both sides.
     fn measured_curvature(&self) -> Option<f64> {
         let rates = [-1e-11, 1e-11, -1e-13, 1e-13].map(|x| {
             let at = Point::from_excess(Wide::of(x));
@@ -213,11 +215,11 @@ impl Expression {
     }
 }
 
-/// Halvings that bring two places together to all digits.
+/// Halvings after which two places agree to all digits.
 const MAX_BISECTIONS: u32 = 110;
 
-/// The parts of a formula at whose changes of sign it may have a kink, a jump or a pole; of two, their
-/// difference.
+/// Collects the parts of a formula at whose changes of sign it may have a kink, a jump or a pole. Two parts
+/// stand for their difference.
 fn sign_changing<'a>(node: &'a Node, parts: &mut Vec<(&'a Node, Option<&'a Node>)>) {
     match node {
         Node::Variable | Node::Number(_) => {}
@@ -253,12 +255,13 @@ fn sign_changing<'a>(node: &'a Node, parts: &mut Vec<(&'a Node, Option<&'a Node>
     }
 }
 
+/// -1, 0 or 1.
 fn sign_of(number: f64) -> i8 {
     i8::from(number > 0.0) - i8::from(number < 0.0)
 }
 
-/// The limit of the normalised f, given for f itself or found from three values on the way, each twice as far
-/// as the one before; `tangent` is what normalising adds.
+/// The limit of the normalised f: `given` for f itself, or determined from three values, each twice as far out as the
+/// one before. Normalising adds `tangent`.
 fn limit(
     symbol: &str,
     argument: &str,
@@ -272,7 +275,7 @@ fn limit(
     let Some(given) = given else {
         return found.ok_or_else(|| {
             format!(
-                "{symbol} could not be found out, f reaches {}; give it as {argument}, inf if it is infinite",
+                "{symbol} cannot be determined, f reaches {}; give it as {argument}, inf if it is infinite",
                 shown(farthest - tangent)
             )
         });
@@ -293,12 +296,12 @@ fn limit(
             "{argument} is {given}, and f contradicts it: {symbol} reaches {reached}"
         ));
     }
-    // What was found has more digits.
+    // The measured limit has more digits.
     Ok(found.unwrap_or(normalised))
 }
 
-/// Infinite if the values grow like `ln u` or faster, finite if they no longer change, and `None` if that
-/// does not tell.
+/// The limit of three values: the last one if they no longer change, infinity if they grow like `ln u` or faster,
+/// otherwise `None`.
 fn settled([a, b, c]: [Wide; 3]) -> Option<Wide> {
     let (before, step) = (b - a, c - b);
     if !step.abs().is_above_error(DECIMALS) {
@@ -309,6 +312,7 @@ fn settled([a, b, c]: [Wide; 3]) -> Option<Wide> {
         .then(|| Wide::of(f64::INFINITY))
 }
 
+/// Message for a slope that falls between two `ln u`.
 fn falls(fall: Wide, left: f64, right: f64) -> String {
     let (from, to) = (shown_exp(left), shown_exp(right));
     let place =
@@ -316,7 +320,7 @@ fn falls(fall: Wide, left: f64, right: f64) -> String {
     format!("f must be convex, its slope falls by {} {place}", shown(fall))
 }
 
-/// Six digits.
+/// The number with six digits.
 fn shown(number: Wide) -> String {
     shown_double(number.to_f64())
 }

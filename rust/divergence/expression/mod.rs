@@ -1,9 +1,9 @@
-//! A generator given as text, such as `u*ln(u) - u + 1`: read, judged, evaluated, differentiated.
+//! Generators given as text, such as `u*ln(u) - u + 1`: grammar, judgement, value and slope.
 //!
-//! The grammar: the variable `u`, numbers, `+ - * /`, `^` or `**` (right-associative, tighter than a
+//! The grammar has the variable `u`, numbers, `+ - * /`, `^` or `**` (right-associative, tighter than a
 //! sign), parentheses, and the functions `ln` (`log`), `exp`, `sqrt`, `abs`, `min`, `max`, `sin`, `cos`.
 //! Evaluation carries the logarithm of every product of powers of `u`, so that `ln(u)` is exact where
-//! `u` itself underflows; derivatives are carried along (forward mode).
+//! `u` itself underflows. It also carries derivatives (forward mode).
 
 mod evaluate;
 mod grammar;
@@ -18,11 +18,10 @@ pub(crate) use evaluate::Expression;
 use grammar::read;
 
 impl Expression {
-    /// Reads and judges `text`; `at_zero` and `slope_at_infinity` are `f(0)` and `f'(inf)` where the
-    /// user knows them.
+    /// Reads and judges `text`. `at_zero` and `slope_at_infinity` are the user's `f(0)` and `f'(inf)`, if any.
     ///
     /// # Errors
-    /// [`Error::Expression`] with the column, [`Error::Generator`] with what is wrong with the function.
+    /// [`Error::Expression`] with the column, [`Error::Generator`] with the condition that the function breaks.
     pub(crate) fn parse(
         text: &str,
         at_zero: Option<f64>,

@@ -1,4 +1,4 @@
-//! Text as a generator: reading, judging, evaluating.
+//! Tests of generators given as text: reading, judging, evaluating.
 
 use super::evaluate::{evaluate, widened};
 use super::*;
@@ -27,14 +27,14 @@ fn precedence_is_that_of_mathematics() {
 }
 
 #[test]
-fn the_logarithm_of_u_does_not_underflow() {
+fn logarithms_are_exact_where_u_underflows() {
     let at = Point::from_log(-1e6);
     let of = |text: &str| evaluate(&read(text).unwrap(), at).value;
     assert_eq!(of("ln(u)"), -1e6);
     assert_eq!(of("u*ln(u)"), 0.0);
     assert_eq!(of("ln(3*u^2/u)"), -1e6 + 3f64.ln());
     assert_eq!(of("u^2*u^-2"), 1.0);
-    assert!(of("(u-u^2)/u").is_nan(), "what is out of range says so");
+    assert!(of("(u-u^2)/u").is_nan(), "out of range");
     let wide = evaluate(&read("(u-u^2)/u").unwrap(), widened(at));
     assert_eq!(wide.value.to_f64(), 1.0);
 }
@@ -66,7 +66,7 @@ fn errors_point_at_the_column() {
 }
 
 #[test]
-fn functions_that_are_no_generators_are_refused() {
+fn functions_that_break_a_condition_are_refused() {
     assert!(refused("u^2").contains("f(1) must be 0, it is 1"));
     assert!(refused("(u-1)^3").contains("f must be convex"));
     assert!(refused("-abs(u-1)").contains("f must be convex"));
@@ -77,7 +77,7 @@ fn functions_that_are_no_generators_are_refused() {
 }
 
 #[test]
-fn limits_are_found_or_asked_for() {
+fn limits_are_determined_or_required() {
     let found = |text: &str| {
         let f = Expression::parse(text, None, None).unwrap();
         (f.at_zero.to_f64(), f.slope_at_infinity, f.curvature)
@@ -90,13 +90,12 @@ fn limits_are_found_or_asked_for() {
     assert_eq!(found("abs(u-1)/2"), (0.5, 0.5, None));
     assert_eq!(found("max(u-1.3, 0)"), (0.0, 1.0, None));
     let slow = "1 - u^1e-14";
-    assert!(refused(slow).contains("f(0) could not be found out"));
+    assert!(refused(slow).contains("f(0) cannot be determined"));
     assert!(Expression::parse(slow, Some(1.0), Some(0.0)).is_ok());
 }
 
-/// Random text is read or refused, never a panic, and what is read evaluates.
 #[test]
-fn random_text_is_read_or_refused() {
+fn random_text_is_evaluated_or_refused_without_panic() {
     use proptest::prelude::*;
     use proptest::test_runner::{Config, TestRunner};
     let token = prop::sample::select(
