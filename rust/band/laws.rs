@@ -1,4 +1,4 @@
-//! The equation of a bound on vectors: how it is solved for each divergence.
+//! Laws: solutions of the equation of a bound on vectors, one for each divergence.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
@@ -6,25 +6,27 @@
 use crate::divergence::Generator;
 use crate::simd::doubles::{Doubles, Truth, Vector};
 
-/// Most evaluations of `D`; what has not converged then is left to the scalar solver.
+/// Max evaluations of `D`. Lanes that have not converged by then are left to the scalar solver.
 const MAX_STEPS: u32 = 6;
 
-/// The step relative to `m` after which Halley's method leaves an error below 1e-17.
+/// Step relative to `m` after which the error of Halley's method is below 1e-17.
 const LAST_STEP: f64 = 3e-6;
 
-/// What is less than `e^-300` of a probability moves no sum with it, and is taken for 0: the square of a smaller
-/// number would be denormal, and arithmetic on those is slow.
+/// Max `-ln` of a factor that is not taken as 0. A smaller factor changes no sum, and its square would be denormal, on
+/// which arithmetic is slow.
 const SMALLEST_LOG: f64 = 300.0;
 
-/// What is done under the law of a generator.
+/// Work under the law of a generator.
 pub(super) trait WithLaw {
+    /// Result of the work.
     type Output;
+    /// Does the work under a law.
     fn run(self, law: impl Law) -> Self::Output;
-    /// For a generator without a law, which is left to the scalar solver.
+    /// Handles a generator without a law, which is left to the scalar solver.
     fn scalar(self) -> Self::Output;
 }
 
-/// States the law of each generator, or that it has none.
+/// Does the work under the law of a generator, if it has one.
 #[deny(clippy::wildcard_enum_match_arm)]
 pub(super) fn with_law<W: WithLaw>(generator: &Generator, work: W) -> W::Output {
     match *generator {
@@ -48,40 +50,43 @@ pub(super) fn with_law<W: WithLaw>(generator: &Generator, work: W) -> W::Output 
     }
 }
 
-/// The probabilities of the two outcomes, and their ratio.
+/// The probabilities of the two outcomes, and their odds.
 pub(super) struct Split<L: Doubles> {
     pub(super) shrinking: Vector<L>,
     pub(super) growing: Vector<L>,
     pub(super) odds: Vector<L>,
 }
 
-/// Where `D` is the radius.
+/// The point at which `D` is the radius.
 pub(super) struct Solution<L: Doubles> {
-    /// The factor that is left of the one that shrinks, and its logarithm.
+    /// Remaining factor of the outcome that shrinks.
     pub(super) left: Vector<L>,
+    /// `ln left`
     pub(super) log_left: Vector<L>,
-    /// The factor by which the other one grows, and its logarithm.
+    /// Factor by which the other outcome grows.
     pub(super) growth: Vector<L>,
+    /// `ln growth`
     pub(super) log_growth: Vector<L>,
-    /// By how much the logarithm of what is left moves, when `D` is off by so much of itself.
+    /// Change of `log_left` for a relative change of 1 in `D`.
     pub(super) condition: Vector<L>,
+    /// True where the other fields are the solution.
     pub(super) found: Truth<L>,
 }
 
-/// How to solve for a divergence.
+/// Solver of the equation for a divergence.
 pub(super) trait Law: Copy {
-    /// `D` where nothing is left; `None` where that is infinite.
-    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>>;
-    /// The size of the terms that cancel in it.
+    /// `D` where the shrinking outcome vanishes; `None` if it is infinite.
+    fn max_divergence<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>>;
+    /// Size of the terms that cancel in [`Self::max_divergence`].
     #[inline(always)]
     fn cancelled<L: Doubles>(self, split: &Split<L>) -> Vector<L> {
         split.growing.constant(0.0)
     }
-    /// For a radius below that.
+    /// Solves `D = radius`, for a radius below [`Self::max_divergence`].
     fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L>;
 }
 
-/// `(1 + |what rounding the odds does to D|/D) D/D'`, with the slope of `D` against the log of what is left.
+/// `(1 + |relative change of D by rounding the odds|) D/slope`, where `slope` is that of `D` against `-log_left`.
 #[inline(always)]
 fn condition<L: Doubles>(
     split: &Split<L>,
@@ -97,8 +102,9 @@ fn condition<L: Doubles>(
 pub(super) trait Curve: Copy {
     /// `f(0)`, infinite for some.
     const AT_ZERO: f64;
+    /// f and its derivatives.
     fn at<L: Doubles>(self, point: Point<L>) -> Values<L>;
-    /// Where to start: about `m`.
+    /// Approximate `m`, from which the iteration starts.
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L>;
 }
 
@@ -117,10 +123,10 @@ pub(super) struct Point<L: Doubles> {
 impl<L: Doubles> Point<L> {
     #[inline(always)]
     fn from_log(log: Vector<L>) -> Self {
-        let least = log.max(log.constant(-SMALLEST_LOG));
-        let power = least.exponential();
-        let u = log.less(least).select(log.constant(0.0), power.u);
-        Self { u, log, excess: power.excess, gap: power.gap + (least - log) }
+        let clamped = log.max(log.constant(-SMALLEST_LOG));
+        let power = clamped.exponential();
+        let u = log.less(clamped).select(log.constant(0.0), power.u);
+        Self { u, log, excess: power.excess, gap: power.gap + (clamped - log) }
     }
     #[inline(always)]
     fn from_excess(excess: Vector<L>) -> Self {
@@ -145,8 +151,8 @@ struct Iterated<C>(C);
 
 impl<C: Curve> Law for Iterated<C> {
     #[inline(always)]
-    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
-        // No closure: one would not be compiled for the instructions of the vectors.
+    fn max_divergence<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+        // Not a closure, because one would not be compiled for the instructions of the vectors.
         if C::AT_ZERO == f64::INFINITY {
             return None;
         }
@@ -172,13 +178,13 @@ impl<C: Curve> Law for Iterated<C> {
             let bend = split.odds * ratio * ratio;
             let bend = split.shrinking * bend.mul_add(high.curvature, low.curvature);
             // With rho = D/radius, its order s = sigma/rho in m changes with ln m by
-            // s - s^2 + m^2 D''/D = change/rho^2; divisions are dear, so there is one for the whole step.
+            // s - s^2 + m^2 D''/D = change/rho^2. A step takes one division, because divisions are slow.
             let off = (d - radius) * per_radius;
             let rho = off + radius.constant(1.0);
             let sigma = slope * m * per_radius;
             let more = (bend - slope) * m * (m * per_radius);
             let change = sigma.mul_add(rho - sigma, rho * more);
-            // ln(rho) is log_off/scale to fifth order, and far off a number of its sign.
+            // log_off/scale is ln(rho) to fifth order. Far from 1 it has at least the sign of ln(rho).
             let log_off = off * 3.0 * (off + radius.constant(2.0));
             let scale = off.mul_add(off + radius.constant(6.0), radius.constant(6.0));
             // The step is rise/run.
@@ -204,9 +210,9 @@ impl<C: Curve> Law for Iterated<C> {
                     found: converged,
                 };
             }
-            // e^step to fourth order, of a step of at most 2.
-            let longest = run * 2.0;
-            let rise = rise.min(longest).max(-longest);
+            // e^step to fourth order, with the step clamped to 2.
+            let max_rise = run * 2.0;
+            let rise = rise.min(max_rise).max(-max_rise);
             let even = rise.mul_add(rise, run * run * 12.0);
             let odd = rise * run * 6.0;
             m = converged.select(m, m * (even + odd) / (even - odd));
@@ -217,7 +223,7 @@ impl<C: Curve> Law for Iterated<C> {
 #[derive(Clone, Copy)]
 struct Kl;
 
-/// Fit of [`Kl`]'s start, by `tools/make_constants.py`.
+/// Fit of the start of [`Kl`], by `tools/make_constants.py`.
 const KL_START: [f64; 3] = [0.424, 0.409, 0.235];
 
 impl Curve for Kl {
@@ -228,8 +234,8 @@ impl Curve for Kl {
         Values { value: point.gap, slope: point.excess, curvature: point.u.constant(1.0) }
     }
 
-    /// `m` within 0.5 %, see docs/numerics.md. Its square is `y^2 + 2 g y` at both ends, where `w (m - 1)` is the radius or
-    /// `w m^2 / 2g` is; the rest is of third order next to 0 and was fitted in between.
+    /// `m` within 0.5 %, see docs/numerics.md. Its square is `y^2 + 2 g y` at both ends, where the radius is
+    /// `w (m - 1)` or `w m^2 / 2g`. The remainder is of third order next to 0, and fitted in between.
     #[inline(always)]
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
         let fit = KL_START;
@@ -245,7 +251,7 @@ impl Curve for Kl {
 #[derive(Clone, Copy)]
 struct ReverseKl;
 
-/// Fits of [`ReverseKl`]'s start, by `tools/make_constants.py`.
+/// Fits of the start of [`ReverseKl`], by `tools/make_constants.py`.
 const REVERSE_KL_NUMERATOR: [f64; 4] = [5.2662e-5, 0.0163546, 0.326014, 1.0];
 const REVERSE_KL_DENOMINATOR: [f64; 3] = [0.00117282, 0.160436, 1.0];
 const REVERSE_KL_FALL: [f64; 2] = [0.0647, 0.0722];
@@ -262,8 +268,9 @@ impl Curve for ReverseKl {
         Values { value, slope: u * log, curvature: u }
     }
 
-    /// `m` within 2.2 % up to half of saturation. The lost share is `q` for small radii; then what the other one
-    /// gains decides, `(1+v) ln(1+v) - v` being about the radius times the odds; rational fits.
+    /// `m` within 2.2 % up to half of saturation. The lost share is `q` for small radii. For larger ones it follows
+    /// from the gain `v` of the other outcome, where `(1+v) ln(1+v) - v` is about the radius times the odds. The fits
+    /// are rational.
     #[inline(always)]
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
         let fit = REVERSE_KL_FALL;
@@ -278,7 +285,7 @@ impl Curve for ReverseKl {
     }
 }
 
-/// `-ln(1 - x)` for a share `x` that is lost, and a large number from 1 on.
+/// `-ln(1 - x)` for a lost share `x`, which is clamped to 0.99.
 #[inline(always)]
 fn log_loss<L: Doubles>(lost: Vector<L>) -> Vector<L> {
     -(-lost.min(lost.constant(0.99))).log_1p().log
@@ -310,7 +317,7 @@ impl Curve for Jeffreys {
 #[derive(Clone, Copy)]
 struct JensenShannon;
 
-/// Fit of [`JensenShannon`]'s start, by `tools/make_constants.py`.
+/// Fit of the start of [`JensenShannon`], by `tools/make_constants.py`.
 const JENSEN_SHANNON_START: [f64; 7] = [0.883, 3.145, 0.584, 0.269, 1.386, 0.208, 0.1093];
 
 /// `((1+s) ln(1+s) + (1-s) ln(1-s))/z` for `z = s^2` up to 0.2501, within 2e-17. A Chebyshev fit by
@@ -340,7 +347,7 @@ impl Curve for JensenShannon {
         let plus = u + u.constant(1.0);
         let s = excess / plus;
         let square = s * s;
-        // ln((1+u)/2) and ln(2u/(1+u)): the one that is small is computed, the other one is the rest of ln u.
+        // ln((1+u)/2) and ln(2u/(1+u)) add up to ln u. The smaller is computed, the larger is the difference.
         let shrinks = u.less(u.constant(1.0));
         let small = shrinks.select(excess * 0.5, s).log_1p().log;
         let large = log - small;
@@ -355,8 +362,8 @@ impl Curve for JensenShannon {
         }
     }
 
-    /// `m` within 3.2 % up to half of saturation. The square of what is lost is `q^2` for small radii and `far^2`
-    /// where the other one is improbable, with `f'(inf) far + far^2/8` about the radius; the rest was fitted.
+    /// `m` within 3.2 % up to half of saturation. The square of the lost share is `q^2` for small radii. It is `far^2`
+    /// where the other outcome is improbable, with `f'(inf) far + far^2/8` about the radius. The remainder is fitted.
     #[inline(always)]
     fn start<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Vector<L> {
         let fit = JENSEN_SHANNON_START;
@@ -374,18 +381,18 @@ impl Curve for JensenShannon {
     }
 }
 
-/// `f` of straight lines: `D` is `rate` times what moves, less what `flat` leaves free.
+/// Piecewise linear generators: `D = rate (moved - growing flat)`, where `moved` is the probability that moves.
 #[derive(Clone, Copy)]
 struct Linear {
     flat: f64,
     rate: f64,
-    /// The share of `D` that is due to the one that grows.
+    /// Share of `D` from the outcome that grows.
     grown: f64,
 }
 
 impl Law for Linear {
     #[inline(always)]
-    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+    fn max_divergence<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
         Some((split.shrinking - split.growing * self.flat) * self.rate)
     }
 
@@ -414,7 +421,7 @@ impl Law for Linear {
     }
 }
 
-/// `(sqrt u - 1)^2/2`, so many times.
+/// `times (sqrt u - 1)^2/2`.
 #[derive(Clone, Copy)]
 struct Hellinger {
     times: f64,
@@ -422,7 +429,7 @@ struct Hellinger {
 
 impl Law for Hellinger {
     #[inline(always)]
-    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+    fn max_divergence<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
         let root = split.growing.sqrt();
         Some(split.shrinking * self.times / (root + root.constant(1.0)))
     }
@@ -451,7 +458,7 @@ impl Law for Hellinger {
     }
 }
 
-/// `(u-1)^2/(1-l+l u)` over a scale.
+/// `(u-1)^2/(1-l+l u)/scale`, with `l` the blend.
 #[derive(Clone, Copy)]
 struct ChiSquare {
     blend: f64,
@@ -470,7 +477,7 @@ impl ChiSquare {
 
 impl Law for ChiSquare {
     #[inline(always)]
-    fn greatest<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
+    fn max_divergence<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
         let one = split.odds.constant(1.0);
         let weight = split.shrinking.mul_add(one.constant(self.blend), split.growing);
         if self.blend == 1.0 {
@@ -480,7 +487,7 @@ impl Law for ChiSquare {
         Some(split.shrinking * sum * (1.0 / self.scale))
     }
 
-    /// The quadratic of `blended_chi_square` in `band.rs`.
+    /// Solves the quadratic of `blended_chi_square` in `split.rs`.
     #[inline(always)]
     fn solve<L: Doubles>(self, split: &Split<L>, radius: Vector<L>) -> Solution<L> {
         let Split { shrinking: w, growing: g, odds } = *split;
@@ -495,7 +502,7 @@ impl Law for ChiSquare {
         let (direct, inverse) = (sum / (scale * 2.0), radius * 2.0 * (g / sum));
         let falls = tilt.less(one.constant(0.0));
         let (lost, gained) = (falls.select(direct, inverse), falls.select(inverse, direct));
-        // What is left, by the product of the roots where 1 - lost would cancel.
+        // The remainder, by the product of the roots where 1 - lost would cancel.
         let product = (w - radius * (1.0 - self.blend) * w.mul_add(blend, g)) / scale;
         let mostly = !lost.less(one.constant(0.5));
         let left = mostly.select(product / (one + gained), one - lost);

@@ -1,4 +1,4 @@
-//! Whether a log-ratio lies in the band, and the divergence there.
+//! Membership of log-ratios in the band, and the divergence at a log-ratio.
 
 use rayon::prelude::*;
 
@@ -12,7 +12,17 @@ use crate::divergence::{Divergence, Generator};
 use crate::error::{Error, Result};
 use crate::number::{Dd, Real};
 
-/// Whether each log-ratio lies in the band, decided on the exact divergence; NaN lies in none.
+/// True for each log-ratio in the band, decided on the exact divergence. False for NaN.
+///
+/// ```
+/// use bandpo::band::{Delta, contains};
+/// use bandpo::divergence::Divergence;
+///
+/// let kl = Divergence::parse("kl")?;
+/// let delta = Delta::Same(0.05);
+/// assert_eq!(contains(&kl, delta, delta, &[-2.0, -2.0], &[0.5, 1.0])?, [true, false]);
+/// # Ok::<(), bandpo::error::Error>(())
+/// ```
 ///
 /// # Errors
 /// [`Error::Delta`] and [`Error::Length`].
@@ -44,8 +54,8 @@ pub fn contains(
         .collect())
 }
 
-/// `D` of the split {this token, everything else} at each log-ratio, in double precision; inf outside the
-/// simplex, NaN where an argument is NaN.
+/// `D` of the split {this token, everything else} at each log-ratio, in double precision. It is infinite outside the
+/// simplex, and NaN if an argument is NaN.
 ///
 /// # Errors
 /// [`Error::Length`].
@@ -79,16 +89,16 @@ pub fn divergences(divergence: &Divergence, logp: &[f64], log_ratio: &[f64]) -> 
         .collect())
 }
 
-/// Distance of `D` from a radius beyond which double precision tells on which side of it `D` is, relative to
-/// the terms of `D`. Nearer, double-double arithmetic decides.
+/// Min distance of `D` from a radius, relative to the terms of `D`, at which double precision decides membership.
+/// Nearer, double-double arithmetic decides.
 const CLEAR_OF_EDGE: f64 = 64.0 * f64::EPSILON;
 
-/// Whether the exact `D` at a log-ratio is at most `delta`, and the ratio inside the simplex.
+/// True if the exact `D` at a log-ratio is at most `delta` and the ratio is inside the simplex.
 pub(super) fn is_inside(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> bool {
     decide(divergence, logp, log_ratio, delta).0
 }
 
-/// The same with the evaluations of `D` that it took.
+/// Decision of [`is_inside`], and the number of evaluations of `D`.
 pub(super) fn decide(
     divergence: &Divergence,
     logp: f64,
@@ -106,8 +116,7 @@ pub(super) fn decide(
         return (false, 0);
     }
     let radius = divergence.generator_radius::<f64>(delta);
-    // Radii that make D at the end of a side equal to delta exactly do occur, and count; so does what
-    // these digits cannot tell from them.
+    // At the end of a side D may equal the radius exactly, and is inside then. Rounding must not exclude it.
     let at_the_end = log_ratio == f64::NEG_INFINITY || log_ratio == -logp;
     let holds = |exact: Dd, doubt: f64| {
         let residual = exact - divergence.generator_radius::<Dd>(delta);
@@ -124,7 +133,7 @@ pub(super) fn decide(
     if d == f64::INFINITY {
         return (false, 1);
     }
-    // Text is evaluated to a few ulp of 1.
+    // An expression is accurate to a few ulp of 1.
     let scale = radius + sensitivity + if generator.cancels() { 1.0 + d.abs() } else { 0.0 };
     if (d - radius).abs() > CLEAR_OF_EDGE * scale {
         return (d < radius, 1);
@@ -137,8 +146,8 @@ pub(super) fn decide(
     (holds(exact, residual_doubt(generator, radius)), 2)
 }
 
-/// `D` in double precision at any log-ratio inside the simplex, for any `logp < 0`, and by how much it
-/// moves for a relative change of 1 in what each outcome gains or keeps, which is where rounding enters.
+/// `D` in double precision at a log-ratio inside the simplex, for `logp < 0`, and its sensitivity: the change of `D`
+/// for a relative change of 1 in the gain or the remainder of each outcome, which carry the rounding errors.
 fn divergence_at(generator: &Generator, logp: f64, log_ratio: f64) -> (f64, f64) {
     if is_far(logp) {
         return (far_divergence(generator, logp, log_ratio), 0.0);

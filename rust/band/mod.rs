@@ -1,4 +1,4 @@
-//! The band: for a token of old log-probability `logp`, every log-ratio `b` whose divergence
+//! The band of a token with old log-probability `logp`: every log-ratio `b` whose divergence
 //!
 //! ```text
 //! D_f(p, r) = p f(r) + (1-p) f((1 - r p)/(1-p)),   p = e^logp, r = e^b
@@ -9,23 +9,24 @@
 //! # One problem for both sides
 //!
 //! One of the two outcomes {this token, everything else} shrinks by a factor `e^-m`, the other grows
-//! to `1 + (w/(1-w)) (1 - e^-m)` times its size, `w` being the probability of the one that shrinks.
+//! to `1 + (w/(1-w)) (1 - e^-m)` times its size. Here `w` is the probability of the outcome that shrinks.
 //! For the lower bound the token shrinks (`w = p`, bound `-m`); for the upper bound everything else
-//! does (`w = 1-p`, bound `ln` of the growth). So `p upper(p) + (1-p) lower(1-p) = 1` (the mirror
-//! identity) and one solver in `m` serves both. `m` stays well scaled over the whole range of a
+//! does (`w = 1-p`, bound `ln` of the growth). Therefore `p upper(p) + (1-p) lower(1-p) = 1` (the mirror
+//! identity), and one solver in `m` serves both. `m` is well scaled over the whole range of a
 //! double: for KL it runs from 1e-155 to 1e308.
 //!
 //! # Accuracy, and always inside
 //!
-//! In double precision the equation is evaluated to a few units in the last place, so `m` is good to
-//! a few ulp times a condition number. Where that is at most
-//! [`BENIGN_CONDITION`], the result is moved inwards by [`MARGIN`], which covers that error, and is
-//! inside. Elsewhere (near saturation of the lower side, mostly) the residual is evaluated in
-//! double-double arithmetic, Newton's method corrects the bound, and it is moved inwards by single
-//! ulps until the residual says that it is inside. In the far tails, where p or 1 - p is below 1e-300,
-//! the bits of the bound are halved on such a residual, evaluated in logarithms.
+//! Double precision evaluates the equation to a few ulp, so `m` is accurate to a few ulp times a condition
+//! number. There are three cases:
 //!
-//! Of many tokens, `bulk.rs` settles those that need none of this by vectors; the rest comes here.
+//! - The condition number is at most [`BENIGN_CONDITION`]. The result moves inwards by [`MARGIN`], which covers the
+//!   error, and is inside.
+//! - It is larger, mostly near saturation of the lower side. Newton's method corrects the bound on a residual in
+//!   double-double arithmetic. The bound then moves inwards by single ulps until the residual is negative.
+//! - p or 1 - p is below 1e-300. The bits of the bound are halved on such a residual, evaluated in logarithms.
+//!
+//! In a batch, `vector.rs` solves the ordinary tokens of the first case, and this file the others.
 
 mod laws;
 mod limits;
@@ -54,18 +55,29 @@ use crate::error::{Error, Result};
 pub use membership::{contains, divergences};
 pub use side::{Bound, Delta, Side, Status};
 
-/// Most evaluations of `D`, in either precision, that one bound takes, whatever its arguments.
+/// Max evaluations of `D` for one bound, in either precision and for any arguments.
 pub const MAX_BOUND_EVALUATIONS: u32 = 196;
 
-// Twice to see whether the side is saturated, Newton's method and once more for the condition number;
-// then the residual at saturation, Newton's method on it, ulps inwards, and halving if all of that failed.
-// Far tails and the limit p = 1 halve twice, and take fewer.
+// Two decide saturation, Newton's method follows, and one gives the condition number. Polishing takes the residual at
+// saturation, Newton's method on it, single ulps inwards, and halving if all of them failed. Far tails and the limit
+// p = 1 halve twice and take fewer.
 const _: () = assert!(
     MAX_BOUND_EVALUATIONS
         == 2 + MAX_EVALUATIONS + 1 + 1 + MAX_POLISHING + MAX_INWARDS + MAX_HALVINGS
 );
 
 /// The region `D_f <= delta`, with its own radius for each side.
+///
+/// ```
+/// use bandpo::band::Band;
+/// use bandpo::divergence::Divergence;
+///
+/// let band = Band::new(Divergence::parse("kl")?, 0.05, 0.05)?;
+/// let (log_lower, log_upper) = band.log_bounds(0.1_f64.ln());
+/// assert!((log_lower.exp() - 0.312784).abs() < 1e-6);
+/// assert!((log_upper.exp() - 2.200786).abs() < 1e-6);
+/// # Ok::<(), bandpo::error::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Band {
     divergence: Divergence,
@@ -105,7 +117,7 @@ impl Band {
         (self.bound(logp, Side::Lower).log_ratio, self.bound(logp, Side::Upper).log_ratio)
     }
 
-    /// The same of many tokens, on all threads.
+    /// The bounds of many tokens, all lower and all upper ones, on all threads.
     #[must_use]
     pub fn log_bounds_of_many(&self, logp: &[f64]) -> (Vec<f64>, Vec<f64>) {
         let (mut lower, mut upper) = (vec![0.0; logp.len()], vec![0.0; logp.len()]);
@@ -114,14 +126,14 @@ impl Band {
         (lower, upper)
     }
 
-    /// One end of the band, with how it was found.
+    /// One end of the band with its status, bracket and evaluation count.
     #[must_use]
     pub fn bound(&self, logp: f64, side: Side) -> Bound {
         bound(&self.divergence, logp, self.delta(side), side)
     }
 
-    /// `d log bound / d logp`, from the implicit function theorem: between -1 and 0 above, at least 0
-    /// below. 0 where the bound is saturated below, -1 where it is above.
+    /// `d log bound / d logp`, by the implicit function theorem. It is in [-1, 0] for the upper bound and at least 0
+    /// for the lower one. At saturation it is -1 for the upper bound and 0 for the lower one.
     #[must_use]
     pub fn log_slope(&self, logp: f64, log_bound: f64) -> f64 {
         log_slope(&self.divergence.generator, logp, log_bound)
@@ -131,7 +143,7 @@ impl Band {
 /// Fills `log_lower` and `log_upper` for every element of `logp`, on all threads.
 ///
 /// # Errors
-/// [`Error::Delta`] and [`Error::Length`]; nothing is written then.
+/// [`Error::Delta`] and [`Error::Length`], before anything is written.
 pub fn log_bounds(
     divergence: &Divergence,
     delta_low: Delta<'_>,
@@ -197,8 +209,8 @@ fn chunk_bounds(
         [&mut *lower, &mut *upper],
         &mut |index, side, rough| rest.push((index, side, rough)),
     );
-    // Many tokens were certain, and with the same radius they have the same bound.
-    let mut of_certain = None;
+    // Cached, because many tokens were certain, and with the same radius they have the same bound.
+    let mut certain_lower = None;
     for (index, side, rough) in rest {
         let logp = logp[index];
         let (delta, bounds) = match side {
@@ -207,7 +219,7 @@ fn chunk_bounds(
         };
         bounds[index] = match (delta, rough) {
             (Delta::Same(delta), None) if logp >= 0.0 && side == Side::Lower => {
-                *of_certain.get_or_insert_with(|| lower_of_certain(divergence, delta).0)
+                *certain_lower.get_or_insert_with(|| lower_of_certain(divergence, delta).0)
             }
             (delta, Some(rough)) => {
                 polish(divergence, logp, delta.at(index), side, rough, farthest(logp, side)).0
@@ -217,7 +229,8 @@ fn chunk_bounds(
     }
 }
 
-/// The bounds of one side, those of [`log_bounds`], with how the scalar solver finds each; on all threads.
+/// One side's bounds, bit-identical to [`log_bounds`], with the scalar solver's status, bracket and evaluation count
+/// for each. Runs on all threads.
 ///
 /// # Errors
 /// [`Error::Delta`] and [`Error::Length`].
@@ -246,7 +259,7 @@ pub fn diagnose(
         .collect())
 }
 
-/// One end of `{D <= delta}`; `delta` has been checked.
+/// One end of `{D <= delta}`, by the scalar solver. `delta` has been checked.
 fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
     let exactly =
         |log_ratio: f64, status| Bound { log_ratio, outside: log_ratio, status, evaluations: 0 };
@@ -303,7 +316,7 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
     let root = split.magnitude(divergence, delta, &mut evaluations);
     let (rough, condition) = split.log_ratio(generator, root, side);
     evaluations += 1;
-    // The factor that is left was the unknown next to saturation, and is no good as a denormal.
+    // Next to saturation the remaining factor was the unknown. As a denormal it lacks digits.
     let lost_digits = root > MAX_LOG_LOSS && generator.saturates();
     if condition <= BENIGN_CONDITION && !generator.cancels() && !lost_digits {
         let log_ratio = match side {
@@ -325,7 +338,7 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
     Bound { log_ratio, outside, status: Status::Converged, evaluations: evaluations + more }
 }
 
-/// The last log-ratio before everything of a side is allowed.
+/// The last log-ratio before saturation.
 fn farthest(logp: f64, side: Side) -> f64 {
     match side {
         Side::Upper => (-logp).next_down(),

@@ -1,4 +1,4 @@
-//! Bounds that double precision leaves open, corrected on a residual in double-double arithmetic.
+//! Correction of ill-conditioned bounds, on a residual in double-double arithmetic.
 
 use crate::band::root::last_inside;
 use crate::band::side::Side;
@@ -6,8 +6,8 @@ use crate::band::split::{Split, gone, weighted};
 use crate::divergence::{Divergence, Generator, Point};
 use crate::number::{Dd, Real};
 
-/// Corrects a rough bound on the exact residual and moves it inwards by single ulps until it is inside.
-/// Returns it with the evaluations made.
+/// Corrects a rough bound on the exact residual, and moves it inwards by single ulps until it is inside.
+/// Returns the bound and the number of evaluations.
 pub(super) fn polish(
     divergence: &Divergence,
     logp: f64,
@@ -26,8 +26,8 @@ pub(super) fn polish(
     };
     let doubt = residual_doubt(generator, radius.hi);
     let mut evaluations = 0;
-    // Next to saturation of the lower side, D stays just below its value at r = 0. Newton's method
-    // on the logarithm of what is missing converges there; elsewhere it is Newton's method on D.
+    // Next to saturation of the lower side, D is just below its value at r = 0. There Newton's method converges on
+    // the logarithm of the difference; elsewhere it runs on D.
     let saturates = side == Side::Lower && generator.saturates();
     let mut missing = None;
     let mut log_ratio = if valid(rough) && rough > -1e3 {
@@ -90,36 +90,36 @@ pub(super) fn polish(
     (root.at, evaluations + root.evaluations)
 }
 
-/// Relative error of `D` in double-double arithmetic, rounded up: what is inside by more is inside.
+/// Relative error of `D` in double-double arithmetic, rounded up. A residual below its negative is inside.
 const RESIDUAL_ERROR: f64 = 2e-30;
 
-/// The error of a `D` next to a radius; where terms of the generator cancel it does not shrink with `D`.
+/// The error of a `D` next to a radius. The error of terms that cancel does not shrink with `D`.
 pub(super) fn residual_doubt(generator: &Generator, radius: f64) -> f64 {
     RESIDUAL_ERROR * (radius + generator.cancelled())
 }
 
-/// Most Newton steps on the exact residual.
+/// Max Newton steps on the exact residual.
 pub(super) const MAX_POLISHING: u32 = 12;
 
 /// Relative step after which Newton's method on the exact residual has converged.
 const LAST_POLISHING_STEP: f64 = 1e-9;
 
-/// A relative step of Newton's method that is known to [`SHORT_STEP_ERROR`] of itself: the slope is good to
-/// `|log_ratio|` eps and changes by no more than a few times that over the step.
+/// Max relative step of Newton's method whose relative error is [`SHORT_STEP_ERROR`]. The slope is accurate to
+/// `|log_ratio|` eps, and changes by at most a few times that over the step.
 const SHORT_STEP: f64 = 1e-12;
 
-/// See [`SHORT_STEP`].
+/// Relative error of a step of [`SHORT_STEP`], rounded up.
 const SHORT_STEP_ERROR: f64 = 1e-8;
 
-/// The last double on the inner side of the root `at + step`, which is known to within `doubt`; `None` where
-/// that is too much to tell.
+/// The last double on the inner side of the root `at + step`, whose error is `doubt`. `None` if the error leaves
+/// it undecided.
 fn last_before(at: f64, step: f64, doubt: f64, side: Side) -> Option<f64> {
     let root = Dd::sum(at, step);
     let inwards = match side {
         Side::Upper => root.hi.next_down(),
         Side::Lower => root.hi.next_up(),
     };
-    // What is left of the root beyond its nearest double, counted outwards.
+    // Distance of the root beyond its nearest double, positive outwards.
     let beyond = if side == Side::Upper { root.lo } else { -root.lo };
     if beyond > doubt {
         Some(root.hi)
@@ -130,7 +130,7 @@ fn last_before(at: f64, step: f64, doubt: f64, side: Side) -> Option<f64> {
     }
 }
 
-/// Most single ulps inwards after them.
+/// Max single ulps inwards after the Newton steps.
 pub(super) const MAX_INWARDS: u32 = 16;
 
 /// `D` with about 30 digits.
@@ -138,7 +138,7 @@ pub(super) fn exact_divergence(generator: &Generator, logp: f64, log_ratio: f64)
     ExactSplit::new(logp).divergence(generator, log_ratio)
 }
 
-/// The probabilities of the token and of everything else with about 30 digits, and their ratio.
+/// The probabilities of the token and of everything else with about 30 digits, and their odds.
 struct ExactSplit {
     logp: f64,
     token: Dd,
@@ -149,7 +149,7 @@ struct ExactSplit {
 impl ExactSplit {
     fn new(logp: f64) -> Self {
         let minus = Dd::of(logp).exp_m1();
-        // Where p is small, it is not what 1 - p leaves of 1.
+        // A small p would cancel as 1 - (1 - p).
         let token = if minus.hi < -0.5 { Dd::of(logp).exp() } else { minus + Dd::of(1.0) };
         Self { logp, token, others: -minus, odds: token / -minus }
     }
@@ -162,7 +162,7 @@ impl ExactSplit {
             let token = Point::from_log(Dd::of(log_ratio));
             let lost = self.odds * token.excess;
             let others = if lost.hi > 0.5 {
-                // Next to saturation: what is left of the others, without cancellation.
+                // Next to saturation the ratio of the others is computed without cancellation.
                 let left = -Dd::sum(self.logp, log_ratio).exp_m1() / self.others;
                 if left.hi <= 0.0 { gone() } else { Point::from_ratio(left) }
             } else {
@@ -174,7 +174,7 @@ impl ExactSplit {
     }
 }
 
-/// `dD/d log_ratio`.
+/// `dD/d log_ratio` in double precision.
 fn residual_slope(generator: &Generator, logp: f64, log_ratio: f64) -> f64 {
     let split = Split::new(logp, Side::Lower);
     let (token, others) = split.outcomes(logp, log_ratio);

@@ -1,13 +1,14 @@
-//! Bracketed roots of one increasing function of one positive variable.
+//! Bracketed roots of an increasing function of one positive variable.
 //!
-//! Two finders, both total. [`newton_log_log`] is Newton's method on `ln g` against `ln m`, where
-//! the functions of this crate are nearly straight lines, kept inside a bracket that shrinks at every
-//! evaluation. [`last_inside`] halves the *bits* of a double and needs at most 64 evaluations
-//! whatever the function; it serves the far tails.
+//! Both methods are total:
+//!
+//! - [`newton_log_log`] is Newton's method on `ln g` against `ln m`, where the functions of this crate are nearly
+//!   straight lines. Each evaluation shrinks the bracket that contains it.
+//! - [`last_inside`] halves the *bits* of a double, in at most 64 evaluations of any function. It serves the far tails.
 //!
 //! Python functions and CUDA have finders of their own, in `generator/solve.py` and `cuda/solve.cuh`.
 
-/// What a finder did.
+/// A root and the cost of it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Root {
     /// The root.
@@ -16,20 +17,20 @@ pub(crate) struct Root {
     pub evaluations: u32,
 }
 
-/// Most evaluations that [`newton_log_log`] makes.
+/// Max evaluations of [`newton_log_log`].
 pub(crate) const MAX_EVALUATIONS: u32 = 100;
 
-/// Most evaluations that [`last_inside`] makes, one for each bit.
+/// Max evaluations of [`last_inside`], one for each bit.
 pub(crate) const MAX_HALVINGS: u32 = 64;
 
-/// After this many steps by more than a factor `e^0.5`, Newton's method only crawls and the bracket
-/// is halved instead (in `ln m`).
+/// Max steps by more than a factor `e^0.5`. After them the bracket is halved instead (in `ln m`), because Newton's
+/// method makes too little progress.
 const MAX_LONG_STEPS: u32 = 5;
 
 /// The `m > 0` with `g(m) = target > 0`, for an increasing `g` with `g(0) = 0`.
 ///
-/// Ends after a step of at most `last_step`, relative to `m`.
-/// `evaluate(m)` returns `g(m)` and `d ln g / d ln m`. An infinite or NaN `g` counts as too large.
+/// Ends after a step of at most `last_step`, relative to `m`. `evaluate(m)` returns `g(m)` and `d ln g / d ln m`.
+/// An infinite or NaN `g` counts as too large.
 pub(crate) fn newton_log_log(
     target: f64,
     start: f64,
@@ -46,7 +47,7 @@ pub(crate) fn newton_log_log(
         } else {
             above = above.min(m);
         }
-        // A slope that overflowed says nothing, least of all that the step is 0.
+        // A slope that overflowed gives no step. Otherwise the step would be 0 and count as converged.
         let step = if slope.is_finite() { -(g / target).ln() / slope } else { f64::NAN };
         let candidate = m * step.exp();
         if step.abs() <= last_step {
@@ -57,12 +58,12 @@ pub(crate) fn newton_log_log(
         m = if candidate > below && candidate < above && long_steps <= MAX_LONG_STEPS {
             candidate
         } else if below == 0.0 || above == f64::INFINITY {
-            // Newton left the bracket, or crawls, and one end has not been seen yet.
+            // Newton's method left the bracket or makes too little progress, and one end is unknown.
             expansion *= expansion;
             let factor = expansion.min(1e60);
             if g <= target { (m * factor).min(f64::MAX) } else { m / factor }
         } else {
-            long_steps = long_steps.min(MAX_LONG_STEPS - 1); // after halving, Newton may try again
+            long_steps = long_steps.min(MAX_LONG_STEPS - 1); // after halving, one more Newton step
             below.sqrt() * above.sqrt()
         };
         if m == previous || m == below || m == above || m == 0.0 {
@@ -74,8 +75,8 @@ pub(crate) fn newton_log_log(
 
 /// The last double on the way from `inside` to `outside` for which `holds` is true.
 ///
-/// `holds(inside)` is taken to be true and `holds(outside)` false; both have the same sign. At most
-/// 64 evaluations: the interval of bit patterns is halved.
+/// `holds(inside)` is taken as true and `holds(outside)` as false. Both have the same sign. The interval of bit
+/// patterns is halved, in at most 64 evaluations.
 pub(crate) fn last_inside(inside: f64, outside: f64, mut holds: impl FnMut(f64) -> bool) -> Root {
     let sign = f64::min(inside, outside).signum();
     let (mut good, mut bad) = (inside.abs().to_bits(), outside.abs().to_bits());
@@ -106,8 +107,8 @@ mod tests {
     }
 
     #[test]
-    fn newton_survives_a_kink_and_a_flat_bottom() {
-        // max(m - 1, 0), 3 beyond 2.
+    fn newton_converges_past_a_kink_and_a_flat_bottom() {
+        // g is 0 up to 1, m - 1 up to 4, and 3 beyond.
         let root = newton_log_log(0.5, 1e-8, 3e-9, |m| {
             let g = (m - 1.0).clamp(0.0, 3.0);
             (g, if g > 0.0 && g < 3.0 { m / g } else { 0.0 })
@@ -116,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn bits_are_halved_to_neighbouring_doubles() {
+    fn halving_bits_ends_at_neighbouring_doubles() {
         let root = last_inside(0.0, f64::MAX, |x| x * x <= 2.0);
         assert!(root.at * root.at <= 2.0 && root.at.next_up() * root.at.next_up() > 2.0);
         assert!(root.evaluations <= 64);

@@ -1,8 +1,8 @@
-//! The two ends of a band: which, how one was found, and the delta that each is found for.
+//! The two ends of a band: side, bound with its status, and delta.
 
 use crate::error::{Error, Result};
 
-/// Which end of the band.
+/// An end of the band.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     /// `log_lower <= 0`
@@ -11,15 +11,15 @@ pub enum Side {
     Upper,
 }
 
-/// How a bound came about.
+/// Case by which a bound was determined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
-    /// The equation `D = delta` was solved.
+    /// The bound solves `D = delta`.
     Converged = 0,
-    /// The whole side is allowed: exactly `-inf` or `-logp`.
+    /// The whole side is allowed. The bound is exactly `-inf` or `-logp`.
     Saturated = 1,
-    /// `logp` is 0 or `-inf`: the limit.
+    /// `logp` is 0 or `-inf`. The bound is the limit.
     Limit = 2,
     /// `logp` is above 0 and was read as 0.
     ReadAsCertain = 3,
@@ -27,29 +27,30 @@ pub enum Status {
     NotANumber = 4,
 }
 
-/// One end of the band, and how it was found.
+/// One end of the band, and the solver's account of it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Bound {
     /// The log bound: inside the region, next to its edge.
     pub log_ratio: f64,
-    /// A log-ratio on the other side of the edge (or the bound itself where there is no edge).
+    /// A log-ratio beyond the edge; the bound itself where there is no edge.
     pub outside: f64,
-    /// How it came about.
+    /// The case by which it was determined.
     pub status: Status,
-    /// Evaluations of the divergence `D`, two of the generator each, that the scalar solver makes.
+    /// The scalar solver's evaluations of `D`, each of which evaluates the generator twice.
     pub evaluations: u32,
 }
 
-/// A radius, or one for every element.
+/// A delta for all elements, or one for each.
 #[derive(Debug, Clone, Copy)]
 pub enum Delta<'a> {
-    /// The same for all.
+    /// One delta for all elements.
     Same(f64),
-    /// One an element.
+    /// One delta for each element.
     Each(&'a [f64]),
 }
 
 impl Delta<'_> {
+    /// The deltas of `count` elements from `first` on.
     pub(super) fn part(self, first: usize, count: usize) -> Self {
         match self {
             Self::Same(_) => self,
@@ -57,6 +58,7 @@ impl Delta<'_> {
         }
     }
 
+    /// The delta of an element.
     pub(super) fn at(&self, index: usize) -> f64 {
         match self {
             Self::Same(value) => *value,
@@ -64,6 +66,7 @@ impl Delta<'_> {
         }
     }
 
+    /// Refuses a delta that is not a positive finite number, or another number of them than `expected`.
     pub(super) fn check(&self, argument: &'static str, expected: usize) -> Result<()> {
         match self {
             Self::Same(value) => check_delta(*value, None),
@@ -80,6 +83,7 @@ impl Delta<'_> {
     }
 }
 
+/// Refuses a delta that is not a positive finite number.
 pub(super) fn check_delta(value: f64, index: Option<usize>) -> Result<()> {
     if value > 0.0 && value.is_finite() { Ok(()) } else { Err(Error::Delta { value, index }) }
 }

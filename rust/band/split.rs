@@ -1,4 +1,4 @@
-//! One token in double precision: the two outcomes {this token, everything else} and the equation of its bound.
+//! The two outcomes {this token, everything else} in double precision, and the equation of a bound.
 
 use crate::band::root::newton_log_log;
 use crate::band::side::Side;
@@ -32,7 +32,7 @@ impl Split {
         (d, m * slope / d)
     }
 
-    /// `m` to a few ulp times its condition number. The side is known not to be saturated.
+    /// `m` to a few ulp times its condition number. The side must not be saturated.
     pub(super) fn magnitude(
         &self,
         divergence: &Divergence,
@@ -47,7 +47,7 @@ impl Split {
         self.iterated(generator, radius, evaluations)
     }
 
-    /// The same by iteration, for any generator.
+    /// `m` by iteration, for any generator.
     pub(super) fn iterated(
         &self,
         generator: &Generator,
@@ -56,13 +56,18 @@ impl Split {
     ) -> f64 {
         let at_zero = generator.constants::<f64>().at_zero;
         if at_zero.is_finite() {
-            let greatest = self.shrinking * at_zero
+            let max_divergence = self.shrinking * at_zero
                 + self.growing * generator.value(Point::from_ratio(1.0 / self.growing));
-            if radius > 0.5 * greatest {
-                return self.magnitude_near_saturation(generator, radius, greatest, evaluations);
+            if radius > 0.5 * max_divergence {
+                return self.magnitude_near_saturation(
+                    generator,
+                    radius,
+                    max_divergence,
+                    evaluations,
+                );
             }
         }
-        // Local quadratic; for f that explodes at 0 as u^a it starts far too high, hence the tail.
+        // The local quadratic starts far too high for an f that grows at 0 as u^a. Its tail limits the start.
         let curvature = generator.constants::<f64>().curvature.unwrap_or(1.0);
         let mut start = (2.0 * radius * self.growing / (curvature * self.shrinking)).sqrt();
         if let Generator::Alpha(order) = *generator
@@ -78,22 +83,22 @@ impl Split {
         root.at
     }
 
-    /// The same from the other end: the factor `r` that is left, by `D(0) - D(r) = D(0) - delta`.
+    /// `m = -ln r` from the other end, by `D(0) - D(r) = D(0) - delta` for the remaining factor `r`.
     fn magnitude_near_saturation(
         &self,
         generator: &Generator,
         radius: f64,
-        greatest: f64,
+        max_divergence: f64,
         evaluations: &mut u32,
     ) -> f64 {
-        let gap = (greatest - radius).max(f64::EPSILON * greatest);
-        let start = (gap / (greatest * (2.0 + (greatest / gap).ln()))).min(0.5);
+        let gap = (max_divergence - radius).max(f64::EPSILON * max_divergence);
+        let start = (gap / (max_divergence * (2.0 + (max_divergence / gap).ln()))).min(0.5);
         let root = newton_log_log(gap, start, last_step(generator, gap), |r| {
             if r >= 1.0 {
                 return (f64::INFINITY, 1.0);
             }
             let (d, log_slope) = self.divergence(generator, -r.ln());
-            let left = greatest - d;
+            let left = max_divergence - d;
             // d ln left / d ln r, with d m = -d ln r.
             (left, log_slope * d / (-r.ln() * left))
         });
@@ -101,13 +106,13 @@ impl Split {
         -root.at.min(1.0).ln()
     }
 
-    /// The bound that `m` stands for, and its condition number: by how much more than a rounding error
-    /// evaluating the equation in double precision may move it.
+    /// The bound at `m`, and its condition number: the factor by which the equation amplifies rounding errors in
+    /// double precision.
     pub(super) fn log_ratio(&self, generator: &Generator, m: f64, side: Side) -> (f64, f64) {
         let (d, slope) = self.divergence(generator, m);
         let lost = -(-m).exp_m1();
         let growth = self.shrinking / self.growing * lost;
-        // A rounding error of the odds moves D by so much of itself.
+        // Relative change of D for a relative error of 1 in the odds.
         let grown = Point::from_excess(growth);
         let odds_error = self.growing * growth * generator.slope(grown) / d;
         let condition = (1.0 + odds_error.abs()) / slope;
@@ -121,14 +126,13 @@ impl Split {
         }
     }
 
-    /// `m` where the equation has an elementary solution, arranged so that nothing cancels except
-    /// next to saturation.
+    /// `m` in closed form, where there is one. Its terms cancel only next to saturation.
     pub(super) fn closed_form(&self, generator: &Generator, radius: f64) -> Option<f64> {
         let (w, g) = (self.shrinking, self.growing);
         match *generator {
             Generator::Tv => Some(-(-radius / w).ln_1p()),
             Generator::Hellinger => {
-                // Bhattacharyya's coefficient is the cosine of an angle: sqrt(r) = 1 - e.
+                // The Bhattacharyya coefficient is the cosine of an angle, which gives sqrt(r) = 1 - e.
                 let e = radius + (radius * (2.0 - radius)).sqrt() * (g / w).sqrt();
                 Some(-2.0 * (-e).ln_1p())
             }
@@ -153,13 +157,13 @@ impl Split {
     }
 }
 
-/// Relative step at which Newton's method stops: the error after it is of the order of its square, 1e-17.
+/// Relative step at which Newton's method stops. The error after it is of the order of its square, 1e-17.
 const LAST_NEWTON_STEP: f64 = 3e-9;
 
-/// The same for text, which is polished afterwards.
+/// Relative step at which it stops for an expression, whose bounds are polished afterwards.
 const LAST_TEXT_STEP: f64 = 1e-5;
 
-/// Absolute error of `D` of a text, rounded up; steps below its share in `D` are noise.
+/// Absolute error of `D` for an expression, rounded up. Smaller relative steps than its share of `D` are noise.
 const TEXT_ERROR: f64 = 100.0 * f64::EPSILON;
 
 /// The relative step at which Newton's method on `D = target` stops.
@@ -167,21 +171,21 @@ fn last_step(generator: &Generator, target: f64) -> f64 {
     if generator.cancels() { (TEXT_ERROR / target).max(LAST_TEXT_STEP) } else { LAST_NEWTON_STEP }
 }
 
-/// `x^(1/k)`. Rounding 1/k alone would cost `ln x` ulps, hence a Newton step.
+/// `x^(1/k)`. A Newton step follows, because rounding 1/k alone costs `ln x` ulps.
 fn root_of_order(x: f64, order: f64) -> f64 {
     let root = x.powf(1.0 / order);
     let correction = (root.powf(order) / x - 1.0) / order;
-    // Of a saturated or denormal x there is nothing to correct.
+    // A saturated or denormal x gives no correction.
     if correction.abs() < 1e-10 { root - root * correction } else { root }
 }
 
-/// `m` for `(u-1)^2/(1-l+l u)`: with `x` the fraction lost, a quadratic; see docs of [`Divergence`].
+/// `m` for `(u-1)^2/(1-l+l u)`, by a quadratic equation for the lost fraction.
 fn blended_chi_square(w: f64, g: f64, blend: f64, radius: f64) -> f64 {
     let spread = radius * blend * blend;
-    // Factor by factor: a product of a small radius and a small g would be denormal.
+    // Factor by factor, because the product of a small radius and a small g would be denormal.
     let root = radius.sqrt() * (spread + 4.0 * w * g).sqrt();
     let tilt = radius * blend * (g - w);
-    // The two roots are -x (this one) and the fraction that the same outcome may gain.
+    // The roots are minus the fraction that the outcome loses, and the fraction that it may gain.
     let (lost, gained) = if tilt >= 0.0 {
         (2.0 * radius * (g / (root + tilt)), (root + tilt) / (2.0 * w * (1.0 + spread)))
     } else {
@@ -190,11 +194,12 @@ fn blended_chi_square(w: f64, g: f64, blend: f64, radius: f64) -> f64 {
     if lost < 0.5 {
         return -(-lost).ln_1p();
     }
-    // What is left, by the product of the roots: 1 - x would cancel.
+    // The remainder, by the product of the roots, because 1 - lost would cancel.
     let product = (w - radius * (1.0 - blend) * (g + w * blend)) / (w * (1.0 + spread));
     -(product / (1.0 + gained)).ln()
 }
 
+/// `f(u)`, or `f(0)` for an outcome that is [`gone`].
 pub(super) fn value_or_limit<T: Real>(generator: &Generator, at: Point<T>) -> T {
     if at.u.to_f64() == 0.0 && at.log.to_f64() == f64::NEG_INFINITY {
         generator.constants().at_zero
@@ -203,7 +208,7 @@ pub(super) fn value_or_limit<T: Real>(generator: &Generator, at: Point<T>) -> T 
     }
 }
 
-/// `w f(u)`, with the factor `u` drawn to the weight where `f(u)` might overflow.
+/// `w f(u)`, evaluated as `(w u) (f(u)/u)` where `f(u)` might overflow.
 pub(super) fn weighted<T: Real>(generator: &Generator, weight: T, at: Point<T>) -> T {
     if at.u.to_f64() > 1e60 {
         weight * at.u * generator.value_per_u(at)
@@ -240,7 +245,7 @@ impl Split {
         let token = Point::from_log(log_ratio);
         let lost = self.shrinking / self.growing * token.excess;
         let others = if lost > 0.5 {
-            // Next to saturation: what is left of the others, without cancellation.
+            // Next to saturation the ratio of the others is computed without cancellation.
             Point::from_ratio(-(logp + log_ratio).exp_m1() / self.growing)
         } else {
             Point::from_excess(-lost)

@@ -1,4 +1,4 @@
-//! Tokens whose p or 1 - p is below 1e-300, and the limit p = 1.
+//! Bounds of tokens whose p or 1 - p is below 1e-300, and the limit p = 1.
 
 use crate::band::limits::{FAR_REST, FAR_TAIL, MARGIN};
 use crate::band::polish::residual_doubt;
@@ -7,10 +7,10 @@ use crate::band::split::{gone, value_or_limit, weighted};
 use crate::divergence::{Divergence, Generator, Point};
 use crate::number::{Dd, Real};
 
-/// The same of [`far_divergence`], which adds logarithms of up to 750.
+/// Relative error of [`far_divergence`] in double-double arithmetic, rounded up. It adds logarithms of up to 750.
 pub(super) const FAR_RESIDUAL_ERROR: f64 = 1e-27;
 
-/// The last log-ratio between `zero` and `outside` that is inside, by halving bits.
+/// The last log-ratio inside, between `zero` and `outside`, by halving bits.
 pub(super) fn far_bound(
     divergence: &Divergence,
     logp: f64,
@@ -18,7 +18,7 @@ pub(super) fn far_bound(
     zero: f64,
     outside: f64,
 ) -> Root {
-    /// Relative error of double precision here, rounded up; it brackets the bound in most cases.
+    /// Relative error of double precision here, rounded up. It brackets most bounds.
     const ROUGH: f64 = 1e-12;
     let generator = &divergence.generator;
     let radius = divergence.generator_radius::<Dd>(delta);
@@ -38,8 +38,8 @@ pub(super) fn far_bound(
     Root { at: root.at, evaluations: rough.evaluations + 2 + root.evaluations }
 }
 
-/// The limit of `log_lower` for p -> 1: `f(r) + (1-r) f'(inf) = delta`, 0 where `f'(inf)` is infinite.
-/// Returns it with the evaluations made.
+/// The limit of `log_lower` for p -> 1: the root of `f(r) + (1-r) f'(inf) = delta`, or 0 if `f'(inf)` is infinite.
+/// Returns the bound and the number of evaluations.
 pub(super) fn lower_of_certain(divergence: &Divergence, delta: f64) -> (f64, u32) {
     let generator = &divergence.generator;
     if generator.constants::<f64>().slope_at_infinity == f64::INFINITY {
@@ -60,7 +60,7 @@ pub(super) fn lower_of_certain(divergence: &Divergence, delta: f64) -> (f64, u32
     (root.at, 3 + rough.evaluations + root.evaluations)
 }
 
-/// `D` for p = 1: `f(r) + (1-r) f'(inf)`.
+/// `D` in the limit p = 1: `f(r) + (1-r) f'(inf)`.
 pub(super) fn certain_divergence<T: Real>(generator: &Generator, log_ratio: T) -> T {
     let at = Point::from_log(log_ratio);
     let value = value_or_limit(generator, at);
@@ -71,12 +71,12 @@ pub(super) fn certain_divergence<T: Real>(generator: &Generator, log_ratio: T) -
     }
 }
 
-/// Whether p or 1 - p is so small that products such as `p f(r)` leave the range of a double.
+/// True if p or 1 - p is so small that products such as `p f(r)` leave the range of a double.
 pub(super) fn is_far(logp: f64) -> bool {
     !(FAR_TAIL..=-FAR_REST).contains(&logp)
 }
 
-/// `D` where p or 1 - p leaves the range of a double, and with it products such as `p f(r)`.
+/// `D` of a token for which [`is_far`] is true.
 pub(super) fn far_divergence<T: Real>(generator: &Generator, logp: f64, log_ratio: f64) -> T {
     let log_token = T::of(logp);
     let log_new = T::of_dd(Dd::sum(logp, log_ratio));
@@ -99,11 +99,11 @@ pub(super) fn far_divergence<T: Real>(generator: &Generator, logp: f64, log_rati
 fn scaled_value<T: Real>(generator: &Generator, log_weight: T, at: Point<T>) -> T {
     let value = value_or_limit(generator, at);
     if value.to_f64() <= 0.0 {
-        T::of(0.0) // below 0 by rounding, in a text
+        T::of(0.0) // the rounding of an expression may give a negative value
     } else if at.log.to_f64() == f64::NEG_INFINITY || log_weight.to_f64() > FAR_TAIL {
         weighted(generator, log_weight.exp(), at)
     } else {
-        // The weight takes the factor u first: both may be huge, and their sum exact.
+        // The weight takes the factor u first, because both logarithms may be huge and their sum small.
         let log_product = if at.log.to_f64() > 0.0 { log_weight + at.log } else { log_weight };
         (log_product + generator.log_value(at.log)).exp()
     }

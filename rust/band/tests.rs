@@ -1,4 +1,4 @@
-//! Bounds against 60-digit references, identities, closed forms and each other.
+//! Tests of bounds against 60-digit references, identities, closed forms and each other.
 
 use std::io::Read;
 use std::sync::LazyLock;
@@ -23,7 +23,7 @@ struct Reference {
     spec: String,
     logp: f64,
     delta: f64,
-    /// The nearest double, what is left, and the condition number, `[lower, upper]`.
+    /// The nearest double, the remainder, and the condition number, of `[lower, upper]`.
     bounds: [(f64, f64, f64); 2],
 }
 
@@ -60,14 +60,14 @@ fn references() -> Vec<Reference> {
 /// Relative error of a log bound.
 const RELATIVE: f64 = 1e-14;
 
-/// Condition number above which `D` may be near delta instead.
+/// Condition number above which a bound may have its `D` near delta instead.
 const ILL_CONDITIONED: f64 = 20.0;
 
 /// Distance of that `D` from delta, in ulp of delta.
 const BACKWARD: f64 = 2.0;
 
-/// Holds a bound to its contract: not outside the exact one, and within [`RELATIVE`] of it or one ulp or, where its
-/// condition number exceeds [`ILL_CONDITIONED`], with `D` within [`BACKWARD`] ulp of delta.
+/// Asserts the contract of a bound: it is not outside the exact one, and within [`RELATIVE`] or one ulp of it. If its
+/// condition number exceeds [`ILL_CONDITIONED`], `D` within [`BACKWARD`] ulp of delta suffices.
 fn assert_accurate(reference: &Reference, side: Side, bound: f64) {
     let Reference { spec, logp, delta, bounds } = reference;
     let (exact, rest, kappa) = bounds[usize::from(side == Side::Upper)];
@@ -88,13 +88,13 @@ fn assert_accurate(reference: &Reference, side: Side, bound: f64) {
     let divergence = Divergence::parse(spec).unwrap();
     let radius = divergence.generator_radius::<Dd>(*delta);
     let missing = exact_residual(&divergence.generator, *logp, bound, radius).abs();
-    // One ulp of delta moves the radius of the generator by so much.
+    // The change of the generator's radius by one ulp of delta is the unit.
     let next = divergence.generator_radius::<Dd>(delta.next_up());
     assert!(missing <= BACKWARD * (next - radius).to_f64(), "{place}: {missing:e}");
 }
 
 #[test]
-fn bounds_hold_their_accuracy_and_are_inside() {
+fn bounds_are_accurate_and_inside() {
     for reference in references() {
         let band = band(&reference.spec, reference.delta);
         for side in [Side::Lower, Side::Upper] {
@@ -104,7 +104,7 @@ fn bounds_hold_their_accuracy_and_are_inside() {
 }
 
 #[test]
-fn so_do_and_are_the_bounds_of_many_tokens() {
+fn batched_bounds_are_accurate_and_inside() {
     for references in references().chunk_by(|a, b| a.spec == b.spec) {
         let divergence = Divergence::parse(&references[0].spec).unwrap();
         let logp: Vec<f64> = references.iter().map(|reference| reference.logp).collect();
@@ -123,10 +123,9 @@ fn many(divergence: &Divergence, delta: Delta<'_>, logp: &[f64]) -> (Vec<f64>, V
     (lower, upper)
 }
 
-/// 10^5 points of each divergence: a bound is the same, but for what the contract leaves open, whether it is
-/// asked for alone or among others, and it is inside.
+/// Compares 10^5 points of each divergence within the accuracy of the contract.
 #[test]
-fn many_tokens_have_the_bounds_that_each_has() {
+fn batched_bounds_agree_with_single_ones_and_are_inside() {
     const COUNT: usize = 100_003; // not a whole number of vectors
     let mut state = 0_u64;
     let mut uniform = |low: f64, high: f64| {
@@ -170,7 +169,7 @@ fn many_tokens_have_the_bounds_that_each_has() {
     }
 }
 
-/// [`ALL`], and parameters at the ends of their ranges and between them.
+/// [`ALL`], and other parameters at the ends of their ranges and between them.
 static SPECS: LazyLock<Vec<&str>> = LazyLock::new(|| {
     let more = [
         "alpha:-3",
@@ -190,7 +189,7 @@ fn band(spec: &str, delta: f64) -> Band {
     Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap()
 }
 
-/// Any probability that is not 0 or 1, by its logarithm: both ends get their share.
+/// Logarithm of a probability other than 0 and 1, with a fair share of both ends.
 fn log_probability() -> impl Strategy<Value = f64> {
     prop_oneof![
         (-690.0..-0.7_f64),
@@ -212,7 +211,7 @@ proptest! {
 
     /// p upper(p) + (1-p) lower(1-p) = 1, for probabilities whose complement is exact.
     #[test]
-    fn mirror(spec in any_spec(), delta in radius(), p in 1e-3..0.999_f64) {
+    fn mirror_identity_holds(spec in any_spec(), delta in radius(), p in 1e-3..0.999_f64) {
         let p = (p * 1048576.0).round() / 1048576.0;
         let band = band(spec, delta);
         // ln p is rounded: the identity holds to the effect of that on both bounds.
@@ -225,29 +224,29 @@ proptest! {
     }
 
     #[test]
-    fn around_one_and_inside_the_simplex(
+    fn bounds_enclose_one_inside_the_simplex(
         spec in any_spec(), delta in radius(), logp in log_probability()
     ) {
         let (lower, upper) = band(spec, delta).log_bounds(logp);
         prop_assert!(lower <= 0.0 && 0.0 <= upper && upper <= -logp, "{lower} {upper}");
     }
 
-    /// upper does not rise and lower does not fall in p.
+    /// The upper bound does not rise, and the lower one does not fall.
     #[test]
-    fn monotone_in_p(
+    fn bounds_are_monotone_in_p(
         spec in any_spec(), delta in radius(), a in log_probability(), b in log_probability()
     ) {
         let (small, large) = (a.min(b), a.max(b));
         let band = band(spec, delta);
         let ((low_small, up_small), (low_large, up_large)) =
             (band.log_bounds(small), band.log_bounds(large));
-        // Bounds are within RELATIVE of a monotone function, not monotone in their last bits.
+        // Bounds are within RELATIVE of a monotone function, but not monotone in their last bits.
         prop_assert!(up_large <= up_small * (1.0 + 2.0 * RELATIVE), "{up_small} {up_large}");
         prop_assert!(low_large >= low_small * (1.0 + 2.0 * RELATIVE), "{low_small} {low_large}");
     }
 
     #[test]
-    fn nested_in_delta(
+    fn bounds_are_nested_in_delta(
         spec in any_spec(), delta in radius(), more in 1.0..100.0_f64, logp in log_probability()
     ) {
         let (lower, upper) = band(spec, delta).log_bounds(logp);
@@ -256,9 +255,9 @@ proptest! {
         prop_assert!(wider_lower <= lower * (1.0 - 2.0 * RELATIVE), "{lower} {wider_lower}");
     }
 
-    /// The bound is in, and a log-ratio 3 `RELATIVE` beyond it is out.
+    /// A log-ratio 3 `RELATIVE` beyond a bound is outside.
     #[test]
-    fn contains_the_bounds_and_nothing_beyond(
+    fn band_contains_its_bounds_and_nothing_beyond(
         spec in any_spec(), delta in radius(), logp in log_probability()
     ) {
         let divergence = Divergence::parse(spec).unwrap();
@@ -272,8 +271,7 @@ proptest! {
         prop_assert!(!is_inside(&divergence, logp, upper * (1.0 + 3.0 * RELATIVE), delta), "{upper}");
     }
 
-    /// Closed forms agree with the general solver, which polishes what it found by iteration, where
-    /// nothing saturates.
+    /// The iterated bounds are polished. Saturated sides are skipped.
     #[test]
     fn closed_forms_agree_with_iteration(
         spec in prop::sample::select(CLOSED_FORMS.as_slice()),
@@ -316,7 +314,7 @@ const CLOSED_FORMS: [&str; 14] = [
 ];
 
 #[test]
-fn every_closed_form_is_among_those_that_are_compared() {
+fn every_closed_form_is_compared() {
     let family = |spec: &str| spec.split(':').next().unwrap().to_owned();
     for &spec in SPECS.iter() {
         let generator = Divergence::parse(spec).unwrap().generator;
@@ -327,7 +325,7 @@ fn every_closed_form_is_among_those_that_are_compared() {
 }
 
 #[test]
-fn known_values_of_the_paper() {
+fn bounds_agree_with_values_of_the_paper() {
     let anchors = [
         (0.01, 0.002497386, 7.809846),
         (0.1, 0.3127840, 2.200786),
@@ -342,9 +340,9 @@ fn known_values_of_the_paper() {
 }
 
 #[test]
-fn total_at_the_ends_of_the_line() {
+fn bounds_are_defined_for_every_logp() {
     for &spec in SPECS.iter() {
-        let certain = Divergence::parse(spec).unwrap().generator.saturates();
+        let saturates = Divergence::parse(spec).unwrap().generator.saturates();
         for delta in [1e-12, 1e-4, 0.05, 3.0, 1e6] {
             let band = band(spec, delta);
             let (lower, upper) = band.log_bounds(f64::NAN);
@@ -357,7 +355,7 @@ fn total_at_the_ends_of_the_line() {
             for logp in [-5e-324, -1e-310, -1e-30, -300.0, -700.0, -740.0, -1e4, -1e300] {
                 let (lower, upper) = band.log_bounds(logp);
                 assert!(lower <= 0.0 && upper >= 0.0 && upper <= -logp, "{spec} {delta} {logp}");
-                if !certain {
+                if !saturates {
                     assert!(upper < -logp && lower >= -f64::MAX, "{spec} {delta} {logp}");
                 }
             }
@@ -365,7 +363,6 @@ fn total_at_the_ends_of_the_line() {
     }
 }
 
-/// Text that says the same as a built-in agrees with it, everywhere.
 #[test]
 fn expressions_agree_with_built_ins() {
     let pairs = [
@@ -404,9 +401,7 @@ fn expressions_agree_with_built_ins() {
 }
 
 #[test]
-fn kinked_and_flat_bottomed_expressions() {
-    // max of two convex functions: the band is the intersection of theirs, side by side where one
-    // of the two is active all over; against halving of bits otherwise.
+fn bounds_of_kinked_and_flat_bottomed_expressions_agree_with_halving() {
     for text in ["max((u-1)^2, abs(u-1))", "max(abs(u-1) - 0.1, 0)", "max(u-1.3, 0)"] {
         let divergence = Divergence::from_expression(text, None, None).unwrap();
         for delta in [1e-4, 0.05, 0.4] {
@@ -433,9 +428,8 @@ fn kinked_and_flat_bottomed_expressions() {
     }
 }
 
-/// The limits for p -> 1 and p -> 0 in closed form.
 #[test]
-fn limits() {
+fn bounds_of_certain_and_improbable_tokens_have_their_limits() {
     let delta = 0.05_f64;
     let lower_of_certain = [
         ("kl", (-delta).exp()),
@@ -469,7 +463,7 @@ fn saturation_is_exact() {
         assert_eq!(band(spec, delta).log_bounds(logp).1, -logp, "{spec}");
         assert_eq!(band(spec, delta).bound(logp, Side::Upper).status, Status::Saturated);
     }
-    // tv at delta = p exactly, in exact binary: D at r = 0 is p, so delta = p is in, less is not.
+    // D of tv at r = 0 is p. A delta of p, not rounded down, includes it; a smaller delta does not.
     let logp = -1.0_f64;
     let p = Dd::of(logp).exp();
     let (below, above) = if p.lo > 0.0 { (p.hi, p.hi.next_up()) } else { (p.hi.next_down(), p.hi) };
@@ -478,7 +472,7 @@ fn saturation_is_exact() {
 }
 
 #[test]
-fn slopes_are_those_of_the_bounds() {
+fn slopes_agree_with_differences_of_bounds() {
     for &spec in SPECS.iter() {
         let band = band(spec, 0.05);
         for p in [1e-6, 1e-3, 0.03, 0.3, 0.6, 0.9] {
@@ -501,7 +495,7 @@ fn slopes_are_those_of_the_bounds() {
 }
 
 #[test]
-fn work_is_bounded() {
+fn evaluations_are_at_most_the_stated_max() {
     let mut worst = 0;
     for &spec in SPECS.iter() {
         for delta in [1e-12, 1e-8, 1e-3, 0.05, 0.7, 10.0, 1e3] {
@@ -518,23 +512,23 @@ fn work_is_bounded() {
     assert!(worst <= MAX_BOUND_EVALUATIONS, "{worst}");
 }
 
-/// Far outside the range of probabilities the bounds still are what 60 digits say.
+/// The expected values were computed with 60 digits.
 #[test]
-fn far_tails() {
+fn bounds_in_the_far_tails_agree_with_references() {
     let le_cam = band("le-cam", 1.83e-10).log_bounds(-1.85e-313).0;
     assert!((le_cam / -3.66e-10 - 1.0).abs() < 1e-2, "{le_cam:e}");
     let le_cam = band("le-cam", 4.4457e-12).log_bounds(-725.62).1;
     assert!((le_cam - 700.18).abs() < 0.01, "{le_cam}");
     for spec in ["tv", "hellinger", "le-cam", "jensen-shannon", "alpha:0.5"] {
         for logp in [-1.44e30, -1e6, -800.0] {
-            // Beyond the greatest value of the divergence everything is allowed.
+            // Beyond the max value of the divergence everything is allowed.
             assert_eq!(band(spec, 4.1).log_bounds(logp), (f64::NEG_INFINITY, -logp), "{spec}");
         }
     }
 }
 
 #[test]
-fn bad_radii_are_refused_by_value_and_place() {
+fn bad_deltas_are_refused_with_value_and_index() {
     let kl = Divergence::parse("kl").unwrap();
     for delta in [0.0, -1.0, f64::INFINITY, f64::NAN] {
         assert!(matches!(Band::new(kl.clone(), delta, 0.1), Err(Error::Delta { .. })));

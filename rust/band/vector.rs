@@ -1,8 +1,8 @@
-//! The bulk of the tokens, whose bounds are nothing special: as many at a time as fit into a vector.
+//! Vector solver of the ordinary tokens.
 //!
-//! The problem is that of `band.rs`, in double precision. What is not settled by a wide margin is left to the
-//! scalar solver there: limits, far tails, bounds next to saturation or of a large condition number, and
-//! those for which the iteration takes long. A lane never depends on its neighbours.
+//! It solves the equation of `mod.rs` in double precision, one SIMD vector at a time. Bounds that it cannot certify are
+//! left to the scalar solver: limits, far tails, bounds next to saturation, ill-conditioned ones, and those for
+//! which the iteration is slow. A lane never depends on its neighbours.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
@@ -14,12 +14,11 @@ use crate::divergence::Generator;
 use crate::simd::doubles::{Doubles, MAX_DOUBLES, Truth, Vector};
 use crate::simd::{WithDoubles, run_doubles};
 
-/// How far, relatively, `D` at the end of a side has to be from the radius to tell on which side of it, from
-/// double precision.
+/// Min relative distance of `D` at the end of a side from the radius, at which double precision decides saturation.
 const CLEAR_OF_SATURATION: f64 = 1e-10;
 
-/// Writes both bounds of each token, as far as they are settled here, and calls `rest(index, side, rough)` for
-/// each of the others, with an unpolished bound where there is one. `radii` are the generator's, below and above.
+/// Writes the bounds that are settled here. Calls `rest(index, side, rough)` for each of the others, with the
+/// unpolished bound if there is one. `radii` are those of the generator, below and above.
 pub(crate) fn log_bounds(
     generator: &Generator,
     radii: [&[f64]; 2],
@@ -37,7 +36,7 @@ pub(crate) fn log_bounds(
     }
 }
 
-/// Tokens and what to do with them.
+/// Arguments of [`log_bounds`].
 struct Batch<'a> {
     radii: [&'a [f64]; 2],
     logp: &'a [f64],
@@ -46,7 +45,7 @@ struct Batch<'a> {
 }
 
 impl WithLaw for Batch<'_> {
-    /// Whether there are vectors for the law.
+    /// True if the generator has a law and the processor its vectors.
     type Output = bool;
     fn run(self, law: impl Law) -> bool {
         run_doubles(Sweep { batch: self, law })
@@ -69,7 +68,7 @@ impl<W: Law> WithDoubles for Sweep<'_, W> {
         let mut start = 0;
         while start < logp.len() {
             let taken = L::COUNT.min(logp.len() - start);
-            // The last vector is filled up with a token that is nothing special.
+            // The last vector is padded with an ordinary token.
             let mut tokens = [-1.0; MAX_DOUBLES];
             tokens[..taken].copy_from_slice(&logp[start..start + taken]);
             let tokens = Vector::load(lanes, &tokens);
@@ -95,19 +94,19 @@ impl<W: Law> WithDoubles for Sweep<'_, W> {
     }
 }
 
-/// What a vector of bounds came to.
+/// A vector of bounds and their status.
 struct Found<L: Doubles> {
     log_ratio: Vector<L>,
-    /// Where it is the bound.
+    /// True where `log_ratio` is the bound.
     settled: Truth<L>,
-    /// Where it is one but for polishing.
+    /// True where it is a bound to be polished.
     rough: Truth<L>,
 }
 
 /// Both outcomes of each token.
 struct Both<L: Doubles> {
     logp: Vector<L>,
-    /// Where no factor leaves the range of a double.
+    /// True where no factor leaves the range of a double.
     ordinary: Truth<L>,
     token: Vector<L>,
     others: Vector<L>,
@@ -129,17 +128,17 @@ impl<L: Doubles> Both<L> {
             if upper { (self.others, self.token) } else { (self.token, self.others) };
         let split = Split { shrinking, growing, odds: shrinking / growing };
         let one = radius.constant(1.0);
-        let greatest = law.greatest(&split);
-        let (saturated, clear, solvable) = match greatest {
-            Some(greatest) => {
-                let doubt = (greatest + law.cancelled(&split)) * CLEAR_OF_SATURATION;
+        let max_divergence = law.max_divergence(&split);
+        let (saturated, clear, solvable) = match max_divergence {
+            Some(max_divergence) => {
+                let doubt = (max_divergence + law.cancelled(&split)) * CLEAR_OF_SATURATION;
                 (
-                    (greatest + doubt).less(radius),
-                    radius.less(greatest - doubt),
-                    radius.less(greatest).select(radius, greatest * 0.25),
+                    (max_divergence + doubt).less(radius),
+                    radius.less(max_divergence - doubt),
+                    radius.less(max_divergence).select(radius, max_divergence * 0.25),
                 )
             }
-            // Neither is ever in question.
+            // An infinite max never saturates.
             None => (one.less(one), !one.less(one), radius),
         };
         let solution = law.solve(&split, solvable);
@@ -153,7 +152,7 @@ impl<L: Doubles> Both<L> {
             (end, log_left, (solution.condition / log_left).abs())
         };
         let mut exact = self.ordinary & clear & solution.found;
-        if greatest.is_some() {
+        if max_divergence.is_some() {
             exact = exact & one.constant(-MAX_LOG_LOSS).less(log_left);
         }
         let benign = condition.less(one.constant(BENIGN_CONDITION));
@@ -222,7 +221,7 @@ mod tests {
             for (kind, found) in &kinds {
                 assert!(*found == kinds[0].1, "{name} in {kind:?}");
             }
-            // Nor does a bound depend on where it stands.
+            // A bound does not depend on its place either.
             let (_, whole) = &kinds[0];
             for index in (0..logp.len()).step_by(97) {
                 let (_, alone) = &self::kinds(law, &radii[index..=index], &logp[index..=index])[0];
@@ -234,11 +233,11 @@ mod tests {
         }
     }
 
-    /// Divergences that are left to the scalar solver.
+    /// Divergences without a vector law.
     const SCALAR: [&str; 1] = ["vajda:1.5"];
 
     #[test]
-    fn bounds_depend_neither_on_the_kind_of_vector_nor_on_their_neighbours() {
+    fn bounds_are_independent_of_vector_width_and_neighbours() {
         for &name in ALL.iter().chain(&["vajda:1", "vajda:2", "alpha:-1", "alpha:2"]) {
             with_law(&Divergence::parse(name).unwrap().generator, Compare(name));
         }
