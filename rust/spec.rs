@@ -1,4 +1,4 @@
-//! The grammar of region specs, such as `kl@0.01 | clip@0.2,0.28`: text to syntax tree.
+//! Grammar of region specs such as `kl@0.01 | clip@0.2,0.28`, and the syntax tree it gives.
 //!
 //! ```text
 //! union        = intersection ("|" intersection)*
@@ -18,11 +18,11 @@ use serde_json::{Value, json};
 
 use crate::error::{Error, Result, located};
 
-/// Longest spec that is read.
+/// Max bytes of a spec.
 const MAX_BYTES: usize = 4096;
-/// Deepest nesting of parentheses: the parser is recursive.
+/// Max nesting of parentheses, because the parser is recursive.
 const MAX_NESTED: usize = 32;
-/// Most leaves and methods, each of which is a region: whoever walks the result is recursive.
+/// Max leaves and methods, each of which is a region, because functions of the result are recursive.
 const MAX_REGIONS: usize = 64;
 
 #[derive(pest_derive::Parser)]
@@ -49,7 +49,7 @@ struct Grammar;
 /// The syntax tree of a spec as JSON.
 ///
 /// A node is one of
-/// - `{"union": [node, node]}`, and likewise `intersection` and `sides`;
+/// - `{"union": [node, node]}`, or `intersection` or `sides` in place of `union`;
 /// - `{"method": name, "of": node, "numbers": [text, ...], "place": text}`;
 /// - `{"leaf": word, "quoted": bool, "separator": text or null, "numbers": ..., "place": text}`, with
 ///   the expression in place of the word if it was quoted.
@@ -84,7 +84,7 @@ pub fn parse(text: &str) -> Result<String> {
     Ok(builder.node(union)?.to_string())
 }
 
-/// The number of the character at a byte, from 1.
+/// Number of the character at a byte, from 1.
 fn column_of(text: &str, place: usize) -> usize {
     text[..place].chars().count() + 1
 }
@@ -143,8 +143,8 @@ fn unreadable(before: &str, rest: &str, unclosed: Option<usize>) -> String {
         ')' => "sides takes two regions, as in sides(clip@0.2, kl@0.05)".to_owned(),
         ',' => "a comma may only stand between two widths or inside sides(...)".to_owned(),
         '(' => "only sides, .cap and .at_least take parentheses".to_owned(),
-        '.' => "after a point stands cap(10) or at_least(0.1)".to_owned(),
-        '@' => "one region has one @".to_owned(),
+        '.' => "only cap(10) or at_least(0.1) may follow a point".to_owned(),
+        '@' => "a region takes only one @".to_owned(),
         _ if rest.starts_with("cap") || rest.starts_with("at_least") => {
             "a point is missing, as in (kl@0.05).cap(10)".to_owned()
         }
@@ -152,13 +152,14 @@ fn unreadable(before: &str, rest: &str, unclosed: Option<usize>) -> String {
     }
 }
 
-/// Makes nodes of what the grammar found.
+/// Builder of nodes from pairs of the grammar.
 struct Builder<'a> {
     text: &'a str,
     regions: usize,
 }
 
 impl Builder<'_> {
+    /// The node of any pair but a method.
     fn node(&mut self, pair: Pair<'_, Rule>) -> Result<Value> {
         let rule = pair.as_rule();
         match rule {
@@ -172,7 +173,7 @@ impl Builder<'_> {
                 let mut parts = pair.into_inner();
                 let mut left = match parts.next() {
                     Some(first) => self.node(first)?,
-                    None => Value::Null, // not in the grammar
+                    None => Value::Null, // the grammar has no empty pair
                 };
                 for part in parts {
                     left = match rule {
@@ -190,6 +191,7 @@ impl Builder<'_> {
         }
     }
 
+    /// The node of a leaf.
     fn leaf(&mut self, pair: Pair<'_, Rule>) -> Result<Value> {
         let place = self.place(&pair)?;
         let (mut leaf, mut quoted, mut separator, mut numbers) = ("", false, None, Vec::new());
@@ -216,7 +218,7 @@ impl Builder<'_> {
         Ok(json!({ "method": name, "numbers": numbers, "place": place }))
     }
 
-    /// Opens an error at a leaf or method, each of which counts as a region.
+    /// Start of an error message at a leaf or method, which is counted as a region.
     fn place(&mut self, pair: &Pair<'_, Rule>) -> Result<String> {
         let column = column_of(self.text, pair.as_span().start());
         self.regions += 1;
@@ -317,7 +319,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_a_tree_or_an_error(
+        fn any_text_gives_a_tree_or_an_error_without_panic(
             text in prop_oneof![
                 any::<String>(),
                 "[a-c0-9.,:@/|&()'\" -]{0,60}",
