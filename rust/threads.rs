@@ -1,9 +1,8 @@
-//! Where the parts of a batch are worked on: the threads that the process runs its batches on anyway.
+//! Threads that the parts of a batch are distributed to.
 //!
-//! A process that has `PyTorch` in it has a team of OpenMP threads, which after each piece of work spin for
-//! milliseconds in wait of the next. Threads of our own would have to share their processors with them; so
-//! the parts are given to that team, where there is one, and it is as large as the user told `PyTorch`.
-//! Elsewhere they are rayon's.
+//! A process with `PyTorch` has a team of OpenMP threads, which spin for milliseconds after each task. Other threads
+//! would share the processors with them. Therefore the parts go to that team, whose size is set in `PyTorch`. Without
+//! a team they go to rayon's threads.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,19 +10,19 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rayon::prelude::*;
 
-/// Works on every part, on as many threads as there are, and returns the results in the order of the parts.
+/// Does the work on every part, on all threads. Returns the results in the order of the parts.
 pub(crate) fn map_parts<I: Send, O: Send>(
     parts: Vec<I>,
     work: impl Fn(I) -> O + Send + Sync,
 ) -> Vec<O> {
-    // A team of one is the thread that calls it, which a fork takes along.
+    // A team of one is its calling thread, which a forked process has too.
     let Some(team) = team::find().filter(|team| team.size() == 1 || !is_forked()) else {
         return with_living_threads(|| parts.into_par_iter().map(work).collect());
     };
     let next = AtomicUsize::new(0);
     let slots: Vec<Mutex<(Option<I>, Option<O>)>> =
         parts.into_iter().map(|part| Mutex::new((Some(part), None))).collect();
-    // Every thread takes the next part until none is left. Nobody else locks a slot at that time.
+    // Every thread takes the next part until none is left. No two threads lock the same slot.
     let take_turns = || {
         while let Some(slot) = slots.get(next.fetch_add(1, Ordering::Relaxed)) {
             let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
@@ -33,7 +32,7 @@ pub(crate) fn map_parts<I: Send, O: Send>(
         }
     };
     team.run(&|| {
-        // A panic must not cross the team's C code. Its part has no result then.
+        // A panic must not unwind through the team's C code. Its part then lacks a result.
         let _ = catch_unwind(AssertUnwindSafe(take_turns));
     });
     let results = slots.into_iter().map(|slot| {
@@ -43,17 +42,16 @@ pub(crate) fn map_parts<I: Send, O: Send>(
     results.collect()
 }
 
-/// Whether the threads belong to another process: to the one that was the first to need any.
+/// True in a process that was forked after threads were first used. The threads exist in its parent only.
 fn is_forked() -> bool {
     static HOME: OnceLock<u32> = OnceLock::new();
     let process = std::process::id();
     *HOME.get_or_init(|| process) != process
 }
 
-/// Runs work that may be spread over rayon's threads.
+/// Runs work that may use rayon's threads.
 ///
-/// A process that was forked has none of the threads of its parent and would wait for them for ever; it is
-/// given threads of its own.
+/// A forked process gets new threads, because it has none of its parent's and would wait for them forever.
 pub(crate) fn with_living_threads<O: Send>(work: impl FnOnce() -> O + Send) -> O {
     static OWN: Mutex<Option<(u32, Arc<rayon::ThreadPool>)>> = Mutex::new(None);
     if !is_forked() {
@@ -64,10 +62,10 @@ pub(crate) fn with_living_threads<O: Send>(work: impl FnOnce() -> O + Send) -> O
         match &*own {
             Some((process, pool)) if *process == std::process::id() => Arc::clone(pool),
             _ => {
-                // Nobody may wait for the end of threads that a parent had.
+                // Forgotten, because dropping the parent's pool would wait for its threads.
                 std::mem::forget(own.take());
                 let Ok(pool) = rayon::ThreadPoolBuilder::new().build().map(Arc::new) else {
-                    return work(); // as rayon does, whose own pool fails as well
+                    return work(); // no thread can be started; rayon's global pool is the last resort
                 };
                 *own = Some((std::process::id(), Arc::clone(&pool)));
                 pool
@@ -85,22 +83,22 @@ mod team {
         unsafe extern "C" fn(unsafe extern "C" fn(*mut c_void), *mut c_void, c_uint, c_uint);
     type MaxThreads = unsafe extern "C" fn() -> c_int;
 
-    /// The OpenMP threads of the process.
+    /// The team of OpenMP threads of the process.
     pub struct Team {
         parallel: Parallel,
         threads: c_uint,
     }
 
-    /// The team, if its library (GNU's, or LLVM's with GNU's names) is in the process. Asked each time: it
-    /// may come later, and its size may change.
+    /// The team, if its library (GNU's, or LLVM's with GNU's names) is in the process. Not cached, because the library
+    /// may be loaded later, and the size may change.
     pub fn find() -> Option<Team> {
         let symbol = |name: &CStr| {
-            // SAFETY: looks a name up among the libraries that are there.
+            // SAFETY: `dlsym` searches the loaded libraries for a name that ends in 0.
             let at = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
             (!at.is_null()).then_some(at)
         };
         let (parallel, threads) = (symbol(c"GOMP_parallel")?, symbol(c"omp_get_max_threads")?);
-        // SAFETY: these are the types of these functions in every OpenMP library that has them.
+        // SAFETY: every OpenMP library with these functions gives them these types.
         let (parallel, threads) = unsafe {
             (
                 std::mem::transmute::<*mut c_void, Parallel>(parallel),
@@ -111,6 +109,7 @@ mod team {
     }
 
     impl Team {
+        /// The number of threads.
         pub fn size(&self) -> c_uint {
             self.threads
         }
@@ -131,7 +130,7 @@ mod team {
 
 #[cfg(not(target_os = "linux"))]
 mod team {
-    /// There is none whose entry is known.
+    /// Never present: the entry point is known on Linux only.
     pub enum Team {}
 
     pub fn find() -> Option<Team> {
