@@ -1,4 +1,4 @@
-//! What can go wrong, with the offending value and what is allowed instead.
+//! Errors, each with the offending value and the allowed ones.
 
 use std::path::Path;
 use std::{fmt, io};
@@ -6,7 +6,7 @@ use std::{fmt, io};
 /// Result of every fallible function of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// An input that cannot be used. Nothing has been written or changed when one is returned.
+/// An input that cannot be used. An error is returned before anything is written or changed.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Error {
@@ -21,42 +21,42 @@ pub enum Error {
     UnknownDivergence {
         /// The name given.
         spec: String,
-        /// The names that are.
+        /// The names of the built-in divergences.
         known: String,
     },
     /// A parameter of a divergence that is missing, unreadable or out of range.
     DivergenceParameter {
         /// The specification given, such as `vajda:0.5`.
         spec: String,
-        /// What is allowed.
+        /// The allowed values.
         allowed: &'static str,
     },
     /// An expression that cannot be read.
     Expression {
         /// The text given.
         text: String,
-        /// Where reading failed: the number of the character in the text, from 1.
+        /// Number of the character at which reading failed, from 1.
         column: usize,
-        /// What is wrong there.
+        /// The reason of the failure.
         reason: String,
     },
     /// A spec of a region that cannot be read.
     Spec {
         /// The text given.
         text: String,
-        /// Where reading failed: the number of the character in the text, from 1.
+        /// Number of the character at which reading failed, from 1.
         column: usize,
-        /// What is wrong there.
+        /// The reason of the failure.
         reason: String,
     },
     /// A function that is no generator of a divergence.
     Generator {
         /// The text given.
         text: String,
-        /// Which condition it breaks, where and by how much.
+        /// The condition that it breaks, with place and size of the violation.
         reason: String,
     },
-    /// Two arrays that should have the same length have not.
+    /// An array whose length differs from that of another.
     Length {
         /// The argument that has the wrong length.
         argument: &'static str,
@@ -71,19 +71,19 @@ pub enum Error {
         argument: &'static str,
         /// The value given.
         value: String,
-        /// What is allowed.
+        /// The allowed values.
         allowed: &'static str,
     },
     /// A table file whose content is not a table that this version wrote or can read.
     TableFile {
-        /// What is wrong with it.
+        /// The reason why it is refused.
         reason: String,
     },
     /// A file that could not be read or written.
     File {
         /// The path given.
         path: String,
-        /// What was attempted: `read` or `write`.
+        /// The attempted action: `read` or `write`.
         action: &'static str,
         /// The operating system's reason.
         reason: String,
@@ -132,11 +132,11 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
-    /// A file that could not be read or written, for the reason in the words of the operating system.
+    /// A file that could not be read or written, with the operating system's message.
     pub(crate) fn file(path: &Path, action: &'static str, error: &io::Error) -> Self {
         let reason = match (error.raw_os_error(), error.kind()) {
             (Some(number), _) => error.to_string().replace(&format!(" (os error {number})"), ""),
-            // The text of these would name a temporary file.
+            // Their own text would name a temporary file.
             (None, io::ErrorKind::NotFound) => "No such file or directory".to_owned(),
             (None, io::ErrorKind::PermissionDenied) => "Permission denied".to_owned(),
             (None, io::ErrorKind::IsADirectory) => "Is a directory".to_owned(),
@@ -147,7 +147,7 @@ impl Error {
     }
 }
 
-/// A place in a text, as messages name it: by line, if there are several, and column.
+/// A place in a text for a message: line, if there are several, and column.
 pub(crate) fn located(what: &str, text: &str, column: usize) -> String {
     let before: Vec<char> = text.chars().take(column.saturating_sub(1)).collect();
     let lines = before.iter().filter(|&&character| character == '\n').count();
@@ -160,10 +160,10 @@ pub(crate) fn located(what: &str, text: &str, column: usize) -> String {
     format!("{what} {:?}, {line}column {in_line}", excerpt(text, column))
 }
 
-/// Characters of a text that a message shows.
+/// Max characters of a text in a message.
 const MAX_SHOWN: usize = 60;
 
-/// What a message shows of a text: the part around a character, from 1.
+/// The part of a text around a character, counted from 1, that fits into a message.
 pub(crate) fn excerpt(text: &str, column: usize) -> String {
     let length = text.chars().count();
     if length <= MAX_SHOWN {
