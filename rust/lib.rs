@@ -8,11 +8,16 @@
 //! D_f(p, r) = p f(r) + (1-p) f((1 - r p)/(1-p)) <= delta
 //! ```
 //!
-//! The data flow is the file list: [`divergence`] (which `f`), [`band`] (its exact bounds, by
-//! [`root`]), [`table`] (the bounds as a lookup table), [`surrogate`] (what becomes of a token that is
-//! beyond), [`loss`] (a clipped policy loss and its gradient in one pass). [`real`] holds the number types that formulas are evaluated in. Nothing
-//! here knows Python, except the one file that is compiled with the feature `python`. The same rules
-//! for a GPU are [`KERNEL_SOURCE`].
+//! Data flows through the modules in this order:
+//!
+//! - [`divergence`]: the generator `f`;
+//! - [`band`]: its exact bounds;
+//! - [`table`]: the bounds as a lookup table;
+//! - [`surrogate`]: the loss of a token, inside and outside its bounds;
+//! - [`loss`]: the loss of a batch and its gradient in one pass.
+//!
+//! Formulas run on the types of [`number`]. [`KERNEL_SOURCE`] has the same rules for a GPU. Only the modules that are
+//! compiled with the feature `python` depend on Python.
 
 pub mod band;
 pub mod divergence;
@@ -32,17 +37,17 @@ pub use number as real;
 #[cfg(feature = "python")]
 mod python;
 
-/// Largest magnitude of a log-ratio: larger ones are clamped to it before they are exponentiated.
+/// Max magnitude of a log-ratio. Larger ones are clamped to it before they are exponentiated.
 pub const LOG_RATIO_LIMIT: f64 = 20.0;
 
-/// Joins files of `cuda/` to one string in which a compiler names the lines by their file.
+/// Joins files of `cuda/` to one string, in which `#line` keeps their names for messages of the compiler.
 macro_rules! kernel_source {
     ($($file:literal),* $(,)?) => {
         concat!($("#line 1 \"", $file, "\"\n", include_str!(concat!("../cuda/", $file))),*)
     };
 }
 
-/// The CUDA kernels, in one string that compiles alone: a compiler at run time is given no headers.
+/// The CUDA kernels in one string without includes, because a compiler at run time has no headers.
 pub const KERNEL_SOURCE: &str = kernel_source![
     "types.cuh",
     "math.cuh",
