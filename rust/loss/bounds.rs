@@ -50,7 +50,7 @@ pub(super) trait Bounds<T>: Sync {
     fn reach<L: LossLanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask)
     -> L::Float;
 
-    /// Bounds that the keys stand for.
+    /// Bounds of the keys.
     fn find<L: LossLanes<Scalar = T>>(&self, lanes: L, keys: L::Float, lower: L::Mask) -> L::Float;
 }
 

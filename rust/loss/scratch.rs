@@ -7,7 +7,7 @@ use crate::simd::lanes::MAX_LANES;
 pub(super) type Column<T> = [T; BLOCK + MAX_LANES];
 
 /// Columns that one step leaves for the next.
-#[repr(align(64))] // so that no vector lies across two lines of a cache
+#[repr(align(64))] // otherwise a vector may lie across two cache lines
 pub(super) struct Scratch<T> {
     /// Log-ratios, not clamped; 0 for tokens that do not count.
     pub(super) log_ratio: Column<T>,
@@ -33,7 +33,7 @@ pub(super) struct Candidates<T> {
     /// Log-probs of the anchor less the old ones. Unused without an anchor.
     pub(super) shift: Column<T>,
     pub(super) count: usize,
-    /// A bit for each token of a vector: whether it is a candidate.
+    /// A bit for each token of a vector, set if it is a candidate.
     pub(super) bits: [u32; BLOCK],
 }
 
