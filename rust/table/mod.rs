@@ -41,7 +41,7 @@ use crate::error::Result;
 pub use crate::image::Image;
 use crate::image::MAX_BYTES;
 
-/// What [`BandTable::max_error`] was measured at.
+/// Values at which [`BandTable::max_error`] was measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verification {
     /// Some float32 values.
@@ -178,14 +178,14 @@ impl BandTable {
         self.max_error
     }
 
-    /// What [`Self::max_error`] was measured at.
+    /// Values at which [`Self::max_error`] was measured.
     #[must_use]
     pub fn verification(&self) -> Verification {
         self.verification
     }
 
     /// Max `-logp` that a verification covers, because e^-104 is below the smallest float32.
-    pub const GREATEST_CHECKED: f32 = 104.0;
+    pub const MAX_CHECKED: f32 = 104.0;
 
     /// Values of `-logp` that a sampled verification measures in each cell.
     pub const SAMPLES_A_CELL: u32 = 16;
@@ -193,7 +193,7 @@ impl BandTable {
     /// Number of float32 values in [0, 104].
     #[must_use]
     pub fn checkable() -> u64 {
-        u64::from(Self::GREATEST_CHECKED.to_bits()) + 1
+        u64::from(Self::MAX_CHECKED.to_bits()) + 1
     }
 
     /// Max errors at the values numbered `from..to` of `count` float32 values of `-logp`, evenly spaced by
@@ -208,7 +208,7 @@ impl BandTable {
         count: u64,
         exact: &Exact<'_>,
     ) -> Result<MaxError> {
-        let ys = verify::evenly_spaced(from..to, count, Self::GREATEST_CHECKED);
+        let ys = verify::evenly_spaced(from..to, count, Self::MAX_CHECKED);
         verify::errors_at(self.image(), &ys, exact)
     }
 
