@@ -4,8 +4,7 @@ use rayon::prelude::*;
 
 use crate::band::limits::CHUNK;
 use crate::band::polish::{exact_divergence, residual_doubt};
-use crate::band::side::Delta;
-use crate::band::side::Side;
+use crate::band::side::{Delta, Side};
 use crate::band::split::{Split, weighted};
 use crate::band::tails::{FAR_RESIDUAL_ERROR, certain_divergence, far_divergence, is_far};
 use crate::divergence::{Divergence, Generator};
@@ -48,7 +47,7 @@ pub fn contains(
         .zip(log_ratio)
         .enumerate()
         .map(|(index, (&logp, &log_ratio))| {
-            let delta = if log_ratio < 0.0 { delta_low } else { delta_high }.at(index);
+            let delta = Side::of(log_ratio).pick(delta_low, delta_high).at(index);
             is_inside(divergence, logp, log_ratio, delta)
         })
         .collect())
@@ -73,7 +72,7 @@ pub fn divergences(divergence: &Divergence, logp: &[f64], log_ratio: &[f64]) -> 
             f64::NAN
         } else if logp == f64::NEG_INFINITY {
             0.0
-        } else if log_ratio > -logp.min(0.0) {
+        } else if log_ratio > Side::Upper.end(logp.min(0.0)) {
             f64::INFINITY
         } else if logp >= 0.0 {
             certain_divergence(generator, log_ratio)
@@ -112,12 +111,12 @@ pub(super) fn decide(
     if logp == f64::NEG_INFINITY {
         return (true, 0); // p = 0: no finite ratio gives the token any probability
     }
-    if log_ratio > -logp.min(0.0) {
+    if log_ratio > Side::Upper.end(logp.min(0.0)) {
         return (false, 0);
     }
     let radius = divergence.generator_radius::<f64>(delta);
     // At the end of a side D may equal the radius exactly, and is inside then. Rounding must not exclude it.
-    let at_the_end = log_ratio == f64::NEG_INFINITY || log_ratio == -logp;
+    let at_the_end = Side::BOTH.iter().any(|side| log_ratio == side.end(logp));
     let holds = |exact: Dd, doubt: f64| {
         let residual = exact - divergence.generator_radius::<Dd>(delta);
         residual.to_f64() <= if at_the_end { doubt } else { 0.0 }

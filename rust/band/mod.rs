@@ -46,7 +46,7 @@ use crate::band::limits::{BENIGN_CONDITION, CHUNK, MARGIN, MAX_LOG_LOSS};
 use crate::band::membership::decide;
 use crate::band::polish::{MAX_INWARDS, MAX_POLISHING, polish};
 use crate::band::root::{MAX_EVALUATIONS, MAX_HALVINGS};
-use crate::band::side::check_delta;
+use crate::band::side::{bracket, check_delta};
 use crate::band::split::{Split, log_slope};
 use crate::band::tails::{far_bound, is_far, lower_of_certain};
 use crate::divergence::Divergence;
@@ -105,10 +105,7 @@ impl Band {
     /// The radius of a side.
     #[must_use]
     pub fn delta(&self, side: Side) -> f64 {
-        match side {
-            Side::Lower => self.delta_low,
-            Side::Upper => self.delta_high,
-        }
+        side.pick(self.delta_low, self.delta_high)
     }
 
     /// `(log_lower, log_upper)` of one token.
@@ -221,9 +218,7 @@ fn chunk_bounds(
             (Delta::Same(delta), None) if logp >= 0.0 && side == Side::Lower => {
                 *certain_lower.get_or_insert_with(|| lower_of_certain(divergence, delta).0)
             }
-            (delta, Some(rough)) => {
-                polish(divergence, logp, delta.at(index), side, rough, farthest(logp, side)).0
-            }
+            (delta, Some(rough)) => polish(divergence, logp, delta.at(index), side, rough).0,
             (delta, None) => bound(divergence, logp, delta.at(index), side).log_ratio,
         };
     }
@@ -243,14 +238,10 @@ pub fn diagnose(
     delta.check("delta", logp.len())?;
     let (mut lower, mut upper) = (vec![0.0; logp.len()], vec![0.0; logp.len()]);
     log_bounds(divergence, delta, delta, logp, &mut lower, &mut upper)?;
-    let log_ratios = match side {
-        Side::Lower => lower,
-        Side::Upper => upper,
-    };
     Ok(logp
         .par_iter()
         .with_min_len(CHUNK)
-        .zip(log_ratios)
+        .zip(side.pick(lower, upper))
         .enumerate()
         .map(|(index, (&logp, log_ratio))| Bound {
             log_ratio,
@@ -275,39 +266,24 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
         };
         return Bound { evaluations, ..exactly(log_ratio, status) };
     }
+    let end = side.end(logp);
     if logp == f64::NEG_INFINITY {
-        let log_ratio = match side {
-            Side::Upper => f64::INFINITY,
-            Side::Lower => f64::NEG_INFINITY,
-        };
-        return exactly(log_ratio, Status::Limit);
+        return exactly(end, Status::Limit);
     }
-    let saturation = match side {
-        Side::Upper => -logp,
-        Side::Lower => f64::NEG_INFINITY,
-    };
     let mut evaluations = 0;
     if generator.saturates() {
-        let (saturated, made) = decide(divergence, logp, saturation, delta);
+        let (saturated, made) = decide(divergence, logp, end, delta);
         evaluations += made;
         if saturated {
-            return Bound { evaluations, ..exactly(saturation, Status::Saturated) };
+            return Bound { evaluations, ..exactly(end, Status::Saturated) };
         }
     }
     let split = Split::new(logp, side);
-    let farthest = farthest(logp, side);
     if is_far(logp) {
-        let (zero, outside) = match side {
-            Side::Upper => (0.0, saturation),
-            Side::Lower => (-0.0, f64::NEG_INFINITY),
-        };
-        let root = far_bound(divergence, logp, delta, zero, outside);
+        let root = far_bound(divergence, logp, delta, side);
         return Bound {
             log_ratio: root.at,
-            outside: match side {
-                Side::Upper => root.at.next_up(),
-                Side::Lower => root.at.next_down(),
-            },
+            outside: side.outwards(root.at),
             status: Status::Converged,
             evaluations: evaluations + root.evaluations,
         };
@@ -319,29 +295,19 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
     // Next to saturation the remaining factor was the unknown. As a denormal it lacks digits.
     let lost_digits = root > MAX_LOG_LOSS && generator.saturates();
     if condition <= BENIGN_CONDITION && !generator.cancels() && !lost_digits {
-        let log_ratio = match side {
-            Side::Upper => (rough * (1.0 - MARGIN)).min(farthest),
-            Side::Lower => (rough * (1.0 - MARGIN)).max(farthest),
-        };
+        let (inside, outside) = bracket(rough, MARGIN);
         return Bound {
-            log_ratio,
-            outside: rough * (1.0 + MARGIN),
+            log_ratio: side.nearer(inside, side.last_before_end(logp)),
+            outside,
             status: Status::Converged,
             evaluations,
         };
     }
-    let (log_ratio, more) = polish(divergence, logp, delta, side, rough, farthest);
-    let outside = match side {
-        Side::Upper => log_ratio.next_up(),
-        Side::Lower => log_ratio.next_down(),
-    };
-    Bound { log_ratio, outside, status: Status::Converged, evaluations: evaluations + more }
-}
-
-/// The last log-ratio before saturation.
-fn farthest(logp: f64, side: Side) -> f64 {
-    match side {
-        Side::Upper => (-logp).next_down(),
-        Side::Lower => -f64::MAX,
+    let (log_ratio, more) = polish(divergence, logp, delta, side, rough);
+    Bound {
+        log_ratio,
+        outside: side.outwards(log_ratio),
+        status: Status::Converged,
+        evaluations: evaluations + more,
     }
 }

@@ -14,16 +14,13 @@ pub(super) fn polish(
     delta: f64,
     side: Side,
     rough: f64,
-    farthest: f64,
 ) -> (f64, u32) {
     let generator = &divergence.generator;
     let radius = divergence.generator_radius::<Dd>(delta);
     let exact = ExactSplit::new(logp);
     let residual_at = |b: f64| (exact.divergence(generator, b) - radius).to_f64();
-    let valid = |b: f64| match side {
-        Side::Upper => b > 0.0 && b <= farthest,
-        Side::Lower => b < 0.0 && b >= farthest,
-    };
+    let last = side.last_before_end(logp);
+    let valid = |b: f64| side.spans(last, b);
     let doubt = residual_doubt(generator, radius.hi);
     let mut evaluations = 0;
     // Next to saturation of the lower side, D is just below its value at r = 0. There Newton's method converges on
@@ -34,7 +31,7 @@ pub(super) fn polish(
         rough
     } else if saturates {
         evaluations += 1;
-        let missing = *missing.insert(residual_at(f64::NEG_INFINITY));
+        let missing = *missing.insert(residual_at(Side::Lower.end(logp)));
         (missing / delta).min(0.5).ln()
     } else {
         0.5_f64.ln()
@@ -58,7 +55,7 @@ pub(super) fn polish(
         let step = if saturates {
             let missing = *missing.get_or_insert_with(|| {
                 evaluations += 1;
-                residual_at(f64::NEG_INFINITY)
+                residual_at(Side::Lower.end(logp))
             });
             (missing - residual) * (-residual / missing).ln_1p() / slope
         } else {
@@ -76,17 +73,10 @@ pub(super) fn polish(
         if residual_at(log_ratio) <= -doubt {
             return (log_ratio, evaluations);
         }
-        log_ratio = match side {
-            Side::Upper => log_ratio.next_down(),
-            Side::Lower => log_ratio.next_up(),
-        };
+        log_ratio = side.inwards(log_ratio);
         inwards += 1;
     }
-    let beyond = match side {
-        Side::Upper => farthest.next_up(),
-        Side::Lower => f64::NEG_INFINITY,
-    };
-    let root = last_inside(0.0_f64.copysign(farthest), beyond, |b| residual_at(b) <= -doubt);
+    let root = last_inside(side.zero(), side.end(logp), |b| residual_at(b) <= -doubt);
     (root.at, evaluations + root.evaluations)
 }
 
@@ -115,12 +105,9 @@ const SHORT_STEP_ERROR: f64 = 1e-8;
 /// it undecided.
 fn last_before(at: f64, step: f64, doubt: f64, side: Side) -> Option<f64> {
     let root = Dd::sum(at, step);
-    let inwards = match side {
-        Side::Upper => root.hi.next_down(),
-        Side::Lower => root.hi.next_up(),
-    };
+    let inwards = side.inwards(root.hi);
     // Distance of the root beyond its nearest double, positive outwards.
-    let beyond = if side == Side::Upper { root.lo } else { -root.lo };
+    let beyond = side.outward(root.lo);
     if beyond > doubt {
         Some(root.hi)
     } else if (root.hi - inwards).abs() + beyond > doubt {

@@ -11,6 +11,93 @@ pub enum Side {
     Upper,
 }
 
+impl Side {
+    /// Both sides.
+    pub(super) const BOTH: [Self; 2] = [Self::Lower, Self::Upper];
+
+    /// The side of a log-ratio. 0 is on the upper one.
+    pub(super) fn of(log_ratio: f64) -> Self {
+        if log_ratio < 0.0 { Self::Lower } else { Self::Upper }
+    }
+
+    /// The one of two values that belongs to the side.
+    pub(super) fn pick<T>(self, lower: T, upper: T) -> T {
+        match self {
+            Self::Lower => lower,
+            Self::Upper => upper,
+        }
+    }
+
+    /// The outcome that shrinks on the way outwards, and the one that grows.
+    pub(super) fn shrinking_and_growing<T>(self, token: T, others: T) -> (T, T) {
+        match self {
+            Self::Lower => (token, others),
+            Self::Upper => (others, token),
+        }
+    }
+
+    /// The last log-ratio in the simplex, at which the shrinking outcome vanishes.
+    pub(super) fn end(self, logp: f64) -> f64 {
+        self.pick(f64::NEG_INFINITY, -logp)
+    }
+
+    /// The last log-ratio before [`Self::end`].
+    pub(super) fn last_before_end(self, logp: f64) -> f64 {
+        // Not by `inwards`, because the lower one is a constant.
+        match self {
+            Self::Lower => f64::NEG_INFINITY.next_up(),
+            Self::Upper => (-logp).next_down(),
+        }
+    }
+
+    /// True if a log-ratio is on the side, from the first one beyond 0 to `last`.
+    pub(super) fn spans(self, last: f64, log_ratio: f64) -> bool {
+        match self {
+            Self::Lower => log_ratio < 0.0 && log_ratio >= last,
+            Self::Upper => log_ratio > 0.0 && log_ratio <= last,
+        }
+    }
+
+    /// The log-ratio 0, with the sign of the side.
+    pub(super) fn zero(self) -> f64 {
+        self.outward(0.0)
+    }
+
+    /// A difference of log-ratios, counted positive outwards.
+    pub(super) fn outward(self, difference: f64) -> f64 {
+        self.pick(-difference, difference)
+    }
+
+    /// The next double towards 0.
+    pub(super) fn inwards(self, log_ratio: f64) -> f64 {
+        match self {
+            Self::Lower => log_ratio.next_up(),
+            Self::Upper => log_ratio.next_down(),
+        }
+    }
+
+    /// The next double away from 0.
+    pub(super) fn outwards(self, log_ratio: f64) -> f64 {
+        match self {
+            Self::Lower => log_ratio.next_down(),
+            Self::Upper => log_ratio.next_up(),
+        }
+    }
+
+    /// The one of two log-ratios that is nearer to 0.
+    pub(super) fn nearer(self, a: f64, b: f64) -> f64 {
+        match self {
+            Self::Lower => a.max(b),
+            Self::Upper => a.min(b),
+        }
+    }
+}
+
+/// A log-ratio moved inwards and outwards by a relative margin.
+pub(super) fn bracket(log_ratio: f64, margin: f64) -> (f64, f64) {
+    (log_ratio * (1.0 - margin), log_ratio * (1.0 + margin))
+}
+
 /// Case by which a bound was determined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]

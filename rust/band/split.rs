@@ -13,11 +13,8 @@ pub(super) struct Split {
 
 impl Split {
     pub(super) fn new(logp: f64, side: Side) -> Self {
-        let (token, others) = (logp.exp(), -logp.exp_m1());
-        match side {
-            Side::Lower => Self { shrinking: token, growing: others },
-            Side::Upper => Self { shrinking: others, growing: token },
-        }
+        let (shrinking, growing) = side.shrinking_and_growing(logp.exp(), -logp.exp_m1());
+        Self { shrinking, growing }
     }
 
     /// `D` and `d ln D / d ln m` where the shrinking outcome shrinks by `e^-m`.
@@ -225,10 +222,10 @@ pub(super) fn gone<T: Real>() -> Point<T> {
 /// `d log bound / d logp = -B(r, c) / (r (f'(r) - f'(c)))` with the Bregman divergence
 /// `B(r, c) = f(r) - f(c) - f'(c)(r - c)`.
 pub(super) fn log_slope(generator: &Generator, logp: f64, log_bound: f64) -> f64 {
-    if logp >= 0.0 || log_bound == f64::NEG_INFINITY || log_bound == 0.0 {
+    if logp >= 0.0 || log_bound == Side::Lower.end(logp) || log_bound == 0.0 {
         return 0.0;
     }
-    if log_bound >= -logp {
+    if log_bound >= Side::Upper.end(logp) {
         return -1.0;
     }
     let split = Split::new(logp, Side::Lower);

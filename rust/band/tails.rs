@@ -3,6 +3,7 @@
 use crate::band::limits::{FAR_REST, FAR_TAIL, MARGIN};
 use crate::band::polish::residual_doubt;
 use crate::band::root::{Root, last_inside};
+use crate::band::side::{Side, bracket};
 use crate::band::split::{gone, value_or_limit, weighted};
 use crate::divergence::{Divergence, Generator, Point};
 use crate::number::{Dd, Real};
@@ -10,14 +11,8 @@ use crate::number::{Dd, Real};
 /// Relative error of [`far_divergence`] in double-double arithmetic, rounded up. It adds logarithms of up to 750.
 pub(super) const FAR_RESIDUAL_ERROR: f64 = 1e-27;
 
-/// The last log-ratio inside, between `zero` and `outside`, by halving bits.
-pub(super) fn far_bound(
-    divergence: &Divergence,
-    logp: f64,
-    delta: f64,
-    zero: f64,
-    outside: f64,
-) -> Root {
+/// The last log-ratio of a side that is inside, by halving bits.
+pub(super) fn far_bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Root {
     /// Relative error of double precision here, rounded up. It brackets most bounds.
     const ROUGH: f64 = 1e-12;
     let generator = &divergence.generator;
@@ -27,13 +22,13 @@ pub(super) fn far_bound(
         let d: Dd = far_divergence(generator, logp, b);
         (d - radius).to_f64() <= -doubt
     };
-    let rough =
-        last_inside(zero, outside, |b| far_divergence::<f64>(generator, logp, b) <= radius.hi);
-    let (near, far) = (rough.at * (1.0 - ROUGH), rough.at * (1.0 + ROUGH));
-    let root = if far.abs() < outside.abs() && is_inside(near) && !is_inside(far) {
+    let (zero, end) = (side.zero(), side.end(logp));
+    let rough = last_inside(zero, end, |b| far_divergence::<f64>(generator, logp, b) <= radius.hi);
+    let (near, far) = bracket(rough.at, ROUGH);
+    let root = if far.abs() < end.abs() && is_inside(near) && !is_inside(far) {
         last_inside(near, far, is_inside)
     } else {
-        last_inside(zero, outside, is_inside)
+        last_inside(zero, end, is_inside)
     };
     Root { at: root.at, evaluations: rough.evaluations + 2 + root.evaluations }
 }
@@ -48,15 +43,17 @@ pub(super) fn lower_of_certain(divergence: &Divergence, delta: f64) -> (f64, u32
     let radius = divergence.generator_radius::<Dd>(delta);
     let doubt = residual_doubt(generator, radius.hi);
     let residual_at = |b: f64| (certain_divergence(generator, Dd::of(b)) - radius).to_f64();
-    if residual_at(f64::NEG_INFINITY) <= doubt {
-        return (f64::NEG_INFINITY, 1);
+    let side = Side::Lower;
+    let (zero, end, last) = (side.zero(), side.end(0.0), side.last_before_end(0.0));
+    if residual_at(end) <= doubt {
+        return (end, 1);
     }
-    let rough = last_inside(-0.0, -f64::MAX, |b| certain_divergence(generator, b) <= radius.hi);
-    let (inner, outer) = (rough.at * (1.0 - MARGIN), rough.at * (1.0 + MARGIN));
+    let rough = last_inside(zero, last, |b| certain_divergence(generator, b) <= radius.hi);
+    let (inner, outer) = bracket(rough.at, MARGIN);
     if residual_at(inner) <= -doubt && residual_at(outer) > -doubt {
         return (inner, 3 + rough.evaluations);
     }
-    let root = last_inside(-0.0, f64::NEG_INFINITY, |b| residual_at(b) <= -doubt);
+    let root = last_inside(zero, end, |b| residual_at(b) <= -doubt);
     (root.at, 3 + rough.evaluations + root.evaluations)
 }
 
