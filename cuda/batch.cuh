@@ -3,8 +3,8 @@
 namespace bandpo {
 
 const int WIDTH = 4;    // tokens in a vector, which a thread loads at a time
-const int VECTORS = 8;  // of a thread in a chunk: 32 tokens, fewer than the 64 that packed counts overflow at
-const int CHUNK = THREADS * WIDTH * VECTORS;  // tokens of a block that are added up to one partial result
+const int VECTORS = 8;  // vectors of a thread in a chunk: 32 tokens, below the 64 at which packed counts overflow
+const int CHUNK = THREADS * WIDTH * VECTORS;  // tokens that a block adds up to one partial result
 
 template <class T>
 struct alignas(sizeof(T) * WIDTH < 16 ? sizeof(T) * WIDTH : 16) AlignedVector {

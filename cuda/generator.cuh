@@ -36,7 +36,7 @@ BAND_FUNCTION Point point_of_ratio(double u) {
 }
 
 // u = 0: an outcome that lost all of its probability.
-BAND_FUNCTION Point point_of_nothing() {
+BAND_FUNCTION Point point_of_zero() {
   const Point point = {-infinity(1.0), -1.0, 0.0};
   return point;
 }

@@ -7,7 +7,7 @@
 
 namespace bandpo {
 
-const unsigned PIECES = 8;  // of a side; a lane is 8 s + k, for piece k of side s
+const unsigned PIECES = 8;  // pieces of a side; lane 8 s + k holds piece k of side s
 
 // First words of the rows of a table, each with a word for every lane, and of the values at the ends.
 enum Row : unsigned {
@@ -16,7 +16,7 @@ enum Row : unsigned {
 
 const unsigned INFINITY_BITS = 0x7f800000u;
 const unsigned MIN_NORMAL_BITS = 0x00800000u;
-const unsigned FAR_BITS = 0x43000000u;  // of 128, the first y that has one value
+const unsigned FAR_BITS = 0x43000000u;  // bits of 128, from which on a bound has one value
 const unsigned MANTISSA = 0x7fffffu;
 const unsigned ONE_BITS = 0x3f800000u;
 

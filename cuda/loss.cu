@@ -5,7 +5,7 @@
 
 namespace bandpo {
 
-const int BLOCKS = 3;  // of policy_loss on a multiprocessor: a fourth would spill registers
+const int BLOCKS = 3;  // blocks of policy_loss on a multiprocessor: a fourth would spill registers
 
 // Bits of `vectorised`: arrays that may be read or written in vectors.
 enum Vectorised : unsigned {
@@ -18,7 +18,7 @@ enum Vectorised : unsigned {
 // Inputs have the strides of their rows and columns; log_ratio and anchor_log_prob may be null. `bounds` points to
 // log_lower and log_upper, to a table of `table_words`, or to all lower and then all upper log bounds. first,
 // second and log_first are those of Rule.
-// sums is [SUMS, chunks]; counts is [COUNTS, chunks], or [MAX_COUNTS, chunks] with by_probability.
+// `sums` is [SUMS, chunks]; `counts` is [COUNTS, chunks], or [MAX_COUNTS, chunks] with by_probability.
 template <class Stored, template <class> class Bounds>
 __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) policy_loss(
     const Stored* old_log_prob, Index old_row, Index old_column,
@@ -37,12 +37,12 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) pol
   copy_table(bounds, table_words, table);
   const Bounds<T> token_bounds = Bounds<T>::make(bounds, table, count);
   const Rule<T> rule = {surrogate, static_cast<T>(first), static_cast<T>(second), static_cast<T>(log_first)};
-  const Strided<Stored> olds = {old_log_prob, old_row, old_column, (vectorised & OLD_LOG_PROB) != 0};
-  const Strided<Stored> news = {log_prob, new_row, new_column, (vectorised & NEW_LOG_PROB) != 0};
-  const Strided<T> ratios = {log_ratio, ratio_row, ratio_column, (vectorised & LOG_RATIO) != 0};
-  const Strided<T> gains = {advantages, advantage_row, advantage_column, (vectorised & ADVANTAGES) != 0};
-  const Strided<Stored> anchors = {anchor_log_prob, anchor_row, anchor_column, (vectorised & ANCHOR) != 0};
-  const Strided<unsigned char> mask = {valid, valid_row, valid_column, (vectorised & VALID_TOKENS) != 0};
+  const Strided<Stored> old_view = {old_log_prob, old_row, old_column, (vectorised & OLD_LOG_PROB) != 0};
+  const Strided<Stored> new_view = {log_prob, new_row, new_column, (vectorised & NEW_LOG_PROB) != 0};
+  const Strided<T> ratio_view = {log_ratio, ratio_row, ratio_column, (vectorised & LOG_RATIO) != 0};
+  const Strided<T> advantage_view = {advantages, advantage_row, advantage_column, (vectorised & ADVANTAGES) != 0};
+  const Strided<Stored> anchor_view = {anchor_log_prob, anchor_row, anchor_column, (vectorised & ANCHOR) != 0};
+  const Strided<unsigned char> valid_view = {valid, valid_row, valid_column, (vectorised & VALID_TOKENS) != 0};
 
   const int thread = threadIdx.x;
   const Index chunks = (count + CHUNK - 1) / CHUNK;
@@ -56,15 +56,15 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) pol
       T old_logp[WIDTH], new_logp[WIDTH], anchor_logp[WIDTH], advantage[WIDTH], given_log_ratio[WIDTH];
       T losses[WIDTH], slopes[WIDTH];
       unsigned char is_valid[WIDTH];
-      load(mask, start, tokens, row_length, is_valid);
-      load(olds, start, tokens, row_length, old_logp);
-      load(news, start, tokens, row_length, new_logp);
-      load(gains, start, tokens, row_length, advantage);
-      if (anchor_log_prob) load(anchors, start, tokens, row_length, anchor_logp);
-      if (log_ratio) load(ratios, start, tokens, row_length, given_log_ratio);
+      load(valid_view, start, tokens, row_length, is_valid);
+      load(old_view, start, tokens, row_length, old_logp);
+      load(new_view, start, tokens, row_length, new_logp);
+      load(advantage_view, start, tokens, row_length, advantage);
+      if (anchor_log_prob) load(anchor_view, start, tokens, row_length, anchor_logp);
+      if (log_ratio) load(ratio_view, start, tokens, row_length, given_log_ratio);
 #pragma unroll
       for (int k = 0; k < WIDTH; ++k) {
-        Outcome<T> token = {};  // of a masked token, whatever it holds
+        Outcome<T> token = {};  // zeros for a masked token, whatever it holds
         if (k < tokens && is_valid[k]) {
           const T unclamped = log_ratio ? given_log_ratio[k] : new_logp[k] - old_logp[k];
           const Anchor<T> anchor = {anchor_log_prob != nullptr, anchor_log_prob ? anchor_logp[k] : T(0)};
@@ -84,12 +84,12 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) pol
 // Totals of all chunks: a block combines one row at a time. A template, so that it is compiled only on request.
 template <class T>
 __global__ void __launch_bounds__(THREADS) policy_loss_totals(const T* sums, const int* counts, Index chunks,
-                                                              int kinds, T* total_sums, Index* total_counts) {
-  for (int row = blockIdx.x; row < SUMS + kinds; row += gridDim.x) {
+                                                              int count_rows, T* total_sums, Index* total_counts) {
+  for (int row = blockIdx.x; row < SUMS + count_rows; row += gridDim.x) {
     if (row < SUMS) {
       const T* of_chunks = sums + row * chunks;
-      const T total = row < MIN_LOG_RATIO    ? reduced_row(of_chunks, chunks, T(0), Add())
-                      : row == MIN_LOG_RATIO ? reduced_row(of_chunks, chunks, infinity(T()), Minimum())
+      const T total = row < LOG_RATIO_MIN    ? reduced_row(of_chunks, chunks, T(0), Add())
+                      : row == LOG_RATIO_MIN ? reduced_row(of_chunks, chunks, infinity(T()), Minimum())
                                              : reduced_row(of_chunks, chunks, -infinity(T()), Maximum());
       if (threadIdx.x == 0) total_sums[row] = total;
     } else {

@@ -15,7 +15,7 @@ struct Rule {
   int surrogate;
   T first;      // dual clip of min-clip or truncation of mask, infinite for none; beta_low; tau_positive
   T second;     // of mask: 1 if it is symmetric; beta_high; tau_negative
-  T log_first;  // of min-clip
+  T log_first;  // logarithm of the dual clip
   BAND_FUNCTION bool needs_width() const { return surrogate == SOFT_GATE || surrogate == QUADRATIC; }
   // True if the sign of the log-ratio selects the bound, not that of the advantage.
   BAND_FUNCTION bool by_log_ratio() const {

@@ -8,7 +8,7 @@ const double EPSILON = 0x1p-52;
 // Tails: products such as p f(r) leave the range of a double below this logp, or below this 1 - p.
 const double FAR_TAIL = -690.9;
 const double FAR_REST = 1e-300;
-const double FAR_ERROR = 1e-12;  // relative, of D in the tails, where logarithms of up to 750 are added
+const double FAR_ERROR = 1e-12;  // relative error of D in the tails, where logarithms of up to 750 are added
 
 // Max evaluations of D after the one at the end of a side. Bits of a finite double are below 2^63, and each
 // evaluation halves their interval.
@@ -38,13 +38,13 @@ BAND_FUNCTION Evaluated evaluate(const Generator& f, double logp, double log_rat
   const double log_new = logp + log_ratio;
   const double token_p = exp(logp), others_p = -expm1(logp);
   const double new_others_p = -expm1(log_new), left = new_others_p / others_p;
-  const Point token = log_ratio == -infinity(1.0) ? point_of_nothing() : point_of_log(log_ratio);
+  const Point token = log_ratio == -infinity(1.0) ? point_of_zero() : point_of_log(log_ratio);
   const double lost = token_p / others_p * token.excess;
   Point others;
   if (certain) {
     others = point_of_excess(0.0);
   } else if (far ? new_others_p <= 0.0 : lost > 0.5 && !(left > 0.0)) {
-    others = point_of_nothing();
+    others = point_of_zero();
   } else if (far && logp > FAR_TAIL) {
     others = point_of_log(log(new_others_p) - log(others_p));
   } else if (far ? new_others_p < 0.5 : lost > 0.5) {
@@ -84,20 +84,20 @@ BAND_FUNCTION double exact_bound(const Generator& f, double logp, double radius,
     logp = 0.0;
   }
   const double end = lower ? -infinity(1.0) : -logp, sign = lower ? -1.0 : 1.0;
-  unsigned long long good = 0, bad = bits_of(fabs(end));
-  unsigned long long tried = bad;  // the end comes first
+  unsigned long long inside = 0, outside = bits_of(fabs(end));
+  unsigned long long tried = outside;  // the end comes first
 #pragma unroll 1
   for (int halving = 0; halving <= MAX_HALVINGS; ++halving) {
     const Evaluated at = evaluate(f, logp, sign * double_of(tried));
     if (at.divergence + at.error <= radius) {
-      good = tried;
+      inside = tried;
     } else {
-      bad = tried;
+      outside = tried;
     }
-    if (good >= bad || bad - good == 1) break;
-    tried = good + (bad - good) / 2;
+    if (inside >= outside || outside - inside == 1) break;
+    tried = inside + (outside - inside) / 2;
   }
-  return sign * double_of(good);
+  return sign * double_of(inside);
 }
 
 // True if D at a log-ratio, in double precision, is at most the radius; false for a NaN.

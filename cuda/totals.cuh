@@ -4,19 +4,19 @@ namespace bandpo {
 
 const int WARPS = THREADS / 32;
 
-// Rows of the sums of a loss: those that are added, then the extremes.
+// Rows of the sums of a loss: those that are added, then min and max of the log-ratio.
 enum Sum {
   SUM_KL,                  // -x of the log-ratio x
   SUM_KL_K3,               // e^x - 1 - x
   SUM_ENTROPY,             // -old_log_prob
   SUM_GRADIENT_UNCLIPPED,  // |A| e^x
   SUM_GRADIENT_REMOVED,    // what the rule takes from it
-  MIN_LOG_RATIO,
-  MAX_LOG_RATIO,
+  LOG_RATIO_MIN,
+  LOG_RATIO_MAX,
   SUMS
 };
 
-// Counts by probability: all bins of the first, then all of the second and of the third.
+// Rows of the counts by probability, after those of Count: all bins of the first, of the second, of the third.
 enum BinnedCount { BINNED_VALID, BINNED_CLIPPED_LOW, BINNED_CLIPPED_HIGH, BINNED_COUNTS };
 const int BINS = 5;
 const int MAX_COUNTS = COUNTS + BINNED_COUNTS * BINS;
@@ -31,15 +31,15 @@ BAND_FUNCTION int probability_bin(T old_log_prob) {
 // Totals of a thread.
 template <class T>
 struct Totals {
-  T kl, kl_k3, entropy, gradient_unclipped, gradient_removed, min_log_ratio, max_log_ratio;
-  unsigned counts;                                 // packed, by Count
-  unsigned valid_by_bin, low_by_bin, high_by_bin;  // packed, by bin
+  T kl, kl_k3, entropy, gradient_unclipped, gradient_removed, log_ratio_min, log_ratio_max;
+  unsigned counts;                                                 // packed, by Count
+  unsigned valid_by_bin, clipped_low_by_bin, clipped_high_by_bin;  // packed, by bin
 
   BAND_FUNCTION void clear() {
     kl = kl_k3 = entropy = gradient_unclipped = gradient_removed = T(0);
-    min_log_ratio = infinity(T());
-    max_log_ratio = -infinity(T());
-    counts = valid_by_bin = low_by_bin = high_by_bin = 0u;
+    log_ratio_min = infinity(T());
+    log_ratio_max = -infinity(T());
+    counts = valid_by_bin = clipped_low_by_bin = clipped_high_by_bin = 0u;
   }
 
   BAND_FUNCTION void add(const Outcome<T>& token, T old_log_prob, bool by_probability) {
@@ -48,14 +48,14 @@ struct Totals {
     entropy -= old_log_prob;
     gradient_unclipped += token.gradient_unclipped;
     gradient_removed += token.gradient_removed;
-    min_log_ratio = minimum(min_log_ratio, token.log_ratio);
-    max_log_ratio = maximum(max_log_ratio, token.log_ratio);
+    log_ratio_min = minimum(log_ratio_min, token.log_ratio);
+    log_ratio_max = maximum(log_ratio_max, token.log_ratio);
     counts += token.counts;
     if (by_probability) {
       const unsigned one = packed_one(probability_bin(old_log_prob));
       valid_by_bin += one;
-      if (token.counts & packed_one(CLIPPED_LOW)) low_by_bin += one;
-      if (token.counts & packed_one(CLIPPED_HIGH)) high_by_bin += one;
+      if (token.counts & packed_one(CLIPPED_LOW)) clipped_low_by_bin += one;
+      if (token.counts & packed_one(CLIPPED_HIGH)) clipped_high_by_bin += one;
     }
   }
 };
@@ -81,7 +81,7 @@ struct Maximum {
   }
 };
 
-// The values of a warp combined, for its first lane.
+// Combines the values of a warp; the first lane has the result.
 template <class T, class Combine>
 BAND_FUNCTION T reduced_warp(T value, Combine combine) {
 #pragma unroll
@@ -99,30 +99,30 @@ BAND_FUNCTION void store_totals(const Totals<T>& totals, bool by_probability, In
   __shared__ int counts_of_warps[WARPS][MAX_COUNTS];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
 
-  const double added[MIN_LOG_RATIO] = {totals.kl, totals.kl_k3, totals.entropy, totals.gradient_unclipped,
+  const double added[LOG_RATIO_MIN] = {totals.kl, totals.kl_k3, totals.entropy, totals.gradient_unclipped,
                                        totals.gradient_removed};
 #pragma unroll
-  for (int k = 0; k < MIN_LOG_RATIO; ++k) {
+  for (int k = 0; k < LOG_RATIO_MIN; ++k) {
     const double sum = reduced_warp(added[k], Add());
     if (lane == 0) sums_of_warps[warp][k] = sum;
   }
-  const double min = reduced_warp(static_cast<double>(totals.min_log_ratio), Minimum());
-  const double max = reduced_warp(static_cast<double>(totals.max_log_ratio), Maximum());
+  const double min = reduced_warp(static_cast<double>(totals.log_ratio_min), Minimum());
+  const double max = reduced_warp(static_cast<double>(totals.log_ratio_max), Maximum());
   if (lane == 0) {
-    sums_of_warps[warp][MIN_LOG_RATIO] = min;
-    sums_of_warps[warp][MAX_LOG_RATIO] = max;
+    sums_of_warps[warp][LOG_RATIO_MIN] = min;
+    sums_of_warps[warp][LOG_RATIO_MAX] = max;
   }
 #pragma unroll
   for (int k = 0; k < COUNTS; ++k) {
     const int number = reduced_warp(unpacked(totals.counts, k), Add());
     if (lane == 0) counts_of_warps[warp][k] = number;
   }
-  const int kinds = by_probability ? MAX_COUNTS : COUNTS;
-  for (int k = COUNTS; k < kinds; ++k) {
+  const int count_rows = by_probability ? MAX_COUNTS : COUNTS;
+  for (int k = COUNTS; k < count_rows; ++k) {
     const int kind = (k - COUNTS) / BINS, bin = (k - COUNTS) % BINS;
     const unsigned by_bin = kind == BINNED_VALID         ? totals.valid_by_bin
-                            : kind == BINNED_CLIPPED_LOW ? totals.low_by_bin
-                                                         : totals.high_by_bin;
+                            : kind == BINNED_CLIPPED_LOW ? totals.clipped_low_by_bin
+                                                         : totals.clipped_high_by_bin;
     const int number = reduced_warp(unpacked(by_bin, bin), Add());
     if (lane == 0) counts_of_warps[warp][k] = number;
   }
@@ -131,10 +131,10 @@ BAND_FUNCTION void store_totals(const Totals<T>& totals, bool by_probability, In
     double sum = sums_of_warps[0][thread];
     for (int k = 1; k < WARPS; ++k) {
       const double more = sums_of_warps[k][thread];
-      sum = thread < MIN_LOG_RATIO ? sum + more : thread == MIN_LOG_RATIO ? minimum(sum, more) : maximum(sum, more);
+      sum = thread < LOG_RATIO_MIN ? sum + more : thread == LOG_RATIO_MIN ? minimum(sum, more) : maximum(sum, more);
     }
     sums[thread * columns + column] = sum;
-  } else if (thread >= 32 && thread < 32 + kinds) {
+  } else if (thread >= 32 && thread < 32 + count_rows) {
     int number = 0;
     for (int k = 0; k < WARPS; ++k) number += counts_of_warps[k][thread - 32];
     counts[(thread - 32) * columns + column] = number;
@@ -142,7 +142,7 @@ BAND_FUNCTION void store_totals(const Totals<T>& totals, bool by_probability, In
   __syncthreads();  // otherwise the next call could overwrite what is still read
 }
 
-// The elements of a row combined, always in the same order. Every thread of the block takes part.
+// Combines the elements of a row, always in the same order. Every thread of the block takes part.
 template <class T, class Element, class Combine>
 BAND_FUNCTION T reduced_row(const Element* row, Index length, T identity, Combine combine) {
   __shared__ T of_threads[THREADS];

@@ -16,9 +16,9 @@
 
 namespace bandpo {
 
-typedef long long Index;  // int counts fewer tokens than fit a device
+typedef long long Index;  // because an int counts fewer tokens than fit a device
 
-const int THREADS = 256;  // of a block, in every kernel
+const int THREADS = 256;  // threads of a block, in every kernel
 
 BAND_FUNCTION unsigned bits_of(float value) {
 #ifdef __CUDA_ARCH__
