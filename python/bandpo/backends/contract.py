@@ -75,9 +75,9 @@ class Totals(NamedTuple):
     clipped_high: torch.Tensor
     limited: torch.Tensor
     """Tokens that the dual clip or the truncation limits."""
-    negative_log_ratio: torch.Tensor
+    kl: torch.Tensor
     """Sum of -x."""
-    excess: torch.Tensor
+    kl_k3: torch.Tensor
     """Sum of ``r - 1 - x``."""
     entropy: torch.Tensor
     """Sum of ``-old_log_prob``."""
@@ -100,7 +100,7 @@ class Totals(NamedTuple):
         return cls(*counts.unbind(), *sums.unbind(), by_bin)  # type: ignore[call-arg]
 
 
-COUNTS = Totals._fields.index("negative_log_ratio")
+COUNTS = Totals._fields.index("kl")
 """How many counts there are beside those by bin."""
 
 SUMS = len(Totals._fields) - 1 - COUNTS
