@@ -164,7 +164,7 @@ def check_as_rust(
 class TestLoss:
     @pytest.mark.parametrize("region", REGIONS, ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_is_that_of_rust(
+    def test_every_rule_equals_rust(
         self, dtype: torch.dtype, region: bandpo.Region, device: torch.device
     ) -> None:
         tokens = batch((37, 421), dtype)
@@ -173,14 +173,16 @@ class TestLoss:
             check_as_rust(device, tokens, bounds, rule)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_of_bounds_of_each_token(self, dtype: torch.dtype, device: torch.device) -> None:
+    def test_equals_rust_with_bounds_per_token(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> None:
         tokens = batch((5, 97), dtype)
         low, high = KL.log_bounds(np.nan_to_num(tokens[0].numpy()))
         bounds = torch.from_numpy(np.stack([low, high])).to(dtype)
         for rule in RULES:
             check_as_rust(device, tokens, bounds, rule)
 
-    def test_of_log_ratios_that_are_given(self, device: torch.device) -> None:
+    def test_equals_rust_with_given_log_ratios(self, device: torch.device) -> None:
         tokens = batch((6, 50))
         mean = (tokens[1] - tokens[0]).nanmean(1, keepdim=True).clamp(-1.0, 1.0).expand(6, 50)
         for rule in RULES:
@@ -190,7 +192,7 @@ class TestLoss:
     @pytest.mark.parametrize(
         "shape", [(0, 7), (3, 0), (1, 1), (1, 31), (33, 1), (1, 8191), (3, 2731), (2, 12289)]
     )
-    def test_of_any_size(
+    def test_equals_rust_at_any_size(
         self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
         """None, fewer than a vector, next to a warp, to a chunk (8192), and several of them."""
@@ -198,13 +200,13 @@ class TestLoss:
         for region in (KL, REGIONS[4]):
             check_as_rust(device, tokens, bounds_of(region, tokens[0]), RULES[1])
 
-    def test_of_no_token_that_counts(self, device: torch.device) -> None:
+    def test_equals_rust_where_every_token_is_masked(self, device: torch.device) -> None:
         tokens = batch((3, 50))
         tokens[3] = torch.zeros_like(tokens[3])
         check_as_rust(device, tokens, bounds_of(KL, tokens[0]), RULES[0])
 
     @pytest.mark.parametrize("column", range(3))
-    def test_a_nan_stays_with_its_token(self, column: int, device: torch.device) -> None:
+    def test_a_nan_affects_its_token_alone(self, column: int, device: torch.device) -> None:
         tokens = batch((4, 100))
         row, token = torch.nonzero(tokens[3])[17].tolist()
         for value in (float("nan"), float("inf"), -float("inf")):
@@ -213,7 +215,7 @@ class TestLoss:
                 check_as_rust(device, tokens, bounds_of(region, tokens[0]), RULES[1])
 
     @pytest.mark.parametrize("rows", [1, 3, 4])
-    def test_reads_any_strides(self, rows: int, device: torch.device) -> None:
+    def test_any_strides_give_the_same_result(self, rows: int, device: torch.device) -> None:
         """Slices, transposes and advantages of a row are read where they are."""
         whole = batch((rows, 65))
         bounds = bounds_of(KL, whole[0])
@@ -239,7 +241,7 @@ class TestLoss:
         return old, new, None, advantages, valid, bounds, "min-clip", [3.0], True
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_of_half_precision_is_that_of_the_same_numbers(
+    def test_half_precision_equals_float32_of_the_same_numbers(
         self, dtype: torch.dtype, device: torch.device
     ) -> None:
         old, new, advantages, valid = batch((9, 333), dtype)
@@ -255,7 +257,7 @@ class TestLoss:
             for mine, other in zip(actual, wanted, strict=True):
                 assert equal(mine, other.cpu())
 
-    def test_depends_on_no_grid_and_no_order(self, emulator: Emulator) -> None:
+    def test_the_result_is_independent_of_grid_and_warp_order(self, emulator: Emulator) -> None:
         tokens = batch((5, 8192))
         results = []
         for emulator.grid, emulator.last_warp_first in product((1, 2, 5, 1000), (False, True)):
@@ -271,7 +273,7 @@ class TestTotals:
 
     @pytest.mark.parametrize("last_warp_first", [False, True])
     @pytest.mark.parametrize("chunks", [0, 1, 255, 257, 1000])
-    def test_are_those_of_all_chunks(
+    def test_they_combine_all_chunks(
         self, chunks: int, last_warp_first: bool, emulator: Emulator
     ) -> None:
         rng = np.random.default_rng(chunks)
@@ -292,7 +294,7 @@ class TestTotals:
             extremes = [sums[-2].min(initial=np.inf), sums[-1].max(initial=-np.inf)]
             assert total_sums[-2:].tolist() == extremes
 
-    def test_a_nan_is_kept(self, emulator: Emulator) -> None:
+    def test_a_nan_of_one_chunk_reaches_every_total(self, emulator: Emulator) -> None:
         sums = np.zeros((SUMS, 300))
         for row in range(SUMS):
             sums[row, 41 * row] = np.nan
@@ -342,7 +344,9 @@ class TestManyTokens:
 
     @pytest.mark.parametrize("count", [2**31 + 1, 2**32 + 5])
     @pytest.mark.parametrize(("in_vectors", "rows"), [(True, 3), (False, 3), (False, 1)])
-    def test_of_the_loss(self, count: int, in_vectors: bool, rows: int) -> None:
+    def test_the_loss_of_the_last_block_is_that_of_its_tokens(
+        self, count: int, in_vectors: bool, rows: int
+    ) -> None:
         here = count % CHUNK
         old, new, advantages, _ = batch((rows, here), torch.float16, seed=1)
         advantages = advantages[:, :1].nan_to_num().float()
@@ -363,7 +367,7 @@ class TestManyTokens:
         for mine, other in zip(found[:2], wanted[:2], strict=True):
             assert equal(mine[-1, -here:], other[-1])
 
-    def test_of_bounds(self) -> None:
+    def test_the_bounds_of_the_last_token_are_its_own(self) -> None:
         count = 2**31 + 1
         old = self.untouched(count, np.float16)[:count]
         old[-1] = -3.0
@@ -383,7 +387,7 @@ def every_kind_of_float() -> torch.Tensor:
 class TestTable:
     @pytest.mark.parametrize("region", REGIONS[:4], ids=str)
     @pytest.mark.parametrize("flush_to_zero", [True, False])
-    def test_is_that_of_rust(
+    def test_every_kind_of_float_equals_rust(
         self, region: bandpo.Region, flush_to_zero: bool, device: torch.device,
         request: pytest.FixtureRequest,
     ) -> None:  # fmt: skip
@@ -420,7 +424,7 @@ class TestTable:
         assert apart.sum() > 10_000
         assert ratio.size > 100
 
-    def test_of_float64_log_probs(self, device: torch.device) -> None:
+    def test_float64_log_probs_equal_rust(self, device: torch.device) -> None:
         logp = torch.cat([every_kind_of_float().double(), torch.tensor([-1e-40, -1e-46, -1e-300])])
         words = torch.from_numpy(KL.table().words)
         with np.errstate(over="ignore"):
@@ -433,7 +437,9 @@ class TestTable:
 
     @pytest.mark.parametrize("region", REGIONS, ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_clip(self, dtype: torch.dtype, region: bandpo.Region, device: torch.device) -> None:
+    def test_clip_moves_log_ratios_to_the_bounds(
+        self, dtype: torch.dtype, region: bandpo.Region, device: torch.device
+    ) -> None:
         old, new, _, _ = batch((13, 61), dtype)
         x = new - old
         bounds = bounds_of(region, old)
@@ -454,7 +460,7 @@ class TestTable:
 
     @pytest.mark.parametrize("region", REGIONS, ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_clip_of_ratios(
+    def test_clip_moves_ratios_to_the_bounds(
         self, dtype: torch.dtype, region: bandpo.Region, device: torch.device
     ) -> None:
         old, new, _, _ = batch((13, 61), dtype)
@@ -493,7 +499,9 @@ class TestOperators:
 
     @pytest.mark.usefixtures("in_place_of_rust")
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_the_gradient_of_half_precision(self, dtype: torch.dtype) -> None:
+    def test_gradient_of_half_precision_is_the_float32_one_rounded(
+        self, dtype: torch.dtype
+    ) -> None:
         tokens = batch((3, 40), dtype)
         slopes: list[torch.Tensor] = []
         for stored in (dtype, torch.float32):
@@ -516,7 +524,7 @@ class TestOperators:
 
     @pytest.mark.usefixtures("in_place_of_rust")
     @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-    def test_compiled_without_a_break(self) -> None:
+    def test_compiles_without_a_graph_break(self) -> None:
         torch.compiler.reset()
         tokens = [tensor.nan_to_num() for tensor in batch((5, 30))]
         module = bandpo.loss.PolicyLoss(KL, dual_clip=3.0, metrics_by_probability=True)
@@ -539,7 +547,7 @@ class TestOperators:
     @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("rule", [RULES[1], RULES[2], RULES[5]], ids=str)
-    def test_forward_mode_and_transforms_see_the_gradient(
+    def test_forward_mode_and_transforms_agree_with_the_gradient(
         self, rule: tuple[str, list[float]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An operator alone would be a constant for them."""
@@ -578,7 +586,7 @@ class TestOperators:
         assert torch.equal(torch.vmap(per_token)(several), wanted)
 
     @pytest.mark.parametrize("region", [KL, REGIONS[4]], ids=str)
-    def test_opcheck(self, region: bandpo.Region) -> None:
+    def test_operators_pass_opcheck(self, region: bandpo.Region) -> None:
         old, new, *_ = batch((4, 9), torch.float64)
         old, x = old.nan_to_num(), (new - old).nan_to_num().requires_grad_()
         bounds = bounds_of(region, old)
@@ -593,7 +601,7 @@ class TestOperators:
     @pytest.mark.parametrize(
         "region", [KL, REGIONS[4], bandpo.Band("tv", np.full(9, 0.1))], ids=str
     )
-    def test_clip_by_the_operator_is_clip(
+    def test_clip_by_the_operator_equals_plain_clip(
         self, region: bandpo.Region, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         old, new, _, _ = batch((4, 9), torch.float64)
@@ -610,7 +618,7 @@ class TestOperators:
 
     @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
     @pytest.mark.parametrize("function", [clip, clip_ratio])
-    def test_clip_by_the_operator_is_transformed(
+    def test_clip_by_the_operator_has_the_right_derivatives(
         self, function: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("bandpo.torch.default_backend", lambda device: "cuda")
@@ -638,7 +646,7 @@ def solved(request: pytest.FixtureRequest) -> Reference:
 
 
 class TestExact:
-    def test_bounds_are_the_reference_and_inside(
+    def test_bounds_are_inside_and_near_the_reference(
         self, solved: Reference, device: torch.device, request: pytest.FixtureRequest
     ) -> None:
         if device.type == "cpu":
@@ -665,7 +673,7 @@ class TestExact:
             assert (error[well] <= tolerance).all(), error[well].max()
 
     @pytest.mark.parametrize("spec", ["kl", "alpha:0.5", "renyi:2", "hockey-stick:1.2", "tv"])
-    def test_contains_is_that_of_the_cpu(self, spec: str, device: torch.device) -> None:
+    def test_contains_equals_the_cpu(self, spec: str, device: torch.device) -> None:
         rng = np.random.default_rng(3)
         logp = -rng.exponential(3.0, 2000) * 10.0 ** rng.uniform(-6.0, 1.0, 2000)
         delta = 10.0 ** rng.uniform(-4.0, 0.0, 2000)
@@ -685,7 +693,7 @@ class TestExact:
         np.testing.assert_array_equal(inside.cpu().numpy()[clear], wanted[clear])
 
     @pytest.mark.parametrize("spec", ["kl", "jensen-shannon", "pearson-chi2", "hockey-stick:4"])
-    def test_what_is_solved_is_contained(self, spec: str, device: torch.device) -> None:
+    def test_solved_bounds_are_contained(self, spec: str, device: torch.device) -> None:
         rng = np.random.default_rng(4)
         old = torch.from_numpy(-rng.exponential(3.0, 500)).to(device)
         old[:4] = torch.tensor([0.0, 1.0, -float("inf"), -700.0])
@@ -698,14 +706,14 @@ class TestExact:
             assert inside.all()
 
     @pytest.mark.parametrize("spec", ["kl", "tv", "reverse-kl", "alpha:0.5", "bwcs:0.3", "vajda:1"])
-    def test_limits_are_those_of_the_cpu(self, spec: str, device: torch.device) -> None:
+    def test_limits_equal_the_cpu(self, spec: str, device: torch.device) -> None:
         logp = np.array([0.0, 3.0, -np.inf, np.nan])
         region = bandpo.Band(spec, (0.02, 0.3))
         bounds = kernels.log_bounds(region, torch.from_numpy(logp).to(device))
         assert bounds is not None
         np.testing.assert_allclose(bounds.cpu().numpy(), region.log_bounds(logp), rtol=SOLVED)
 
-    def test_sets_of_regions(self, device: torch.device) -> None:
+    def test_combined_regions_equal_the_cpu(self, device: torch.device) -> None:
         logp = -np.random.default_rng(5).exponential(3.0, 300)
         band = bandpo.Band("kl", np.full(300, 0.05))
         x = np.linspace(-1.0, 1.0, 300)
@@ -721,7 +729,7 @@ class TestExact:
             np.testing.assert_array_equal(inside.cpu().numpy(), region.contains(logp, x))
 
     @pytest.mark.usefixtures("emulator")
-    def test_what_only_the_cpu_can_solve(self) -> None:
+    def test_regions_without_a_kernel_return_none(self) -> None:
         old = torch.tensor([-1.0, -2.0])
         expression = bandpo.Divergence.from_expression("(u-1)^2")
         for region in (
@@ -734,7 +742,7 @@ class TestExact:
             assert kernels.contains(region, old, old) is None
 
 
-def test_nothing_is_initialised_before_the_first_use() -> None:
+def test_importing_initialises_neither_cupy_nor_cuda() -> None:
     """So that a process may be forked after all imports."""
     program = (
         "import sys, torch, bandpo.backends.cuda.kernels, bandpo.loss\n"
@@ -748,7 +756,7 @@ def constants_of_the_source() -> Iterator[tuple[str, int]]:
         yield name, int(value)
 
 
-def test_python_knows_the_sizes_and_numbers_of_the_source() -> None:
+def test_sizes_and_numbers_in_python_equal_the_source() -> None:
     sizes = dict(constants_of_the_source())
     assert sizes["THREADS"] == THREADS
     assert sizes["THREADS"] * sizes["WIDTH"] * sizes["VECTORS"] == CHUNK
@@ -808,17 +816,17 @@ class TestEmulator:
         )  # fmt: skip
         return f"{done.stdout}{done.stderr}exit {done.returncode}"
 
-    def test_ends_at_a_divergent_barrier(self, tmp_path: Path) -> None:
+    def test_aborts_at_a_divergent_barrier(self, tmp_path: Path) -> None:
         output = self.run(tmp_path, "divergent", (), 0)
         assert "a barrier that not all threads reach" in output
         assert "fine" not in output
 
-    def test_the_sanitizer_sees_shared_memory(self, tmp_path: Path) -> None:
+    def test_the_sanitizer_reports_a_write_beyond_shared_memory(self, tmp_path: Path) -> None:
         assert "fine 32640\nexit 0" in self.run(tmp_path, "outside", (), 1024)
         output = self.run(tmp_path, "outside", SANITIZERS, 1020)
         assert "AddressSanitizer: heap-buffer-overflow" in output
 
-    def test_the_sanitizers_find_nothing(self) -> None:
+    def test_every_kernel_passes_the_sanitizers(self) -> None:
         """This file once more, in the emulator alone: every kernel and every way to index."""
         chosen = f"not gpu and ({INDEXING_TESTS})"
         options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
@@ -897,7 +905,7 @@ class TestLaunch:
         )
         return cupy
 
-    def test_is_on_the_device_and_stream_of_torch(self, cupy: FakeCupy) -> None:
+    def test_kernels_run_on_the_device_and_stream_of_torch(self, cupy: FakeCupy) -> None:
         tokens = batch((5, 8192))
         check_as_rust(torch.device("cpu"), tokens, bounds_of(KL, tokens[0]), RULES[1])
         totals = SUMS + COUNTS + 3 * PROBABILITY_BINS
@@ -908,7 +916,7 @@ class TestLaunch:
         assert cupy.log == [compiled[0], launches[0], compiled[1], launches[1]]
         assert (cupy.devices, cupy.streams) == ([], [])
 
-    def test_compiles_once_for_each_device(
+    def test_kernels_compile_once_for_each_device(
         self, cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         tokens = batch((1, 9))
@@ -920,7 +928,7 @@ class TestLaunch:
         assert [entry[2] for entry in cupy.log if entry[0] == "compiled"] == [0, 0, 1, 1]
         assert [entry[2] for entry in cupy.log if entry[0] == "launched"] == [0, 0, 1, 1] * 2
 
-    def test_a_compiler_that_fails_is_an_obstacle(self, cupy: FakeCupy) -> None:
+    def test_a_failed_compilation_is_an_obstacle(self, cupy: FakeCupy) -> None:
         assert obstacle() is None
         assert cupy.log == [("compiled", TOTALS_KERNEL, 1)]
         bandpo.backends.cuda.launch.compiled.cache_clear()
@@ -972,10 +980,10 @@ class FakeStream:
         self.waited.append(event)
 
 
-class TestKept:
+class TestCached:
     """What outlives a call: constants, tables, radii."""
 
-    def test_no_stream_reads_before_another_has_filled(
+    def test_a_stream_waits_for_the_stream_that_fills(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         one, other = FakeStream(), FakeStream()
@@ -998,7 +1006,7 @@ class TestKept:
         kept.ready()
         assert len(one.waited) == 1
 
-    def test_the_first_use_must_not_be_in_a_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_first_use_in_a_graph_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         device = torch.device("cuda:0")
@@ -1034,13 +1042,13 @@ class TestWithoutAGpu:
         if obstacle() is None:
             pytest.skip("there is a GPU")
 
-    def test_asking_for_the_kernel_names_the_extra(self) -> None:
+    def test_backend_cuda_names_the_missing_extra(self) -> None:
         old, new, advantages, valid = batch((2, 3))
         with pytest.raises(ImportError, match=r"\[cuda1[23]\]") as raised:
             bandpo.loss.policy_loss(old, new, advantages, valid, region=KL, backend="cuda")
         assert isinstance(raised.value, (MissingExtraError, BrokenExtraError))
 
-    def test_auto_says_once_why_it_takes_torch(self) -> None:
+    def test_auto_warns_once_when_it_falls_back_to_torch(self) -> None:
         kernels_run.cache_clear()
         with pytest.warns(BackendWarning, match="take the torch backend") as warned:
             assert default_backend("cuda") == "torch"

@@ -57,7 +57,7 @@ def gradient(tokens: list[torch.Tensor], **options: Any) -> tuple[torch.Tensor, 
     "region", [KL, bandpo.Clip(0.2, 0.28), bandpo.Band("kl", np.full((6, 50), 0.1))]
 )
 @pytest.mark.parametrize("surrogate", ["min-clip", "mask", "weight", "gradient-preserving"])
-def test_the_loss_is_that_of_the_cpu(region: bandpo.Region, surrogate: Any) -> None:
+def test_the_loss_equals_the_cpu(region: bandpo.Region, surrogate: Any) -> None:
     tokens = batch((6, 50))
     on_cpu = [tensor.cpu() for tensor in tokens]
     options: dict[str, Any] = {"region": region, "surrogate": surrogate}
@@ -69,7 +69,7 @@ def test_the_loss_is_that_of_the_cpu(region: bandpo.Region, surrogate: Any) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("exact", [False, True])
-def test_half_precision_is_read_where_it_is(dtype: torch.dtype, exact: bool) -> None:
+def test_half_precision_equals_float32_of_the_same_numbers(dtype: torch.dtype, exact: bool) -> None:
     """Without a copy in float32, and with the same result."""
     old, new, advantages, valid = batch((64, 1024))
     narrow = [old.to(dtype), new.to(dtype), advantages, valid]
@@ -82,7 +82,7 @@ def test_half_precision_is_read_where_it_is(dtype: torch.dtype, exact: bool) -> 
 
 
 @pytest.mark.parametrize("size", [0, 1, 31, 33])
-def test_sizes_next_to_a_vector_and_a_warp(size: int) -> None:
+def test_the_loss_equals_the_cpu_at_sizes_next_to_a_vector_and_a_warp(size: int) -> None:
     tokens = batch((size,))
     on_cpu = [tensor.cpu() for tensor in tokens]
     for region in (KL, bandpo.Clip(0.2, 0.28)):
@@ -93,7 +93,7 @@ def test_sizes_next_to_a_vector_and_a_warp(size: int) -> None:
         torch.testing.assert_close(slope, wanted_slope, rtol=FLOAT32, atol=0.0)
 
 
-def test_auto_is_cuda() -> None:
+def test_auto_runs_the_cuda_backend() -> None:
     tokens = batch((6, 50))
     for mine, other in zip(
         gradient(tokens, region=KL), gradient(tokens, region=KL, backend="cuda"), strict=True
@@ -102,7 +102,7 @@ def test_auto_is_cuda() -> None:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_bounds_contains_and_clip(exact: bool) -> None:
+def test_bounds_contains_and_clip_equal_the_cpu(exact: bool) -> None:
     old, new, _, _ = batch((7, 41))
     for device_result, wanted in zip(
         (*log_bounds(KL, old, exact=exact), clip(KL, old, new - old, exact=exact)),
@@ -157,7 +157,7 @@ def long_work(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.mean()
 
 
-def test_runs_on_the_current_stream() -> None:
+def test_the_loss_runs_on_the_current_stream() -> None:
     """Two calls in flight on streams of their own, each behind long work that makes its input."""
     tokens = batch((256, 1024))
     wanted = gradient(tokens, region=KL, backend="cuda")[1]
@@ -177,7 +177,7 @@ def test_runs_on_the_current_stream() -> None:
 
 
 @pytest.mark.parametrize("kind", ["constants", "table", "radii"])
-def test_another_stream_waits_for_what_is_kept(kind: str) -> None:
+def test_another_stream_waits_until_cached_tensors_are_filled(kind: str) -> None:
     """It is filled behind long work on the stream of its first use."""
     old, new, _, _ = batch((64, 1024))
     regions: dict[str, Callable[[], bandpo.Region]] = {
@@ -200,7 +200,7 @@ def test_another_stream_waits_for_what_is_kept(kind: str) -> None:
     assert torch.equal(second, wanted)
 
 
-def test_records_in_a_graph() -> None:
+def test_replays_of_a_graph_equal_eager_calls() -> None:
     old, new, advantages, valid = batch((32, 256))
     new.requires_grad_()
     options: dict[str, Any] = {"backend": "cuda", "metrics_by_probability": True}
@@ -247,7 +247,7 @@ def test_a_region_is_refused_at_its_first_use_in_a_graph() -> None:
         assert clip(region, old, new - old).isfinite().all()
 
 
-def test_nothing_is_copied() -> None:
+def test_the_operator_allocates_its_outputs_alone() -> None:
     """Beyond a loss and a gradient, 8 bytes a token, there are sums of each chunk."""
     old, new, advantages, valid = batch((512, 4096))
     bounds = bounds_of(KL, old)
@@ -262,7 +262,7 @@ def test_nothing_is_copied() -> None:
     assert most <= 8 * old.numel() + 2**18
 
 
-def test_compiles_without_a_break() -> None:
+def test_compiles_without_a_graph_break() -> None:
     old, new, advantages, valid = batch((8, 64))
     module = PolicyLoss(KL, dual_clip=3.0, backend="cuda", metrics_by_probability=True)
     compiled = torch.compile(module, fullgraph=True)
@@ -304,7 +304,7 @@ def test_tensors_of_the_host_are_refused() -> None:
             clip(KL, *pair)
 
 
-def test_more_tokens_than_an_int32_counts() -> None:
+def test_more_tokens_than_the_max_int32_are_counted() -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < 50 * 2**30:
         pytest.skip(f"needs 50 GiB of GPU memory, {free / 2**30:.0f} are free")
@@ -328,7 +328,7 @@ def test_more_tokens_than_an_int32_counts() -> None:
         np.testing.assert_allclose(found, wanted, rtol=FLOAT32)
 
 
-def test_every_device_has_its_own_kernels() -> None:
+def test_two_devices_give_the_same_gradient() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     first, second = (gradient(batch((5, 70), f"cuda:{index}"), region=KL) for index in (0, 1))
@@ -352,7 +352,7 @@ if child:
 
 
 @pytest.mark.parametrize("program", [FRESH, FORKED], ids=["spawn", "fork"])
-def test_a_process_initialises_itself_at_the_first_use(program: str) -> None:
+def test_spawned_and_forked_processes_compute_the_loss(program: str) -> None:
     """Not on import: a process that has a CUDA context must not be forked."""
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
@@ -362,7 +362,7 @@ def test_a_process_initialises_itself_at_the_first_use(program: str) -> None:
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_the_sanitizer_of_cuda_finds_nothing(tool: str) -> None:
+def test_every_kernel_passes_compute_sanitizer(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin"
     )

@@ -151,7 +151,7 @@ def test_every_kernel_compiles_everywhere_without_spills(major: int, architectur
             assert registers * THREADS_THAT_HIDE_MEMORY <= REGISTERS_OF_AN_SM, kernel
 
 
-def test_a_spill_is_seen() -> None:
+def test_a_spill_is_reported() -> None:
     nvrtc = compiler(13)
     if nvrtc is None:
         pytest.skip("needs NVRTC 13: pip install '.[nvrtc]'")
@@ -187,14 +187,14 @@ class TestCupy:
     def _cupy(self) -> None:
         pytest.importorskip("cupy", reason="needs CuPy: pip install '.[nvrtc]'")
 
-    def test_the_options_are_those_of_cupy(self) -> None:
+    def test_options_are_those_that_cupy_passes(self) -> None:
         from cupy._core import core
 
         own = core.assemble_cupy_compiler_options(COMPILER_OPTIONS)
         added = [option for option in own if not option.startswith("-I")]
         assert set(added) <= {*COMPILER_OPTIONS, *ADDED_BY_CUPY}
 
-    def test_it_compiles_the_string_with_its_headers(self) -> None:
+    def test_the_source_compiles_with_the_headers_of_cupy(self) -> None:
         from cupy._core import core
         from cupy.cuda import nvrtc
 
@@ -208,7 +208,7 @@ class TestCupy:
         assert len(nvrtc.getCUBIN(program)) > 1000
         nvrtc.destroyProgram(program)
 
-    def test_it_has_what_a_launch_asks_of_it(self) -> None:
+    def test_cupy_has_the_interface_that_a_launch_uses(self) -> None:
         """And does not call it deprecated: warnings are errors here."""
         import cupy
 

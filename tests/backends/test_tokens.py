@@ -97,7 +97,7 @@ def loss_and_gradient(
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("region", REGIONS, ids=str)
 class TestTokens:
-    def test_in_float32_with_a_table(
+    def test_float32_with_a_table_equals_the_file(
         self, region: tuple[str, float], rule: str, backend: tuple[Backend, torch.device]
     ) -> None:
         token = columns()[region]
@@ -114,7 +114,7 @@ class TestTokens:
             assert (error <= IN_FLOAT32 * np.abs(wanted) + TABLE * size).all()
             assert np.count_nonzero(wanted) > 100
 
-    def test_in_float64_with_exact_bounds(
+    def test_float64_with_exact_bounds_equals_the_file(
         self, region: tuple[str, float], rule: str, backend: tuple[Backend, torch.device]
     ) -> None:
         token = columns()[region]

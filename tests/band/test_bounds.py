@@ -33,7 +33,9 @@ REFERENCE = 1e-60
 SPECS = [*DIVERGENCES, "alpha:-3", "alpha:4", "renyi:0.5"]
 
 
-def breaks_the_promise(reference: Reference, upper: bool, actual: Float64Array) -> BoolArray:
+def misses_the_documented_accuracy(
+    reference: Reference, upper: bool, actual: Float64Array
+) -> BoolArray:
     """Whether each bound of a side is other than docs/accuracy.md says."""
     if upper:
         exact, rest, kappa = reference.log_upper, reference.log_upper_rest, reference.kappa_upper
@@ -56,17 +58,17 @@ def breaks_the_promise(reference: Reference, upper: bool, actual: Float64Array) 
     return wrong
 
 
-def test_bounds_keep_the_promise_of_the_document(reference: Reference) -> None:
+def test_bounds_meet_the_documented_accuracy(reference: Reference) -> None:
     for upper, bounds in enumerate(
         Band(reference.spec, reference.delta).log_bounds(reference.logp)
     ):
-        broken = np.flatnonzero(breaks_the_promise(reference, bool(upper), bounds))
+        broken = np.flatnonzero(misses_the_documented_accuracy(reference, bool(upper), bounds))
         i = broken[0] if broken.size else 0
         place = upper, reference.logp[i].hex(), reference.delta[i].hex(), bounds[i].hex()
         assert broken.size == 0, place
 
 
-def test_the_document_promises_what_is_checked() -> None:
+def test_the_documented_accuracy_is_the_one_that_is_checked() -> None:
     assert "| bounds outside the exact one | 0 | 0 |" in ACCURACY
     assert f"relative error above {RELATIVE:.0e} and above 1 ULP" in ACCURACY
     assert f"condition number up to {ILL_CONDITIONED:.0f} | 0 | 0 |" in ACCURACY
@@ -77,23 +79,25 @@ def test_the_document_promises_what_is_checked() -> None:
 
 
 @pytest.mark.parametrize("spec", ["kl", "pearson-chi2", "bhattacharyya"])
-def test_bounds_that_break_the_promise_are_found(spec: str) -> None:
+def test_bounds_that_miss_the_documented_accuracy_are_reported(spec: str) -> None:
     path = next(path for path in REFERENCE_FILES if f"band_{spec}." in path.name)
     reference = read_reference(path)
     for upper, exact in enumerate((reference.log_lower, reference.log_upper)):
         finite = np.isfinite(exact) & (exact != 0.0) & (np.abs(exact) > 1e-300)
         finite &= np.abs(exact) < np.finfo(float).max
         outside = np.nextafter(exact, np.copysign(np.finfo(float).max, exact))
-        assert breaks_the_promise(reference, bool(upper), outside)[finite].all()
+        assert misses_the_documented_accuracy(reference, bool(upper), outside)[finite].all()
         inside = exact * (1 - 2e-14)
         kappa = reference.kappa_upper if upper else reference.kappa_lower
         well = finite & (kappa <= ILL_CONDITIONED)
-        assert breaks_the_promise(reference, bool(upper), inside)[well].all()
+        assert misses_the_documented_accuracy(reference, bool(upper), inside)[well].all()
         # D is 2 ULP of delta short after a move by 2 eps/kappa, give or take the share of logp.
         far = exact * (1 - 1e-3)
-        assert breaks_the_promise(reference, bool(upper), far)[finite & (kappa < 1e6)].all()
+        assert misses_the_documented_accuracy(reference, bool(upper), far)[
+            finite & (kappa < 1e6)
+        ].all()
         other = np.where(np.isinf(exact), 1.0, exact)
-        assert breaks_the_promise(reference, bool(upper), other)[np.isinf(exact)].all()
+        assert misses_the_documented_accuracy(reference, bool(upper), other)[np.isinf(exact)].all()
 
 
 def test_work_is_bounded_as_documented(reference: Reference) -> None:
@@ -103,7 +107,7 @@ def test_work_is_bounded_as_documented(reference: Reference) -> None:
         assert 2 * side.iterations.max() <= int(documented[1])
 
 
-def test_references_have_points_enough(reference: Reference) -> None:
+def test_each_reference_has_more_than_800_points(reference: Reference) -> None:
     assert reference.logp.size > 800
 
 
@@ -128,7 +132,7 @@ def test_known_values_of_kl_at_005(p: float, lower: float, upper: float) -> None
     assert actual_upper == pytest.approx(upper, rel=4e-7, abs=0)
 
 
-def test_the_general_solver_of_scipy_agrees_for_kl() -> None:
+def test_bounds_of_kl_equal_the_root_finder_of_scipy() -> None:
     rng = np.random.default_rng(0)
     logp = np.log(rng.uniform(1e-4, 0.99, 2000))
     p = np.exp(logp)
@@ -189,7 +193,7 @@ every_log_prob = st.one_of(
 
 
 @given(specs, radii, every_log_prob)
-def test_contains_its_bounds_at_any_probability(spec: str, delta: float, logp: float) -> None:
+def test_bounds_are_contained_at_any_probability(spec: str, delta: float, logp: float) -> None:
     band = Band(spec, delta)
     log_lower, log_upper = band.log_bounds(logp)
     assert log_lower <= 0.0 <= log_upper <= -logp
@@ -198,7 +202,7 @@ def test_contains_its_bounds_at_any_probability(spec: str, delta: float, logp: f
     assert not band.contains(logp, np.nextafter(-logp, np.inf)) or logp == -np.inf
 
 
-def test_committed_references_are_what_the_reference_solves(reference: Reference) -> None:
+def test_committed_references_equal_a_fresh_solution(reference: Reference) -> None:
     # A few of each: all of them take minutes.
     for i in range(100, reference.logp.size, 250):
         logp, delta = float(reference.logp[i]), float(reference.delta[i])
@@ -364,7 +368,7 @@ def test_every_error_is_a_bandpo_error() -> None:
         "renyi:0.9999999999",
     ],
 )
-def test_parameters_next_to_special_ones_hold_the_contract(spec: str) -> None:
+def test_parameters_next_to_special_ones_meet_the_documented_accuracy(spec: str) -> None:
     rng = np.random.default_rng(8)
     rare, sure = rng.uniform(-690.0, 0.0, 8), -np.exp(rng.uniform(np.log(1e-16), 0.0, 8))
     delta = np.exp(rng.uniform(np.log(1e-8), np.log(10.0), 16))
@@ -378,7 +382,7 @@ def test_parameters_next_to_special_ones_hold_the_contract(spec: str) -> None:
 
 
 @pytest.mark.parametrize("g", [1.2, 1.5, 4.0])
-def test_a_kink_away_from_1_costs_no_digit_of_a_decision(g: float) -> None:
+def test_saturation_is_decided_exactly_with_a_kink_away_from_1(g: float) -> None:
     # A grown outcome next to its kink leaves a small u - g of a large u: D there has lost digits in
     # double precision, and in double-double still some.
     with mp.workdps(60):

@@ -63,7 +63,7 @@ def test_neyman_chi_square_is_the_wilson_score_interval(k: int, n: int, z: float
     assert actual == pytest.approx((expected.low, expected.high), rel=CLOSED_FORM, abs=0)
 
 
-def test_the_lower_end_of_wilson_needs_the_product_of_both() -> None:
+def test_the_lower_end_of_wilson_keeps_its_digits_for_rare_outcomes() -> None:
     """Wilson (1927): the ends q of the interval are the roots of (1+d) q^2 - (2p+d) q + p^2.
 
     For rare outcomes the lower ratio q/p, as the quadratic formula gives it, is 1 minus a number
@@ -209,7 +209,7 @@ def binary_tv(logp: Float64Array, log_ratio: Float64Array) -> Float64Array:
 
 @pytest.mark.parametrize("delta", [0.01, 0.05, 0.15])
 @pytest.mark.parametrize(("spec", "mask"), [("kl", binary_kl), ("tv", binary_tv)])
-def test_membership_is_the_mask_of_dppo(spec: str, mask: Mask, delta: float) -> None:
+def test_contains_equals_the_mask_of_dppo(spec: str, mask: Mask, delta: float) -> None:
     """DPPO (arXiv 2602.04879, 2026), binary KL(old || new) and TV: dropped where D > delta.
 
     DPPO drops a token only where its advantage pushes it further out; that does not concern the

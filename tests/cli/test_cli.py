@@ -365,7 +365,7 @@ def test_help_lists_the_regions_and_divergences(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_device_is_one_line() -> None:
+def test_a_full_device_is_reported_in_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         outcome = subprocess.run(
             [sys.executable, "-m", "bandpo", "bounds", "0.5"],
@@ -380,7 +380,7 @@ def test_a_full_device_is_one_line() -> None:
     )
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "bandpo", "plot", "--json"],
         stdout=subprocess.PIPE,

@@ -55,7 +55,7 @@ def test_results_and_metrics_are_tables() -> None:
     )
 
 
-def test_a_kernel_shows_them() -> None:
+def test_a_notebook_kernel_displays_them() -> None:
     for package in ("torch", "matplotlib", "ipykernel"):
         pytest.importorskip(package)
     nbformat = pytest.importorskip("nbformat")

@@ -78,7 +78,7 @@ def test_rules_start_from_the_same_policy_and_the_first_batch_is_the_same(
     assert small.runs[0].reward[0] != small.runs[len(RULES)].reward[0]
 
 
-def test_no_clipping_clips_nothing(small: demo.Result) -> None:
+def test_no_token_is_clipped_without_clipping(small: demo.Result) -> None:
     for run in small.of_rule(NO_CLIP):
         assert sum(run.clipped_up) == sum(run.clipped_down) == 0
 
@@ -227,7 +227,7 @@ def test_a_bad_setting_is_refused(setting: dict[str, Any], error: type[Exception
         demo.run(None, **{**SMALL, **setting})
 
 
-def test_the_task_has_private_rare_right_answers() -> None:
+def test_right_answers_are_rare_and_differ_between_prompts() -> None:
     made = task.make_task(128, seed=3)
     assert len(set(made.right.tolist())) == len(set(map(tuple, made.prompts.tolist()))) == 128
     torch.testing.assert_close(made.corpus.sum(1), torch.ones(128))
@@ -343,14 +343,14 @@ def test_conclusion_when_some_seeds_do_not_reach_half() -> None:
     assert "constant [0.1, 10] (more than 50; faster on 2 of 3, slower on 0)" in text
 
 
-def test_conclusion_when_nobody_reaches_half() -> None:
+def test_conclusion_when_no_run_reaches_half() -> None:
     text = conclusion(made_up(dict.fromkeys(RULES, [None] * 3)))
     assert text.startswith("No rule reached half reward within 50 batches")
     assert "faster" not in text
     assert "beat" not in text
 
 
-def test_conclusion_of_few_seeds_says_so() -> None:
+def test_conclusion_of_few_seeds_states_how_few() -> None:
     text = conclusion(made_up({FIXED: [30], BAND: [10], NO_CLIP: [20], CONSTANT: [20]}))
     assert text.endswith("So few seeds (1) do not show how far they spread.")
 

@@ -55,7 +55,7 @@ def test_an_expression_equals_the_built_in_it_spells(spec: str, text: str) -> No
 
 
 @pytest.mark.parametrize(("spec", "text"), [pair for pair in EXPRESSIONS if pair[0] != "kl"][::3])
-def test_an_expression_holds_below_the_smallest_float_too(spec: str, text: str) -> None:
+def test_an_expression_equals_the_built_in_below_the_min_float(spec: str, text: str) -> None:
     rng = np.random.default_rng(1)
     logp = -np.exp(rng.uniform(np.log(600), np.log(1e6), 200))
     delta = np.exp(rng.uniform(np.log(1e-5), np.log(10), 200))
@@ -180,7 +180,7 @@ def test_an_expression_has_a_table() -> None:
         ("u*ln(1+ln(1+u)) - u*ln(1+ln(2))", r"f'\(inf\) cannot be determined"),
     ],
 )
-def test_bad_expressions_say_what_is_wrong_and_where(text: str, message: str) -> None:
+def test_bad_expressions_are_refused_with_reason_and_place(text: str, message: str) -> None:
     with pytest.raises(InvalidValueError, match=message):
         Divergence.from_expression(text)
 
@@ -255,7 +255,7 @@ def test_calibration_at_a_probability_matches_both_bounds() -> None:
             assert actual == pytest.approx(expected, rel=1e-12, abs=0), spec
 
 
-def test_calibration_refuses_what_has_no_answer() -> None:
+def test_calibration_without_a_solution_is_refused() -> None:
     for spec in ["tv", "hockey-stick:1.2", "vajda:3"]:
         with pytest.raises(InvalidValueError, match=r"has no f''\(1\); match at a reference"):
             Band("kl", 0.05).calibrated(spec)
@@ -326,7 +326,7 @@ def test_limits_that_are_no_numbers_are_refused(name: str) -> None:
             Divergence.from_callable(minus_ln, **{name: limit})
 
 
-def test_calibration_to_what_is_flat_there_is_refused() -> None:
+def test_calibration_to_a_flat_function_is_refused() -> None:
     with pytest.raises(
         InvalidValueError, match=r"is 0 at the lower bound .* at p = 0\.9.* another p"
     ):
@@ -336,7 +336,7 @@ def test_calibration_to_what_is_flat_there_is_refused() -> None:
 
 
 @pytest.mark.parametrize("spec", ["kl", "tv"])
-def test_a_diagnosis_of_a_python_function_says_the_same(spec: str) -> None:
+def test_a_diagnosis_of_a_python_function_equals_the_built_in(spec: str) -> None:
     f = {"kl": minus_ln, "tv": lambda u: np.abs(u - 1) / 2}[spec]
     logp = np.array([[-1.0, 0.0, 2.0, -700.0], [-np.inf, np.nan, -0.01, -1e-9]])
     band = Band(Divergence.from_callable(f), 0.05)

@@ -119,7 +119,7 @@ def test_the_generator_is_the_one_of_the_table(name: str, value: float | None) -
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
-def test_limits_curvature_and_greatest_value_are_those_of_the_table(
+def test_limits_curvature_and_max_value_are_those_of_the_table(
     name: str, value: float | None
 ) -> None:
     spec, (f, own) = spec_of(name, value), of_table(name, value)
@@ -144,7 +144,7 @@ def test_limits_curvature_and_greatest_value_are_those_of_the_table(
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
-def test_from_the_greatest_value_on_everything_is_allowed(name: str, value: float | None) -> None:
+def test_from_the_max_value_on_everything_is_allowed(name: str, value: float | None) -> None:
     greatest = number(NUMBERS[name][3], name, value)
     logp = np.array([-700.0, -20.0, -1.0, -1e-3, -1e-12])
     spec = spec_of(name, value)

@@ -20,7 +20,7 @@ def test_constants_are_those_of_the_script(part: Polynomial | Digits | Start) ->
         assert list(part.faults()) == []
 
 
-def test_other_constants_are_faults() -> None:
+def test_changed_constants_are_reported() -> None:
     gap, exp_gap, *_ = POLYNOMIALS
     with mp.workdps(DIGITS):
         assert len(list(replace(exp_gap, high="0.71", error=1.0).faults())) == 1

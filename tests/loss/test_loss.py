@@ -104,7 +104,7 @@ class TestMinClip:
             bandpo.Clip(1.0, math.inf),
         ],
     )
-    def test_loss_and_gradient_of_every_token(
+    def test_loss_and_gradient_of_every_token_equal_the_formula(
         self, region: bandpo.Region, dual_clip: float | None, backend: str
     ) -> None:
         exact = not isinstance(region, bandpo.BandTable)
@@ -121,7 +121,7 @@ class TestMinClip:
         found = batch.gradient(**options, loss_agg_mode="token-sum")
         assert_close(found, np.where(valid, gradient, 0.0), tolerance)
 
-    def test_radii_of_every_token(self, backend: str) -> None:
+    def test_radii_per_token_equal_single_radii(self, backend: str) -> None:
         batch = random_batch((6, 50, 1), dtype=torch.float64)
         radii = np.random.default_rng(2).uniform(0.01, 0.5, (1, 50, 1))
         result = batch.loss(region=bandpo.Band("kl", radii), backend=backend)
@@ -130,7 +130,7 @@ class TestMinClip:
             one = column.loss(region=bandpo.Band("kl", radii[0, t, 0]), backend=backend, exact=True)
             assert torch.equal(one.per_token, result.per_token[:, t])
 
-    def test_any_region_will_do(self, backend: str) -> None:
+    def test_a_region_with_log_bounds_alone_is_accepted(self, backend: str) -> None:
         class Widest(bandpo.Region):
             def log_bounds(self, logp: Any) -> tuple[Float64Array, Float64Array]:
                 pairs = KL.log_bounds(logp), CLIP.log_bounds(logp)
@@ -155,7 +155,9 @@ class TestMinClip:
         beyond = new + torch.tensor([1e-12, -1e-12, 1e-12, 0.0], dtype=torch.float64)
         assert not batch._replace(log_prob=beyond).gradient(**options).any()
 
-    def test_a_new_probability_of_1_is_within_where_everything_is(self, backend: str) -> None:
+    def test_a_new_probability_of_1_is_not_clipped_where_every_ratio_is_allowed(
+        self, backend: str
+    ) -> None:
         for region in (bandpo.Band("tv", 0.3), KL | CLIP):
             old = torch.linspace(-0.2, 0.0, 500, dtype=torch.float64)
             batch = Batch(old, torch.zeros(500, dtype=torch.float64), *torch.ones(2, 500))
@@ -175,7 +177,7 @@ class TestMinClip:
         assert_close(gradient, [most, 0.0, 0.0, least, 0.0, 0.0], 1e-15)
         assert result.metrics["nonfinite_tokens"] == 0
 
-    def test_gradcheck(self, backend: str) -> None:
+    def test_gradients_pass_gradcheck(self, backend: str) -> None:
         batch = random_batch((4, 5), seed=3, dtype=torch.float64)
         kwargs: dict[str, Any] = {"region": KL, "backend": backend, "dual_clip": 1.4}
         stopped = batch.gradient(**kwargs, exact=True)[batch.response_mask] == 0.0
@@ -192,7 +194,7 @@ class TestMinClip:
                 assert torch.autograd.gradcheck(loss, (log_prob,))
                 assert torch.autograd.gradgradcheck(loss, (log_prob,))
 
-    def test_gradient_of_a_gradient_penalty(self) -> None:
+    def test_backends_agree_on_the_gradient_of_a_gradient_penalty(self) -> None:
         batch = random_batch((4, 5), dtype=torch.float64)
         log_prob = batch.log_prob.requires_grad_()
         gradients: list[Tensor] = []
@@ -279,7 +281,7 @@ class TestLossOfEachToken:
             _ = result.per_token
         assert result.metrics["valid_tokens"] > 0
 
-    def test_tensors_of_inference_mode_which_do_not_tell_of_changes_are_no_trap(self) -> None:
+    def test_losses_of_inference_tensors_outlive_a_change_in_place(self) -> None:
         want = random_batch((8, 64)).loss(region=KL).per_token
         with torch.inference_mode():
             batch = Batch(*(tensor.clone() for tensor in random_batch((8, 64))))
@@ -287,7 +289,7 @@ class TestLossOfEachToken:
             batch.log_prob.zero_()
         assert torch.equal(result.per_token, want)
 
-    def test_it_keeps_its_gradient_where_others_look(self, backend: str) -> None:
+    def test_it_has_its_gradient_when_first_read_without_grad(self, backend: str) -> None:
         batch = random_batch((8, 64))
         batch.log_prob.requires_grad_()
         for mode in (torch.no_grad(), torch.inference_mode()):
@@ -296,7 +298,7 @@ class TestLossOfEachToken:
                 per_token = result.per_token
             assert per_token.requires_grad
 
-    def test_the_rest_of_a_result_does_not_need_it(self) -> None:
+    def test_loss_and_metrics_outlive_a_change_in_place(self) -> None:
         batch = random_batch((8, 64))
         result = batch.loss(region=KL)
         batch.log_prob.zero_()
@@ -355,7 +357,7 @@ class TestSavedGradientIsNotShared:
         assert log_prob.grad is not None
         assert torch.equal(log_prob.grad, 0.25 * once)
 
-    def test_hooks_may_keep_what_was_saved(self, backend: str) -> None:
+    def test_tensors_that_hooks_keep_stay_unchanged(self, backend: str) -> None:
         batch = random_batch((8, 64))
         log_prob = batch.log_prob.requires_grad_()
         kept: list[Tensor] = []
@@ -372,7 +374,7 @@ class TestSavedGradientIsNotShared:
         assert all(torch.equal(*pair) for pair in zip(kept, copies, strict=True))
         torch.testing.assert_close(gradient, 3.0 * batch.gradient(region=KL))
 
-    def test_many_gradients_of_the_loss_at_a_time(self, backend: str) -> None:
+    def test_batched_gradients_equal_single_ones(self, backend: str) -> None:
         batch = random_batch((4, 8))
         log_prob = batch.log_prob.requires_grad_()
         factors = torch.tensor([1.0, -2.0, 3.0])
@@ -391,7 +393,9 @@ class TestSavedGradientIsNotShared:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32], ids=str)
-def test_a_count_of_any_dtype_leaves_the_loss_its_own(dtype: torch.dtype, backend: str) -> None:
+def test_the_loss_keeps_its_dtype_with_a_count_of_any_dtype(
+    dtype: torch.dtype, backend: str
+) -> None:
     batch = random_batch((8, 64))
     count = torch.tensor(64, dtype=dtype)
     loss = batch.loss(region=KL, backend=backend, batch_num_tokens=count).loss
@@ -427,7 +431,7 @@ for generation in range(2):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_forked_process_has_threads_of_its_own() -> None:
+def test_a_forked_process_does_not_wait_for_threads_of_its_parent() -> None:
     """It would wait for ever for those of its parent."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True)
 
@@ -493,7 +497,9 @@ class TestBackendsAgree:
             assert torch.equal(gradient, batch.gradient(region=KL, backend=backend))
 
     @pytest.mark.parametrize("mode", [FakeTensorMode, torch.inference_mode])
-    def test_what_a_first_call_keeps_serves_later_ones(self, mode: Any, backend: str) -> None:
+    def test_tensors_cached_by_a_fake_or_inference_call_serve_later_calls(
+        self, mode: Any, backend: str
+    ) -> None:
         region = bandpo.Band("kl", 0.0123)
         batch = random_batch((4, 4))
         with mode():
@@ -532,7 +538,7 @@ def ragged_batch(dtype: torch.dtype = torch.float64) -> Batch:
 
 class TestAggregation:
     @pytest.mark.parametrize("mode", MODES)
-    def test_mode_is_its_definition(self, mode: str, backend: str) -> None:
+    def test_every_mode_equals_its_definition(self, mode: str, backend: str) -> None:
         batch = ragged_batch()
         mask = batch.response_mask.numpy()
         per_token = exact_losses(batch, KL)
@@ -609,7 +615,7 @@ class TestAggregation:
 
 class TestShapes:
     @pytest.mark.parametrize("mode", MODES)
-    def test_advantage_of_a_row(self, mode: str, backend: str) -> None:
+    def test_advantages_of_rows_equal_those_of_tokens(self, mode: str, backend: str) -> None:
         batch = random_batch((6, 10))
         rows = torch.linspace(-1.0, 2.0, 6)
         options: dict[str, Any] = {"region": KL, "backend": backend, "loss_agg_mode": mode}
@@ -619,7 +625,7 @@ class TestShapes:
             assert torch.equal(other.loss(**options).loss, each.loss(**options).loss)
             assert torch.equal(other.gradient(**options), each.gradient(**options))
 
-    def test_trailing_dimension_of_1(self, backend: str) -> None:
+    def test_a_trailing_dimension_of_1_is_kept(self, backend: str) -> None:
         batch = random_batch((6, 10))
         column = Batch(*(tensor[..., None] for tensor in batch))
         rows = batch.advantages[:, 0]
@@ -637,7 +643,9 @@ class TestShapes:
             assert by_row[0].loss == by_row[1].loss == by_row[2].loss
 
     @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32, torch.float16])
-    def test_dtype_of_the_mask(self, dtype: torch.dtype, backend: str) -> None:
+    def test_a_mask_of_any_dtype_gives_the_same_loss(
+        self, dtype: torch.dtype, backend: str
+    ) -> None:
         batch = random_batch((6, 10))
         other = batch._replace(response_mask=batch.response_mask.to(dtype))
         options: dict[str, Any] = {"region": KL, "backend": backend}
@@ -656,9 +664,7 @@ class TestMask:
     @pytest.mark.parametrize(
         "region", [KL, CLIP, bandpo.Band("kl", np.full((8, 16), 0.05))], ids=str
     )
-    def test_padding_touches_nothing_whatever_it_holds(
-        self, region: bandpo.Region, backend: str
-    ) -> None:
+    def test_masked_values_change_no_result(self, region: bandpo.Region, backend: str) -> None:
         clean = random_batch((8, 16))
         padding = ~clean.response_mask
         for value in (math.nan, math.inf, -math.inf):
@@ -684,7 +690,7 @@ class TestMask:
     @pytest.mark.parametrize("changed", ["old_log_prob", "log_prob", "advantages"])
     @pytest.mark.parametrize("region", [KL, CLIP], ids=str)
     @pytest.mark.parametrize("exact", [False, True])
-    def test_nan_that_counts_is_seen(
+    def test_an_unmasked_nan_reaches_loss_gradient_and_metrics(
         self, changed: str, region: bandpo.Region, exact: bool, backend: str
     ) -> None:
         batch = random_batch((8, 16))
@@ -704,7 +710,9 @@ class TestMask:
     @pytest.mark.parametrize(
         "shape", [(3, 4), (0, 4), (3, 0), (0, 0), (5,), (0,), (2, 0, 1)], ids=str
     )
-    def test_no_token_at_all(self, shape: tuple[int, ...], mode: str, backend: str) -> None:
+    def test_without_a_valid_token_the_loss_is_0(
+        self, shape: tuple[int, ...], mode: str, backend: str
+    ) -> None:
         for region in (KL, CLIP, bandpo.Band("kl", np.full(shape, 0.05))):
             batch = random_batch(shape)._replace(response_mask=torch.zeros(shape))
             batch.log_prob.fill_(math.nan)
@@ -727,7 +735,7 @@ class TestMask:
 
 class TestMetrics:
     @pytest.mark.parametrize("region", [KL, CLIP], ids=str)
-    def test_metrics_are_their_definitions(self, region: bandpo.Region, backend: str) -> None:
+    def test_metrics_equal_their_definitions(self, region: bandpo.Region, backend: str) -> None:
         batch = random_batch((40, 50), dtype=torch.float64)
         batch.log_prob[3, 4] = batch.old_log_prob[3, 4] + 25.0
         dual_clip = 1.6
@@ -818,7 +826,7 @@ def test_the_host_never_waits(mode: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_device_without_values_will_do(mode: str) -> None:
+def test_meta_tensors_are_accepted(mode: str) -> None:
     """Nothing may depend on values where tensors have none; and other devices take torch."""
     batch = Batch(*(tensor.to("meta") for tensor in random_batch((4, 8))))
     batch.log_prob.requires_grad_()
@@ -830,7 +838,7 @@ def test_a_device_without_values_will_do(mode: str) -> None:
         assert all(metric.device.type == "meta" for metric in result.metrics.values())
 
 
-def test_torch_func_takes_the_gradient_too(backend: str) -> None:
+def test_torch_func_gives_the_same_gradient(backend: str) -> None:
     batch = random_batch((6, 8))
 
     def loss(log_prob: Tensor) -> Tensor:
@@ -879,7 +887,7 @@ class TestCompile:
         for name, metric in eager.metrics.items():
             torch.testing.assert_close(fused.metrics[name], metric)
 
-    def test_inductor(self, backend: str) -> None:
+    def test_inductor_equals_eager(self, backend: str) -> None:
         try:
             torch.compile(torch.sin, backend="inductor")(torch.ones(2))
         except RuntimeError as reason:  # PyTorch alone: it wants a C++ compiler, which we do not
@@ -893,7 +901,9 @@ class TestCompile:
 
     @pytest.mark.parametrize("region", [CLIP, KL.table()], ids=["clip", "table"])
     @pytest.mark.parametrize("exact", [False, True])
-    def test_every_source_of_bounds(self, region: bandpo.Region, exact: bool, backend: str) -> None:
+    def test_every_source_of_bounds_compiles(
+        self, region: bandpo.Region, exact: bool, backend: str
+    ) -> None:
         options: dict[str, Any] = {"region": region, "backend": backend, "exact": exact}
         self.compare(random_batch((6, 8)), "aot_eager", **options)
 
@@ -902,18 +912,18 @@ class TestCompile:
         self.compare(random_batch((6, 8)), "aot_eager", region=region, backend=backend)
 
     @pytest.mark.parametrize("mode", SEQUENCE_MODES[1:])
-    def test_packed(self, mode: str, backend: str) -> None:
+    def test_packed_tokens_compile(self, mode: str, backend: str) -> None:
         cu_seqlens = torch.tensor([0, 20, 20, 48])
         self.compare(
             random_batch((48,)), "aot_eager", region=KL, backend=backend, cu_seqlens=cu_seqlens,
             loss_agg_mode=mode, loss_scale_factor=20.0,
         )  # fmt: skip
 
-    def test_module(self, backend: str) -> None:
+    def test_the_module_compiles(self, backend: str) -> None:
         module = PolicyLoss(KL, backend=backend, dual_clip=3.0)  # type: ignore[arg-type]
         self.compare(random_batch((6, 8)), "aot_eager", module)
 
-    def test_sizes_counts_and_regions_may_change(self, backend: str) -> None:
+    def test_sizes_counts_and_regions_may_change_after_compilation(self, backend: str) -> None:
         def run(batch: Batch, region: bandpo.Region, count: int) -> Tensor:
             return batch.loss(region=region, backend=backend, batch_num_tokens=count).loss
 
@@ -924,7 +934,7 @@ class TestCompile:
             torch.testing.assert_close(compiled(batch, region, count), run(batch, region, count))
 
     @pytest.mark.parametrize("kind", ["table", "constant", "per token"])
-    def test_opcheck(self, kind: str) -> None:
+    def test_operators_pass_opcheck(self, kind: str) -> None:
         batch = random_batch((4, 8), dtype=torch.float64)
         old = batch.old_log_prob
         region: bandpo.Region = CLIP if kind == "constant" else KL
@@ -978,7 +988,7 @@ def test_results_do_not_depend_on_the_number_of_threads(capsys: pytest.CaptureFi
     assert run.stdout.split() == [others, digest]
 
 
-def test_module_is_the_function(backend: str) -> None:
+def test_the_module_equals_the_function(backend: str) -> None:
     batch = random_batch((40,))
     options: dict[str, Any] = {
         "dual_clip": 2.0, "loss_agg_mode": "seq-mean-token-sum-norm", "backend": backend,
@@ -1128,7 +1138,7 @@ PACKED = random_batch((24,))
         ),
     ],
 )  # fmt: skip
-def test_bad_input(
+def test_bad_input_is_refused_with_the_argument(
     batch: Batch, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:
@@ -1140,7 +1150,9 @@ class TestBoundsOnTensors:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("region", [KL, bandpo.Band("tv", 0.1), CLIP], ids=str)
     @pytest.mark.parametrize("exact", [False, True])
-    def test_log_bounds(self, dtype: torch.dtype, region: bandpo.Region, exact: bool) -> None:
+    def test_log_bounds_equal_those_of_the_region(
+        self, dtype: torch.dtype, region: bandpo.Region, exact: bool
+    ) -> None:
         rng = np.random.default_rng(7)
         old = torch.from_numpy(-rng.exponential(3.0, (20, 30))).to(dtype)
         old[0, :4] = torch.tensor([0.0, 0.25, -math.inf, math.nan])
@@ -1152,7 +1164,7 @@ class TestBoundsOnTensors:
             ratio = bound.double().exp().numpy()
             np.testing.assert_allclose(ratio, np.exp(wanted), rtol=40 * eps, atol=2e-6)
 
-    def test_bounds_from_a_table_are_the_tables_own(self) -> None:
+    def test_bounds_from_a_table_equal_its_lookups(self) -> None:
         bits = np.linspace(0, 0x7F800000, 20_001).astype(np.uint32)
         old = torch.from_numpy(-bits.view(np.float32))
         for spec, delta in (("kl", 0.05), ("tv", 0.1), ("hellinger", 0.3), ("pearson-chi2", 1e-3)):
@@ -1196,7 +1208,7 @@ class TestBoundsOnTensors:
         assert torch.equal(gradient.bool(), clipped == ratio)
         assert 0 < gradient.sum() < gradient.numel()
 
-    def test_nan_lies_nowhere_and_stays(self) -> None:
+    def test_nan_is_not_contained_and_stays_nan(self) -> None:
         nan = torch.tensor([math.nan, -1.0]), torch.tensor([0.0, math.nan])
         assert not bandpo.torch.contains(KL, *nan).any()
         assert bandpo.torch.clip(KL, *nan).isnan().all()
@@ -1210,7 +1222,7 @@ class TestBoundsOnTensors:
         log_lower, log_upper = KL.log_bounds(old.float().numpy())
         assert_close(clipped, [log_upper[0], log_lower[1]], 2**-8)
 
-    def test_bad_input(self) -> None:
+    def test_bad_input_is_refused_with_the_argument(self) -> None:
         for function in (bandpo.torch.contains, bandpo.torch.clip):
             with pytest.raises(TypeError, match=r"log_ratio must be a torch\.Tensor, got float"):
                 function(KL, torch.zeros(2), 0.0)  # type: ignore[arg-type]
@@ -1251,7 +1263,7 @@ for module in ("bandpo.torch", "bandpo.loss"):
     ]
 
 
-def test_doctor_is_told_what_torch_can_do() -> None:
+def test_the_gpu_report_begins_with_its_verdict() -> None:
     assert default_backend("cpu") == "native"
     report = gpu_report()
     assert "\n" not in report

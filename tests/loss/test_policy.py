@@ -64,7 +64,7 @@ class TestLossOfEachTokenAsTheLoss:
             PolicyLoss(KL, loss_agg_mode="none", dp_size=2)
 
     @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-    def test_compiles_without_a_break(self) -> None:
+    def test_compiles_without_a_graph_break(self) -> None:
         torch.compiler.reset()
         batch = random_batch((4, 8))
         module = PolicyLoss(KL, loss_agg_mode="none")

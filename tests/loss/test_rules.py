@@ -290,7 +290,7 @@ def assert_same(actual: LossAndGradient, expected: LossAndGradient) -> None:
 # --- presets -----------------------------------------------------------------------------------
 
 
-def test_the_presets_are_these() -> None:
+def test_presets_have_these_names_and_arguments() -> None:
     assert list(PRESETS) == [
         *("ppo", "dapo", "dual-clip", "bandpo-kl", "bandpo-tv", "bandpo-chi2", "trgppo"),
         *("dppo-tv", "dppo-kl", "prime-rl", "dcpo", "cispo", "ce-gppo", "gmpo", "gspo", "bapo"),
@@ -306,7 +306,7 @@ def test_the_presets_are_these() -> None:
         )
 
 
-def test_an_unknown_preset_is_an_error_that_lists_those_there_are() -> None:
+def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(BandpoError, match=r"one of ppo, dapo, .*, bapo, got 'grpo2'"):
         preset("grpo2")
 
@@ -377,7 +377,7 @@ def test_dual_clip_acts_where_it_was_published() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_train_by_their_tables_as_by_the_solver(name: str) -> None:
+def test_presets_give_the_same_loss_by_table_and_by_solver(name: str) -> None:
     """As a user calls them: no `exact`, any backend."""
     old, new, advantages, mask = sequences(15, 0.8)
     found = preset(name)

@@ -56,7 +56,7 @@ def check(
 
 @pytest.mark.parametrize("region", REGIONS, ids=str)
 @pytest.mark.parametrize("name", FORMULAS)
-def test_a_surrogate_is_its_formula(name: str, region: bandpo.Region, backend: str) -> None:
+def test_a_surrogate_equals_its_formula(name: str, region: bandpo.Region, backend: str) -> None:
     surrogate, formula = FORMULAS[name]
     batch = random_batch((12, 20), dtype=torch.float64)
     batch.log_prob[2, 3] = batch.old_log_prob[2, 3] - 30.0
@@ -104,7 +104,9 @@ def test_backends_agree_to_the_last_digits(name: str, region: bandpo.Region) -> 
         ("geometric-mean", "min-clip"),
     ],
 )
-def test_gradcheck(level: Any, surrogate: Surrogate, backend: str) -> None:
+def test_the_gradient_is_the_derivative_of_the_loss(
+    level: Any, surrogate: Surrogate, backend: str
+) -> None:
     """Where nothing is stopped by sg(), the gradient is the derivative of the loss.
 
     At the levels of a sequence that is so for the mean over its tokens, which share an advantage.
@@ -201,7 +203,7 @@ class TestLevels:
         check(batch, (loss, gradient), EXACT, **options, backend=backend)
 
     @pytest.mark.parametrize("name", FORMULAS)
-    def test_other_surrogates_of_a_sequence(self, name: str, backend: str) -> None:
+    def test_surrogates_of_a_sequence_equal_their_formulas(self, name: str, backend: str) -> None:
         surrogate, formula = FORMULAS[name]
         batch = random_batch((60, 20), dtype=torch.float64)
         valid = batch.response_mask.numpy()
@@ -313,7 +315,7 @@ class TestWholeSequences:
 
 
 class TestWeights:
-    def test_truncated_and_masked_importance_sampling(self, backend: str) -> None:
+    def test_weights_multiply_loss_and_gradient(self, backend: str) -> None:
         batch = random_batch((12, 20), dtype=torch.float64)
         rollout = batch.old_log_prob + 0.5 * torch.sin(torch.arange(240.0)).reshape(12, 20)
         ratio = (batch.old_log_prob - rollout).exp()
@@ -332,7 +334,7 @@ class TestWeights:
                 )  # fmt: skip
             assert name
 
-    def test_one_weight_a_sequence(self, backend: str) -> None:
+    def test_a_weight_of_a_sequence_equals_weights_of_its_tokens(self, backend: str) -> None:
         batch = random_batch((6, 8))
         weights = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 1.0])
         each = weights[:, None].expand(6, 8)
@@ -357,7 +359,7 @@ LEVELS_OF = [
 
 
 @pytest.mark.parametrize(("name", "level"), LEVELS_OF)
-def test_compiles_without_a_break(name: str, level: Any, backend: str) -> None:
+def test_compiles_without_a_graph_break(name: str, level: Any, backend: str) -> None:
     surrogate: Surrogate = FORMULAS[name][0] if name in FORMULAS else "min-clip"
     surrogate = Mask(whole_sequence=True) if name == "whole" else surrogate
     region = CLIP if level == "sequence" else KL
@@ -380,7 +382,7 @@ def test_compiles_without_a_break(name: str, level: Any, backend: str) -> None:
     )
 
 
-def test_all_ratios_one_says_that_nothing_can_clip(backend: str) -> None:
+def test_all_ratios_one_is_false_once_a_ratio_differs(backend: str) -> None:
     batch = random_batch((4, 8))
     same = batch._replace(log_prob=batch.old_log_prob.clone())
     metrics = same.loss(region=KL, backend=backend).metrics
@@ -426,7 +428,7 @@ def test_all_ratios_one_says_that_nothing_can_clip(backend: str) -> None:
         ),
     ],
 )
-def test_incompatible_choices_say_what_to_change(
+def test_incompatible_choices_are_refused_with_a_remedy(
     options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     batch = random_batch((4, 8))
@@ -472,13 +474,15 @@ def test_packed_tokens_need_their_sequences(options: dict[str, Any]) -> None:
         (lambda: GradientPreserving(True), TypeError, "beta_low must be a real number, got bool"),
     ],
 )
-def test_parameters_out_of_range(make: Any, error: type[Exception], message: str) -> None:
+def test_parameters_out_of_range_are_refused(
+    make: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         make()
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
-def test_a_jagged_tensor_is_told_how_to_be_packed() -> None:
+def test_a_jagged_tensor_is_refused_with_the_way_to_pack_it() -> None:
     batch = random_batch((4, 8))
     rows = [torch.ones(3), torch.ones(5)]
     jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)

@@ -64,7 +64,7 @@ def test_dcpo_has_its_published_points() -> None:
     np.testing.assert_allclose(upper, 10.0, rtol=1e-14, atol=0)
 
 
-def test_dcpo_at_the_ends() -> None:
+def test_dcpo_has_its_limits_at_the_ends() -> None:
     log_lower, log_upper = Dcpo().log_bounds([-np.inf, np.nan, 3.0])
     np.testing.assert_array_equal(log_lower, [math.log(0.5), np.nan, Dcpo().log_bounds(0.0)[0]])
     np.testing.assert_array_equal(log_upper, [np.inf, np.nan, Dcpo().log_bounds(0.0)[1]])
@@ -104,7 +104,7 @@ def dcpo_at(logp: mpf, eps: float, upper: bool) -> mpf:
     ],
     ids=repr,
 )
-def test_tables_of_regions_with_closed_forms(region: Region, tmp_path: Path) -> None:
+def test_tables_of_regions_are_small_and_within_the_target(region: Region, tmp_path: Path) -> None:
     table = region.table()
     table.save(tmp_path / "region.safetensors")
     assert BandTable.load(tmp_path / "region.safetensors") == table
@@ -234,7 +234,9 @@ def test_sides_accept_a_table() -> None:
         ),
     ],
 )
-def test_bad_input(make: Any, error: type[Exception], message: str) -> None:
+def test_bad_input_is_refused_with_the_argument(
+    make: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         make()
 

@@ -62,7 +62,7 @@ def test_a_step_has_a_gradient(method: str) -> None:
     assert (step.log_prob.grad != 0.0).any()
 
 
-def test_what_cannot_run_on_the_cpu_is_not_applicable() -> None:
+def test_benchmarks_of_a_gpu_are_not_applicable_without_one() -> None:
     with pytest.raises(NotImplementedError, match="cuda on cpu"):
         Step("cuda", size=1024)
 

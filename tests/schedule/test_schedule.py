@@ -162,7 +162,9 @@ def test_a_schedule_resumes_from_its_state(schedule: Schedule) -> None:
         ),
     ],
 )
-def test_bad_input(make: Any, error: type[Exception], message: str) -> None:
+def test_bad_input_is_refused_with_the_argument(
+    make: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         make()
 

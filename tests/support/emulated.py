@@ -31,8 +31,8 @@ KERNELS = (
 """Every kernel that the CUDA backend launches."""
 
 INDEXING_TESTS = (
-    "any_size or any_strides or each_token or half_precision_is or float64_log_probs "
-    "or test_clip or sets_of_regions or limits or Totals"
+    "any_size or any_strides or bounds_per_token or half_precision_equals or float64_log_probs "
+    "or test_clip or combined_regions or limits or Totals"
 )
 """Tests of test_cuda.py that run every kernel and every way to index, as an argument of ``-k``."""
 

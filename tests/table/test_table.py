@@ -57,7 +57,7 @@ def test_a_million_float32_log_probs_are_within_the_target(spec: str) -> None:
 
 @pytest.mark.parametrize("delta", [1e-4, 0.003, 0.2, 1.0])
 @pytest.mark.parametrize("spec", ["kl", "reverse-kl", "jensen-shannon", "jeffreys", "alpha:-3"])
-def test_tables_hold_their_own_promise(spec: str, delta: float) -> None:
+def test_tables_of_bands_are_small_and_within_the_target(spec: str, delta: float) -> None:
     table = Band(spec, delta).table()
     assert table.nbytes <= 32 * 1024
     assert max(table.max_error) <= TARGET
@@ -66,7 +66,7 @@ def test_tables_hold_their_own_promise(spec: str, delta: float) -> None:
     assert verified.metadata["verification"] == "sampled"
 
 
-def test_limits_and_nan() -> None:
+def test_limits_are_exact_and_nan_stays_nan() -> None:
     table = Band("reverse-kl", 0.05).table()
     log_lower, log_upper = table.log_bounds([0.0, 1.0, -np.inf, np.nan])
     np.testing.assert_array_equal(log_upper, [0.0, 0.0, np.inf, np.nan])
@@ -147,7 +147,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         BandTable.load(path)
 
 
-def test_paths_that_cannot_be_used(tmp_path: Path) -> None:
+def test_paths_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     table = Band("kl", 0.05).table()
     with pytest.raises(OutputPathError, match="cannot write"):
         table.save(tmp_path / "missing" / "table.safetensors")
@@ -185,7 +185,7 @@ class Interrupted(Exception):  # noqa: N818 -- not an error
     pass
 
 
-def test_an_interrupted_verification_goes_on_where_it_stopped(
+def test_an_interrupted_verification_continues_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bandpo.table.verification._SAVE_EVERY", 0.0)
@@ -219,7 +219,7 @@ def test_an_interrupted_verification_goes_on_where_it_stopped(
         table.verify(count, checkpoint=tmp_path / "missing" / "checkpoint.json")
 
 
-def test_a_small_sample_takes_no_error_back() -> None:
+def test_a_later_sample_lowers_no_stated_error() -> None:
     table = Band("kl", 0.05).table()
     assert max(table.max_error) > 0.0
     verified = table.verify(2)
@@ -228,7 +228,7 @@ def test_a_small_sample_takes_no_error_back() -> None:
     assert verified.verify(2).max_error == verified.max_error
 
 
-def test_metadata_tells_sampled_from_exhaustive() -> None:
+def test_metadata_states_sampled_or_exhaustive() -> None:
     core = Band("kl", 0.05).table()._core
     every = core.checkable()
     assert every == int(np.float32(104.0).view(np.uint32)) + 1
@@ -305,7 +305,7 @@ def test_kinks_lie_exactly_where_curves_cross() -> None:
     assert log_upper == pytest.approx(np.log(10), rel=1e-14, abs=0)
 
 
-def test_a_table_above_the_target_warns_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_above_the_target_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     # No region is known that 32 KiB do not hold; so the target is put where no float32 gets.
     monkeypatch.setattr(bandpo.table, "TARGET", 1e-9)
     with pytest.warns(TableAccuracyWarning, match=r"off by .*e-0\d, above 1e-09"):
@@ -313,7 +313,7 @@ def test_a_table_above_the_target_warns_and_says_so(monkeypatch: pytest.MonkeyPa
     assert max(table.max_error) > 1e-9
 
 
-def test_combinations_are_what_they_say() -> None:
+def test_combinations_equal_their_definitions() -> None:
     logp = np.log(np.linspace(0.001, 0.999, 500))
     band, clip = Band("kl", 0.05), Clip(0.2, 0.28)
     (low_b, up_b), (low_c, up_c) = band.log_bounds(logp), clip.log_bounds(logp)

@@ -128,7 +128,7 @@ def look_up(image: bytes, side: int, y: float) -> float:
 
 
 @pytest.mark.parametrize("file", ORIGINALS)
-def test_a_file_is_what_the_document_says(file: bytes) -> None:
+def test_a_file_is_laid_out_as_documented(file: bytes) -> None:
     header, image = take_apart(file)
     assert put_together(header, image) == file
     assert len(image) % 4 == 0
@@ -157,7 +157,7 @@ def test_a_file_is_what_the_document_says(file: bytes) -> None:
 
 
 @pytest.mark.parametrize(("text", "made"), REGIONS)
-def test_regions_are_described_as_the_document_says(text: str, made: str) -> None:
+def test_regions_are_described_as_documented(text: str, made: str) -> None:
     region = eval(made, dict(vars(bandpo)))  # noqa: S307 -- our own text
     assert json.loads(region.table().metadata["region"]) == json.loads(text)
 
@@ -225,7 +225,7 @@ def test_another_format_version_is_refused_and_both_are_named(version: str) -> N
     assert 'reads "1"' in message
 
 
-def test_a_newer_file_is_told_by_its_version_whatever_else_changed() -> None:
+def test_a_newer_file_is_refused_by_its_version_whatever_else_changed() -> None:
     header, image = take_apart(ORIGINALS[0])
     header["__metadata__"] = {"format": "bandpo-table", "format_version": "2", "novel": "key"}
     header["more"] = {"data_offsets": [len(image), len(image) + 8], "dtype": "F64", "shape": [1]}
@@ -264,7 +264,7 @@ def test_a_missing_key_is_refused(key: str) -> None:
     refusal(put_together(header, image))
 
 
-def test_a_verification_by_samples_sees_every_cell() -> None:
+def test_a_verification_by_samples_checks_every_cell() -> None:
     """Next to saturation a cell holds so few floats that even spacing over all floats misses it."""
     header, image = take_apart(CoreTable.to_bytes(Band("hellinger", 0.05).table()._core))
     edges = [number(image, 16 + 1), number(image, 16 + 9)]
