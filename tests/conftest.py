@@ -1,4 +1,4 @@
-"""What several test files share: the reference data, and where CUDA kernels run."""
+"""Shared by several test files: the reference data, and the devices of CUDA kernels."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BACKENDS = ("native", "torch")
 """Backends of a loss that run on a CPU."""
 
 SANITIZED = "BANDPO_SANITIZED" in os.environ
-"""Whether the emulator runs under sanitizers, which have to be loaded before Python."""
+"""True if the emulator runs under sanitizers, which have to be loaded before Python."""
 
 
 @dataclass(frozen=True)
 class Reference:
     """60-digit bounds of one divergence; every field is an array over the points.
 
-    The exact log bound is the float64 and what is given as its rest. kappa is its condition number.
+    The exact log bound is the float64 plus its rest. kappa is its condition number.
     """
 
     spec: str
@@ -100,7 +100,7 @@ def gpu() -> torch.device:
     from bandpo.backends.cuda.availability import obstacle
 
     if SANITIZED:
-        pytest.skip("the sanitizers look at the emulator")
+        pytest.skip("the sanitizers check the emulator alone")
     if reason := obstacle():
         pytest.skip(f"needs a GPU: {reason}")
     return torch.device("cuda")

@@ -3,22 +3,22 @@
 Prints a line for each size, then the targets, and writes every single time to benchmarks/gpu.json.
 Needs a GPU.
 
-    python tools/bench_gpu.py [--most 28]
+    python tools/bench_gpu.py [--max 28]
 
-What is timed, on N tokens in one row, float32, one advantage a token, a tenth of them masked:
+Timed on N tokens in one row, float32, one advantage a token, a tenth of them masked:
 
 - copy: a device copy of as many bytes as the kernel has to move, 13 read and 8 written a token
 - bandpo: `bandpo::token_loss` with a table of Band("kl", 0.05): losses, gradients, counts and sums
 - compiled clip, eager clip: PPO's clip loss in torch with its gradient, compiled for each size anew
   and not compiled
 - bisection: the published scheme for the upper bound, 50 halvings in torch, in place of a table
-- liger: Liger's Triton GRPO loss, if it is installed, from logits of two tokens, the fewest
+- liger: Liger's Triton GRPO loss, if it is installed, from logits of two tokens, its min
 
 A time is that between two events of the device. Before the first of them a GiB is written, which
-empties the cache and lets the host run ahead, so that it is not what is timed.
+empties the cache and lets the host run ahead; otherwise the host would be timed.
 
-Memory is what the call allocates at its peak beyond inputs and the gradient, in bytes a token (so
--4 for the copy, which has none).
+Memory is the peak of a call beyond inputs and the gradient, in bytes a token (so -4 for the copy,
+which has none).
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def liger() -> Make | None:
 
 
 def seconds(call: Call, before: torch.Tensor) -> list[float]:
-    """Those of single calls, each after `before` was written."""
+    """The times of single calls, each after `before` was written."""
     for _ in range(3):
         call()
     times = []
@@ -150,7 +150,7 @@ def seconds(call: Call, before: torch.Tensor) -> list[float]:
 
 
 def extra_bytes(call: Call, count: int) -> float:
-    """What a call allocates at its peak, beyond one gradient, for each token."""
+    """The peak memory of a call beyond one gradient, in bytes a token."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -161,7 +161,7 @@ def extra_bytes(call: Call, count: int) -> float:
 
 
 def about() -> dict[str, Any]:
-    """What the numbers are of."""
+    """The machine and the versions of a measurement."""
     properties = torch.cuda.get_device_properties("cuda")
     driver = None
     if (program := shutil.which("nvidia-smi")) is not None:
@@ -196,7 +196,7 @@ def of_call(make: Make, tokens: Tokens, before: torch.Tensor) -> tuple[list[floa
 
 
 def measure(count: int, makers: dict[str, Make], before: torch.Tensor) -> dict[str, Any]:
-    """Times everything on so many tokens; what does not fit the memory is None."""
+    """Times every method on so many tokens, None where the memory does not suffice."""
     old = -torch.empty((1, count), device="cuda").exponential_(0.3)
     new = old + 0.3 * torch.randn_like(old)
     tokens = old, new, torch.randn_like(old), torch.rand_like(old) < 0.9
@@ -227,8 +227,8 @@ def targets(row: dict[str, Any]) -> str:
 def main() -> None:
     """Times every size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--most", type=int, default=28, help="binary logarithm of the most tokens")
-    most = parser.parse_args().most
+    parser.add_argument("--max", type=int, default=28, help="binary logarithm of the max tokens")
+    last = parser.parse_args().max
     if reason := obstacle():
         raise SystemExit(f"needs a GPU: {reason}")
     makers: dict[str, Make] = {
@@ -242,7 +242,7 @@ def main() -> None:
         makers["liger"] = of_liger
     before = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     rows: list[dict[str, Any]] = []
-    for exponent in range(16, most + 1, 2):
+    for exponent in range(16, last + 1, 2):
         row = measure(1 << exponent, makers, before)
         rows.append(row)
         times = "  ".join(

@@ -88,7 +88,7 @@ def interpreters() -> Iterator[Interpreter]:
     seen: set[str] = set()
     for path in (sys.executable, *filter(None, on_path), *map(str, managed)):
         found = Interpreter.at(path)
-        # Free-threaded ones take a wheel of their own, and are asked for with --python.
+        # Free-threaded ones take a wheel of their own, and are given by --python.
         if found and found.version >= (3, 10) and not found.threads and found.name not in seen:
             seen.add(found.name)
             yield found
@@ -132,7 +132,7 @@ def unpack(sdist: Path, target: Path) -> Path:
         require(not missing, f"{sdist.name} lacks {sorted(missing)}")
         added = names - tracked() - {"PKG-INFO"}
         require(not added, f"{sdist.name} holds files that git does not: {sorted(added)}")
-        # Without a filter, which Python 3.11.2 lacks: the names are those of git, as just seen.
+        # Without a filter, which Python 3.11.2 lacks: the names are those of git, as just checked.
         archive.extractall(target)  # noqa: S202
     return target / folder
 
@@ -190,7 +190,7 @@ def check_wheel(path: Path, version: str) -> None:
 
 
 def test_requirements(wheel: Path, version: str) -> list[str]:
-    """Returns what the extra `test` asks for, but for PyTorch and what comes with it."""
+    """Returns the requirements of the extra `test`, without PyTorch and its companions."""
     with zipfile.ZipFile(wheel) as archive:
         needed = metadata(archive, "METADATA", version).get_all("Requires-Dist", [])
     return [
@@ -212,7 +212,7 @@ def test(
     """Installs the wheel in a fresh environment, runs the tests and returns their last line."""
     python = environment(interpreter, work / "environment")
     pip = (python, "-m", "pip", "install", "--quiet", "--prefer-binary")
-    # From the folder alone: what a registry holds under this name is not what is being tested.
+    # From the folder alone, because a registry may hold another package of this name.
     local = ("--no-index", "--no-deps", "--only-binary=:all:", "--find-links", dist)
     run(*pip, *local, f"bandpo=={crate_version()}")
     run(*pip, *requirements)

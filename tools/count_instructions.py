@@ -1,7 +1,7 @@
 """Count the instructions a token of the solver, the table lookup and the loss, and compare.
 
 Timings of a shared machine are too noisy for a gate; the number of instructions is the same at each
-run. Valgrind executes at most AVX2, on one thread: this watches that path alone.
+run. Valgrind executes at most AVX2, on one thread: only that path is counted.
 
     python tools/count_instructions.py            fails above the stored numbers by more than 5 %
     python tools/count_instructions.py --update   stores the numbers
@@ -24,13 +24,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks" / "instructions.json"
 ALLOWED = 0.05
-"""By how much a number may grow: below it are reorderings by the compiler, above it is work."""
+"""Max growth of a number. Reorderings by the compiler stay below it."""
 FEW, MANY = 1, 3
 """Repeats whose difference leaves out start and preparation."""
 
 
 def counted_on() -> dict[str, str]:
-    """Return what the numbers depend on besides this repository."""
+    """Return the tools and the processor on which the numbers depend."""
     cpu: dict[str, str] = {}
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else ():

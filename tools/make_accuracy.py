@@ -36,7 +36,7 @@ from support.reference import DIGITS, divergence  # noqa: E402
 
 SIDES = ("log_lower", "log_upper")
 REFERENCE = 10.0**-DIGITS
-"""Relative error of a reference: what is outside by less cannot be told from what is inside."""
+"""Relative error of a reference. A bound that is outside by less counts as inside."""
 TABLE_TARGET = 1e-6
 TABLE_BYTES = 32 * 1024
 TABLE_DELTAS = (1e-4, 1e-3, 0.01, 0.05, 0.3, 1.0)
@@ -58,7 +58,7 @@ MAX_EVALUATIONS = int(
         (ROOT / "rust" / "band" / "mod.rs").read_text(encoding="utf-8"),
     )[0]
 )
-"""Of D for one bound."""
+"""Max evaluations of D for one bound."""
 EXHAUSTIVE = ROOT / "docs" / "accuracy-exhaustive.json"
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measured:
-    """What the library gives at reference points. Arrays over the two sides are ``[2, points]``."""
+    """Results of the library at reference points. Arrays over the two sides are ``[2, points]``."""
 
     spec: str
     logp: Floats
@@ -76,7 +76,7 @@ class Measured:
     actual: Floats
     relative: Floats  # errors of log bounds: above 0 is outside, inf where infinities differ
     ulp: Floats
-    denormal: NDArray[np.bool_]  # the exact bound is, so that only its ULP are of interest
+    denormal: NDArray[np.bool_]  # the exact bound is, so that only its errors in ULP count
     solved: NDArray[np.bool_]  # neither saturated nor a limit
     evaluations: NDArray[np.uint32]  # of D
     region: NDArray[np.intp]  # index into REGIONS
@@ -92,7 +92,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Poor:
-    """A bound whose relative error is not within what is promised for well-conditioned ones."""
+    """A bound whose relative error is above the one promised for well-conditioned ones."""
 
     spec: str
     side: int
@@ -152,7 +152,7 @@ def compare(reference: Reference) -> Measured:
 def errors(actual: Floats, nearest: Floats, rest: Floats) -> tuple[Floats, Floats]:
     """Return relative errors, positive where outside, and absolute errors in ULP of the truth."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        # Neighbouring doubles subtract exactly, so this sees errors far below one ulp.
+        # Neighbouring doubles subtract exactly, so that errors far below one ulp remain.
         error = (actual - nearest) - rest
         relative = error / nearest
         ulp = np.abs(error) / np.spacing(np.abs(nearest))
@@ -205,7 +205,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def largest(values: Floats) -> float:
-    """Return the largest size, 0 of none."""
+    """Return the max size, 0 for none."""
     return float(np.abs(values).max(initial=0.0))
 
 
@@ -215,13 +215,13 @@ def number(value: float) -> str:
 
 
 def ulps(values: Floats) -> str:
-    """Return the largest number of ULP."""
+    """Return the max number of ULP."""
     worst = largest(values)
     return f"{worst:.1f}" if worst < 1e4 else number(worst)
 
 
 def worst(result: Measured, side: int, here: NDArray[np.bool_]) -> tuple[str, str]:
-    """Return the largest relative error of bounds that are not denormal, and the one in ULP."""
+    """Return the max relative error of bounds that are not denormal, and the one in ULP."""
     normal = here & ~result.denormal[side]
     return number(largest(result.relative[side, normal])), ulps(result.ulp[side, here])
 

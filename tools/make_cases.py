@@ -35,7 +35,7 @@ Rule = Callable[["Token"], tuple[mpf, mpf]]
 
 
 class Token:
-    """A token with its bounds as ratios, and what the rules call r, beyond and edge."""
+    """A token with its bounds as ratios, and r, beyond and edge as the rules name them."""
 
     def __init__(self, new: float, x: mpf, advantage: float, lower: mpf, upper: mpf) -> None:
         self.new, self.advantage = mpf(new), mpf(advantage)

@@ -41,7 +41,7 @@ def numbers(text: str) -> list[float]:
 
 
 def source_of(file: str, pattern: str) -> str:
-    """Return what the group of a pattern finds in a source."""
+    """Return the group of a pattern in a source."""
     found = re.search(pattern, (ROOT / file).read_text(encoding="utf-8"), re.DOTALL)
     if found is None:
         raise SystemExit(f"make_constants: {file} has no {pattern}")

@@ -35,7 +35,7 @@ under it; LICENSE is its text. The licences of the others follow the table.
 
 
 def cargo(*arguments: str) -> str:
-    """Returns what cargo prints."""
+    """Returns the output of cargo."""
     return subprocess.run(
         ["cargo", *arguments], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8", check=True
     ).stdout
@@ -56,7 +56,7 @@ def linked_crates() -> list[tuple[str, str, str, str]]:
 
 
 def is_apache(licence: str) -> bool:
-    """Whether Apache-2.0 alone is one of the choices of an SPDX expression."""
+    """True if Apache-2.0 alone is one of the choices of an SPDX expression."""
     return "Apache-2.0" in re.split(r" OR |\s*/\s*", licence)
 
 

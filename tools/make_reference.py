@@ -45,7 +45,7 @@ SPECS = [
 # fmt: on
 FULL, COMMITTED = ROOT / "build" / "reference", ROOT / "tests" / "data"
 EVERY = 11
-"""Of the points that are not fixed, one in so many is committed. It divides no period of theirs."""
+"""One in so many of the points that are not fixed is committed. It divides no period of theirs."""
 SEED = 20260304
 DELTA_LOW, DELTA_HIGH = 1e-8, 10.0
 COLUMNS = "logp,delta,log_lower,log_upper,log_lower_rest,log_upper_rest,kappa_lower,kappa_upper"
@@ -150,7 +150,7 @@ def limit_points(spec: str, random: Random, count: int) -> Iterator[Point]:
 
 
 def far_points(random: Random, count: int) -> Iterator[Point]:
-    """Yield points beyond 1e-300 and 1 - 1e-16: 1 - p or p log-uniform to the least double."""
+    """Yield points beyond 1e-300 and 1 - 1e-16: 1 - p or p log-uniform to the min double."""
     for i, t in enumerate(strata(random, count)):
         s = random.random()
         if i % 2:
@@ -186,7 +186,7 @@ def split(value: mpf) -> tuple[str, str]:
     if isinf(value):
         return float(value).hex(), "0x0.0p+0"
     nearest = to_double(value)
-    if abs(nearest) == inf:  # beyond the doubles, of which the last is meant to stand for it
+    if abs(nearest) == inf:  # beyond the doubles, whose last stands for it
         return (nextafter(inf, 0.0) if nearest > 0 else -nextafter(inf, 0.0)).hex(), "0x0.0p+0"
     return nearest.hex(), to_double(mp.fsub(value, nearest, exact=True)).hex()
 

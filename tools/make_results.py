@@ -1,4 +1,4 @@
-"""Measure what DESIGN's targets are about on this machine and write benchmarks/RESULTS.md.
+"""Measure the targets of speed and size on this machine and write benchmarks/RESULTS.md.
 
     python tools/make_results.py        about four minutes on two cores that do nothing else
 
@@ -36,7 +36,7 @@ from benchmarks.tokens import DELTA, SIZE, SIZES  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 
 GPU = ROOT / "benchmarks" / "gpu.json"
-"""What tools/bench_gpu.py measured on a GPU, if anybody has run it on one."""
+"""Measurements of tools/bench_gpu.py, if it has run on a GPU."""
 
 GPU_SIZE = 2**24
 GPU_TARGETS = (
@@ -55,7 +55,7 @@ REASONS = {
     "build": "a table is made of exact bounds, and so is the measurement of its error",
     "import": "bandpo's modules and what they import of the standard library",
 }
-"""What is known of the cause, printed where a target is missed."""
+"""Known causes, printed where a target is missed."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def target_rows() -> Iterator[Row]:
 
 
 def gpu_rows() -> Iterator[str]:
-    """Return the targets of a GPU from what was measured on one, or say that nothing was."""
+    """Yield the rows of a GPU's targets, which state if nothing was measured on one."""
     of_size = {row["tokens"]: row["seconds"] for row in gpu().get("rows", ())}.get(GPU_SIZE, {})
     what = f"GPU loss, forward + backward, {power(GPU_SIZE)} tokens"
     for peer, against, target, allowed in GPU_TARGETS:
@@ -152,12 +152,12 @@ def gpu_rows() -> Iterator[str]:
 
 
 def gpu() -> dict[str, Any]:
-    """Return what was measured on a GPU; nothing if nobody has measured."""
+    """Return the measurements on a GPU, none if there are none."""
     return json.loads(GPU.read_text(encoding="utf-8")) if GPU.exists() else {}
 
 
 def gpu_section() -> str:
-    """Return the times on a GPU at every size, and of what they are."""
+    """Return the times on a GPU at every size, with the machine."""
     measured = gpu()
     rows = measured.pop("rows", [])
     if not rows:
@@ -222,7 +222,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def machine() -> str:
-    """Return what the numbers are of."""
+    """Return the machine and the versions of a measurement."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -244,7 +244,7 @@ Python {platform.python_version()}, {", ".join(versions)}, {output("rustc", "--v
 
 
 def output(*command: str) -> str:
-    """Return what a program prints, or that it could not be asked."""
+    """Return the output of a program, or a note that it has none."""
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     except (OSError, subprocess.CalledProcessError):

@@ -31,7 +31,7 @@ def rows(results: Results, benchmarks: Benchmarks) -> Iterator[list[str]]:
 
 
 def shown(value: float | None, unit: str) -> str:
-    """Return three digits and the unit, as asv does: NaN is what a benchmark does not apply to."""
+    """Return three digits and the unit, as asv does: NaN where a benchmark does not apply."""
     if value is None:
         return "failed"
     return "n/a" if math.isnan(value) else str(human_value(float(f"{value:.3g}"), unit))

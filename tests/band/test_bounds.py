@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 ACCURACY = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
 
 REFERENCE = 1e-60
-"""Relative error of a reference: what is outside by less cannot be told from what is inside."""
+"""Relative error of a reference. A bound that is outside by less counts as inside."""
 
 SPECS = [*DIVERGENCES, "alpha:-3", "alpha:4", "renyi:0.5"]
 
@@ -36,14 +36,14 @@ SPECS = [*DIVERGENCES, "alpha:-3", "alpha:4", "renyi:0.5"]
 def misses_the_documented_accuracy(
     reference: Reference, upper: bool, actual: Float64Array
 ) -> BoolArray:
-    """Whether each bound of a side is other than docs/accuracy.md says."""
+    """True for each bound of a side that misses the accuracy of docs/accuracy.md."""
     if upper:
         exact, rest, kappa = reference.log_upper, reference.log_upper_rest, reference.kappa_upper
     else:
         exact, rest, kappa = reference.log_lower, reference.log_lower_rest, reference.kappa_lower
     determined = np.isinf(exact) | (exact == 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        # Neighbouring doubles subtract exactly, so this sees errors far below one ulp.
+        # Neighbouring doubles subtract exactly, so that errors far below one ulp remain.
         error = (actual - exact) - rest
         relative = error / exact
         ulp = np.abs(exact) - np.nextafter(np.abs(exact), 0.0)
@@ -164,7 +164,7 @@ radii = st.floats(min_value=1e-8, max_value=10.0)
 specs = st.sampled_from(SPECS)
 
 
-# The property of the same name in rust/band/tests.rs ends at p = 1e-3.
+# `mirror` in rust/band/tests.rs ends at p = 1e-3.
 @given(specs, radii, st.integers(min_value=1, max_value=2**20 - 1))
 def test_mirror_identity(spec: str, delta: float, numerator: int) -> None:
     p = numerator / 2**20  # so that 1 - p is exact
@@ -177,7 +177,7 @@ def test_mirror_identity(spec: str, delta: float, numerator: int) -> None:
     assert abs(up + down - 1) <= slack
 
 
-# The property of the same name in rust/band/tests.rs ends at a factor of 100.
+# `nested_in_delta` in rust/band/tests.rs ends at a factor of 100.
 @given(specs, radii, st.floats(min_value=1.0, max_value=1e3), probabilities)
 def test_nested_in_delta(spec: str, delta: float, more: float, logp: float) -> None:
     log_lower, log_upper = Band(spec, delta).log_bounds(logp)
@@ -203,7 +203,7 @@ def test_bounds_are_contained_at_any_probability(spec: str, delta: float, logp: 
 
 
 def test_committed_references_equal_a_fresh_solution(reference: Reference) -> None:
-    # A few of each: all of them take minutes.
+    # A few of each, because all take minutes.
     for i in range(100, reference.logp.size, 250):
         logp, delta = float(reference.logp[i]), float(reference.delta[i])
         for upper, nearest, rest in [
@@ -229,7 +229,7 @@ def test_limits_at_both_ends_and_nan() -> None:
 
 
 def test_saturation_is_exact_where_f_at_0_is_finite() -> None:
-    # tv lets everything pass on the lower side where delta >= p, on the upper side where >= 1 - p.
+    # tv allows every ratio on the lower side where delta >= p, on the upper one where >= 1 - p.
     logp = np.log([0.3, 0.6, 0.9])
     log_lower, log_upper = Band("tv", 0.35).log_bounds(logp)
     assert log_lower[0] == -np.inf

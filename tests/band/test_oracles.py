@@ -57,7 +57,7 @@ def interval(spec: str, p: float, delta: float) -> tuple[float, float]:
 def test_neyman_chi_square_is_the_wilson_score_interval(k: int, n: int, z: float) -> None:
     """Wilson (1927): the q with (p - q)^2 / (q (1 - q)) <= z^2 / n, as scipy computes it."""
     confidence = 2 * norm.cdf(z) - 1
-    z = norm.ppf(0.5 + 0.5 * confidence)  # what scipy makes of it
+    z = norm.ppf(0.5 + 0.5 * confidence)  # as scipy computes it
     expected = binomtest(k, n).proportion_ci(confidence, method="wilson")
     actual = interval("neyman-chi2", k / n, z * z / n)
     assert actual == pytest.approx((expected.low, expected.high), rel=CLOSED_FORM, abs=0)
@@ -145,7 +145,7 @@ def test_kl_is_the_likelihood_ratio_interval(k: int, n: int, z: float) -> None:
 @pytest.mark.parametrize("mean", [0.02, 0.3, 0.5, 0.93])
 @pytest.mark.parametrize(("pulls", "time"), [(5, 100), (80, 1000), (3000, 10**6)])
 def test_kl_is_the_kl_ucb_index(mean: float, pulls: int, time: int) -> None:
-    """Garivier and Cappe (2011): the largest q with pulls KL(mean || q) <= ln t + 3 ln ln t."""
+    """Garivier and Cappe (2011): the max q with pulls KL(mean || q) <= ln t + 3 ln ln t."""
     radius = (np.log(time) + 3 * np.log(np.log(time))) / pulls
     _, index = interval("kl", mean, radius)
     assert index == pytest.approx(kl_interval(mean, radius)[1], rel=ROOT_FINDER, abs=0)
@@ -161,7 +161,7 @@ def test_le_cam_has_a_closed_form(p: float, delta: float) -> None:
     middle = p + delta * (1 - p)
     root = np.sqrt(delta * (delta + 4 * p * (1 - p)))
     low, high = (middle - root) / (1 + delta), (middle + root) / (1 + delta)
-    lost = middle / abs(middle - root)  # by so much the difference magnifies a rounding
+    lost = middle / abs(middle - root)  # factor by which the difference magnifies a rounding
     actual_low, actual_high = interval("le-cam", p, delta)
     if delta >= p / (2 - p):  # D at r = 0
         low = 0.0
@@ -224,7 +224,7 @@ def test_contains_equals_the_mask_of_dppo(spec: str, mask: Mask, delta: float) -
     dropped = value > delta
     assert 0.1 < dropped[clear].mean() < 0.9, "both answers are common"
     assert np.count_nonzero(inside[clear] == dropped[clear]) == 0
-    # The bounds say the same.
+    # The bounds decide alike.
     log_lower, log_upper = band.log_bounds(logp)
     between = (log_lower <= log_ratio) & (log_ratio <= log_upper)
     assert np.count_nonzero(between[clear] == dropped[clear]) == 0

@@ -1,4 +1,4 @@
-"""The command line as a shell sees it: output, JSON, exit codes, one-line errors."""
+"""The command line from outside: output, JSON, exit codes, one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What doctor finds, with GPUs and drivers that are not there."""
+"""Reports of doctor, with GPUs and drivers that are simulated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Report = dict[str, object]
 def report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Report]:
-    """Returns what doctor prints for a number of GPUs, what torch says, and why no kernel runs."""
+    """Returns the report for a number of GPUs, torch's verdict and the obstacle of the kernels."""
     from bandpo.backends import select
     from bandpo.backends.cuda import availability
 

@@ -1,4 +1,4 @@
-"""What a notebook shows: pictures of figures and regions; tables of presets and results."""
+"""Displays in a notebook: pictures of figures and regions; tables of presets and results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Divergences from text, calibration between them, and what a diagnosis says."""
+"""Divergences from text, calibration between them, and diagnoses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bandpo.generator import MAX_CALLS
 from bandpo.region import Status
 
 CUSTOM = 1e-10
-"""What a custom f may differ from the built-in it equals, relatively, for delta >= 1e-5."""
+"""Relative tolerance of a custom f against the built-in it equals, for delta >= 1e-5."""
 
 EXPRESSIONS = [
     ("kl", "-ln(u) + u - 1"),

@@ -1,4 +1,4 @@
-"""The two tables of `bandpo.Divergence`, against what the solver computes."""
+"""The two tables of `bandpo.Divergence`, against the solver."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from bandpo import Band, Divergence
 from bandpo._core import DIVERGENCES
 
 SAME = 1e-13
-"""Two evaluations of one formula in double precision, one of them as the table writes it."""
+"""Relative tolerance of two evaluations of one formula in double precision."""
 
 EXPRESSION = 1e-10
-"""What the bounds of an expression may differ by, relatively, for delta >= 1e-5."""
+"""Relative tolerance of the bounds of an expression, for delta >= 1e-5."""
 
 # In the middle and at both sides of every condition of the table, beside those of `DIVERGENCES`.
 PARAMETERS = {
@@ -56,7 +56,7 @@ def spec_of(name: str, value: float | None) -> str:
 
 
 def formula_of(name: str, value: float | None) -> tuple[str, str]:
-    """The generator as an expression in u, and what is made of D in terms of D."""
+    """The generator as an expression in u, and the quantity that delta bounds, in terms of D."""
     formula, _, units = FORMULAS[name][0].partition("; ")
     if formula.startswith("as "):
         formula = FORMULAS[formula.removeprefix("as ")][0]
@@ -105,7 +105,7 @@ def test_the_generator_is_the_one_of_the_table(name: str, value: float | None) -
     for p in (1e-3, 0.3, 0.9):
         for r in (0.1, 0.9, 1.05, 0.5 / p):
             expected = own(p * f(r) + (1 - p) * f((1 - r * p) / (1 - p)))
-            # The formula loses 1e-16 of 1 or of the term that is largest.
+            # The formula loses 1e-16 of 1 or of the max term.
             slack = SAME * (1 + p * abs(f(r)))
             assert divergence_at(spec, p, r) == pytest.approx(expected, rel=SAME, abs=slack), (p, r)
     formula, units = formula_of(name, value)
@@ -123,14 +123,14 @@ def test_limits_curvature_and_max_value_are_those_of_the_table(
     name: str, value: float | None
 ) -> None:
     spec, (f, own) = spec_of(name, value), of_table(name, value)
-    at_zero, slope, curvature, greatest = NUMBERS[name]
+    at_zero, slope, curvature, max_value = NUMBERS[name]
     # At p = 1/2 and r = 0 the others double.
     expected = own(0.5 * number(at_zero, name, value) + 0.5 * f(2.0))
     assert divergence_at(spec, 0.5, 0.0) == pytest.approx(expected, rel=SAME, abs=0)
     # At p = 1 the divergence is f(r) + (1-r) f'(inf).
     expected = own(f(0.5) + 0.5 * number(slope, name, value))
     assert divergence_at(spec, 1.0, 0.5) == pytest.approx(expected, rel=SAME, abs=0)
-    expected = number(greatest, name, value)
+    expected = number(max_value, name, value)
     assert divergence_at(spec, 1.0, 0.0) == pytest.approx(expected, rel=SAME, abs=0)
     if curvature == "none" or number(curvature, name, value) == np.inf:
         assert Divergence(spec).curvature is None
@@ -145,16 +145,16 @@ def test_limits_curvature_and_max_value_are_those_of_the_table(
 
 @pytest.mark.parametrize(("name", "value"), CASES)
 def test_from_the_max_value_on_everything_is_allowed(name: str, value: float | None) -> None:
-    greatest = number(NUMBERS[name][3], name, value)
+    max_value = number(NUMBERS[name][3], name, value)
     logp = np.array([-700.0, -20.0, -1.0, -1e-3, -1e-12])
     spec = spec_of(name, value)
-    if greatest == np.inf:
+    if max_value == np.inf:
         log_lower, log_upper = Band(spec, 10.0).log_bounds(logp)
         assert not np.all((log_lower == -np.inf) & (log_upper == -logp))
         return
-    rounded_up = greatest * (1 + 4 * np.finfo(float).eps)
+    rounded_up = max_value * (1 + 4 * np.finfo(float).eps)
     log_lower, log_upper = Band(spec, rounded_up).log_bounds(logp)
     np.testing.assert_array_equal(log_lower, np.full_like(logp, -np.inf))
     np.testing.assert_array_equal(log_upper, -logp)
-    log_lower, log_upper = Band(spec, 0.99 * greatest).log_bounds(logp)
+    log_lower, log_upper = Band(spec, 0.99 * max_value).log_bounds(logp)
     assert not np.all((log_lower == -np.inf) & (log_upper == -logp))

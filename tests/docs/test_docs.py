@@ -1,4 +1,4 @@
-"""What the documentation shows is run."""
+"""Code and commands of the documentation, run."""
 
 from __future__ import annotations
 

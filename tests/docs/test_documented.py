@@ -1,4 +1,4 @@
-"""What docs/numerics.md states of the solver, evaluated."""
+"""Statements of docs/numerics.md on the solver, evaluated."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[2]
 NUMERICS = (ROOT / "docs" / "numerics.md").read_text(encoding="utf-8")
 
 EVERY = 25
-"""Of the reference points, so many are passed over for each one that is looked at."""
+"""Step through the reference points: one in so many is evaluated."""
 
 BEYOND = mpf("1.5e-14")
-"""Relative distance from a bound at which D is greater than delta, as the document says."""
+"""Relative distance from a bound at which D is greater than delta, as documented."""
 
 # Points with log_lower just below saturation: spec, logp, delta. Their condition numbers are above
-# 1e14, and their relative errors were the greatest of ten thousand points of each divergence.
+# 1e14, and their relative errors were the max of ten thousand points of each divergence.
 NEAR_SATURATION = [
     ("alpha:0.5", "-0x1.19df327c3b65bp+3", "0x1.39729a1cde623p-12"),
     ("alpha:1.5", "-0x1.74d348fe12779p-6", "0x1.e39313d8e5b8ep+2"),

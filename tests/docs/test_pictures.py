@@ -16,7 +16,7 @@ from make_pictures import FOLDER, pictures
 from bandpo import plot
 
 PLACES = 0.01
-"""Points of 1/72 inch: what releases of matplotlib may round differently."""
+"""Tolerance in points of 1/72 inch, because releases of matplotlib round differently."""
 
 MAX_BYTES = 60_000
 

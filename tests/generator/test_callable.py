@@ -34,7 +34,7 @@ def jensen_shannon(u: Float64Array) -> Any:
     return (u * np.log(u) - (u + 1) * np.log((u + 1) / 2)) / 2
 
 
-# Written as a user would, not as would be best for the rounding errors.
+# Written as by a user, not for minimal rounding errors.
 FUNCTIONS: dict[str, Function] = {
     "kl": kl,
     "reverse-kl": reverse_kl,

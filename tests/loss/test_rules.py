@@ -2,7 +2,7 @@
 
 The functions ``published_...`` are oracles: from arrays of tokens to the loss of every token and
 the derivative of the sum of these losses in every ``log_prob``, with the numbers of the paper
-spelled out. They know nothing of this package.
+spelled out. They use nothing of this package.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LIMIT = 1e-12
 """Relative tolerance of a closed form that is evaluated as it stands."""
 
 TABLE = 1.3e-6
-"""What a loss by a table is off by: 1e-6 of a log upper bound or of a lower bound, and the float32
+"""Error of a loss by a table: 1e-6 of a log upper bound or of a lower bound, and the float32
 ulp, 2.4e-7, of a log bound below ln 10 or 4. Relative, and for lower bounds absolute."""
 
 TIE = 1e-9
@@ -239,7 +239,7 @@ def published_gmpo(
     return np.where(mask, loss, 0), np.where(mask & (signed <= 0.4), loss, 0)
 
 
-# --- what a preset says ------------------------------------------------------------------------
+# --- presets as arrays -------------------------------------------------------------------------
 
 
 def region_of(found: Preset) -> Region:
@@ -329,7 +329,7 @@ def test_bounds_of_presets_are_the_published_ones(name: str) -> None:
     p = np.concatenate([np.logspace(-4, -0.01, 200), [0.2 / 90, 0.05 / 9]])
     lower, upper = region_of(found).bounds(np.log(p))
     expected_lower, expected_upper = bounds(p)
-    # Lower bounds that fall out of double precision are the reference file's to check.
+    # Lower bounds below the range of doubles are checked by the reference files.
     seen = expected_lower > 1e-280
     np.testing.assert_allclose(lower[seen], expected_lower[seen], rtol=RULE, atol=0)
     np.testing.assert_array_less(lower[~seen], 1e-280)
@@ -525,7 +525,7 @@ def test_dcpo_is_the_set_of_its_inequality() -> None:
     logp, log_ratio = -rng.exponential(2, 100_000), rng.normal(0, 1, 100_000)
     p, r = np.exp(logp), np.exp(log_ratio)
     value = np.abs(r - 1) * r * p / np.where(r > 1, 0.2, 0.16)
-    # The inequality holds again below the lesser of two roots, which is not around 1.
+    # The inequality holds again below the lower of two roots, which is not around 1.
     inside = (value <= 1) & (r >= 0.5)
     clear = (np.abs(value - 1) > TIE) & (np.abs(r - 0.5) > TIE)
     np.testing.assert_array_equal(Dcpo().contains(logp, log_ratio)[clear], inside[clear])

@@ -122,7 +122,7 @@ def test_kl3_solves_its_equation(delta: float) -> None:
             t = mpf(log_bound)
             nearer = t - (expm1(t) - t - mpf(delta)) / expm1(t)
             assert log_bound == pytest.approx(float(nearer), rel=CLOSED_FORM, abs=0)
-    if 1e-3 < delta < 100:  # where scipy's own error does not count
+    if 1e-3 < delta < 100:  # where scipy's own error is negligible
         lower, upper = region.bounds(-1.0)
         branches = [-lambertw(-math.exp(-1 - delta), k).real for k in (0, -1)]
         assert (lower, upper) == pytest.approx(tuple(branches), rel=1e-12, abs=0)

@@ -1,4 +1,4 @@
-"""The peers do the same work, and the gate on instructions does fail."""
+"""Peers of the benchmarks do the same work, and the gate on instructions can fail."""
 
 from __future__ import annotations
 

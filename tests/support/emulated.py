@@ -42,8 +42,8 @@ FLAGS = (
     "-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
     "-Wno-clobbered", "-ffp-contract=off",
 )  # fmt: skip
-"""No pragma for loops is known, and getcontext is taken to return twice. A fused multiply-add would
-change the last bit, which -fmad=false prevents on a device."""
+"""Pragmas of loops are unknown to g++, and it assumes that getcontext returns twice. A fused
+multiply-add would change the last bit, which -fmad=false prevents on a device."""
 
 _DRIVER = """
 #include "{emulator}"
@@ -76,8 +76,8 @@ extern "C" void launch(const char* name, unsigned blocks, unsigned first, unsign
 
 
 def missing_compiler() -> str | None:
-    """Why no kernel can be compiled here, or None if one can."""
-    # Fibers are of ucontext.h, subnormals are flushed by an x86 register; a g++ on macOS is clang.
+    """The reason why no kernel can be compiled here, None if one can."""
+    # Fibers need ucontext.h, flushing an x86 register; on macOS g++ is clang.
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return "needs Linux on x86-64"
     return None if shutil.which("g++") else "needs g++"
@@ -90,7 +90,7 @@ def build(
     kernels: Sequence[str] = KERNELS,
     more: str = "",
 ) -> Path:
-    """Compiles kernels, those in `more` C++ among them, to a shared library."""
+    """Compiles kernels to a shared library, among them those of the C++ in `more`."""
     entries = ", ".join(
         f'{{"{name}", &emulator::Call<&{name}>::run, emulator::Call<&{name}>::COUNT}}'
         for name in kernels
@@ -109,10 +109,10 @@ class Emulator:
     """Launches kernels of a library that `build` made.
 
     Attributes:
-        grid: The most blocks of a launch, like what fits a device.
-        skipped: How many of them are left out, from the first on.
-        flush_to_zero: Whether subnormal numbers become 0.
-        last_warp_first: Whether the warps of a block run in this order.
+        grid: Max blocks of a launch, as on a device.
+        skipped: Number of blocks that are left out, from the first on.
+        flush_to_zero: True if subnormal numbers become 0.
+        last_warp_first: True if the warps of a block run in this order.
     """
 
     def __init__(self, library: Path) -> None:

@@ -28,7 +28,7 @@ _MAX_PRECISION = 40_000  # decimal digits
 # happen: for reverse-kl and every renyi the upper saturation is -log_prob, itself a float.
 _TIE_PRECISION = 1500
 
-# f is handed (u, u - 1, ln u), because the caller knows all three without cancellation.
+# f takes (u, u - 1, ln u), because the caller has all three without cancellation.
 Function = Callable[[mpf, mpf, mpf], mpf]
 
 
@@ -36,7 +36,7 @@ class Divergence(NamedTuple):
     """A generator f and the change of units between delta and the value of D_f.
 
     `at_zero` is f(0) and `slope_at_infinity` is f'(inf) = lim f(u)/u. They are functions, as are
-    the unit changes, so that they are evaluated at the precision of the moment.
+    the unit changes, so that they are evaluated at the current precision.
     """
 
     text: str
@@ -153,7 +153,7 @@ _PLAIN: dict[str, tuple[str, Function, Callable[[], mpf], Callable[[], mpf]]] = 
     "jeffreys": ("(u - 1) ln u", lambda u, x, t: x * t, lambda: inf, lambda: inf),
 }
 
-# name: (constructor, lowest parameter, highest parameter)
+# name: (constructor, min parameter, max parameter)
 _WITH_PARAMETER: dict[str, tuple[Callable[[mpf], Divergence], mpf, mpf]] = {
     "alpha": (_alpha, -inf, inf),
     "renyi": (_renyi, mpf(0), inf),
@@ -175,9 +175,9 @@ def parse(spec: str) -> Divergence:
     if name == "bhattacharyya" and not parameter:
         return _bhattacharyya()
     if name in _WITH_PARAMETER and parameter:
-        make, lowest, highest = _WITH_PARAMETER[name]
+        make, low, high = _WITH_PARAMETER[name]
         value = mpf(float(parameter))
-        if lowest <= value <= highest and not isinf(value) and (name, value) != ("renyi", 0):
+        if low <= value <= high and not isinf(value) and (name, value) != ("renyi", 0):
             return make(value)
     raise ValueError(f"unknown divergence {spec!r}")
 
@@ -343,7 +343,7 @@ def _attempt(
         radius = div.radius(delta)
         edge = _saturation(div, shrink, grow)
         if abs(edge - radius) <= radius * mpf(10) ** (20 - precision):
-            # The side cannot be told. D = delta at the edge belongs to the band.
+            # The side is undecided. D = delta at the edge belongs to the band.
             return -inf if precision >= _TIE_PRECISION else None
         if edge < radius:
             return -inf

@@ -1,4 +1,4 @@
-"""Tables: against the solver, and files that are not what they should be."""
+"""Tables against the solver, and files that are damaged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bandpo.error import (
 )
 
 TARGET = 1e-6
-"""Absolute error of log_upper and lower beyond one float32 ulp of the bound: the promise."""
+"""Absolute error of log_upper and lower beyond one float32 ulp of the bound, as documented."""
 
 
 def float32_log_probs(count: int) -> NDArray[np.float32]:
@@ -224,7 +224,7 @@ def test_a_later_sample_lowers_no_stated_error() -> None:
     assert max(table.max_error) > 0.0
     verified = table.verify(2)
     assert all(map(operator.ge, verified.max_error, table.max_error))
-    # What two samples found is kept by the next two.
+    # Errors that two samples found are kept by the next two.
     assert verified.verify(2).max_error == verified.max_error
 
 
@@ -306,7 +306,7 @@ def test_kinks_lie_exactly_where_curves_cross() -> None:
 
 
 def test_a_table_above_the_target_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No region is known that 32 KiB do not hold; so the target is put where no float32 gets.
+    # No region is known to need more than 32 KiB, so the target is set below a float32 ulp.
     monkeypatch.setattr(bandpo.table, "TARGET", 1e-9)
     with pytest.warns(TableAccuracyWarning, match=r"off by .*e-0\d, above 1e-09"):
         table = BandTable.build(Band("reverse-kl", 0.0123))

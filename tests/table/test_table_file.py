@@ -1,4 +1,4 @@
-"""The table file: what docs/table-format.md says of it, and files that are not as it says."""
+"""The table file: its layout by docs/table-format.md, and files that depart from it."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_a_verification_by_samples_checks_every_cell() -> None:
         node, _, _ = cell_of(image, side, y)
         spoiled = bytearray(image)
         for word in 2 * node, 2 * node + 2:
-            # Into the simplex: a lookup would mend what lies outside.
+            # Into the simplex, because a lookup clamps a value outside it.
             value = number(image, word) - signs[side] * 1e-3
             struct.pack_into("<f", spoiled, 4 * word, value)
         metadata = {**header["__metadata__"]}

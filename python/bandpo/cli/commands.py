@@ -31,10 +31,10 @@ CHECK_FAILED = 1
 """Exit code of a check that failed."""
 
 SAMPLES = 1_000_000
-"""Log-probs that ``table verify`` compares unless told otherwise."""
+"""Log-probs that ``table verify`` compares by default."""
 
 PICTURE = "bandpo-plot.png"
-"""The picture that ``plot`` writes unless told otherwise."""
+"""The picture that ``plot`` writes by default."""
 
 TOGETHER = 3
 """Regions that are drawn over each other unless axes are named; more are hard to tell apart."""
@@ -281,7 +281,7 @@ def _numbers_on_input() -> list[float]:
 
 
 def _describe(table: BandTable, path: str) -> dict[str, Any]:
-    """What a table file says of itself, numbers as numbers."""
+    """The metadata of a table file, numbers as numbers."""
     metadata = table.metadata
     return {
         "path": path,

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 GAP = "  "
 
 _MIN_TEXT = 24
-"""The narrowest column that running text is wrapped into."""
+"""Min width of a column that running text is wrapped into."""
 
 
 def width() -> int:
-    """Returns the columns of the terminal, or those that ``COLUMNS`` says; a pipe has no end."""
+    """Returns the columns of the terminal, or those of ``COLUMNS``; a pipe has no limit."""
     return shutil.get_terminal_size(fallback=(1_000_000, 24)).columns
 
 

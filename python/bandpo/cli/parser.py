@@ -91,7 +91,7 @@ def _check_commands(
 
 
 def _unambiguous(given: Sequence[str]) -> Iterator[str]:
-    """Puts a space before a value that begins with a minus; argparse takes it for an option."""
+    """Puts a space before a value with a minus; otherwise argparse takes it for an option."""
     for text in given:
         if text.startswith("--logp="):
             yield "--logp"
@@ -160,7 +160,7 @@ def _add_table(to: _Commands) -> Sequence[str]:
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     build = actions.add_parser("build", help="tabulate a region into a file")
-    build.add_argument("region", nargs="?", metavar="REGION", help="what to tabulate (kl@0.05)")
+    build.add_argument("region", nargs="?", metavar="REGION", help="region to tabulate (kl@0.05)")
     _add_region_options(build)
     build.add_argument(
         "-o", "--output", type=_path, required=True, help="the .safetensors file to write"

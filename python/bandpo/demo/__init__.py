@@ -1,4 +1,4 @@
-"""A small experiment on real training: what does the clip rule change, and against what?
+"""A small experiment: the same policy trained under several clip rules.
 
 A transformer of 0.12 M parameters is fitted to a made-up corpus in which the right answer to every
 prompt is rare, then trained by GRPO on a verifiable reward, with several optimizer steps on each
@@ -38,7 +38,7 @@ def run(
     Args:
         output: The picture to write, .png, .svg or .pdf; None for none. That it can be written is
             checked before any training.
-        quiet: Whether to leave out the progress bars on stderr.
+        quiet: True leaves out the progress bars on stderr.
         progress: Called with a stage, its steps done and its steps in all; replaces the bars.
         **settings: Any field of `Settings`.
 

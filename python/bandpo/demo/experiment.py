@@ -75,7 +75,7 @@ def _right_probability(policy: Policy, task: Task) -> float:
 
 @contextmanager
 def _torch_state_kept() -> Iterator[None]:
-    """Runs on one thread, in float32, with random numbers of its own; then puts all back.
+    """Runs on one thread, in float32, with random numbers of its own; then restores them.
 
     The matrices are too small to share: on two busy cores a second thread made a run many times
     slower.

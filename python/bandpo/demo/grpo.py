@@ -27,11 +27,11 @@ def train(
     settings: Settings,
     on_batch: Callable[[], object],
 ) -> Run:
-    """Trains a copy of the policy under one region and returns what happened.
+    """Trains a copy of the policy under one region and returns its run.
 
     A batch samples `settings.group` answers to each of `settings.prompts_per_batch` prompts, then
-    takes `settings.inner_steps` optimizer steps on all of them: the first is on-policy, the later
-    ones are what a clip rule acts on. An answer is one token, so every tensor is [tokens, 1].
+    takes `settings.inner_steps` optimizer steps on all of them: the first is on-policy, and a clip
+    rule acts on the later ones. An answer is one token, so every tensor is [tokens, 1].
     """
     policy = copy.deepcopy(pretrained)
     optimizer = torch.optim.Adam(policy.parameters(), settings.learning_rate, fused=True)

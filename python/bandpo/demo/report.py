@@ -16,7 +16,7 @@ from bandpo.demo.rule import BAND, CAP, FIXED
 
 
 def print_report(result: Result, console: Console | None = None) -> None:
-    """Prints the conclusion, the two tables and what was run, to stdout unless told otherwise."""
+    """Prints the conclusion, the two tables and the settings, to stdout by default."""
     console = Console() if console is None else console
     console.print(result.conclusion, highlight=False)
     for table in (_outcome_table(result), _clip_table(result)):
@@ -61,7 +61,7 @@ def _print_rows(table: Table, console: Console) -> None:
 
 
 def conclusion(result: Result) -> str:
-    """Returns what the runs say of the band against every other rule.
+    """Returns the comparison of the band with every other rule.
 
     A seed gives all rules the same start, so they are compared seed by seed: one is called faster
     or slower, higher or lower, only if it is so on every seed.

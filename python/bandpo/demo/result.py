@@ -1,4 +1,4 @@
-"""What came out of a demo run, as plain numbers."""
+"""The results of a demo run, as plain numbers."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Result:
     """All runs of a demo.
 
     Attributes:
-        settings: What was run.
+        settings: Those of the run.
         table_nbytes: Size of the band's table in bytes.
-        table_max_error: Its largest error found, in log_upper and in lower.
+        table_max_error: Its max error found, in log_upper and in lower.
         base_probability: Median probability of the right answer after pre-training, for each seed.
         runs: One for each rule and seed.
-        conclusion: What the runs say, in words.
-        picture: Where the picture was written, None if it was not asked for.
+        conclusion: The comparison of the rules, in words.
+        picture: Path of the picture, None for none.
     """
 
     settings: Settings

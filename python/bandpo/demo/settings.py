@@ -1,4 +1,4 @@
-"""What a demo run is asked to do."""
+"""The settings of a demo run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from bandpo.error import InvalidTypeError, InvalidValueError
 
-# Answers the policy chooses from; every prompt needs one of its own as the right one.
+# Answers that the policy chooses from. Each prompt has a right one of its own.
 ANSWERS = 300
 
 
@@ -54,9 +54,9 @@ class Settings:
                 continue
             if not isinstance(value, int):
                 raise InvalidTypeError(f"{field.name} must be an int, got {value!r}")
-            least, most = ranges.get(field.name, (1, math.inf))
-            if not least <= value <= most:
-                allowed = f"at least {least}" if most == math.inf else f"in {least}..{most}"
+            low, high = ranges.get(field.name, (1, math.inf))
+            if not low <= value <= high:
+                allowed = f"at least {low}" if high == math.inf else f"in {low}..{high}"
                 raise InvalidValueError(f"{field.name} must be {allowed}, got {value}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0.0):
             raise InvalidValueError(
