@@ -167,7 +167,8 @@ class TestGlobalBatch:
             random_batch((4, 8)).loss(region=KL, global_batch={"tokens": 3})
 
 
-def test_names_that_need_torch_are_found_at_their_first_use() -> None:
+def test_the_first_use_imports_torch_and_initialises_neither_cupy_nor_cuda() -> None:
+    """Otherwise a process could not be forked after its imports."""
     assert bandpo.policy_loss is policy_loss
     assert bandpo.preset is preset
     assert {"policy_loss", "preset", "loss", "torch"} <= set(dir(bandpo))
@@ -177,6 +178,8 @@ def test_names_that_need_torch_are_found_at_their_first_use() -> None:
 import sys, bandpo
 assert "torch" not in sys.modules
 print(bandpo.policy_loss.__name__, bandpo.loss.__name__, bandpo.torch.__name__)
+import torch, bandpo.backends.cuda.kernels
+assert "cupy" not in sys.modules and not torch.cuda.is_initialized()
 """
     run = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True

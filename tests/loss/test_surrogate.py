@@ -348,10 +348,11 @@ class TestWeights:
         assert not want.per_token[0].any()
 
 
+# One of each path through the code: numbers alone differ in "mask, c = 1.5" and "preserving .75".
 LEVELS_OF = [
     *(
         (name, level)
-        for name in ("min-clip", *FORMULAS, "whole")
+        for name in ("min-clip", "mask", "mask, no c", "weight", "preserving", "whole")
         for level in ("token", "sequence")
     ),
     ("min-clip", "geometric-mean"),
