@@ -73,14 +73,15 @@ RULES: tuple[tuple[str, list[float]], ...] = (
     ("gradient-preserving", [0.75, 0.5]),
 )
 
-SMALLEST_NORMAL = 2.0**-126
+MIN_NORMAL = 2.0**-126
 """Results below it may be flushed to 0."""
 
-FLUSHED = 8.0 * 2.0**30 * SMALLEST_NORMAL
-"""A derivative of a node below the smallest normal number is lost, with the width of its cell, at
+FLUSHED = 8.0 * 2.0**30 * MIN_NORMAL
+"""A derivative of a node below the min normal number is lost, with the width of its cell, at
 most 2^30, in one of the eight terms of a cubic."""
 UNMOVED = FLUSHED * 2.0**24
-"""That does not reach the last bit of lower bounds above it, e^-47, far beyond the clamp, e^-20."""
+"""Such a loss leaves the last bit of lower bounds above it as it is: e^-47, far beyond the clamp,
+e^-20."""
 
 TOTALS = 4e-7
 """Relative, of sums in float32: Rust adds 32 vectors, a thread 32 tokens, before float64 takes
@@ -100,7 +101,7 @@ WELL_CONDITIONED = 20.0
 SOLVED = 1e-12
 """Relative error that `kernels.log_bounds` states where the condition number is at most 20."""
 CONVERTED = 1e-10
-"""The same for renyi and bhattacharyya next to their greatest value: rounding the radius of their
+"""The same for renyi and bhattacharyya next to their max value: rounding the radius of their
 generator moves the bound by more than its condition number says."""
 
 FAR = (-690.0, -1e-300)
@@ -152,7 +153,7 @@ def check_as_rust(
             assert equal(mine, rusts)
     assert torch.equal(actual[2].cpu(), wanted[2])
     tolerance = LIBM if wide else TOTALS
-    # Sums of x cancel: what is rounded are its terms.
+    # Sums of x cancel, so the rounding is that of its terms.
     scale = wanted[3].abs()
     finite = torch.where(valid.cpu(), (tokens[1] - tokens[0]).clamp(-20.0, 20.0), 0.0)
     scale[0] = torch.maximum(scale[0], finite.abs().sum().double())
@@ -312,7 +313,7 @@ class TestTotals:
 
 @pytest.mark.skipif(SANITIZED, reason="the address sanitizer sets memory aside for every byte")
 class TestManyTokens:
-    """Their last block alone: of all that memory no more than that is ever touched."""
+    """Their last block alone, so that little of the memory is ever used."""
 
     @pytest.fixture(autouse=True)
     def _last_block(self, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +328,7 @@ class TestManyTokens:
 
     @staticmethod
     def untouched(count: int, dtype: type) -> torch.Tensor:
-        """One more than `count` zeros, in pages that nobody has looked at."""
+        """One more than `count` zeros, in pages that the system has not filled."""
         try:
             return torch.from_numpy(np.zeros(count + 1, dtype))
         except MemoryError as reason:
@@ -357,7 +358,7 @@ class TestManyTokens:
         tokens = []
         for end in (old, new, torch.ones(rows, here, dtype=torch.bool)):
             dtype = np.bool_ if end.dtype == torch.bool else np.float16
-            # Next to a boundary of vectors, unless they are wanted.
+            # Off the boundaries of vectors, unless vectors are wanted.
             whole = self.untouched(count, dtype)[0 if in_vectors else 1 :][:count]
             tokens.append(whole.view(rows, count // rows))
             tokens[-1][-1, -here:] = end[-1]
@@ -402,8 +403,8 @@ class TestTable:
             found = kernels.table_log_bounds(*on(device, [words, logp])).cpu().numpy()
             log_lower, log_upper = found
             np.testing.assert_array_equal(
-                np.where(np.abs(upper) < SMALLEST_NORMAL, 0.0, upper),
-                np.where(np.abs(log_upper) < SMALLEST_NORMAL, 0.0, log_upper),
+                np.where(np.abs(upper) < MIN_NORMAL, 0.0, upper),
+                np.where(np.abs(log_upper) < MIN_NORMAL, 0.0, log_upper),
             )
             self.check_logarithms(log_lower, lower)
 
@@ -431,7 +432,7 @@ class TestTable:
                 read_table(words, logp, torch.tensor(side)).numpy() for side in (True, False)
             )
         log_lower, log_upper = kernels.table_log_bounds(*on(device, [words, logp])).cpu().numpy()
-        np.testing.assert_allclose(log_upper, upper, rtol=0.0, atol=SMALLEST_NORMAL)
+        np.testing.assert_allclose(log_upper, upper, rtol=0.0, atol=MIN_NORMAL)
         self.check_logarithms(log_lower, lower)
 
     @pytest.mark.parametrize("region", REGIONS, ids=str)
@@ -489,7 +490,7 @@ class TestTable:
 
 
 class TestOperators:
-    """As `torch.compile`, autograd and fake tensors see them; their kernels are tested above."""
+    """Under `torch.compile`, autograd and fake tensors; their kernels are tested above."""
 
     @pytest.fixture
     def in_place_of_rust(self, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -549,7 +550,7 @@ class TestOperators:
     def test_forward_mode_and_transforms_agree_with_the_gradient(
         self, rule: tuple[str, list[float]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """An operator alone would be a constant for them."""
+        """Otherwise they would take an operator for a constant."""
         for module in ("autograd", "internals"):
             monkeypatch.setattr(f"bandpo.backends.{module}.is_in_memory", lambda tensor: False)
         tokens = [tensor.nan_to_num() for tensor in batch((3, 40))]
@@ -680,7 +681,7 @@ class TestExact:
         bound = np.where(rng.random(2000) < 0.5, *region.log_bounds(logp))
         bound = np.where(np.isfinite(bound), bound, -3.0)
         x = bound * (1.0 + rng.choice([-1.0, 1.0], 2000) * 10.0 ** rng.uniform(-8.0, 1.0, 2000))
-        # Next to an ill-conditioned bound double precision cannot tell.
+        # Double precision does not decide next to an ill-conditioned bound.
         outer, inner = (region.contains(logp, x * (1.0 + step)) for step in (1e-9, -1e-9))
         clear = outer == inner
         tensors = on(device, [torch.from_numpy(logp), torch.from_numpy(x)])
@@ -750,7 +751,7 @@ def test_sizes_and_numbers_in_python_equal_the_source() -> None:
     sizes = dict(constants_of_the_source())
     assert sizes["THREADS"] == THREADS
     assert sizes["THREADS"] * sizes["WIDTH"] * sizes["VECTORS"] == CHUNK
-    assert sizes["WIDTH"] * sizes["VECTORS"] < 64  # what six bits of a flag hold
+    assert sizes["WIDTH"] * sizes["VECTORS"] < 64  # what six bits of a count hold
     for number, name in enumerate(NAMES):
         assert f"{name.upper().replace('-', '_')} = {number}" in _core.KERNEL_SOURCE
     for spec, name in (("tv", "TV"), ("le-cam", "LE_CAM"), ("hockey-stick:2", "HOCKEY_STICK")):
@@ -826,7 +827,7 @@ class TestEmulator:
 
 
 class FakeCupy:
-    """The part of CuPy 14 that launches take, in the emulator; `log` says what was current."""
+    """The part of CuPy 14 that launches take, in the emulator; `log` holds the calls."""
 
     __version__ = "14.0.0"
 
@@ -899,10 +900,13 @@ class TestLaunch:
         tokens = batch((5, 8192))
         check_as_rust(torch.device("cpu"), tokens, bounds_of(KL, tokens[0]), RULES[1])
         totals = SUMS + COUNTS + 3 * PROBABILITY_BINS
-        most = BLOCKS_A_PROCESSOR * self.PROCESSORS
-        launches = [("launched", self.LOSS, 1, 77, 5), ("launched", TOTALS_KERNEL, 1, 77, most)]
+        max_blocks = BLOCKS_A_PROCESSOR * self.PROCESSORS
+        launches = [
+            ("launched", self.LOSS, 1, 77, 5),
+            ("launched", TOTALS_KERNEL, 1, 77, max_blocks),
+        ]
         compiled = [("compiled", self.LOSS, 1), ("compiled", TOTALS_KERNEL, 1)]
-        assert totals > most
+        assert totals > max_blocks
         assert cupy.log == [compiled[0], launches[0], compiled[1], launches[1]]
         assert (cupy.devices, cupy.streams) == ([], [])
 
@@ -956,7 +960,7 @@ def test_a_missing_cupy_names_an_extra_that_exists(
 
 
 class FakeStream:
-    """A stream that can do as much as one of torch when no GPU looks."""
+    """The events of a stream of torch, without a GPU."""
 
     def __init__(self) -> None:
         self.events: list[object] = []
@@ -971,7 +975,7 @@ class FakeStream:
 
 
 class TestCached:
-    """What outlives a call: constants, tables, radii."""
+    """Tensors that outlive a call: constants, tables, radii."""
 
     def test_a_stream_waits_for_the_stream_that_fills(
         self, monkeypatch: pytest.MonkeyPatch
@@ -987,11 +991,11 @@ class TestCached:
         assert kept.ready() is tensor
         assert other.waited == one.events
         assert recorded == [other]
-        kept.mark_filled()  # now there
+        kept.mark_filled()
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: one)
         kept.ready()
         assert one.waited == other.events
-        # In a capture nothing outside may be waited for.
+        # A capture may not wait for events outside it.
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         kept.ready()
         assert len(one.waited) == 1

@@ -1,4 +1,4 @@
-"""What only a GPU shows: streams, graphs, more than 2^31 tokens, no waiting; else skipped."""
+"""Streams, graphs, more than 2^31 tokens, no waiting: skipped, with the reason, without a GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support.emulated import INDEXING_TESTS
 
 pytestmark = [
     pytest.mark.usefixtures("gpu"),
-    # Of torch's compiler and its debug mode for synchronization, which say what they are.
+    # Warnings of torch's compiler and of its debug mode for synchronisation.
     pytest.mark.filterwarnings("default"),
 ]
 
@@ -70,7 +70,7 @@ def test_the_loss_equals_the_cpu(region: bandpo.Region, surrogate: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("exact", [False, True])
 def test_half_precision_equals_float32_of_the_same_numbers(dtype: torch.dtype, exact: bool) -> None:
-    """Without a copy in float32, and with the same result."""
+    """The log-probs are read as they are, with the result of a copy in float32."""
     old, new, advantages, valid = batch((64, 1024))
     narrow = [old.to(dtype), new.to(dtype), advantages, valid]
     wide = [narrow[0].float(), narrow[1].float(), advantages, valid]
@@ -139,7 +139,7 @@ def test_the_host_never_waits() -> None:
             )
             torch.autograd.grad(result.loss, new)
             assert len(dict(result.metrics)) > 10
-        # What is new: its constants, its table, its radii.
+        # New regions: their constants, table and radii.
         for region in (bandpo.Clip(0.1), bandpo.Band("tv", 0.02), bandpo.Band("kl", radii)):
             clip(region, old, new.detach() - old)
     finally:
@@ -178,7 +178,7 @@ def test_the_loss_runs_on_the_current_stream() -> None:
 
 @pytest.mark.parametrize("kind", ["constants", "table", "radii"])
 def test_another_stream_waits_until_cached_tensors_are_filled(kind: str) -> None:
-    """It is filled behind long work on the stream of its first use."""
+    """They are filled behind long work on the stream of their first use."""
     old, new, _, _ = batch((64, 1024))
     regions: dict[str, Callable[[], bandpo.Region]] = {
         "constants": lambda: bandpo.Clip(0.2, 0.28),
@@ -257,9 +257,9 @@ def test_the_operator_allocates_its_outputs_alone() -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     outputs = token_loss_op(*inputs, bounds, "min-clip", [], True)
-    most = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
     assert outputs[0].shape == (4096, 512)
-    assert most <= 8 * old.numel() + 2**18
+    assert peak <= 8 * old.numel() + 2**18
 
 
 def test_compiles_without_a_graph_break() -> None:
@@ -373,7 +373,7 @@ def test_every_kernel_passes_compute_sanitizer(tool: str) -> None:
          "--kernel-regex", "kns=bandpo", sys.executable, "-m", "pytest", "-q", "-W", "default",
          "-p", "no:cacheprovider", str(Path(__file__).with_name("test_cuda.py")),
          "-k", f"gpu and ({INDEXING_TESTS})"],
-        # Its allocator would put tensors next to each other, where nobody sees an overrun.
+        # Otherwise its allocator puts tensors next to each other, which hides an overrun.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -27,7 +27,7 @@ ARCHITECTURES = {12: (70, 75, 80, 86, 89, 90, 100, 120), 13: (75, 80, 86, 89, 90
 """By the major version of CUDA, what users have; the last line of compilers with sm_70 is 12."""
 
 ADDED_BY_CUPY = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
-"""What CuPy 14 adds to `COMPILER_OPTIONS`, beside folders of headers, not used here."""
+"""Options that CuPy 14 adds to `COMPILER_OPTIONS`, without folders of headers, not used here."""
 
 REGISTERS_OF_AN_SM = 65536
 THREADS_THAT_HIDE_MEMORY = 768
@@ -39,7 +39,7 @@ SHARED_BYTES = 48 * 1024
 
 
 class Compiled(NamedTuple):
-    """What is known of kernels in a binary."""
+    """Kernels in a binary."""
 
     log: str
     names: list[str]  # in the binary
@@ -92,7 +92,7 @@ class Nvrtc:
 
 @cache
 def compiler(major: int) -> Nvrtc | None:
-    """That of a wheel, which installs into the namespace package ``nvidia``."""
+    """The compiler of a wheel, which installs into the namespace package ``nvidia``."""
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations or () if spec else ():
         for library in Path(folder).glob(f"*/lib/libnvrtc.so.{major}"):
@@ -101,7 +101,7 @@ def compiler(major: int) -> Nvrtc | None:
 
 
 class Resources(NamedTuple):
-    """What a thread of a kernel, and its block, take."""
+    """Resources of a thread of a kernel, and of its block."""
 
     registers: int
     shared_bytes: int
@@ -109,7 +109,7 @@ class Resources(NamedTuple):
 
 
 def resources(log: str) -> dict[str, Resources]:
-    """Those of each kernel by its name in the binary."""
+    """The resources of each kernel by its name in the binary."""
     found = {}
     for text in log.split("Compiling entry function '")[1:]:
         name = text.partition("'")[0]
@@ -138,7 +138,7 @@ def test_every_kernel_compiles_everywhere_without_spills(major: int, architectur
     ]  # fmt: skip
     log, names, _ = nvrtc.compile(_core.KERNEL_SOURCE, KERNELS, options)
     warned = [line for line in log.splitlines() if "warning" in line]
-    # NVRTC 12 says of sm_70 that it is old.
+    # NVRTC 12 warns that sm_70 is deprecated.
     assert [line for line in warned if "deprecated" not in line] == []
     found = resources(log)
     assert len(set(names)) == len(KERNELS) == len(found)
@@ -158,7 +158,7 @@ def test_a_spill_is_reported() -> None:
     options = [*COMPILER_OPTIONS, "-arch=sm_90", "--ptxas-options=-v"]
     one, eight = (f"__launch_bounds__(THREADS, {blocks}) band_solve" for blocks in (1, 8))
     assert one in _core.KERNEL_SOURCE
-    source = _core.KERNEL_SOURCE.replace(one, eight)  # of which each has 32 registers
+    source = _core.KERNEL_SOURCE.replace(one, eight)  # so that a thread has 32 registers
     log, [name], _ = nvrtc.compile(source, ["bandpo::band_solve<double>"], options)
     assert max(resources(log)[name].spilled) > 0
 
@@ -168,7 +168,7 @@ def test_a_spill_is_reported() -> None:
 )
 def test_tokens_are_read_and_written_in_vectors(stored: str, loads: int, stores: int) -> None:
     """Log-probs, log-ratios, advantages and mask; losses and gradients: four tokens by one
-    instruction, of float64 by two. Else a warp would write 4 of every 16 bytes at a time.
+    instruction, of float64 by two. Otherwise a warp would write 4 of every 16 bytes at a time.
     """
     nvrtc = compiler(13)
     if nvrtc is None:
@@ -181,7 +181,7 @@ def test_tokens_are_read_and_written_in_vectors(stored: str, loads: int, stores:
 
 
 class TestCupy:
-    """What CuPy itself would do, as far as it can without a device."""
+    """CuPy itself, as far as it runs without a device."""
 
     @pytest.fixture(autouse=True)
     def _cupy(self) -> None:
@@ -209,7 +209,7 @@ class TestCupy:
         nvrtc.destroyProgram(program)
 
     def test_cupy_has_the_interface_that_a_launch_uses(self) -> None:
-        """And does not call it deprecated: warnings are errors here."""
+        """None of it is deprecated, because warnings are errors here."""
         import cupy
 
         assert cupy_module() is cupy

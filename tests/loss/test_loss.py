@@ -51,7 +51,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KL = bandpo.Band("kl", 0.05)
 CLIP = bandpo.Clip(0.2, 0.28)
 
-# torch's own, raised on the first import of its compiler.
+# A warning of torch itself, on the first import of its compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
@@ -131,14 +131,14 @@ class TestMinClip:
             assert torch.equal(one.per_token, result.per_token[:, t])
 
     def test_a_region_with_log_bounds_alone_is_accepted(self, backend: str) -> None:
-        class Widest(bandpo.Region):
+        class Union(bandpo.Region):
             def log_bounds(self, logp: Any) -> tuple[Float64Array, Float64Array]:
                 pairs = KL.log_bounds(logp), CLIP.log_bounds(logp)
                 return np.minimum(*(p[0] for p in pairs)), np.maximum(*(p[1] for p in pairs))
 
         batch = random_batch((20, 30), dtype=torch.float64)
-        wanted = exact_losses(batch, Widest()) * batch.response_mask.numpy()
-        assert_close(batch.loss(region=Widest(), backend=backend).per_token, wanted, 1e-13)
+        wanted = exact_losses(batch, Union()) * batch.response_mask.numpy()
+        assert_close(batch.loss(region=Union(), backend=backend).per_token, wanted, 1e-13)
 
     def test_at_a_bound_the_gradient_passes_and_at_the_dual_clip_it_stops(
         self, backend: str
@@ -170,11 +170,11 @@ class TestMinClip:
         new = torch.tensor([0.0, 0.0, -1.0, -20.0, -math.inf, -1.0], dtype=torch.float64)
         batch = Batch(old, new, torch.ones_like(old), torch.ones_like(old))
         options: dict[str, Any] = {"region": bandpo.Clip(1.0, math.inf), "backend": backend}
-        most, least = -math.exp(20.0), -math.exp(-20.0)
+        high, low = -math.exp(20.0), -math.exp(-20.0)
         result = batch.loss(**options)
-        assert_close(result.per_token, [most, most, most, least, least, most], 1e-15)
+        assert_close(result.per_token, [high, high, high, low, low, high], 1e-15)
         gradient = batch.gradient(**options, loss_agg_mode="token-sum")
-        assert_close(gradient, [most, 0.0, 0.0, least, 0.0, 0.0], 1e-15)
+        assert_close(gradient, [high, 0.0, 0.0, low, 0.0, 0.0], 1e-15)
         assert result.metrics["nonfinite_tokens"] == 0
 
     def test_gradients_pass_gradcheck(self, backend: str) -> None:
@@ -237,7 +237,7 @@ class TestMinClip:
 
 
 class TestLossOfEachToken:
-    """It is computed when it is looked at, as if it had been there all the time."""
+    """It is computed at its first access, with the values of the call."""
 
     @pytest.mark.parametrize("surrogate", ["min-clip", "mask", "weight", "gradient-preserving"])
     def test_it_adds_up_to_the_loss_with_its_gradient(self, surrogate: str, backend: str) -> None:
@@ -432,7 +432,7 @@ for generation in range(2):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_forked_process_does_not_wait_for_threads_of_its_parent() -> None:
-    """It would wait for ever for those of its parent."""
+    """Otherwise it would wait for ever, because a fork copies no threads."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True)
 
 
@@ -466,7 +466,7 @@ class TestBackendsAgree:
             assert gradients[0].dtype == dtype
             # In 8 or 11 bits both round to a neighbour.
             rounding = torch.finfo(dtype).eps if dtype.itemsize == 2 else tight
-            # Half precision has no digits left below its smallest normal numbers.
+            # Half precision loses digits below its min normal number.
             largest = float(gradients[1].abs().max())
             floor = 1e-7 if dtype.itemsize == 2 else tight * largest
             assert_close(gradients[0], gradients[1].double().numpy(), rounding, atol=floor)
@@ -827,7 +827,7 @@ def test_the_host_never_waits(mode: str, backend: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_meta_tensors_are_accepted(mode: str) -> None:
-    """Nothing may depend on values where tensors have none; and other devices take torch."""
+    """They have no values to depend on; devices other than CPU and CUDA take torch."""
     batch = Batch(*(tensor.to("meta") for tensor in random_batch((4, 8))))
     batch.log_prob.requires_grad_()
     options: dict[str, Any] = {"loss_agg_mode": mode, "metrics_by_probability": True}
@@ -890,7 +890,7 @@ class TestCompile:
     def test_inductor_equals_eager(self, backend: str) -> None:
         try:
             torch.compile(torch.sin, backend="inductor")(torch.ones(2))
-        except RuntimeError as reason:  # PyTorch alone: it wants a C++ compiler, which we do not
+        except RuntimeError as reason:  # it needs a C++ compiler, which bandpo does not
             pytest.skip(f"inductor does not work here: {str(reason).splitlines()[0]}")
         batch = random_batch((16, 32))
         options: dict[str, Any] = {
@@ -951,7 +951,7 @@ class TestCompile:
 
 
 def register(region: bandpo.Region) -> int:
-    """The number by which the solver's operator knows a region."""
+    """The number of a region for the solver's operator."""
     bounds_of(region, torch.zeros(1), exact=True)
     return id(region)
 

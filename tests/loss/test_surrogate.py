@@ -35,7 +35,7 @@ TABULATED = 4e-6
 """Relative: a table is off by 1e-6 in the log of a bound or in a ratio above 0.3; float32 adds its
 rounding."""
 
-# torch's own, raised on the first import of its compiler.
+# A warning of torch itself, on the first import of its compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 

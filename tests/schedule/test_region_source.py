@@ -20,7 +20,7 @@ from bandpo.schedule import Bapo, Linear, RegionSource, ScheduledBand
 from bandpo.tensors.bounds import _LIVE, bounds_of
 from support.batches import random_batch
 
-# torch's own, raised on the first import of its compiler.
+# A warning of torch itself, on the first import of its compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
