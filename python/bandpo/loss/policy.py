@@ -74,22 +74,39 @@ def policy_loss(
       ``A < 0`` (PPO; with a band: BandPO, arXiv 2603.04918; dual clip ``c``: Ye et al. 2020, arXiv
       1912.09729). Its gradient is ``-A r``, but 0 beyond, where ``A < 0`` and ``r >= c``, and where
       the clamp acts.
-    - mask: ``-A sg(min(r, truncation)) log_prob``, and 0 beyond (DPPO, arXiv 2602.04879); see
-      `bandpo.Mask`.
+    - mask: ``-A sg(min(r, truncation)) log_prob``, and 0 beyond (DPPO, arXiv 2602.04879), or with
+      ``symmetric`` 0 outside either bound (IPO of prime-rl); see `bandpo.Mask`.
     - weight: ``-A sg(clip(r, lower, upper)) log_prob`` (CISPO, arXiv 2506.13585). Every token keeps
       a gradient, and both bounds hold for either sign of A.
     - gradient-preserving: ``-A r``, and beyond ``-A beta bound r/sg(r)`` (CE-GPPO, arXiv
       2509.20712); see `bandpo.GradientPreserving`.
+    - soft-gate: ``-A (2 + 2 w tanh(tau (r - 1)/(2 w)))/tau`` (SAPO, arXiv 2511.20347, with w = 1);
+      see `bandpo.SoftGate`.
+    - quadratic: ``-A r + abs(A) (r - 1)^2/(2 w)`` (SPO, arXiv 2401.16025; DRPO, arXiv 2606.09821).
+      Its gradient is 0 at the bound on the side of the advantage and turns back beyond.
+    - gamma-weight: ``-A sg(R^k exp(lambda (1 - R))) log_prob``, with R = clip(r, lower, upper)
+      (VESPO, arXiv 2602.10693); see `bandpo.GammaWeight`.
+
+    w is the width of the region on the side of r: ``upper - 1`` or ``1 - lower``, at least 1e-6.
+
+    With an ``anchor_log_prob`` the region stands at a third policy, such as the one that sampled.
+    The bounds at the anchor's probability limit ``v = exp(log_prob - anchor_log_prob)``, while r
+    stays the ratio to the old policy. So the bounds of r are lower and upper times anchor/old.
+    soft-gate and quadratic take v for r in the factor that they put to the gradient ``-A r``.
 
     With ``ratio_level`` "sequence", r is ``exp`` of the mean log-ratio of a sequence's tokens, and
     the gradient passes to each of them as if it were its own (GSPO's token variant, arXiv
-    2507.18071; with loss_agg_mode seq-mean-token-mean it is GSPO). Only a `Clip` bounds it, because
-    a band needs the probability of a token. With "geometric-mean" each token's log-ratio is clipped
-    by the region on the side of its advantage. The loss of all tokens of a sequence is then ``-A``
-    times ``exp`` of the mean, and clipped tokens have no gradient (GMPO, arXiv 2507.20673).
+    2507.18071; with loss_agg_mode seq-mean-token-mean it is GSPO); with "sequence-product", of
+    their sum. Only a `Clip` bounds it, because a band needs the probability of a token. With
+    "geometric-mean" each token's log-ratio is clipped by the region on the side of its advantage.
+    The loss of all tokens of a sequence is then ``-A`` times ``exp`` of the mean, and clipped
+    tokens have no gradient (GMPO, arXiv 2507.20673).
 
     The gradient flows to ``log_prob`` alone, never to ``old_log_prob``, ``advantages`` or
     ``rollout_is_weights``. Everything is computed in float32, or in float64 if a log-prob is.
+
+    A ``log_ratio_penalty`` c adds ``c (ln r)^2`` to the loss of every token that counts, also of
+    dropped ones (prime-rl; Kimi k1.5, arXiv 2501.12599). Weights leave it alone.
 
     Masked tokens have no effect, even if they hold NaN or inf. A NaN in a token that counts makes
     the loss NaN. If no token counts, the loss and its gradient are 0.
@@ -110,12 +127,14 @@ def policy_loss(
 
     Metrics, over the tokens that count (0, and 1 for ratios, if there is none):
 
-    - clip_fraction_low: fraction with ``A < 0`` and ``r < lower``; for weight of either sign
-    - clip_fraction_high: fraction with ``A > 0`` and ``r > upper``; for weight of either sign
+    - clip_fraction_low: fraction with ``A < 0`` and ``r < lower``; for weight, soft-gate,
+      quadratic, gamma-weight and a symmetric mask of either sign
+    - clip_fraction_high: fraction with ``A > 0`` and ``r > upper``; likewise
     - dual_clip_fraction (min-clip): fraction with ``A < 0`` and ``r >= c``
     - truncation_fraction (mask): fraction with ``r > truncation`` that is neither beyond nor in a
       masked sequence
     - masked_sequence_fraction (mask of whole sequences): fraction of the sequences that are masked
+    - log_ratio_penalty (with one): its mean
     - gradient_removed: share of the gradient that the rule removes: sum of ``abs(A r - A' r')`` /
       sum of ``abs(A) r``, where ``-A' r'`` is the gradient
     - all_ratios_one (bool): no ratio differs from 1, so no rule can act, as in the first step on a
@@ -141,15 +160,20 @@ def policy_loss(
             as ``"(kl@0.05).cap(10)"`` (see `bandpo.spec`). A band with one delta is tabulated at
             its first use. One with an array of deltas, which must broadcast to the shape of
             ``old_log_prob``, takes the exact solver, or for mask one evaluation of the divergence.
-        surrogate: The loss of a token: a name, `bandpo.Mask` or `bandpo.GradientPreserving`.
+        surrogate: The loss of a token: a name, `bandpo.Mask`, `bandpo.GradientPreserving`,
+            `bandpo.SoftGate` or `bandpo.GammaWeight`.
         dual_clip: Max ratio c for ``A < 0`` of min-clip, above 1; None for none.
-        ratio_level: Whose ratio is bounded: "token", "sequence" or "geometric-mean".
+        ratio_level: Whose ratio is bounded: "token", "sequence", "sequence-product" or
+            "geometric-mean".
         loss_agg_mode: How the losses of the tokens become one number, or "none".
+        log_ratio_penalty: Coefficient c of the squared log-ratio, finite and at least 0.
         rollout_is_weights: Weights at least 0 that correct for a rollout engine whose probabilities
             differ from ``old_log_prob``, shaped and typed like advantages. They multiply the loss;
             a token of weight 0 is not counted as clipped. Truncated importance sampling gives
             ``min(exp(old_log_prob - rollout_log_prob), C)``, masked importance sampling 0 where
             that ratio is out of range.
+        anchor_log_prob: Log-probabilities at which the region stands, like ``old_log_prob``; by
+            default ``old_log_prob``.
         cu_seqlens: Offsets of the sequences in packed tensors, int32 or int64 [S + 1], from 0 to N.
             Their values are checked on a CPU only, outside `torch.compile`.
         backend: ``"native"`` is compiled and runs on the CPU; ``"cuda"`` is a kernel for NVIDIA

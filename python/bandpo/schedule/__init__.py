@@ -1,9 +1,9 @@
 """Regions that change between optimiser steps: schedules of delta, and BAPO's controller.
 
 A `Schedule` is a number that changes. A `RegionSource` is a region that does: `ScheduledBand`
-follows a schedule, `Bapo`, `SecondMoment` and `Quantile` the batch. Call ``step`` of a schedule once after each optimiser step.
-Call ``update`` of a source that learns from a batch before the loss of that batch. Keep
-``state_dict()`` in the checkpoint.
+follows a schedule, `Bapo`, `SecondMoment` and `Quantile` the batch. Call ``step`` of a schedule
+once after each optimiser step. Call ``update`` of a source that learns from a batch before the loss
+of that batch. Keep ``state_dict()`` in the checkpoint.
 """
 
 from bandpo.schedule.bapo import Bapo

@@ -65,7 +65,7 @@ class _WidthOfBatch(RegionSource):
         self._change(Clip.from_log_ratio(width))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the width in the log-ratio; -1 stands for no bound, which no number of JSON is."""
+        """Returns the width in the log-ratio, or -1 for no bound, because JSON has no infinity."""
         return {"width": -1.0 if self.width == math.inf else self.width}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
