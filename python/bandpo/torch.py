@@ -18,7 +18,7 @@ import torch
 
 from bandpo.backends.internals import is_transformed
 from bandpo.backends.select import default_backend
-from bandpo.backends.sides import sides_of
+from bandpo.backends.sides import sides_from
 from bandpo.error import InvalidValueError
 from bandpo.rule import AnyRegion, check_region
 from bandpo.tensors.bounds import bounds_of
@@ -147,7 +147,7 @@ def _log_bounds(
     region: AnyRegion, old_log_prob: torch.Tensor, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bounds = bounds_of(region, old_log_prob, exact=exact)
-    log_lower, log_upper = sides_of(region, old_log_prob, bounds=bounds)
+    log_lower, log_upper = sides_from(bounds, old_log_prob)
     if bounds.dtype == torch.int32 or bounds.ndim > 1:
         return log_lower, log_upper
     # A constant is the same for every token, also for a NaN.

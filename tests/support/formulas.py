@@ -10,7 +10,7 @@ import numpy as np
 
 import bandpo
 from bandpo.check import BoolArray, Float64Array
-from bandpo.surrogate import GradientPreserving, Mask, Surrogate
+from bandpo.surrogate import GradientPreserving, Mask, SoftGate, Surrogate
 from support.batches import Batch
 
 LossAndGradient: TypeAlias = tuple[Float64Array, Float64Array]
@@ -25,6 +25,8 @@ class BoundedTokens(NamedTuple):
     unclamped: Float64Array
     lower: Float64Array
     upper: Float64Array
+    log_lower: Float64Array
+    log_upper: Float64Array
 
     @classmethod
     def of(
@@ -33,7 +35,8 @@ class BoundedTokens(NamedTuple):
         """The tokens of a batch with their own log-ratios, or with others."""
         old, new, advantage = (tensor.double().numpy() for tensor in batch[:3])
         unclamped = new - old if log_ratio is None else log_ratio
-        return cls(new, advantage, batch.response_mask.numpy() != 0, unclamped, *region.bounds(old))
+        bounds = *region.bounds(old), *region.log_bounds(old)
+        return cls(new, advantage, batch.response_mask.numpy() != 0, unclamped, *bounds)
 
     @property
     def log_ratio(self) -> Float64Array:
@@ -46,6 +49,14 @@ class BoundedTokens(NamedTuple):
     @property
     def clamped(self) -> BoolArray:
         return np.asarray(np.abs(self.unclamped) > 20.0)
+
+    @property
+    def width(self) -> Float64Array:
+        """Distance from 1 to the bound on the side of the ratio."""
+        # Not from the bounds as ratios, whose difference from 1 may have lost its digits.
+        side = np.where(self.log_ratio < 0.0, -np.expm1(self.log_lower),
+                        np.expm1(np.minimum(self.log_upper, 20.0)))  # fmt: skip
+        return np.maximum(side, 1e-6)
 
     @property
     def below(self) -> BoolArray:
@@ -102,6 +113,47 @@ def gradient_preserving(
     return loss, np.where(tokens.clamped & ~tokens.beyond, 0.0, loss)
 
 
+def symmetric_mask(tokens: BoundedTokens, truncation: float) -> LossAndGradient:
+    """IPO of prime-rl, #2798: a mask on both sides, whatever the sign of the advantage."""
+    outside = (tokens.ratio < tokens.lower) | (tokens.ratio > tokens.upper)
+    weight = np.where(outside, 0.0, np.minimum(tokens.ratio, truncation))
+    return -tokens.advantage * weight * tokens.log_prob, -tokens.advantage * weight
+
+
+def soft_gate(tokens: BoundedTokens, tau_positive: float, tau_negative: float) -> LossAndGradient:
+    """SAPO, arXiv 2511.20347, with the width of the region in place of 1.
+
+    With w = 1 the loss is ``-A (4 / tau) sigmoid(tau (r - 1))``.
+    """
+    tau = np.where(tokens.advantage > 0, tau_positive, tau_negative)
+    width = tokens.width
+    half = 0.5 * tau * np.expm1(tokens.log_ratio) / width
+    value = 2.0 / tau + 2.0 * width / tau * np.tanh(half)
+    slope = tokens.ratio / np.cosh(np.clip(half, -300.0, 300.0)) ** 2
+    return -tokens.advantage * value, -tokens.advantage * np.where(tokens.clamped, 0.0, slope)
+
+
+def quadratic(tokens: BoundedTokens) -> LossAndGradient:
+    """SPO, arXiv 2401.16025: a quadratic penalty with its optimum at the bound."""
+    excess, sign = np.expm1(tokens.log_ratio), np.sign(tokens.advantage)
+    loss = -tokens.advantage * tokens.ratio + np.abs(tokens.advantage) * excess**2 / (
+        2.0 * tokens.width
+    )
+    slope = -tokens.advantage * tokens.ratio * (1.0 - sign * excess / tokens.width)
+    return loss, np.where(tokens.clamped, 0.0, slope)
+
+
+def gamma_weight(
+    tokens: BoundedTokens, positive: tuple[float, float], negative: tuple[float, float]
+) -> LossAndGradient:
+    """VESPO, arXiv 2602.10693: -A sg(W^k e^(lambda (1 - W))) log pi, with W clipped."""
+    k, rate = (np.where(tokens.advantage < 0, low, high)
+               for high, low in zip(positive, negative, strict=True))  # fmt: skip
+    clipped = np.clip(tokens.ratio, tokens.lower, tokens.upper)
+    gradient = -tokens.advantage * clipped**k * np.exp(rate * (1.0 - clipped))
+    return gradient * tokens.log_prob, gradient
+
+
 FORMULAS: dict[str, tuple[Surrogate, Callable[[BoundedTokens], LossAndGradient]]] = {
     "mask": ("mask", lambda tokens: mask(tokens, 20.0)),
     "mask, c = 1.5": (Mask(truncation=1.5), lambda tokens: mask(tokens, 1.5)),
@@ -112,5 +164,29 @@ FORMULAS: dict[str, tuple[Surrogate, Callable[[BoundedTokens], LossAndGradient]]
         GradientPreserving(0.75, 0.5),
         lambda tokens: gradient_preserving(tokens, 0.75, 0.5),
     ),
+    "mask, symmetric": (
+        Mask(truncation=None, symmetric=True),
+        lambda tokens: symmetric_mask(tokens, math.inf),
+    ),
+    "mask, symmetric, c = 1.5": (
+        Mask(truncation=1.5, symmetric=True),
+        lambda tokens: symmetric_mask(tokens, 1.5),
+    ),
+    "soft-gate": ("soft-gate", lambda tokens: soft_gate(tokens, 1.0, 1.05)),
+    "soft-gate, 3 and 0.1": (SoftGate(3.0, 0.1), lambda tokens: soft_gate(tokens, 3.0, 0.1)),
+    "quadratic": ("quadratic", quadratic),
+    "gamma-weight": (
+        "gamma-weight",
+        lambda tokens: gamma_weight(tokens, (2.0, 3.0), (3.0, 2.0)),
+    ),
 }
 """Surrogates other than min-clip, each with its formula."""
+
+SMOOTH = {"soft-gate", "soft-gate, 3 and 0.1", "quadratic"}
+"""Surrogates whose gradient fades by a factor that cancels, or falls exponentially."""
+
+
+def rounded_size(name: str, tokens: BoundedTokens) -> Float64Array:
+    """What the rounding of a loss or gradient is relative to, beside the value itself."""
+    unclipped = np.abs(tokens.advantage) * tokens.ratio
+    return unclipped if name in SMOOTH else np.zeros_like(unclipped)

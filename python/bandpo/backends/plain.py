@@ -52,7 +52,7 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
     bound, bound_is_ratio = _bound(bounds, log_prob_of_bounds, down)
     if rule.needs_width:
         width = _width(bound, bound_is_ratio, down)
-        excess = _gap(limited_x) + limited_x
+        excess = limited_x.expm1()
         clipped_low, clipped_high = down & (-excess > width), up & (excess > width)
     else:
         width = excess = None
@@ -182,20 +182,20 @@ def _soft_gate(tokens: _Tokens, parameters: list[float]) -> _Loss:
     tanh = (-falling.expm1() / (1.0 + e)).copysign(z)
     gate = 4.0 * e / (1.0 + e).square()
     value = 2.0 / tau + 2.0 * width * tanh / tau
-    slope = torch.where(tokens.clamped, 0.0, tokens.cost * tokens.r * gate)
+    slope = torch.where(tokens.clamped, 0.0, tokens.r * gate)
     bend = slope * (1.0 - tau * (1.0 + excess) / width * tanh)
-    return _with_gradients(tokens, tokens.cost * _scaled(value, tokens), slope, bend), slope, None
+    return _with_derivatives(tokens, _scaled(value, tokens), slope, bend)
 
 
 def _quadratic(tokens: _Tokens, parameters: list[float]) -> _Loss:
     width, excess = _measured(tokens)
     sign = torch.where(tokens.cost < 0.0, 1.0, -1.0)
     share = sign * (excess / width)
-    value = tokens.cost * (tokens.r - 0.5 * _scaled(excess, tokens) * share)
-    unclipped = torch.where(tokens.clamped, 0.0, tokens.cost * tokens.r)
+    value = tokens.r - 0.5 * _scaled(excess, tokens) * share
+    unclipped = torch.where(tokens.clamped, 0.0, tokens.r)
     slope = unclipped * (1.0 - share)
     bend = slope - unclipped * sign * (1.0 + excess) / width
-    return _with_gradients(tokens, value, slope, bend), slope, None
+    return _with_derivatives(tokens, value, slope, bend)
 
 
 def _either(first: torch.Tensor, parameters: list[float], like: torch.Tensor) -> torch.Tensor:
@@ -215,12 +215,21 @@ def _scaled(value: torch.Tensor, tokens: _Tokens) -> torch.Tensor:
     return value if tokens.loss_scale is None else value * tokens.loss_scale
 
 
-def _with_gradients(
+def _with_derivatives(
     tokens: _Tokens, value: torch.Tensor, slope: torch.Tensor, bend: torch.Tensor
-) -> torch.Tensor:
-    """Losses with their first and second derivatives, which autograd would round more."""
+) -> _Loss:
+    """The loss of a factor of the cost with its first and second derivatives.
+
+    Autograd would round them more. The cost stays outside, because it may be infinite.
+    """
     step = _gradient_of(tokens.log_prob)
-    return value + step * (slope + 0.5 * bend * step)
+    first, second = step * slope, step * (slope + 0.5 * bend * step)
+    # The derivative of the second would take an infinite cost times the step, which is 0.
+    factor = value + torch.where(tokens.cost.isinf(), first, second)
+    # Where the clamp acts, an infinite cost has no gradient, as in min-clip.
+    gradient = torch.where(tokens.clamped, 0.0, tokens.cost * slope)
+    cost = torch.where(tokens.clamped, tokens.cost * value, tokens.cost * factor)
+    return cost, gradient, None
 
 
 class _Rule(NamedTuple):

@@ -178,12 +178,12 @@ def _gamma_weight(
             (surrogate.lambda_negative, surrogate.lambda_positive),
         )
     )
-    log_weight = k * moved - rate * moved.expm1()
+    weight = (k * moved - rate * moved.expm1()).exp()
     inputs = LossInputs(
         shaped(tokens.old_log_prob, shape),
         tokens.log_prob,
-        log_weight,
-        advantages,
+        torch.zeros_like(own),
+        advantages * weight,
         valid,
         bounds_of(_NO_CLIP, tokens.old_log_prob),
         "weight",
@@ -191,13 +191,14 @@ def _gamma_weight(
         by_probability,
     )
     losses = backend.token_losses(inputs)
-    # The backend has taken the logarithm of the weight for that of the ratio.
-    of_rule = losses.totals()
-    ratios = plain.token_losses(inputs._replace(log_ratio=own, log_prob=inputs.log_prob.detach()))
-    totals = ratios.totals()._replace(nonfinite=of_rule.nonfinite)
-    change = torch.where(valid, advantages * (own.exp() - log_weight.exp()), 0.0).abs().sum()
-    totals = totals._replace(gradient_removed=torch.zeros_like(totals.gradient_removed))
-    totals = _with_clipped(totals, inputs, low, high, change)
+    # Its ratios are 1, so sums over the true ones are taken beside it.
+    of_ratios = inputs._replace(
+        log_prob=inputs.log_prob.detach(), log_ratio=own, advantages=advantages
+    )
+    totals = plain.token_losses(of_ratios).totals()
+    totals = totals._replace(nonfinite=losses.totals().nonfinite)
+    change = torch.where(valid, advantages * (own.exp() - weight), 0.0).abs().sum()
+    totals = _with_clipped(totals, inputs, low, high, change)  # the backend removes nothing
     return losses._replace(totals=lambda: totals), {}
 
 

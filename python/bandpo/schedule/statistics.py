@@ -142,4 +142,3 @@ class Quantile(_WidthOfBatch):
 
     def __repr__(self) -> str:
         return f"Quantile({self.level})"
-
