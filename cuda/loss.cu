@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) pol
         if (k < tokens && is_valid[k]) {
           const T unclamped = log_ratio ? given_log_ratio[k] : new_logp[k] - old_logp[k];
           const Anchor<T> anchor = {anchor_log_prob != nullptr, anchor_log_prob ? anchor_logp[k] : T(0)};
-          token = outcome(rule, token_bounds, start + k, old_logp[k], new_logp[k], unclamped, advantage[k], anchor);
+          token = outcome(rule, token_bounds, start + k, old_logp[k], new_logp[k], unclamped, log_ratio != nullptr,
+                          advantage[k], anchor);
           totals.add(token, old_logp[k], by_probability != 0);
         }
         losses[k] = token.loss;

@@ -53,10 +53,10 @@ struct Outcome {
   unsigned counts;  // packed: 1 for each Count that includes the token
 };
 
-// A valid token under a rule. `unclamped` is its log-ratio, or the log-ratio that is given in its place.
+// A valid token under a rule. `unclamped` is its log-ratio, or one that is given in its place.
 template <class T, class Bounds>
 BAND_FUNCTION Outcome<T> outcome(const Rule<T>& rule, const Bounds& bounds, Index index, T old_log_prob,
-                                 T log_prob, T unclamped, T advantage, Anchor<T> anchor) {
+                                 T log_prob, T unclamped, bool is_given, T advantage, Anchor<T> anchor) {
   T minus_advantage = T(0) - advantage;
   const bool clamped = static_cast<T>(LOG_RATIO_LIMIT) < magnitude(unclamped);
   const T log_ratio = clamp_log_ratio(unclamped);
@@ -67,11 +67,12 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T>& rule, const Bounds& bounds, Inde
   T limited_log_ratio = log_ratio, shift = 0;
   Exponentials<T> limited_exponential = exponential;
   if (anchor.given) {
-    const T compared = log_prob - anchor.log_prob;
+    shift = anchor.log_prob - old_log_prob;
+    const T compared = is_given ? unclamped - shift : log_prob - anchor.log_prob;
     if (is_nan(compared)) minus_advantage = compared;  // it compares false, and has to reach the loss
     limited_log_ratio = clamp_log_ratio(compared);
     limited_exponential = exponentials(limited_log_ratio);
-    shift = clamp_log_ratio(anchor.log_prob - old_log_prob);
+    shift = clamp_log_ratio(shift);
   }
   const bool by_upper = rule.by_log_ratio() ? T(0) < limited_log_ratio : minus_advantage < T(0);
   const bool by_lower = rule.by_log_ratio() ? limited_log_ratio < T(0) : T(0) < minus_advantage;

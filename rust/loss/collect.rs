@@ -91,7 +91,10 @@ impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
                 None => (old_log_prob, log_ratio, clamped, neg_advantage),
                 Some(anchor) => {
                     let anchor = column(anchor);
-                    let compared = lanes.sub(column(columns.log_prob), anchor);
+                    let compared = match columns.log_ratio {
+                        Some(_) => lanes.sub(log_ratio, lanes.sub(anchor, old_log_prob)),
+                        None => lanes.sub(column(columns.log_prob), anchor),
+                    };
                     // A NaN here compares false, so it has to reach the loss on another way.
                     let unknown = lanes.is_nan(compared);
                     let neg_advantage = lanes.select(unknown, compared, neg_advantage);

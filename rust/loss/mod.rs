@@ -136,7 +136,8 @@ pub struct Tokens<'a, T> {
     /// Log-ratios that replace `log_prob - old_log_prob`, such as a sequence's mean.
     pub log_ratio: Option<&'a [T]>,
     /// Natural log-probabilities under a third policy, such as the one that sampled: the bounds stand at these and
-    /// limit `log_prob - anchor_log_prob`, while the ratio stays that to `old_log_prob`. Not with `log_ratio`.
+    /// limit `log_prob - anchor_log_prob`, while the ratio stays that to `old_log_prob`. A given `log_ratio` is
+    /// limited less `anchor_log_prob - old_log_prob`.
     pub anchor_log_prob: Option<&'a [T]>,
     /// Advantages.
     pub advantages: Advantages<'a, T>,
@@ -192,13 +193,6 @@ pub fn policy_loss<T: Float>(
         }
     }
     surrogate.check()?;
-    if tokens.log_ratio.is_some() && tokens.anchor_log_prob.is_some() {
-        return Err(Error::Argument {
-            argument: "anchor_log_prob",
-            value: "given with log_ratio".into(),
-            allowed: "only one of the two: shift the bounds of a given log_ratio",
-        });
-    }
     Ok(match surrogate {
         Surrogate::MinClip { dual_clip } => {
             block::run(MinClip { dual_clip }, tokens, bounds, by_probability, outputs)

@@ -71,6 +71,11 @@ RULES: tuple[tuple[str, list[float]], ...] = (
     ("mask", [1.5]),
     ("weight", []),
     ("gradient-preserving", [0.75, 0.5]),
+    ("mask", [math.inf, 1.0]),
+    ("mask", [1.5, 1.0]),
+    ("soft-gate", [1.0, 1.05]),
+    ("soft-gate", [30.0, 0.3]),
+    ("quadratic", []),
 )
 
 MIN_NORMAL = 2.0**-126
@@ -137,13 +142,15 @@ def check_as_rust(
     bounds: torch.Tensor,
     rule: tuple[str, list[float]],
     log_ratio: torch.Tensor | None = None,
+    anchor: torch.Tensor | None = None,
 ) -> None:
     """Loss, gradient, counts and sums are those of rust/loss/mod.rs."""
     old, new, advantages, valid = tokens
-    wanted = token_loss_op(old, new, log_ratio, advantages, valid, bounds, *rule, True)
+    wanted = token_loss_op(old, new, log_ratio, advantages, valid, bounds, *rule, True, anchor)
     old, new, advantages, valid, bounds = on(device, [*tokens, bounds])
     moved = None if log_ratio is None else log_ratio.to(device)
-    actual = kernels.token_loss(old, new, moved, advantages, valid, bounds, *rule, True)
+    anchor = None if anchor is None else anchor.to(device)
+    actual = kernels.token_loss(old, new, moved, advantages, valid, bounds, *rule, True, anchor)
     wide = old.dtype == torch.float64
     for mine, rusts in zip(actual[:2], wanted[:2], strict=True):
         assert mine.dtype == rusts.dtype
@@ -182,6 +189,29 @@ class TestLoss:
         bounds = torch.from_numpy(np.stack([low, high])).to(dtype)
         for rule in RULES[:1] if SANITIZED else RULES:  # rules index nothing
             check_as_rust(device, tokens, bounds, rule)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("region", [KL, REGIONS[3], REGIONS[4]], ids=str)
+    def test_bounds_at_an_anchor_are_those_of_rust(
+        self, region: bandpo.Region, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        tokens = batch((9, 421), dtype)
+        # Near the old policy, as in training, and for every seventh token anywhere.
+        anchor = tokens[0] + 0.3 * batch((9, 421), dtype, seed=1)[2]
+        anchor[:, ::7] = batch((9, 421), dtype, seed=2)[0][:, ::7]
+        low, high = (torch.from_numpy(side) for side in region.log_bounds(
+            np.nan_to_num(anchor.numpy())))  # fmt: skip
+        per_token = torch.stack([low, high]).to(dtype)
+        for bounds in (bounds_of(region, tokens[0]), per_token):
+            for rule in RULES:
+                check_as_rust(device, tokens, bounds, rule, None, anchor)
+
+    def test_a_given_log_ratio_is_compared_less_the_anchors(self, device: torch.device) -> None:
+        tokens = batch((6, 50))
+        mean = (tokens[1] - tokens[0]).nanmean(1, keepdim=True).clamp(-1.0, 1.0).expand(6, 50)
+        anchor = tokens[0] + 0.1 * batch((6, 50), seed=1)[2]
+        for rule in RULES:
+            check_as_rust(device, tokens, bounds_of(REGIONS[4], tokens[0]), rule, mean, anchor)
 
     def test_equals_rust_with_given_log_ratios(self, device: torch.device) -> None:
         tokens = batch((6, 50))

@@ -31,8 +31,8 @@ class LossInputs(NamedTuple):
         parameters: Those of the surrogate, as `bandpo.surrogate` orders them.
         by_probability: Whether to count by bin of the old probability as well.
         anchor_log_prob: Like ``old_log_prob``: the bounds stand at these log-probs and limit
-            ``log_prob - anchor_log_prob``. None for ``old_log_prob``; None if a ``log_ratio`` is
-            given.
+            ``log_prob - anchor_log_prob``, or a given ``log_ratio`` less
+            ``anchor_log_prob - old_log_prob``. None for ``old_log_prob``.
     """
 
     old_log_prob: torch.Tensor

@@ -40,8 +40,12 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
     log_prob_of_bounds = old_log_prob
     if inputs.anchor_log_prob is not None:
         log_prob_of_bounds = torch.where(valid, inputs.anchor_log_prob, 0.0)
-        limited_x = _clamped(log_prob.detach() - log_prob_of_bounds)
-        shift = _clamped(log_prob_of_bounds - old_log_prob)
+        shift = log_prob_of_bounds - old_log_prob
+        if log_ratio is None:
+            limited_x = _clamped(log_prob.detach() - log_prob_of_bounds)
+        else:
+            limited_x = _clamped(unclamped.detach() - shift)
+        shift = _clamped(shift)
         # A NaN compares false, so it has to reach the loss on another way.
         cost = torch.where(limited_x.isnan(), limited_x, cost)
 

@@ -52,27 +52,26 @@ def inputs_of(rule: Rule, tokens: Tokens, *, exact: bool, by_probability: bool) 
     the sum.
     """
     shape = tokens.log_prob.shape
-    log_ratio, anchor, advantages = None, tokens.anchor_log_prob, tokens.advantages
-    bounds = _bounds(rule, tokens, exact)
+    old_log_prob = shaped(tokens.old_log_prob, shape)
+    log_ratio, anchor = None, tokens.anchor_log_prob
+    if anchor is not None:
+        anchor = shaped(anchor, shape)
     if rule.ratio_level != "token":
         log_ratio = _of_sequence(tokens.log_ratio(), rule, tokens)
         shift = tokens.shift()
-        if shift is not None:
-            # A ratio that is given has no anchor, so its bounds are shifted.
-            shift, anchor = _of_sequence(shift, rule, tokens), None
-            bounds = torch.stack([side + shift for side in bounds.unbind()])
-            advantages = _unknown_where_nan(advantages, shift)
+        if shift is not None:  # a Clip is the same at every log-prob
+            anchor = old_log_prob + _of_sequence(shift, rule, tokens)
     return LossInputs(
-        shaped(tokens.old_log_prob, shape),
+        old_log_prob,
         tokens.log_prob,
         log_ratio,
-        advantages,
+        tokens.advantages,
         tokens.valid,
-        bounds,
+        _bounds(rule, tokens, exact),
         rule.surrogate.name,
         rule.surrogate.parameters,
         by_probability,
-        None if anchor is None else shaped(anchor, shape),
+        anchor,
     )
 
 
@@ -125,7 +124,7 @@ def _geometric_mean(
     shift = tokens.shift()
     if shift is not None:
         lower, upper = lower + shift, upper + shift
-        advantages = _unknown_where_nan(advantages, shift)
+        own = _unknown_where_nan(own, shift)
     low = valid & (advantages < 0.0) & (own < lower)
     high = valid & (advantages > 0.0) & (own > upper)
     clipped = low | high
@@ -166,7 +165,7 @@ def _gamma_weight(
         if rule.ratio_level != "token":
             shift = _of_sequence(shift, rule, tokens)
         lower, upper = lower + shift, upper + shift
-        advantages = _unknown_where_nan(advantages, shift)
+        own = _unknown_where_nan(own, shift)
     low, high = valid & (own < lower), valid & (own > upper)
     moved = torch.where(low, lower, torch.where(high, upper, own))
     moved = moved.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -207,8 +206,12 @@ def _with_sequences_masked(
 ) -> Losses:
     """Masks each sequence with a token outside the region (arXiv 2512.23075)."""
     valid, shape = inputs.valid, inputs.log_prob.shape
-    ratio = tokens.log_ratio() if inputs.log_ratio is None else inputs.log_ratio
-    limited = tokens.limited_log_ratio() if inputs.log_ratio is None else inputs.log_ratio
+    if inputs.log_ratio is None:
+        ratio, limited = tokens.log_ratio(), tokens.limited_log_ratio()
+    else:
+        ratio = inputs.log_ratio
+        anchor = inputs.anchor_log_prob
+        limited = ratio if anchor is None else ratio - (anchor - inputs.old_log_prob)
     bounds = inputs.bounds
     if bounds.ndim == 1:
         at = tokens.log_prob_of_bounds
@@ -248,9 +251,9 @@ def _of_sequence(values: torch.Tensor, rule: Rule, tokens: Tokens) -> torch.Tens
     return sequences.spread(total).expand(values.shape)
 
 
-def _unknown_where_nan(advantages: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Advantages that are NaN where an anchor is, because a NaN bound clips nothing."""
-    return torch.where(shift.isnan(), shift, advantages)
+def _unknown_where_nan(log_ratio: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Log-ratios that are NaN where an anchor is, because a NaN bound clips nothing."""
+    return torch.where(shift.isnan(), shift, log_ratio)
 
 
 def _with_clipped(
