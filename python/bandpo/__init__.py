@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bandpo import error, presets, schedule
+from bandpo import correction, error, presets, schedule
 from bandpo._core import __version__
 from bandpo.divergence import Divergence
 from bandpo.error import BandpoError
@@ -39,6 +39,7 @@ __all__ = [
     "TableAccuracyWarning",
     "__version__",
     "by_sign",
+    "correction",
     "error",
     "preset",
     "presets",

@@ -51,5 +51,9 @@ class BackendWarning(UserWarning):
     """The fastest backend of a device cannot run; the message gives the reason and the fallback."""
 
 
+class MismatchWarning(UserWarning):
+    """Two policies' log-probabilities of the same tokens are far apart; the message has causes."""
+
+
 def __dir__() -> list[str]:
     return [name for name in globals() if name.endswith(("Error", "Warning"))]
