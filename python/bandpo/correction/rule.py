@@ -220,6 +220,8 @@ def rollout_correction(
     Metrics, over the tokens that count (0, and 1 for shares and weights, if there is none):
 
     - kept_fraction: share of the tokens that are kept
+    - outside_fraction: share of them outside the region or above the threshold, themselves or their
+      sequence: dropped, truncated, or kept because of ``drops``
     - effective_sample_size: ``(sum w)^2 / (n sum w^2)`` of the weights w, dropped ones as 0, as a
       share of the n tokens; 0 if all are dropped
     - weight_mean, weight_max, and the quantiles weight_p01, weight_p50 and weight_p99, linear

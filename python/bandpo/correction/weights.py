@@ -45,25 +45,25 @@ def apply(
     batch = _Batch(old, rollout, old - rollout, valid, cu_seqlens, old_log_prob.shape)
     found = _of_tokens(rule, batch) if rule.level == "token" else _of_sequences(rule, batch)
 
-    unknown, dropped = found.value.isnan(), ~found.inside
-    if rule.action == "truncate":
-        dropped = torch.zeros_like(dropped)
+    unknown = found.value.isnan()
+    # A region has no NaN in it, but a NaN must be seen, not dropped.
+    outside = valid & ~found.inside & ~unknown
+    dropped = torch.zeros_like(outside) if rule.action == "truncate" else outside
     if rule.drops != "all":
         assert advantages is not None  # noqa: S101 -- for type checkers
         signed = shaped_by_row(advantages.detach().to(dtype), shape)
         eligible, unclear = _eligible(rule, batch, signed)
         dropped, unknown = dropped & eligible, unknown | unclear
-    # A region has no NaN in it, but a NaN must be seen, not dropped.
-    dropped = dropped & ~unknown & valid
+    dropped = dropped & ~unknown
     weight = found.log_weight.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     weight = torch.where(unknown, math.nan, weight)
-    weight = torch.where(valid & ~dropped, weight, 0.0)
     kept = valid & ~dropped
+    weight = torch.where(kept, weight, 0.0)
 
     _warn_of_mismatch(batch)
 
     def metrics() -> dict[str, torch.Tensor]:
-        return _metrics(batch, weight, kept)
+        return _metrics(batch, weight, kept, outside)
 
     # A compiler computes them in one kernel; otherwise most callers read few of them.
     found_metrics = metrics() if torch.compiler.is_compiling() else Metrics(metrics)
@@ -192,7 +192,9 @@ def _eligible(
     return advantages < 0.0, unclear
 
 
-def _metrics(batch: _Batch, weight: torch.Tensor, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+def _metrics(
+    batch: _Batch, weight: torch.Tensor, kept: torch.Tensor, outside: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """The metrics by name, 0-dim or [bins]; `rollout_correction` defines them."""
     valid = batch.valid
     count = valid.sum()
@@ -211,6 +213,7 @@ def _metrics(batch: _Batch, weight: torch.Tensor, kept: torch.Tensor) -> dict[st
     quantile = _quantiles(weight, valid, some)
     return {
         "kept_fraction": unless_empty(kept.sum().to(dtype) / some),
+        "outside_fraction": outside.sum().to(dtype) / some,
         "effective_sample_size": unless_empty(share),
         "weight_mean": unless_empty(total / some),
         "weight_max": unless_empty(quantile(1.0)),

@@ -50,7 +50,8 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     series = z * _SERIES[0] + _SERIES[1]
     for coefficient in _SERIES[2:]:
         series = series * z + coefficient
-    return torch.where(near, z * z * series, log_ratio.expm1() - log_ratio)
+    # An infinite one would be taken from itself; before this limit e^x is infinite.
+    return torch.where(near, z * z * series, log_ratio.expm1() - log_ratio.clamp(max=1000.0))
 
 
 _NEAR = 0.5
@@ -78,7 +79,7 @@ def _outcomes(old: torch.Tensor, new: torch.Tensor) -> tuple[_Outcome, _Outcome]
     x = torch.where(same, 0.0, new - old)
     rest_old, rest_new = -old.expm1(), -new.expm1()
     # (1-q)/(1-p) - 1, in which nothing cancels next to 0.
-    growth = torch.where(same, 0.0, -x.expm1() / (-old).expm1())
+    growth = torch.where(same, 0.0, -x.expm1() / old.abs().expm1())
     # From -1/2 down, the quotient has more digits.
     log_rest_ratio = torch.where(
         growth > -0.5, growth.log1p(), torch.where(same, 0.0, (rest_new / rest_old).log())
@@ -115,9 +116,12 @@ def _hellinger(outcome: _Outcome) -> torch.Tensor:
 
 
 def _pearson(outcome: _Outcome) -> torch.Tensor:
-    """``old (u - 1)^2``, for ``u > 1`` as ``new u (1 - 1/u)^2``: old may underflow."""
-    old, _, _, log_new, x = outcome
-    grown = (log_new + x).exp() * (-x).expm1().square()
+    """``old (u - 1)^2``, for ``u > 1`` as ``(new (1 - 1/u))^2 / old``: u may overflow."""
+    old, new, _, log_new, x = outcome
+    moved = new * (-x).expm1()
+    # A quotient by less than that loses digits or overflows, an exponential only digits.
+    far = old < torch.finfo(old.dtype).tiny
+    grown = torch.where(far, (log_new + x).exp() * (-x).expm1().square(), moved * (moved / old))
     return torch.where(x > 0.0, grown, old * x.clamp(max=0.0).expm1().square())
 
 
