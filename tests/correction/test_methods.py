@@ -119,8 +119,8 @@ def opsm(s: Sequence) -> Weights:
 def vaco(s: Sequence) -> Weights:
     """arXiv 2603.01365, as Open-Instruct filters: tokens that move back are kept."""
     if mean([abs(r - 1.0) for r in s.ratios]) <= 0.1:
-        return s.ratios
-    return [0.0 if s.advantage * math.log(r) > 0.0 else r for r in s.ratios]
+        return ones(s)
+    return [0.0 if s.advantage * math.log(r) > 0.0 else 1.0 for r in s.ratios]
 
 
 def flash_reinforce(s: Sequence) -> Weights:
@@ -156,15 +156,17 @@ FORMULAS: dict[str, Callable[[Sequence], Weights]] = {
     "geometric mask": geometric_mask,
     "seq-mask-TIS": seq_mask_tis,
     "OPSM": opsm,
-    "VACO": vaco,
+    "VACO, filter": vaco,
     "FlashREINFORCE": flash_reinforce,
-    "verl token_k1": of_tokens(lambda r: 0.6 <= r <= 1.6),
+    "verl token_k1": of_tokens(lambda r: math.log(0.5) <= -math.log(r) <= math.log(2.0)),
     "verl token_k2": of_tokens(lambda r: k2(r) <= 0.01),
     "verl token_k3": of_tokens(lambda r: k3(r) <= 0.01),
-    "verl seq_sum_k1": lambda s: if_kept(0.5 <= math.prod(s.ratios) <= 2.0, ones(s)),
+    "verl seq_sum_k1": lambda s: if_kept(
+        abs(sum(math.log(r) for r in s.ratios)) <= math.log(2.0), ones(s)
+    ),
     "verl seq_sum_k2": of_sequences(sum, k2, 0.1),
     "verl seq_sum_k3": of_sequences(sum, k3, 0.1),
-    "verl seq_mean_k1": geometric_mask,
+    "verl seq_mean_k1": lambda s: if_kept(0.999 <= geometric_mean(s) <= 1.001, ones(s)),
     "verl seq_mean_k2": of_sequences(mean, k2, 0.01),
     "verl seq_mean_k3": of_sequences(mean, k3, 0.01),
     "verl seq_max_k2": of_sequences(max, k2, 0.05),

@@ -18,10 +18,10 @@ geometric mask    ``Correction(Clip.between(0.99, 1.01), level="geometric-mean",
 seq-mask-TIS      ``Correction(Clip.between(0.999, 1.002), level="geometric-mean")``
 OPSM              ``Correction(statistic="k1", threshold=1e-4, level="sequence-mean",
                   action="mask-only", drops="negative")``
-VACO              ``Correction(statistic="ratio-distance", threshold=0.1, level="sequence-mean",
-                  drops="outward")``
+VACO, filter      ``Correction(statistic="ratio-distance", threshold=0.1, level="sequence-mean",
+                  action="mask-only", drops="outward")``
 FlashREINFORCE    ``Correction(statistic="bernoulli-kl", threshold=3e-3, level="sequence-mean")``
-verl token_k1     ``Correction(Clip.between(0.6, 1.6), action="mask-only")``
+verl token_k1     ``Correction(Clip.between(0.5, 2), action="mask-only")``
 verl token_k2     ``Correction(statistic="k2", threshold=0.01, action="mask-only")``
 verl token_k3     ``Correction(statistic="k3", threshold=0.01, action="mask-only")``
 verl seq_sum_k1   ``Correction(Clip.between(0.5, 2), level="sequence-product", action="mask-only")``
@@ -29,7 +29,7 @@ verl seq_sum_k2   ``Correction(statistic="k2", threshold=0.1, level="sequence-su
                   action="mask-only")``
 verl seq_sum_k3   ``Correction(statistic="k3", threshold=0.1, level="sequence-sum",
                   action="mask-only")``
-verl seq_mean_k1  ``Correction(Clip.between(0.99, 1.01), level="geometric-mean",
+verl seq_mean_k1  ``Correction(Clip.between(0.999, 1.001), level="geometric-mean",
                   action="mask-only")``
 verl seq_mean_k2  ``Correction(statistic="k2", threshold=0.01, level="sequence-mean",
                   action="mask-only")``
@@ -41,8 +41,10 @@ verl seq_max_k3   ``Correction(statistic="k3", threshold=0.05, level="sequence-m
                   action="mask-only")``
 ================= ==================================================================================
 
-Thresholds differ between code bases; docs/mismatch.md names sources. This module imports torch at
-the first call, so that a correction is data without it.
+Thresholds differ between code bases, and no paper gives those of OPSM and VACO; docs/mismatch.md
+names sources. The lines of k1 have bounds of the ratio; verl 0.9.1 compares ``-ln B`` with the
+logarithms of its bounds, and so allows the reciprocals. This module imports torch at the first
+call, so that a correction is data without it.
 
 >>> from bandpo import Clip
 >>> Correction(Clip.between(0.5, 5))  # doctest: +ELLIPSIS

@@ -7,6 +7,10 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
+# First, because it reports a torch that is missing or broken.
+from bandpo.tensors.check import check_float, check_tensor, compute_dtype
+
+# isort: split
 import torch
 
 from bandpo.backends.contract import PROBABILITY_BINS
@@ -20,7 +24,6 @@ from bandpo.loss.result import Metrics
 from bandpo.loss.tokens import Sequences, shaped, shaped_by_row
 from bandpo.surrogate import LOG_RATIO_LIMIT
 from bandpo.tensors.bounds import bounds_of, membership_of
-from bandpo.tensors.check import check_float, check_tensor, compute_dtype
 from bandpo.tensors.divergence import bernoulli_divergence, k3
 
 
@@ -36,8 +39,7 @@ def apply(
     shape = _check_batch(rule, old_log_prob, rollout_log_prob, response_mask, advantages)
     _check_sequences(rule, old_log_prob, cu_seqlens)
     dtype = compute_dtype(old_log_prob, rollout_log_prob)
-    valid = shaped(response_mask, shape)
-    valid = valid if valid.dtype == torch.bool else valid != 0
+    valid = shaped(response_mask, shape) != 0  # a copy, because metrics are computed later
     old, rollout = (
         torch.where(valid, shaped(tensor.detach().to(dtype), shape), 0.0)
         for tensor in (old_log_prob, rollout_log_prob)
