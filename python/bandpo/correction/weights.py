@@ -218,10 +218,10 @@ def _metrics(
         "outside_fraction": outside.sum().to(dtype) / some,
         "effective_sample_size": unless_empty(share),
         "weight_mean": unless_empty(total / some),
-        "weight_max": unless_empty(quantile(1.0)),
-        "weight_p01": unless_empty(quantile(0.01)),
-        "weight_p50": unless_empty(quantile(0.5)),
-        "weight_p99": unless_empty(quantile(0.99)),
+        "weight_max": unless_empty(quantile(100)),
+        "weight_p01": unless_empty(quantile(1)),
+        "weight_p50": unless_empty(quantile(50)),
+        "weight_p99": unless_empty(quantile(99)),
         "log_ratio_abs": clamped.abs().sum() / some,
         "valid_tokens": count,
         "tokens_by_probability": by_bin,
@@ -233,24 +233,25 @@ def _metrics(
 
 def _quantiles(
     weight: torch.Tensor, valid: torch.Tensor, count: torch.Tensor
-) -> Callable[[float], torch.Tensor]:
-    """A function from a share to the quantile of the weights of the tokens that count.
+) -> Callable[[int], torch.Tensor]:
+    """A function from a percentage to the quantile of the weights of the tokens that count.
 
     A selection of them would have a length that the host has to wait for; so the others are sorted
     to the end. A NaN makes every quantile NaN.
     """
-    unknown = torch.where(valid, weight, 0.0).isnan().any()
     if weight.numel() == 0:
-        return lambda share: weight.sum()
+        return lambda percent: weight.sum()
+    unknown = torch.where(valid, weight, 0.0).isnan().any()
     ordered = torch.where(valid, weight, math.inf).reshape(-1).sort().values
 
-    def quantile(share: float) -> torch.Tensor:
-        place = (count - 1).to(torch.float64) * share
-        low = place.floor().to(torch.int64)
+    def quantile(percent: int) -> torch.Tensor:
+        # In whole numbers, because not every device has float64 for a large count.
+        hundredths = (count - 1) * percent
+        low = hundredths // 100
         high = torch.minimum(low + 1, count - 1)
         # Not by indexing, because the host would read the index.
         below, above = ordered.index_select(0, torch.stack([low, high])).unbind()
-        found = below + (place - low).to(weight.dtype) * (above - below)
+        found = below + (hundredths % 100).to(weight.dtype) / 100.0 * (above - below)
         return torch.where(unknown, math.nan, found)
 
     return quantile

@@ -47,15 +47,19 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     """Returns ``e^x - 1 - x`` of log-ratios x, at least 0, by its series where it cancels."""
     near = log_ratio.abs() < _NEAR
     z = torch.where(near, log_ratio, 0.0)
-    series = z * _SERIES[0] + _SERIES[1]
-    for coefficient in _SERIES[2:]:
-        series = series * z + coefficient
+    first, *rest = _SERIES if z.dtype == torch.float64 else _SERIES[6:]
+    series = torch.full_like(z, first)
+    for coefficient in rest:
+        series.mul_(z).add_(coefficient)  # in place, because memory takes most of the time
     # An infinite one would be taken from itself; before this limit e^x is infinite.
-    return torch.where(near, z * z * series, log_ratio.expm1() - log_ratio.clamp(max=1000.0))
+    far = log_ratio.expm1() - log_ratio.clamp(max=1000.0)
+    return torch.where(near, z * z * series, far)
 
 
 _NEAR = 0.5
-"""Below it, the series of ``e^x - 1 - x`` up to ``x^15`` is exact to 2e-17."""
+"""Below it, the series of ``e^x - 1 - x`` up to ``x^15`` has a relative error of 6e-18, and up to
+``x^9`` of 2.2e-9.
+"""
 
 _SERIES = tuple(1.0 / math.factorial(k) for k in range(15, 1, -1))
 
