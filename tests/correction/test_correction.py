@@ -388,7 +388,7 @@ class TestMetrics:
         everywhere = batch.correct(Correction(Clip(0.2), action="truncate"))
         assert torch.equal(everywhere.kept, batch.mask)
 
-    def test_of_an_empty_batch(self) -> None:
+    def test_are_neutral_for_an_empty_batch(self) -> None:
         batch = Batch()
         batch.mask[:] = False
         metrics = batch.correct(RULES["product"]).metrics
@@ -398,7 +398,7 @@ class TestMetrics:
             if name != "kept_fraction_by_probability":
                 assert (value == (1.0 if name in ones else 0.0)).all(), name
 
-    def test_of_a_batch_that_is_all_dropped(self) -> None:
+    def test_are_0_for_a_batch_that_is_all_dropped(self) -> None:
         batch = Batch()
         metrics = batch.correct(Correction(statistic="k2", threshold=0.0)).metrics
         assert metrics["kept_fraction"] == metrics["effective_sample_size"] == 0.0
@@ -410,7 +410,7 @@ class TestMetrics:
         metrics = batch.correct(RULES["mask"]).metrics
         assert metrics["effective_sample_size"] == pytest.approx(1.0)
 
-    def test_of_earlier_values_stay_when_an_input_changes(self) -> None:
+    def test_keep_their_values_when_an_input_changes_in_place(self) -> None:
         batch = Batch()
         wanted = dict(batch.correct(RULES["mask"]).metrics)
         found = batch.correct(RULES["mask"])
@@ -475,14 +475,16 @@ class TestErrors:
         ],
         ids=str,
     )  # fmt: skip
-    def test_of_a_rule(self, arguments: dict[str, Any], message: str) -> None:
+    def test_a_rule_that_makes_no_sense_is_refused(
+        self, arguments: dict[str, Any], message: str
+    ) -> None:
         with pytest.raises(InvalidValueError, match=message):
             Correction(**arguments)
         ones = torch.ones(2, 3)
         with pytest.raises(InvalidValueError, match=message):
             rollout_correction(ones, ones, ones, **arguments)
 
-    def test_of_types(self) -> None:
+    def test_wrong_types_are_refused(self) -> None:
         with pytest.raises(InvalidTypeError, match=r"region must be a bandpo\.Band, .* got str"):
             Correction("kl@0.1")  # type: ignore[arg-type]
         with pytest.raises(InvalidTypeError, match="threshold must be a real number, got str"):
@@ -511,7 +513,7 @@ class TestErrors:
         ],
         ids=str,
     )  # fmt: skip
-    def test_of_a_batch(
+    def test_a_batch_that_does_not_fit_is_refused(
         self, changes: dict[str, Any], error: type[Exception], message: str
     ) -> None:
         ones = torch.ones(2, 3)
@@ -521,7 +523,7 @@ class TestErrors:
                 given["old"], given["rollout"], given["mask"], advantages=given["advantages"]
             )
 
-    def test_of_packed_tensors(self) -> None:
+    def test_packed_tensors_need_offsets_for_sequences(self) -> None:
         ones = torch.ones(6)
         assert (RULES["mask"](ones, ones, ones).weights == 1.0).all()
         with pytest.raises(InvalidValueError, match="cu_seqlens must be given for level 'sequence"):

@@ -31,7 +31,7 @@ def bernoulli_divergence(
         log_prob: ln q, likewise; the two broadcast.
 
     Returns:
-        D, in the dtype given. Where the exact D is beyond its range, 0 or inf.
+        D, in the dtype given; 0 or inf if the exact D is beyond its range.
 
     Raises:
         InvalidValueError: If the name is none of these.
