@@ -24,7 +24,7 @@ from bandpo.correction import (
     RolloutCorrection,
     rollout_correction,
 )
-from bandpo.correction import weights as weights_module
+from bandpo.correction.weights import mismatch
 from bandpo.error import InvalidTypeError, InvalidValueError, MismatchWarning
 from bandpo.loss import LOG_RATIO_LIMIT, PROBABILITY_EDGES, policy_loss
 from bandpo.schedule import Linear, ScheduledBand
@@ -79,7 +79,7 @@ COMPILED = ("truncate", "band", "product", "max distance", "mean kl", "outward")
 @pytest.fixture(autouse=True)
 def already_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Policies are far apart here; the warning of it has tests of its own."""
-    monkeypatch.setattr(weights_module, "_WARNED", [1.0])
+    monkeypatch.setattr(mismatch, "_WARNED", [1.0])
 
 
 class Batch:
@@ -424,7 +424,7 @@ class TestMetrics:
 class TestMismatchWarning:
     @pytest.fixture(autouse=True)
     def fresh(self, already_warned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(weights_module, "_WARNED", [])
+        monkeypatch.setattr(mismatch, "_WARNED", [])
 
     def test_is_given_once_at_the_callers_line(self) -> None:
         batch = Batch()
