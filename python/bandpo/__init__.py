@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bandpo import correction, error, presets, schedule
+from bandpo import error, presets, schedule
 from bandpo._core import __version__
 from bandpo.divergence import Divergence
 from bandpo.error import BandpoError
@@ -39,7 +39,6 @@ __all__ = [
     "TableAccuracyWarning",
     "__version__",
     "by_sign",
-    "correction",
     "error",
     "preset",
     "presets",
@@ -48,10 +47,11 @@ __all__ = [
     "sides",
 ]
 
-_LATER = ("loss", "policy_loss", "region_from_spec", "torch")
+_LATER = ("correction", "loss", "policy_loss", "region_from_spec", "torch")
 """Names that are imported at their first use: torch is optional, and a parser costs time."""
 
 if TYPE_CHECKING:
+    from bandpo import correction as correction
     from bandpo import loss as loss
     from bandpo import torch as torch
     from bandpo.loss import policy_loss as policy_loss

@@ -23,8 +23,8 @@ from bandpo.correction import (
     Correction,
     RolloutCorrection,
     rollout_correction,
+    warning,
 )
-from bandpo.correction.weights import mismatch
 from bandpo.error import InvalidTypeError, InvalidValueError, MismatchWarning
 from bandpo.loss import LOG_RATIO_LIMIT, PROBABILITY_EDGES, policy_loss
 from bandpo.schedule import Linear, ScheduledBand
@@ -56,11 +56,13 @@ RULES: dict[str, Correction] = {
     "sum k2": Correction(statistic="k2", threshold=0.1, level="sequence-sum"),
     "max distance": Correction(statistic="ratio-distance", threshold=0.5, level="sequence-max"),
     "mean kl": Correction(statistic="bernoulli-kl", threshold=3e-3, level="sequence-mean"),
-    "negative": Correction(statistic="k1", threshold=0.0, level="sequence-mean", drops="negative"),
-    "outward": Correction(
-        statistic="ratio-distance", threshold=0.1, level="sequence-mean", drops="outward"
+    "negative": Correction(
+        statistic="k1", threshold=0.0, level="sequence-mean", negative_only=True
     ),
-    "outward tokens": Correction(KPOP, drops="outward"),
+    "outward": Correction(
+        statistic="ratio-distance", threshold=0.1, level="sequence-mean", outward_only=True
+    ),
+    "outward tokens": Correction(KPOP, outward_only=True),
 }
 
 
@@ -68,7 +70,7 @@ COLUMNS_WITH_NAN = [
     (name, column)
     for name, rule in RULES.items()
     for column in ("old", "rollout", "both infinite", "advantages")
-    if column != "advantages" or rule.drops != "all"
+    if column != "advantages" or rule.needs_advantages
 ]
 
 
@@ -79,7 +81,7 @@ COMPILED = ("truncate", "band", "product", "max distance", "mean kl", "outward")
 @pytest.fixture(autouse=True)
 def already_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Policies are far apart here; the warning of it has tests of its own."""
-    monkeypatch.setattr(mismatch, "_WARNED", [1.0])
+    monkeypatch.setattr(warning, "_WARNED", [1.0])
 
 
 class Batch:
@@ -146,7 +148,7 @@ class TestDecision:
         assert int(batch.correct(rule).kept.sum()) < before
 
     def test_outward_keeps_tokens_that_move_back(self) -> None:
-        rule = Correction(Clip(0.1), drops="outward", action="mask-only")
+        rule = Correction(Clip(0.1), outward_only=True, action="mask-only")
         log_ratio = tensor(0.5, 0.5, -0.5, -0.5, 0.5, 0.01)
         advantages = tensor(1.0, -1.0, 1.0, -1.0, 0.0, 1.0)
         found = weights_of(rule, log_ratio, advantages=advantages)
@@ -154,10 +156,10 @@ class TestDecision:
 
     def test_negative_takes_the_mean_advantage_of_a_sequence(self) -> None:
         by_sequence = Correction(
-            statistic="k1", threshold=0.1, level="sequence-mean", drops="negative",
+            statistic="k1", threshold=0.1, level="sequence-mean", negative_only=True,
             action="mask-only",
         )  # fmt: skip
-        by_token = Correction(statistic="k1", threshold=0.1, drops="negative", action="mask-only")
+        by_token = Correction(statistic="k1", threshold=0.1, negative_only=True, action="mask-only")
         log_ratio, advantages = tensor(-0.5, -0.5), tensor(1.0, -3.0)
         assert weights_of(by_sequence, log_ratio, advantages=advantages).tolist() == [[0.0, 0.0]]
         assert weights_of(by_token, log_ratio, advantages=advantages).tolist() == [[1.0, 0.0]]
@@ -381,7 +383,7 @@ class TestMetrics:
         outside = batch.correct(Correction(Clip(0.2))).metrics["outside_fraction"]
         assert outside > 0.0
         for rule in (Correction(Clip(0.2), action="truncate"),
-                     Correction(Clip(0.2), drops="outward")):  # fmt: skip
+                     Correction(Clip(0.2), outward_only=True)):  # fmt: skip
             found = batch.correct(rule)
             assert found.metrics["outside_fraction"] == outside
             assert found.metrics["kept_fraction"] > 1.0 - outside
@@ -424,7 +426,7 @@ class TestMetrics:
 class TestMismatchWarning:
     @pytest.fixture(autouse=True)
     def fresh(self, already_warned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(mismatch, "_WARNED", [])
+        monkeypatch.setattr(warning, "_WARNED", [])
 
     def test_is_given_once_at_the_callers_line(self) -> None:
         batch = Batch()
@@ -469,9 +471,10 @@ class TestErrors:
             ({"region": Clip(0.2), "action": "drop"}, "action must be one of truncate, mask"),
             ({"statistic": "k1", "threshold": 1.0, "action": "truncate"},
              "action must be 'mask' or 'mask-only' with statistic"),
-            ({"region": Clip(0.2), "drops": "positive"}, "drops must be one of all, negative"),
-            ({"region": Clip(0.2), "drops": "negative", "action": "truncate"},
-             "drops must be left out with action 'truncate'"),
+            ({"region": Clip(0.2), "negative_only": True, "outward_only": True},
+             "outward_only must be left out with negative_only"),
+            ({"region": Clip(0.2), "negative_only": True, "action": "truncate"},
+             "negative_only must be left out with action 'truncate'"),
         ],
         ids=str,
     )  # fmt: skip
@@ -487,6 +490,8 @@ class TestErrors:
     def test_wrong_types_are_refused(self) -> None:
         with pytest.raises(InvalidTypeError, match=r"region must be a bandpo\.Band, .* got str"):
             Correction("kl@0.1")  # type: ignore[arg-type]
+        with pytest.raises(InvalidTypeError, match="negative_only must be a bool, got int"):
+            Correction(Clip(0.2), negative_only=1)  # type: ignore[arg-type]
         with pytest.raises(InvalidTypeError, match="threshold must be a real number, got str"):
             Correction(statistic="k1", threshold="1")  # type: ignore[arg-type]
 
@@ -507,7 +512,7 @@ class TestErrors:
             ({"old": torch.ones(2, 3, 2)}, InvalidValueError, "old_log_prob must have shape"),
             ({"advantages": torch.ones(3)}, InvalidValueError, "advantages must have shape"),
             ({"advantages": None}, InvalidValueError,
-             "advantages must be given with drops 'negative'"),
+             "advantages must be given with negative_only"),
             ({"rollout": torch.ones(2, 3, device="meta")}, InvalidValueError,
              "rollout_log_prob must be on old_log_prob's device cpu, got meta"),
         ],
@@ -550,7 +555,7 @@ class TestRuleAsData:
         wanted = batch.correct(RULES["outward"])
         found = rollout_correction(
             batch.old, batch.rollout, batch.mask, statistic="ratio-distance", threshold=0.1,
-            level="sequence-mean", drops="outward", advantages=batch.advantages,
+            level="sequence-mean", outward_only=True, advantages=batch.advantages,
         )  # fmt: skip
         assert torch.equal(found.weights, wanted.weights)
 

@@ -17,9 +17,9 @@ geometric mask    ``Correction(Clip.between(0.99, 1.01), level="geometric-mean",
                   action="mask-only")``
 seq-mask-TIS      ``Correction(Clip.between(0.999, 1.002), level="geometric-mean")``
 OPSM              ``Correction(statistic="k1", threshold=1e-4, level="sequence-mean",
-                  action="mask-only", drops="negative")``
+                  action="mask-only", negative_only=True)``
 VACO, filter      ``Correction(statistic="ratio-distance", threshold=0.1, level="sequence-mean",
-                  action="mask-only", drops="outward")``
+                  action="mask-only", outward_only=True)``
 FlashREINFORCE    ``Correction(statistic="bernoulli-kl", threshold=3e-3, level="sequence-mean")``
 verl token_k1     ``Correction(Clip.between(0.5, 2), action="mask-only")``
 verl token_k2     ``Correction(statistic="k2", threshold=0.01, action="mask-only")``
@@ -48,14 +48,13 @@ call, so that a correction is data without it.
 
 >>> from bandpo import Clip
 >>> Correction(Clip.between(0.5, 5))  # doctest: +ELLIPSIS
-Correction(region=Clip(0.5, 4.0), ...level='token', action='mask', drops='all')
+Correction(region=Clip(0.5, 4.0), ...level='token', action='mask', ...)
 """
 
 from bandpo.correction.rule import (
     MISMATCH_LIMIT,
     Action,
     Correction,
-    Drops,
     Level,
     RolloutCorrection,
     Statistic,
@@ -66,7 +65,6 @@ __all__ = [
     "MISMATCH_LIMIT",
     "Action",
     "Correction",
-    "Drops",
     "Level",
     "RolloutCorrection",
     "Statistic",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from bandpo.check import check_name, real_number
-from bandpo.error import InvalidValueError
+from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Clip
 from bandpo.rule import AnyRegion, check_region, current
 
@@ -37,11 +37,9 @@ Statistic: TypeAlias = Literal[
     "bernoulli-jensen-shannon",
 ]
 Action: TypeAlias = Literal["truncate", "mask", "mask-only"]
-Drops: TypeAlias = Literal["all", "negative", "outward"]
 
 STATISTICS: tuple[str, ...] = get_args(Statistic)
 ACTIONS: tuple[str, ...] = get_args(Action)
-DROPS: tuple[str, ...] = get_args(Drops)
 REGION_LEVELS = ("token", "sequence-product", "geometric-mean")
 STATISTIC_LEVELS = ("token", "sequence-mean", "sequence-sum", "sequence-max")
 
@@ -83,9 +81,10 @@ class Correction:
         level: Whose ratio or statistic decides.
         action: "truncate" moves the ratio into the region and drops nothing; "mask" drops what is
             outside and keeps the ratio elsewhere; "mask-only" gives weight 1 there.
-        drops: Which tokens go of those outside: "all"; "negative", those with ``A < 0``, where a
-            sequence has the mean of its tokens' advantages; or "outward", those with
-            ``A ln B > 0``, whose update would enlarge ``abs(ln B)``.
+        negative_only: Drop of what is outside only tokens with ``A < 0``; a sequence has the mean
+            of its tokens' advantages.
+        outward_only: Drop of what is outside only tokens with ``A ln B > 0``, whose update would
+            enlarge ``abs(ln B)``.
 
     Raises:
         InvalidTypeError: If an argument has the wrong type.
@@ -97,11 +96,19 @@ class Correction:
     threshold: float | None = None
     level: Level = "token"
     action: Action = "mask"
-    drops: Drops = "all"
+    negative_only: bool = False
+    outward_only: bool = False
 
     def __post_init__(self) -> None:
         check_name("action", self.action, ACTIONS)
-        check_name("drops", self.drops, DROPS)
+        for argument in ("negative_only", "outward_only"):
+            value = getattr(self, argument)
+            if not isinstance(value, bool):
+                raise InvalidTypeError(f"{argument} must be a bool, got {type(value).__name__}")
+        if self.negative_only and self.outward_only:
+            raise InvalidValueError(
+                "outward_only must be left out with negative_only, got True for both"
+            )
         if (self.region is None) == (self.statistic is None):
             raise InvalidValueError(
                 "region or statistic must be given, and not both: a region for ratios, such as "
@@ -111,11 +118,16 @@ class Correction:
             self._check_region()
         else:
             self._check_statistic()
-        if self.action == "truncate" and self.drops != "all":
+        if self.action == "truncate" and self.needs_advantages:
+            argument = "negative_only" if self.negative_only else "outward_only"
             raise InvalidValueError(
-                f"drops must be left out with action 'truncate', which drops nothing, "
-                f"got {self.drops!r}"
+                f"{argument} must be left out with action 'truncate', which drops nothing, got True"
             )
+
+    @property
+    def needs_advantages(self) -> bool:
+        """True if the sign of the advantage decides as well."""
+        return self.negative_only or self.outward_only
 
     def _check_region(self) -> None:
         check_region(self.region)
@@ -202,7 +214,8 @@ def rollout_correction(
     threshold: float | None = None,
     level: Level = "token",
     action: Action = "mask",
-    drops: Drops = "all",
+    negative_only: bool = False,
+    outward_only: bool = False,
     advantages: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> RolloutCorrection:
@@ -214,14 +227,14 @@ def rollout_correction(
 
     Masked tokens have no effect, even if they hold NaN or inf. A NaN in a token that counts makes
     its weight NaN, and at another level than "token" those of its sequence: it is neither dropped
-    nor kept unseen, and ``kept`` is true there. So does an advantage that ``drops`` needs, and a
+    nor kept unseen, and ``kept`` is true there. So does an advantage that decides, and a
     token that neither policy could draw, with both log-probs ``-inf``.
 
     Metrics, over the tokens that count (0, and 1 for shares and weights, if there is none):
 
     - kept_fraction: share of the tokens that are kept
     - outside_fraction: share of them outside the region or above the threshold, themselves or their
-      sequence: dropped, truncated, or kept because of ``drops``
+      sequence: dropped, truncated, or kept because of their advantage
     - effective_sample_size: ``(sum w)^2 / (n sum w^2)`` of the weights w, dropped ones as 0, as a
       share of the n tokens; 0 if all are dropped
     - weight_mean, weight_max, and the quantiles weight_p01, weight_p50 and weight_p99, linear
@@ -243,14 +256,15 @@ def rollout_correction(
         rollout_log_prob: The same under the policy that drew them, as the engine returns them, with
             the temperature that it drew with.
         response_mask: Which tokens count (0: not), bool, int or float.
-        region: Allowed ratios; see `Correction` for this and the next five.
+        region: Allowed ratios; see `Correction` for this and the next six.
         statistic: What a threshold limits, in place of a region.
         threshold: Max value of the statistic.
         level: Whose ratio or statistic decides.
         action: What becomes of a ratio outside.
         drops: Which tokens go of those outside.
-        advantages: One a token, or one a sequence as [B, 1] or [B]; needed if ``drops`` is not
-            "all".
+        negative_only: Drop only tokens with a negative advantage.
+        outward_only: Drop only tokens whose update would enlarge the mismatch.
+        advantages: One a token, or one a sequence as [B, 1] or [B]; needed with one of these two.
         cu_seqlens: Offsets of the sequences in packed tensors, int32 or int64 [S + 1], from 0 to N;
             needed for packed tensors at another level than "token".
 
@@ -261,7 +275,7 @@ def rollout_correction(
             not go together or one is missing.
         MissingExtraError: If torch is not installed.
     """
-    rule = Correction(region, statistic, threshold, level, action, drops)
+    rule = Correction(region, statistic, threshold, level, action, negative_only, outward_only)
     return rule(
         old_log_prob, rollout_log_prob, response_mask, advantages=advantages, cu_seqlens=cu_seqlens
     )

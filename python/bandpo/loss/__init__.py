@@ -1,9 +1,10 @@
 """The clipped policy loss of PPO and GRPO with the bounds of any region."""
 
 from bandpo.backends.contract import PROBABILITY_EDGES
+from bandpo.batch.metrics import Metrics
 from bandpo.loss.policy import PolicyLoss, policy_loss
 from bandpo.loss.reduction import GlobalBatch
-from bandpo.loss.result import Metrics, PolicyLossResult
+from bandpo.loss.result import PolicyLossResult
 from bandpo.surrogate import LOG_RATIO_LIMIT
 
 __all__ = [

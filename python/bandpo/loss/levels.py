@@ -11,7 +11,7 @@ from bandpo.backends import plain
 from bandpo.backends.contract import PROBABILITY_BINS, Backend, LossInputs, TokenLosses, Totals
 from bandpo.backends.plain import probability_bin
 from bandpo.backends.sides import sides_from
-from bandpo.loss.tokens import Tokens, shaped
+from bandpo.batch.tokens import Tokens, shaped
 from bandpo.region import BySign, Clip
 from bandpo.rule import AnyRegion, Rule
 from bandpo.surrogate import LOG_RATIO_LIMIT, GammaWeight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bandpo.backends.contract import TokenLosses, Totals
-from bandpo.loss.tokens import Tokens
+from bandpo.batch.tokens import Tokens
 from bandpo.surrogate import LOG_RATIO_LIMIT
 
 

@@ -14,15 +14,16 @@ from bandpo.backends.contract import Backend
 from bandpo.backends.internals import needs_no_dispatcher, version_of
 from bandpo.backends.native import count_valid
 from bandpo.backends.select import select
+from bandpo.batch.check import check_cu_seqlens, check_tokens
+from bandpo.batch.metrics import Metrics
+from bandpo.batch.tokens import Tokens, shaped, shaped_by_row
 from bandpo.check import check_name, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.loss.check import check_cu_seqlens, check_tokens
 from bandpo.loss.levels import inputs_of, token_losses
 from bandpo.loss.metrics import metrics_of
 from bandpo.loss.penalty import log_ratio_penalty as penalty_of
 from bandpo.loss.reduction import Count, GlobalBatch, Reduction
-from bandpo.loss.result import Metrics, PolicyLossResult
-from bandpo.loss.tokens import Tokens, shaped, shaped_by_row
+from bandpo.loss.result import PolicyLossResult
 from bandpo.presets import PRESETS, Preset, preset
 from bandpo.region import BySign, Region
 from bandpo.rule import (

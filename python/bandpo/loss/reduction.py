@@ -10,9 +10,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from bandpo.backends.contract import TokenLosses
+from bandpo.batch.tokens import Tokens
 from bandpo.check import check_name, positive_number, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.loss.tokens import Tokens
 from bandpo.rule import AGGREGATION_MODES, AggregationMode
 
 Count: TypeAlias = "float | torch.Tensor"

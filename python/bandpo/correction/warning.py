@@ -6,7 +6,7 @@ import warnings
 
 from bandpo.backends.internals import needs_no_dispatcher
 from bandpo.correction.rule import MISMATCH_LIMIT
-from bandpo.correction.weights.batch import Batch
+from bandpo.correction.tokens import Batch
 from bandpo.error import MismatchWarning
 from bandpo.surrogate import LOG_RATIO_LIMIT
 

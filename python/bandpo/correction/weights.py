@@ -12,13 +12,13 @@ from bandpo.tensors.check import compute_dtype
 import torch
 
 from bandpo.backends.sides import sides_from
+from bandpo.batch.metrics import Metrics
+from bandpo.batch.tokens import Sequences, shaped, shaped_by_row
+from bandpo.correction.check import check_batch, check_sequences
+from bandpo.correction.metrics import metrics_of
 from bandpo.correction.rule import Correction, RolloutCorrection
-from bandpo.correction.weights.batch import Batch
-from bandpo.correction.weights.check import check_batch, check_sequences
-from bandpo.correction.weights.metrics import metrics_of
-from bandpo.correction.weights.mismatch import warn_of_mismatch
-from bandpo.loss.result import Metrics
-from bandpo.loss.tokens import Sequences, shaped, shaped_by_row
+from bandpo.correction.tokens import Batch
+from bandpo.correction.warning import warn_of_mismatch
 from bandpo.surrogate import LOG_RATIO_LIMIT
 from bandpo.tensors.bounds import bounds_of, membership_of
 from bandpo.tensors.divergence import bernoulli_divergence, k3
@@ -48,8 +48,7 @@ def apply(
     # A region has no NaN in it, but a NaN must be seen, not dropped.
     outside = valid & ~found.inside & ~unknown
     dropped = torch.zeros_like(outside) if rule.action == "truncate" else outside
-    if rule.drops != "all":
-        assert advantages is not None  # noqa: S101 -- for type checkers
+    if rule.needs_advantages and advantages is not None:  # which was checked
         signed = shaped_by_row(advantages.detach().to(dtype), shape)
         eligible, unclear = _eligible(rule, batch, signed)
         dropped, unknown = dropped & eligible, unknown | unclear
@@ -166,7 +165,7 @@ def _eligible(
     advantages = torch.where(batch.valid, advantages.expand(x.shape), 0.0)
     sequences = None if rule.level == "token" else batch.sequences()
     unclear = advantages.isnan()
-    if rule.drops == "outward":
+    if rule.outward_only:
         if sequences is not None:
             unclear = sequences.spread(sequences.sum(unclear.to(torch.int64))) > 0
         return (x * advantages.sign()) > 0.0, unclear

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from bandpo.batch.check import check_cu_seqlens
 from bandpo.correction.rule import Correction
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.loss.check import check_cu_seqlens
 from bandpo.tensors.check import check_float, check_tensor
 
 
@@ -41,9 +41,10 @@ def check_batch(
             f"old_log_prob must have shape [B, T], [B, T, 1] or, packed, [N], "
             f"got {tuple(old_log_prob.shape)}"
         )
-    if advantages is None and rule.drops != "all":
+    if advantages is None and rule.needs_advantages:
+        argument = "negative_only" if rule.negative_only else "outward_only"
         raise InvalidValueError(
-            f"advantages must be given with drops {rule.drops!r}, one a token or one a sequence"
+            f"advantages must be given with {argument}, one a token or one a sequence"
         )
     others = [
         ("rollout_log_prob", rollout_log_prob, [shape]),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from bandpo.loss.tokens import Sequences
+from bandpo.batch.tokens import Sequences
 
 
 class Batch(NamedTuple):

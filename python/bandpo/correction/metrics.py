@@ -9,7 +9,7 @@ import torch
 
 from bandpo.backends.contract import PROBABILITY_BINS
 from bandpo.backends.plain import probability_bin
-from bandpo.correction.weights.batch import Batch
+from bandpo.correction.tokens import Batch
 from bandpo.surrogate import LOG_RATIO_LIMIT
 
 

@@ -1,0 +1,1 @@
+"""A batch of tokens: its checks, its sequences, and metrics over it."""
