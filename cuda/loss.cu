@@ -5,7 +5,8 @@
 
 namespace bandpo {
 
-const int BLOCKS = 3;  // blocks of policy_loss on a multiprocessor: a fourth would spill registers
+const int BLOCKS = 3;           // blocks of policy_loss on a multiprocessor: a fourth would spill registers
+const int EXTENDED_BLOCKS = 2;  // likewise, where it is EXTENDED
 
 // Bits of `vectorised`: arrays that may be read or written in vectors.
 enum Vectorised : unsigned {
@@ -19,8 +20,8 @@ enum Vectorised : unsigned {
 // log_lower and log_upper, to a table of `table_words`, or to all lower and then all upper log bounds. first,
 // second and log_first are those of Rule.
 // `sums` is [SUMS, chunks]; `counts` is [COUNTS, chunks], or [MAX_COUNTS, chunks] with by_probability.
-template <class Stored, template <class> class Bounds>
-__global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) policy_loss(
+template <class Stored, template <class> class Bounds, bool EXTENDED>
+__global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : EXTENDED ? EXTENDED_BLOCKS : BLOCKS) policy_loss(
     const Stored* old_log_prob, Index old_row, Index old_column,
     const Stored* log_prob, Index new_row, Index new_column,
     const typename Computed<Stored>::Type* log_ratio, Index ratio_row, Index ratio_column,
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) pol
   BAND_TABLE_IN_SHARED_MEMORY(table);
   copy_table(bounds, table_words, table);
   const Bounds<T> token_bounds = Bounds<T>::make(bounds, table, count);
-  const Rule<T> rule = {surrogate, static_cast<T>(first), static_cast<T>(second), static_cast<T>(log_first)};
+  const Rule<T, EXTENDED> rule = {surrogate, static_cast<T>(first), static_cast<T>(second), static_cast<T>(log_first)};
   const Strided<Stored> old_view = {old_log_prob, old_row, old_column, (vectorised & OLD_LOG_PROB) != 0};
   const Strided<Stored> new_view = {log_prob, new_row, new_column, (vectorised & NEW_LOG_PROB) != 0};
   const Strided<T> ratio_view = {log_ratio, ratio_row, ratio_column, (vectorised & LOG_RATIO) != 0};
@@ -60,14 +61,15 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : BLOCKS) pol
       load(old_view, start, tokens, row_length, old_logp);
       load(new_view, start, tokens, row_length, new_logp);
       load(advantage_view, start, tokens, row_length, advantage);
-      if (anchor_log_prob) load(anchor_view, start, tokens, row_length, anchor_logp);
+      if (EXTENDED && anchor_log_prob) load(anchor_view, start, tokens, row_length, anchor_logp);
       if (log_ratio) load(ratio_view, start, tokens, row_length, given_log_ratio);
 #pragma unroll
       for (int k = 0; k < WIDTH; ++k) {
         Outcome<T> token = {};  // zeros for a masked token, whatever it holds
         if (k < tokens && is_valid[k]) {
           const T unclamped = log_ratio ? given_log_ratio[k] : new_logp[k] - old_logp[k];
-          const Anchor<T> anchor = {anchor_log_prob != nullptr, anchor_log_prob ? anchor_logp[k] : T(0)};
+          const bool anchored = EXTENDED && anchor_log_prob;
+          const Anchor<T, EXTENDED> anchor = {anchored, anchored ? anchor_logp[k] : T(0)};
           token = outcome(rule, token_bounds, start + k, old_logp[k], new_logp[k], unclamped, log_ratio != nullptr,
                           advantage[k], anchor);
           totals.add(token, old_logp[k], by_probability != 0);

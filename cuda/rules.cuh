@@ -10,13 +10,14 @@ const double CLOSED = 40;           // argument from which a soft gate is closed
 // Of PPO, DPPO, CISPO, CE-GPPO, SAPO and SPO.
 enum Surrogate { MIN_CLIP = 0, MASK = 1, WEIGHT = 2, GRADIENT_PRESERVING = 3, SOFT_GATE = 4, QUADRATIC = 5 };
 
-template <class T>
+// A rule with a width, or with an anchor, is EXTENDED. The others are compiled without what only those need.
+template <class T, bool EXTENDED>
 struct Rule {
   int surrogate;
   T first;      // dual clip of min-clip or truncation of mask, infinite for none; beta_low; tau_positive
   T second;     // of mask: 1 if it is symmetric; beta_high; tau_negative
   T log_first;  // logarithm of the dual clip
-  BAND_FUNCTION bool needs_width() const { return surrogate == SOFT_GATE || surrogate == QUADRATIC; }
+  BAND_FUNCTION bool needs_width() const { return EXTENDED && (surrogate == SOFT_GATE || surrogate == QUADRATIC); }
   // True if the sign of the log-ratio selects the bound, not that of the advantage.
   BAND_FUNCTION bool by_log_ratio() const {
     return surrogate == WEIGHT || needs_width() || (surrogate == MASK && second == T(1));
@@ -31,10 +32,11 @@ BAND_FUNCTION T clamp_log_ratio(T log_ratio) {
 }
 
 // A policy in place of the old one, at which the bounds stand.
-template <class T>
+template <class T, bool EXTENDED>
 struct Anchor {
-  bool given;
+  bool is_given;
   T log_prob;
+  BAND_FUNCTION bool given() const { return EXTENDED && is_given; }
 };
 
 // Counts of a loss, in the order of its output.
@@ -54,9 +56,9 @@ struct Outcome {
 };
 
 // A valid token under a rule. `unclamped` is its log-ratio, or one that is given in its place.
-template <class T, class Bounds>
-BAND_FUNCTION Outcome<T> outcome(const Rule<T>& rule, const Bounds& bounds, Index index, T old_log_prob,
-                                 T log_prob, T unclamped, bool is_given, T advantage, Anchor<T> anchor) {
+template <class T, bool EXTENDED, class Bounds>
+BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bounds, Index index, T old_log_prob,
+                                 T log_prob, T unclamped, bool is_given, T advantage, Anchor<T, EXTENDED> anchor) {
   T minus_advantage = T(0) - advantage;
   const bool clamped = static_cast<T>(LOG_RATIO_LIMIT) < magnitude(unclamped);
   const T log_ratio = clamp_log_ratio(unclamped);
@@ -66,7 +68,7 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T>& rule, const Bounds& bounds, Inde
   // The log-ratio that the bounds limit, and the distance from it to that to the old policy.
   T limited_log_ratio = log_ratio, shift = 0;
   Exponentials<T> limited_exponential = exponential;
-  if (anchor.given) {
+  if (anchor.given()) {
     shift = anchor.log_prob - old_log_prob;
     const T compared = is_given ? unclamped - shift : log_prob - anchor.log_prob;
     if (is_nan(compared)) minus_advantage = compared;  // it compares false, and has to reach the loss
@@ -76,7 +78,7 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T>& rule, const Bounds& bounds, Inde
   }
   const bool by_upper = rule.by_log_ratio() ? T(0) < limited_log_ratio : minus_advantage < T(0);
   const bool by_lower = rule.by_log_ratio() ? limited_log_ratio < T(0) : T(0) < minus_advantage;
-  const T stored_bound = bounds.at(index, anchor.given ? anchor.log_prob : old_log_prob, by_lower);
+  const T stored_bound = bounds.at(index, anchor.given() ? anchor.log_prob : old_log_prob, by_lower);
   const bool bound_is_ratio = Bounds::LOWER_IS_RATIO && by_lower;
 
   bool clipped_low, clipped_high;
@@ -100,7 +102,7 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T>& rule, const Bounds& bounds, Inde
     clipped_low = by_lower && (Bounds::LOWER_IS_RATIO ? limited_exponential.exp : limited_log_ratio) < stored_bound;
     clipped_high = by_upper && stored_bound < limited_log_ratio;
     if (clipped_low || clipped_high) {  // few tokens, because exponentials are expensive
-      if (!anchor.given) {
+      if (!anchor.given()) {
         bound = bound_is_ratio ? stored_bound : exponentials(stored_bound).exp;
       } else if (bound_is_ratio) {
         bound = stored_bound * exponentials(shift).exp;
@@ -134,7 +136,7 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T>& rule, const Bounds& bounds, Inde
     result.slope = clamped && !beyond ? T(0) : result.loss;
   } else {
     const bool gains = minus_advantage < T(0);
-    const T loss_scale = anchor.given ? exponentials(shift).exp : T(1);
+    const T loss_scale = anchor.given() ? exponentials(shift).exp : T(1);
     T factor;
     if (rule.surrogate == SOFT_GATE) {
       const T tau = gains ? rule.first : rule.second;

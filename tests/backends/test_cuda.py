@@ -907,7 +907,7 @@ class FakeCupy:
 
 class TestLaunch:
     PROCESSORS = 2
-    LOSS = "bandpo::policy_loss<float, bandpo::Table>"
+    LOSS = "bandpo::policy_loss<float, bandpo::Table, false>"
 
     @pytest.fixture
     def cupy(self, library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCupy:

@@ -21,7 +21,10 @@ EMULATOR = Path(__file__).parent / "emulator.h"
 STORED = ("float", "double", "bandpo::Half", "bandpo::BFloat16")
 BOUNDS = ("bandpo::Constant", "bandpo::Table", "bandpo::PerToken")
 KERNELS = (
-    *(f"bandpo::policy_loss<{stored}, {bounds}>" for stored, bounds in product(STORED, BOUNDS)),
+    *(
+        f"bandpo::policy_loss<{stored}, {bounds}, {extended}>"
+        for stored, bounds, extended in product(STORED, BOUNDS, ("false", "true"))
+    ),
     "bandpo::policy_loss_totals<double>",
     *(f"bandpo::band_bounds<{stored}>" for stored in STORED),
     *(f"bandpo::band_clip<{stored}, {bounds}>" for stored, bounds in product(STORED[:2], BOUNDS)),

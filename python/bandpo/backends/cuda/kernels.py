@@ -33,6 +33,9 @@ _STORED = {
     torch.bfloat16: "bandpo::BFloat16",
 }
 
+_WITH_WIDTH = ("soft-gate", "quadratic")
+"""Surrogates that read the width of the region; see ``cuda/rules.cuh``."""
+
 
 def token_loss(
     *args: Any,
@@ -71,8 +74,10 @@ def token_loss(
         )
         first, second = [*inputs.parameters, math.inf, math.inf][:2]
         kind, bounds, words = _bounds_kind(bounds)
+        needs_more = inputs.anchor_log_prob is not None or inputs.surrogate in _WITH_WIDTH
+        extended = "true" if needs_more else "false"
         launch(
-            f"bandpo::policy_loss<{_STORED[log_prob.dtype]}, bandpo::{kind}>",
+            f"bandpo::policy_loss<{_STORED[log_prob.dtype]}, bandpo::{kind}, {extended}>",
             log_prob.device,
             chunks,
             (
