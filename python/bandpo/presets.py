@@ -13,6 +13,7 @@ clip (arXiv 2602.05494) has no preset, because no published delta was found: ``C
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -20,10 +21,10 @@ from typing import Any, Final
 from bandpo.check import check_name
 from bandpo.error import InvalidValueError, UnknownNameError
 from bandpo.notebook import html_table
-from bandpo.region import Band, Clip, Dcpo
+from bandpo.region import Band, Clip, Dcpo, PrefixBudget, by_sign
 from bandpo.rule import AggregationMode, RatioLevel, RuleRegion
-from bandpo.schedule import Bapo, RegionSource
-from bandpo.surrogate import GradientPreserving, Mask, Surrogate
+from bandpo.schedule import Bapo, RegionSource, SecondMoment
+from bandpo.surrogate import GammaWeight, GradientPreserving, Mask, SoftGate, Surrogate
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Preset:
     dual_clip: float | None = None
     ratio_level: RatioLevel = "token"
     loss_agg_mode: AggregationMode = "token-mean"
+    log_ratio_penalty: float = 0.0
+    correction: Mapping[str, Any] | None = None
+    """Arguments of `bandpo.correction.Correction`; a loss with one needs a rollout_log_prob."""
     source: str = field(kw_only=True)
     """The paper, and the place of the numbers in it or in its code."""
 
@@ -57,12 +61,26 @@ class Preset:
         return {name: getattr(self, name) for name in _ARGUMENTS} | changes
 
 
-_ARGUMENTS = ("region", "surrogate", "dual_clip", "ratio_level", "loss_agg_mode")
+_ARGUMENTS = (
+    "region",
+    "surrogate",
+    "dual_clip",
+    "ratio_level",
+    "loss_agg_mode",
+    "log_ratio_penalty",
+    "correction",
+)
 
 
 _BANDPO = (
     "BandPO, ICML 2026, arXiv 2603.04918; the numbers of its training scripts: radius 0.05, upper "
     "bounds capped at 10, not relaxed, dual clip 10"
+)
+
+_IPO = (
+    "IPO of PrimeIntellect-ai/prime-rl, trainer/rl/loss.py, its default from 2026-08-27 (#3418) to "
+    "2026-09-18: ipo_threshold 0.1 on either side whatever the sign of A, kl_tau 1e-3 times "
+    "(ln r)^2 on all tokens. The old policy is the rollout policy"
 )
 
 _PRESETS: Final = (
@@ -101,10 +119,156 @@ _PRESETS: Final = (
     ),
     Preset(
         "prime-rl",
+        Band("tv", 0.1),
+        Mask(truncation=None, symmetric=True),
+        log_ratio_penalty=1e-3,
+        source=_IPO,
+    ),
+    Preset(
+        "prime-rl-2026-04",
         Band("tv", 0.2),
         Mask(truncation=None),
-        source="PrimeIntellect-ai/prime-rl, default_loss_fn in trainer/rl/loss.py: dppo_mask_low "
-        "and dppo_mask_high 0.2; without its penalty kl_tau (ln r)^2",
+        source="PrimeIntellect-ai/prime-rl from 2026-04-02 (#2187) to 2026-08-27 (#3418), "
+        "default_loss_fn: dppo_mask_low and dppo_mask_high 0.2 (0.1 for some days of August); "
+        "without its penalty kl_tau (ln r)^2. The old policy is the rollout policy",
+    ),
+    Preset(
+        "prime-rl-2026-09",
+        Band("tv", 0.3),
+        Mask(truncation=None, symmetric=True),
+        source="PrimeIntellect-ai/prime-rl since 2026-09-18 (#3586, read as its description): ipo "
+        "with eps 0.3 and kl_tau 0. The old policy is the rollout policy",
+    ),
+    Preset(
+        "ipo",
+        Band("tv", 0.1),
+        Mask(truncation=None, symmetric=True),
+        log_ratio_penalty=1e-3,
+        source=_IPO,
+    ),
+    Preset(
+        "kpop",
+        Band("kl", 0.1) & Band("reverse-kl", 0.1),
+        Mask(truncation=None, symmetric=True),
+        source="KPop (ringtech.notion.site/kpop, 2026-05): both Bernoulli divergences at most "
+        "phi; 0.1 is what prime-rl #3283 cites from it, the post's own number was not read. The "
+        "old policy is the rollout policy",
+    ),
+    Preset(
+        "icepop",
+        Clip(0.2),
+        correction={"region": Clip.between(0.5, 5.0)},
+        source="IcePop, Ring-1T, arXiv 2510.18855: old/rollout outside [alpha, beta] drops a "
+        "token; 0.5 and 5 in verl (decoupled_token_icepop), NeMo-RL and OpenRLHF, as of 2026-08, "
+        "the paper's own numbers were not read; with the clip of PPO",
+    ),
+    Preset(
+        "prime-rl-icepop",
+        Clip.between(0.2, 5.0),
+        Mask(truncation=None, symmetric=True),
+        source="PrimeIntellect-ai/prime-rl #3526, 2026-09-10: type icepop, ratio_low 0.2, "
+        "ratio_high 5. The old policy is the rollout policy",
+    ),
+    Preset(
+        "tis",
+        Clip(0.2),
+        correction={"region": Clip.between(0.0, 2.0), "action": "truncate"},
+        source="truncated importance sampling (fengyao.notion.site, 2025-08): min(old/rollout, "
+        "C); C = 2 in verl, slime, ms-swift and Open-Instruct, as of 2026-08; with the clip of PPO",
+    ),
+    Preset(
+        "mis",
+        Clip(0.2),
+        correction={"region": Clip.between(0.0, 3.0), "level": "sequence-product"},
+        source="masked importance sampling of sequences: TRL 1.16.0, its default sequence_mask "
+        "with clip_max 3 and no lower bound; ms-swift's option of that name is a geometric mean; "
+        "with the clip of PPO",
+    ),
+    Preset(
+        "geo-mask",
+        Clip(0.2),
+        correction={
+            "region": Clip.between(0.99, 1.01),
+            "level": "geometric-mean",
+            "action": "mask-only",
+        },
+        source="geometric sequence mask (richardli.xyz, part 3): SkyRL 0.3.0, geo_mask_low 0.99 "
+        "and geo_mask_high 1.01; verl's presets take 0.999 and 1.001; with the clip of PPO",
+    ),
+    Preset(
+        "seq-mask-tis",
+        Clip(0.2),
+        correction={"region": Clip.between(0.999, 1.002), "level": "geometric-mean"},
+        source="NeMo-RL (prorlv2_1_moe.v2.yaml, 2026-08): the geometric mean of old/rollout drops "
+        "a sequence, the others keep their tokens' own weights; with the clip of PPO",
+    ),
+    Preset(
+        "opsm",
+        Clip(0.2),
+        correction={
+            "statistic": "k1",
+            "threshold": 1e-4,
+            "level": "sequence-mean",
+            "action": "mask-only",
+            "negative_only": True,
+        },
+        source="off-policy sequence masking, DeepSeek-V3.2, arXiv 2512.02556, Eq. 9, which gives "
+        "no delta; 1e-4 is the default of slime and miles (2026-08), and TRL's example is 0.5; of "
+        "old against rollout, where TRL takes the current policy; with the clip of PPO",
+    ),
+    Preset(
+        "flash-reinforce",
+        Clip(0.2),
+        loss_agg_mode="seq-mean-token-mean",
+        correction={
+            "statistic": "bernoulli-kl",
+            "threshold": 3e-3,
+            "level": "sequence-mean",
+        },
+        source="FlashREINFORCE, OpenRLHF #1339, 2026-09-14: a mean Bernoulli KL(rollout || old) "
+        "above 3e-3 drops a sequence, the others keep the weight old/rollout without a bound; "
+        "with the clip of PPO",
+    ),
+    Preset(
+        "sapo",
+        Clip(1.0, 1.0),
+        SoftGate(tau_positive=1.0, tau_negative=1.05),
+        loss_agg_mode="seq-mean-token-mean",
+        source="SAPO, arXiv 2511.20347; tau 1.0 and 1.05 in its text and in verl 0.9.1 and TRL "
+        "1.16.0",
+    ),
+    Preset(
+        "spo",
+        Clip(0.2),
+        "quadratic",
+        source="SPO, arXiv 2401.16025, Eq. 16; 0.2 as in PPO, its own table was not read",
+    ),
+    Preset(
+        "cppo",
+        PrefixBudget(delta=0.15, weight_min=0.8, allowance=(0.02, 0.04)),
+        Mask(truncation=None),
+        source="CPPO, arXiv 2606.10968, as its authors coded it (UniRL, cppo.py, 2026-06; verl "
+        "#6731): delta 0.15 (0.2 for a mixture of experts), w_min 0.8, delta_b the 0.9 quantile "
+        "of D in [0.02, 0.04]. The old policy is the rollout policy",
+    ),
+    Preset(
+        "m2po",
+        SecondMoment(0.04),
+        source="M2PO, arXiv 2510.01161: tau 0.04 in its scripts (Infini-AI-Lab/M2PO, M2_budget), "
+        "which set no min width; see bandpo.schedule.SecondMoment",
+    ),
+    Preset(
+        "topr",
+        by_sign(positive=Clip(0.0), negative=Clip(1.0, 0.0)),
+        "weight",
+        source="TOPR, arXiv 2503.14286, Eq. 8, with the token's ratio as in ROLL and Trinity "
+        "(2026-08) in place of the trajectory's: weight 1 for A > 0, min(r, 1) otherwise",
+    ),
+    Preset(
+        "gpg",
+        Clip(0.0),
+        "weight",
+        source="GPG, arXiv 2504.02546, and REINFORCE: -A log pi, no ratio; verl's loss gpg",
     ),
     Preset(
         "dcpo",
@@ -144,10 +308,26 @@ _PRESETS: Final = (
         source="GSPO, arXiv 2507.18071, Eq. 5-7; section 5.1",
     ),
     Preset(
+        "luspo",
+        Clip(2e-3, 2.5e-3),
+        ratio_level="sequence",
+        loss_agg_mode="seq-mean-token-sum",
+        source="LUSPO, arXiv 2602.05261: GSPO with the sum over a sequence in place of its mean; "
+        "widths of section 5.1 as TRL's documentation cites them (2026-07)",
+    ),
+    Preset(
+        "vespo",
+        Clip(1.0, math.inf),
+        GammaWeight(2.0, 3.0, 3.0, 2.0),
+        ratio_level="sequence-product",
+        source="VESPO, arXiv 2602.10693: k and lambda 2 and 3 for A >= 0, 3 and 2 for A < 0, as "
+        "its authors' code and TRL 1.16.0 have them; of new/old, times no rollout weights",
+    ),
+    Preset(
         "bapo",
         Bapo(),
-        source="BAPO, arXiv 2510.18927, Eq. 8 and Algorithm 1; section 5.1 (the code released with "
-        "it differs, see bandpo.schedule.Bapo)",
+        source="BAPO, arXiv 2510.18927, Eq. 8 and Algorithm 1; section 5.1 (the code released "
+        "with it differs, see bandpo.schedule.Bapo)",
     ),
 )
 

@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from bandpo.check import check_name
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.region import BySign, Clip, Region
+from bandpo.region import BySign, Clip, PrefixBudget, Region, TensorBand
 from bandpo.schedule import RegionSource
-from bandpo.surrogate import GammaWeight, MinClip, Surrogate, TokenSurrogate, resolve
+from bandpo.surrogate import GammaWeight, Mask, MinClip, Surrogate, TokenSurrogate, resolve
 
 AggregationMode: TypeAlias = Literal[
     "token-mean",
@@ -23,8 +23,11 @@ BackendName: TypeAlias = Literal["auto", "native", "cuda", "torch"]
 AnyRegion: TypeAlias = Region | RegionSource
 """A region, or a source of one that changes between steps."""
 
-RuleRegion: TypeAlias = AnyRegion | BySign
-"""What a loss takes: also a region for each sign of the advantage."""
+Budget: TypeAlias = PrefixBudget | TensorBand
+"""What tells which tokens are inside, and has no bounds."""
+
+RuleRegion: TypeAlias = AnyRegion | BySign | Budget
+"""What a loss takes: also a region for each sign of the advantage, or a budget."""
 
 AGGREGATION_MODES: tuple[str, ...] = get_args(AggregationMode)
 RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)
@@ -52,10 +55,17 @@ class Rule(NamedTuple):
             InvalidTypeError: If an argument has the wrong type.
             InvalidValueError: If it is out of range or unknown, or does not go with another.
         """
-        if not isinstance(region, BySign):
-            check_region(region)
         resolved = resolve(surrogate, dual_clip)
         check_name("ratio_level", ratio_level, RATIO_LEVELS)
+        if isinstance(region, (PrefixBudget, TensorBand)):
+            if not isinstance(resolved, Mask) or ratio_level != "token":
+                raise InvalidValueError(
+                    f"surrogate must be 'mask' with ratio_level 'token' for {region!r}, which has "
+                    f"no bounds, got {resolved.name!r} and {ratio_level!r}"
+                )
+            return cls(region, resolved, ratio_level)
+        if not isinstance(region, BySign):
+            check_region(region)
         if ratio_level in ("sequence", "sequence-product") and not all(
             isinstance(part, Clip) for part in parts_of(region)
         ):
@@ -90,7 +100,7 @@ def current(region: AnyRegion) -> Region:
     return region.region if isinstance(region, RegionSource) else region
 
 
-def parts_of(region: RuleRegion) -> tuple[Region, ...]:
+def parts_of(region: AnyRegion | BySign) -> tuple[Region, ...]:
     """Returns the region that it is now, or both regions of a `BySign`."""
     return region if isinstance(region, BySign) else (current(region),)
 

@@ -12,7 +12,8 @@ from bandpo.backends.contract import PROBABILITY_BINS, Backend, LossInputs, Toke
 from bandpo.backends.plain import probability_bin
 from bandpo.backends.sides import sides_from
 from bandpo.batch.tokens import Tokens, shaped
-from bandpo.region import BySign, Clip
+from bandpo.loss.membership import limits_of
+from bandpo.region import BySign, Clip, PrefixBudget, TensorBand
 from bandpo.rule import AnyRegion, Rule
 from bandpo.surrogate import LOG_RATIO_LIMIT, GammaWeight
 from bandpo.tensors.bounds import bounds_of, membership_of
@@ -77,14 +78,17 @@ def inputs_of(rule: Rule, tokens: Tokens, *, exact: bool, by_probability: bool) 
 
 def _bounds(rule: Rule, tokens: Tokens, exact: bool) -> torch.Tensor:
     """Bounds of any kind that `LossInputs` takes."""
+    region = rule.region
+    if isinstance(region, (PrefixBudget, TensorBand)):
+        return limits_of(region, tokens)
     # The shape of the user's tensor, which an array of deltas has to match.
     log_prob = tokens.log_prob_of_bounds
     given, shape = log_prob.shape, tokens.log_prob.shape
     valid = shaped(tokens.valid, given)
 
-    def of(region: AnyRegion) -> torch.Tensor:
+    def of(part: AnyRegion) -> torch.Tensor:
         if rule.surrogate.needs_bounds:
-            return bounds_of(region, log_prob, valid=valid, exact=exact)
+            return bounds_of(part, log_prob, valid=valid, exact=exact)
 
         def ratio_of_tokens() -> torch.Tensor:
             ratio = tokens.limited_log_ratio()
@@ -92,14 +96,14 @@ def _bounds(rule: Rule, tokens: Tokens, exact: bool) -> torch.Tensor:
                 ratio = _of_sequence(ratio, rule, tokens)
             return ratio.reshape(given)
 
-        return membership_of(region, log_prob, ratio_of_tokens, valid, exact=exact)
+        return membership_of(part, log_prob, ratio_of_tokens, valid, exact=exact)
 
-    if isinstance(rule.region, BySign):
+    if isinstance(region, BySign):
         positive, negative = (
-            torch.stack(sides_from(of(part), log_prob)).reshape(2, *shape) for part in rule.region
+            torch.stack(sides_from(of(part), log_prob)).reshape(2, *shape) for part in region
         )
         return torch.where(tokens.advantages > 0.0, positive, negative)
-    bounds = of(rule.region)
+    bounds = of(region)
     return bounds if bounds.ndim == 1 else bounds.reshape(2, *shape)
 
 

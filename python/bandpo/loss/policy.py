@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from bandpo.batch.check import check_cu_seqlens, check_tokens
 from bandpo.batch.metrics import Metrics
 from bandpo.batch.tokens import Tokens, shaped, shaped_by_row
 from bandpo.check import check_name, real_number
+from bandpo.correction import Correction, RolloutCorrection
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.loss.levels import inputs_of, token_losses
 from bandpo.loss.metrics import metrics_of
@@ -25,7 +26,7 @@ from bandpo.loss.penalty import log_ratio_penalty as penalty_of
 from bandpo.loss.reduction import Count, GlobalBatch, Reduction
 from bandpo.loss.result import PolicyLossResult
 from bandpo.presets import PRESETS, Preset, preset
-from bandpo.region import BySign, Region
+from bandpo.region import Region
 from bandpo.rule import (
     BACKENDS,
     AggregationMode,
@@ -33,8 +34,8 @@ from bandpo.rule import (
     RatioLevel,
     Rule,
     RuleRegion,
-    current,
 )
+from bandpo.schedule import RegionSource
 from bandpo.spec import region_from_spec
 from bandpo.surrogate import Surrogate
 from bandpo.tensors.check import compute_dtype
@@ -52,7 +53,9 @@ def policy_loss(
     ratio_level: RatioLevel = "token",
     loss_agg_mode: AggregationMode = "token-mean",
     log_ratio_penalty: float = 0.0,
-    rollout_is_weights: torch.Tensor | None = None,
+    rollout_is_weights: torch.Tensor | RolloutCorrection | None = None,
+    correction: Correction | Mapping[str, Any] | None = None,
+    rollout_log_prob: torch.Tensor | None = None,
     anchor_log_prob: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     backend: BackendName = "auto",
@@ -169,10 +172,13 @@ def policy_loss(
         loss_agg_mode: How the losses of the tokens become one number, or "none".
         log_ratio_penalty: Coefficient c of the squared log-ratio, finite and at least 0.
         rollout_is_weights: Weights at least 0 that correct for a rollout engine whose probabilities
-            differ from ``old_log_prob``, shaped and typed like advantages. They multiply the loss;
-            a token of weight 0 is not counted as clipped. Truncated importance sampling gives
-            ``min(exp(old_log_prob - rollout_log_prob), C)``, masked importance sampling 0 where
-            that ratio is out of range.
+            differ from ``old_log_prob``, shaped and typed like advantages, or the result of
+            `bandpo.correction.rollout_correction`. They multiply the loss; a token of weight 0 is
+            not counted as clipped.
+        correction: A `bandpo.correction.Correction` that makes these weights, or its arguments by
+            name, as a preset has them.
+        rollout_log_prob: Log-probabilities that the rollout engine returned, like ``old_log_prob``;
+            needed by a correction alone.
         anchor_log_prob: Log-probabilities at which the region stands, like ``old_log_prob``; by
             default ``old_log_prob``.
         cu_seqlens: Offsets of the sequences in packed tensors, int32 or int64 [S + 1], from 0 to N.
@@ -212,6 +218,17 @@ def policy_loss(
         global_batch_size,
         loss_scale_factor,
     )
+    corrected = _corrected(
+        correction,
+        old_log_prob,
+        rollout_log_prob,
+        response_mask,
+        rollout_is_weights,
+        advantages,
+        cu_seqlens,
+    )
+    if corrected is not None:
+        rollout_is_weights = corrected.weights
     shape = check_tokens(
         old_log_prob,
         log_prob,
@@ -271,6 +288,7 @@ def policy_loss(
             loss,
             _per_token_later(rule, tokens, chosen, exact, log_prob.shape, given),
             Metrics(lambda: metrics_of(rule, totals(), dtype)),
+            corrected,
         )
     losses, more = token_losses(
         rule, tokens, chosen, exact=exact, by_probability=metrics_by_probability
@@ -292,7 +310,58 @@ def policy_loss(
 
     # A compiler computes them in one kernel; otherwise most callers read few of them.
     found = metrics() if torch.compiler.is_compiling() else Metrics(metrics)
-    return PolicyLossResult(loss, per_token, found)
+    return PolicyLossResult(loss, per_token, found, corrected)
+
+
+def _corrected(
+    correction: Correction | Mapping[str, Any] | None,
+    old_log_prob: torch.Tensor,
+    rollout_log_prob: torch.Tensor | None,
+    response_mask: torch.Tensor,
+    rollout_is_weights: torch.Tensor | RolloutCorrection | None,
+    advantages: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+) -> RolloutCorrection | None:
+    """The correction that is given, or is made of a rule.
+
+    Raises:
+        InvalidValueError: If it is given twice, or only one of rule and log-probs is given.
+    """
+    if correction is None:
+        if rollout_log_prob is not None:
+            raise InvalidValueError(
+                "rollout_log_prob must be left out without a correction; a region that stands at "
+                "the rollout policy takes it as anchor_log_prob"
+            )
+        return rollout_is_weights if isinstance(rollout_is_weights, RolloutCorrection) else None
+    if rollout_is_weights is not None:
+        raise InvalidValueError(
+            "rollout_is_weights must be left out with a correction, which makes them: "
+            "a correction given twice would count twice"
+        )
+    if rollout_log_prob is None:
+        raise InvalidValueError(
+            f"rollout_log_prob must be given with correction {correction!r}: the log-probabilities "
+            f"that the rollout engine returned with the tokens"
+        )
+    rule = _as_correction(correction)
+    return rule(
+        old_log_prob, rollout_log_prob, response_mask, advantages=advantages, cu_seqlens=cu_seqlens
+    )
+
+
+def _as_correction(correction: Correction | Mapping[str, Any]) -> Correction:
+    """The rule of a preset's correction, which is plain data."""
+    if isinstance(correction, Correction):
+        return correction
+    if not isinstance(correction, Mapping):
+        raise InvalidTypeError(
+            f"correction must be a bandpo.correction.Correction or its arguments by name, "
+            f"got {type(correction).__name__}"
+        )
+    for name in correction:
+        check_name("argument of a correction", name, Correction.__dataclass_fields__)
+    return Correction(**correction)
 
 
 def _check_penalty(value: float) -> None:
@@ -366,6 +435,7 @@ class PolicyLoss(torch.nn.Module):
         ratio_level: Whose ratio is bounded.
         loss_agg_mode: How the losses of the tokens become one number.
         log_ratio_penalty: Coefficient of the squared log-ratio.
+        correction: What makes weights of the ``rollout_log_prob`` of a batch.
         backend: What computes them.
         exact: Take the bounds from the exact solver.
         dp_size: Number of data-parallel ranks.
@@ -386,6 +456,7 @@ class PolicyLoss(torch.nn.Module):
         ratio_level: RatioLevel = "token",
         loss_agg_mode: AggregationMode = "token-mean",
         log_ratio_penalty: float = 0.0,
+        correction: Correction | Mapping[str, Any] | None = None,
         backend: BackendName = "auto",
         exact: bool = False,
         dp_size: int = 1,
@@ -404,6 +475,7 @@ class PolicyLoss(torch.nn.Module):
         self.ratio_level: RatioLevel = ratio_level
         self.loss_agg_mode: AggregationMode = loss_agg_mode
         self.log_ratio_penalty = log_ratio_penalty
+        self.correction = None if correction is None else _as_correction(correction)
         self.backend: BackendName = backend
         self.exact = exact
         self.dp_size = dp_size
@@ -434,7 +506,8 @@ class PolicyLoss(torch.nn.Module):
         advantages: torch.Tensor,
         response_mask: torch.Tensor,
         *,
-        rollout_is_weights: torch.Tensor | None = None,
+        rollout_is_weights: torch.Tensor | RolloutCorrection | None = None,
+        rollout_log_prob: torch.Tensor | None = None,
         anchor_log_prob: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         batch_num_tokens: Count | None = None,
@@ -457,6 +530,8 @@ class PolicyLoss(torch.nn.Module):
             loss_agg_mode=self.loss_agg_mode,
             log_ratio_penalty=self.log_ratio_penalty,
             rollout_is_weights=rollout_is_weights,
+            correction=self.correction,
+            rollout_log_prob=rollout_log_prob,
             anchor_log_prob=anchor_log_prob,
             cu_seqlens=cu_seqlens,
             backend=self.backend,
@@ -494,8 +569,8 @@ def _per_token_later(
     They are rarely read and cost as much to write as the gradient, so they are computed on first
     access. Inference-mode tensors have no version counter; for them the losses are returned.
     """
-    if not isinstance(rule.region, BySign):  # a source may have another one by then
-        rule = rule._replace(region=current(rule.region))
+    if isinstance(rule.region, RegionSource):  # which may have another one by then
+        rule = rule._replace(region=rule.region.region)
     tensors = [tensor for tensor in given if tensor is not None]
     versions = [version_of(tensor) for tensor in tensors]
     untracked = None in versions

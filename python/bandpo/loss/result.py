@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bandpo.batch.metrics import Metrics
+from bandpo.correction import RolloutCorrection
 from bandpo.notebook import html_table
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class PolicyLossResult(_Triple):
             For tensors of `torch.inference_mode`, which count no changes, it is computed at once.
             loss_agg_mode "none" computes it at once as well.
         metrics: Detached tensors by name, on the device of the loss; see `policy_loss`.
+        correction: The weights of a correction with its own metrics; None without one.
     """
 
     def __init__(
@@ -36,9 +38,11 @@ class PolicyLossResult(_Triple):
         loss: torch.Tensor,
         per_token: torch.Tensor | Callable[[], torch.Tensor],
         metrics: Mapping[str, torch.Tensor],
+        correction: RolloutCorrection | None = None,
     ) -> None:
         self.loss = loss
         self.metrics = metrics
+        self.correction = correction
         self._per_token = per_token
 
     @property
@@ -64,7 +68,7 @@ class PolicyLossResult(_Triple):
             return 3
 
     def __reduce__(self) -> tuple[object, tuple[Any, ...]]:
-        return PolicyLossResult, tuple(self)
+        return PolicyLossResult, (*self, self.correction)
 
     def _repr_html_(self) -> str:
         metrics = Metrics(lambda: dict(self.metrics))

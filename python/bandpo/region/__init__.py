@@ -2,6 +2,7 @@
 
 from bandpo.region.band import Band, Diagnosis, SideDiagnosis, Status
 from bandpo.region.base import Curve, Curves, Region
+from bandpo.region.budget import PrefixBudget, TensorBand
 from bandpo.region.clip import Clip
 from bandpo.region.combined import Combined, sides
 from bandpo.region.dcpo import Dcpo
@@ -17,9 +18,11 @@ __all__ = [
     "Curves",
     "Dcpo",
     "Diagnosis",
+    "PrefixBudget",
     "Region",
     "SideDiagnosis",
     "Status",
+    "TensorBand",
     "by_sign",
     "from_description",
     "sides",
