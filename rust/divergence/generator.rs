@@ -311,7 +311,7 @@ fn alpha<T: Real>(order: T, at: Point<T>) -> T {
 }
 
 /// `u^a - 1`.
-fn power_minus_one<T: Real>(order: T, at: Point<T>) -> T {
+pub(super) fn power_minus_one<T: Real>(order: T, at: Point<T>) -> T {
     let exponent = order * at.log;
     if exponent.to_f64().abs() < 1.0 {
         exponent.exp_m1()

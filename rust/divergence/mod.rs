@@ -4,6 +4,7 @@
 //! generator is normalised so that also `f'(1) = 0`, hence `f >= 0`. It is written as a sum of terms of
 //! one sign, because a trust region lies near `u = 1`, where other forms cancel.
 
+mod derivative;
 mod expression;
 mod generator;
 mod point;
