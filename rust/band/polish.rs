@@ -92,18 +92,18 @@ pub(super) fn residual_doubt(generator: &Generator, radius: f64) -> f64 {
 pub(super) const MAX_POLISHING: u32 = 12;
 
 /// Relative step after which Newton's method on the exact residual has converged.
-const LAST_POLISHING_STEP: f64 = 1e-9;
+pub(super) const LAST_POLISHING_STEP: f64 = 1e-9;
 
 /// Max relative step of Newton's method whose relative error is [`SHORT_STEP_ERROR`]. The slope is accurate to
 /// `|log_ratio|` eps, and changes by at most a few times that over the step.
-const SHORT_STEP: f64 = 1e-12;
+pub(super) const SHORT_STEP: f64 = 1e-12;
 
 /// Relative error of a step of [`SHORT_STEP`], rounded up.
-const SHORT_STEP_ERROR: f64 = 1e-8;
+pub(super) const SHORT_STEP_ERROR: f64 = 1e-8;
 
 /// The last double on the inner side of the root `at + step`, whose error is `doubt`. `None` if the error leaves
 /// it undecided.
-fn last_before(at: f64, step: f64, doubt: f64, side: Side) -> Option<f64> {
+pub(super) fn last_before(at: f64, step: f64, doubt: f64, side: Side) -> Option<f64> {
     let root = Dd::sum(at, step);
     let inwards = side.inwards(root.hi);
     // Distance of the root beyond its nearest double, positive outwards.
