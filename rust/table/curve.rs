@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use crate::band::price::PriceBand;
 use crate::band::root::last_inside;
 use crate::band::{Band, Side};
 use crate::error::{Error, Result};
@@ -14,10 +15,36 @@ const MIN_PART: usize = 32;
 pub enum Curve<'a> {
     /// The same ratio for every token.
     Constant(f64),
-    /// The bound of a band.
-    Band(&'a Band),
+    /// The bound of a band, or of the region of a price.
+    Band(&'a dyn Solved),
     /// A smooth function.
     Sampled(&'a Sampler<'a>),
+}
+
+/// A region whose bounds are solved for, and their slopes.
+pub trait Solved: Sync {
+    /// The log bound of a side.
+    fn log_bound(&self, logp: f64, side: Side) -> f64;
+    /// `d log bound / d logp` at a log bound.
+    fn slope_at(&self, logp: f64, log_bound: f64) -> f64;
+}
+
+impl Solved for Band {
+    fn log_bound(&self, logp: f64, side: Side) -> f64 {
+        self.bound(logp, side).log_ratio
+    }
+    fn slope_at(&self, logp: f64, log_bound: f64) -> f64 {
+        self.log_slope(logp, log_bound)
+    }
+}
+
+impl Solved for PriceBand {
+    fn log_bound(&self, logp: f64, side: Side) -> f64 {
+        self.bound(logp, side).log_ratio
+    }
+    fn slope_at(&self, logp: f64, log_bound: f64) -> f64 {
+        self.log_slope(logp, log_bound)
+    }
 }
 
 /// A function from old log-probabilities to log bounds and their slopes in `logp`.
@@ -48,8 +75,8 @@ impl Curve<'_> {
                 .par_iter()
                 .with_min_len(MIN_PART)
                 .map(|&y| {
-                    let log_bound = band.bound(-y, side).log_ratio;
-                    tabulated(log_bound, band.log_slope(-y, log_bound))
+                    let log_bound = band.log_bound(-y, side);
+                    tabulated(log_bound, band.slope_at(-y, log_bound))
                 })
                 .collect()),
             Self::Sampled(sampler) => {
@@ -72,10 +99,8 @@ impl Curve<'_> {
         let allows_everything = |y: f64| -> Result<bool> {
             Ok(match (self, side) {
                 (Self::Constant(_), _) => false,
-                (Self::Band(band), Side::Upper) => band.bound(-y, side).log_ratio >= y,
-                (Self::Band(band), Side::Lower) => {
-                    band.bound(-y, side).log_ratio == f64::NEG_INFINITY
-                }
+                (Self::Band(band), Side::Upper) => band.log_bound(-y, side) >= y,
+                (Self::Band(band), Side::Lower) => band.log_bound(-y, side) == f64::NEG_INFINITY,
                 (Self::Sampled(sampler), _) => {
                     let bound = sampler(side, &[-y])?.first().map_or(f64::NAN, |bound| bound.0);
                     if side == Side::Upper { bound >= y } else { bound == f64::NEG_INFINITY }

@@ -31,7 +31,7 @@ mod tests;
 mod verify;
 mod write;
 
-pub use self::curve::{Curve, Exact, Sampler, Stretches};
+pub use self::curve::{Curve, Exact, Sampler, Solved, Stretches};
 use self::octave::TARGET;
 use self::plan::SidePlan;
 pub use self::verify::MaxError;
