@@ -11,6 +11,7 @@ __all__ = [
     "KERNEL_SOURCE",
     "BandTable",
     "Divergence",
+    "PriceBand",
     "__version__",
     "contains",
     "count_valid",
@@ -45,6 +46,18 @@ class Divergence:
     @property
     def kernel_generator(self) -> tuple[int, float] | None: ...
     def generator_radii(self, delta: NDArray[np.float64]) -> NDArray[np.float64]: ...
+
+@final
+class PriceBand:
+    def __new__(
+        cls, divergence: Divergence, price_low: float, price_high: float
+    ) -> PriceBand: ...
+    def log_bounds(
+        self, logp: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+    def contains(
+        self, logp: NDArray[np.float64], log_ratio: NDArray[np.float64]
+    ) -> NDArray[np.bool_]: ...
 
 @final
 class BandTable:

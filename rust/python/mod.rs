@@ -5,6 +5,7 @@
 
 mod band;
 mod loss;
+mod price;
 mod simd;
 mod spec;
 mod table;
@@ -46,6 +47,8 @@ mod _core {
     use super::band::{PyDivergence, contains, diagnose, divergences, log_bounds};
     #[pymodule_export]
     use super::loss::{count_valid, policy_loss, scale, table_bounds};
+    #[pymodule_export]
+    use super::price::PyPriceBand;
     #[pymodule_export]
     use super::simd::simd_level;
     #[pymodule_export]

@@ -8,7 +8,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::band::PyDivergence;
+use super::price::PyPriceBand;
 use super::threads::spread;
+use crate::band::price::PriceBand;
 use crate::band::{Band, Side};
 use crate::error::Error;
 use crate::loss;
@@ -19,6 +21,7 @@ use crate::table::{BandTable, Curve, MaxError, Stretches, Verification};
 enum CurveArgument {
     Constant(f64),
     Band(PyDivergence, f64),
+    Price(PyPriceBand),
     /// `sampler(is_upper, logp) -> (log_bounds, slopes)`
     Sampled(Py<PyAny>),
 }
@@ -27,6 +30,7 @@ enum CurveArgument {
 enum OwnedCurve {
     Constant(f64),
     Band(Band),
+    Price(PriceBand),
     Sampled(Box<dyn Fn(Side, &[f64]) -> crate::error::Result<Vec<(f64, f64)>> + Sync>),
 }
 
@@ -94,6 +98,7 @@ fn owned_curve(curve: CurveArgument, raised: &Arc<Raised>) -> PyResult<OwnedCurv
         CurveArgument::Band(divergence, delta) => {
             OwnedCurve::Band(Band::new(divergence.0, delta, delta)?)
         }
+        CurveArgument::Price(price) => OwnedCurve::Price(price.0),
         CurveArgument::Sampled(function) => OwnedCurve::Sampled(Box::new(move |side, logp| {
             Python::attach(|py| {
                 let arguments = (side == Side::Upper, logp.to_vec().into_pyarray(py));
@@ -111,6 +116,7 @@ fn borrowed(side: &[(f64, OwnedCurve)]) -> Stretches<'_> {
             let curve = match curve {
                 OwnedCurve::Constant(ratio) => Curve::Constant(*ratio),
                 OwnedCurve::Band(band) => Curve::Band(band),
+                OwnedCurve::Price(price) => Curve::Band(price),
                 OwnedCurve::Sampled(sampler) => Curve::Sampled(sampler.as_ref()),
             };
             (*start, curve)
