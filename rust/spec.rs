@@ -5,11 +5,11 @@
 //! intersection = chain ("&" chain)*
 //! chain        = (sides | "(" union ")" | leaf) ("." name "(" number ("," number)? ")")*
 //! sides        = "sides" "(" union "," union ")"
-//! leaf         = (quoted expression | word) ("@" number (("/" | ",") number)?)?
+//! leaf         = ("price:"? quoted expression | word) ("@" number (("/" | ",") number)?)?
 //! ```
 //!
 //! `&` binds tighter than `|`, as in Python. A word is a name with an optional parameter: `dapo`,
-//! `alpha:0.5`, `preset:dapo`. The meaning of words and methods is in `python/bandpo/spec.py`.
+//! `alpha:0.5`, `preset:dapo`, `price:kl`. The meaning of words and methods is in `python/bandpo/spec.py`.
 
 use pest::Parser as _;
 use pest::error::InputLocation;
@@ -34,7 +34,8 @@ intersection = { chain ~ ("&" ~ chain)* }
 chain = { (sides | "(" ~ union ~ ")" | leaf) ~ method* }
 sides = { "sides" ~ "(" ~ union ~ "," ~ union ~ ")" }
 method = { "." ~ name ~ "(" ~ number ~ ("," ~ number)? ~ ")" }
-leaf = { (quoted | word) ~ ("@" ~ number ~ (separator ~ number)?)? }
+leaf = { (price? ~ quoted | word) ~ ("@" ~ number ~ (separator ~ number)?)? }
+price = { "price:" }
 separator = { "/" | "," }
 quoted = @{ "\"" ~ (!"\"" ~ ANY)* ~ "\"" | "'" ~ (!"'" ~ ANY)* ~ "'" }
 word = @{ name ~ (":" ~ (!stop ~ ANY)+)? }
@@ -52,7 +53,7 @@ struct Grammar;
 /// - `{"union": [node, node]}`, or `intersection` or `sides` in place of `union`;
 /// - `{"method": name, "of": node, "numbers": [text, ...], "place": text}`;
 /// - `{"leaf": word, "quoted": bool, "separator": text or null, "numbers": ..., "place": text}`, with
-///   the expression in place of the word if it was quoted.
+///   the expression in place of the word if it was quoted, and `"price": true` if `price:` stood before it.
 ///
 /// A `place` opens the message of an error at that node.
 ///
@@ -195,17 +196,20 @@ impl Builder<'_> {
     fn leaf(&mut self, pair: Pair<'_, Rule>) -> Result<Value> {
         let place = self.place(&pair)?;
         let (mut leaf, mut quoted, mut separator, mut numbers) = ("", false, None, Vec::new());
+        let mut price = false;
         for part in pair.into_inner() {
             let text = part.as_str();
             match part.as_rule() {
                 Rule::quoted => (leaf, quoted) = (&text[1..text.len() - 1], true),
                 Rule::word => leaf = text,
+                Rule::price => price = true,
                 Rule::separator => separator = Some(text),
                 _ => numbers.push(text),
             }
         }
         Ok(json!({
-            "leaf": leaf, "quoted": quoted, "separator": separator, "numbers": numbers, "place": place,
+            "leaf": leaf, "quoted": quoted, "price": price, "separator": separator, "numbers": numbers,
+            "place": place,
         }))
     }
 

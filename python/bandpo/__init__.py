@@ -20,7 +20,7 @@ from bandpo._core import __version__
 from bandpo.divergence import Divergence
 from bandpo.error import BandpoError
 from bandpo.presets import preset
-from bandpo.region import Band, Clip, Dcpo, Region, by_sign, sides
+from bandpo.region import Band, Clip, Dcpo, PriceBand, Region, by_sign, sides
 from bandpo.surrogate import GammaWeight, GradientPreserving, Mask, SoftGate
 from bandpo.table import BandTable, TableAccuracyWarning
 
@@ -34,6 +34,7 @@ __all__ = [
     "GammaWeight",
     "GradientPreserving",
     "Mask",
+    "PriceBand",
     "Region",
     "SoftGate",
     "TableAccuracyWarning",

@@ -7,7 +7,7 @@ import re
 
 from bandpo.error import InvalidValueError
 from bandpo.presets import PRESETS
-from bandpo.region import Band, Clip, Combined, Dcpo, Region
+from bandpo.region import Band, Clip, Combined, Dcpo, PriceBand, Region
 from bandpo.table import BandTable
 
 _SPEC = re.compile("[@|&(]")
@@ -22,6 +22,9 @@ def caption_of(region: Region) -> str:
         return _pair("dcpo", region.eps_low, region.eps_high)
     if isinstance(region, Band):
         return _band(region)
+    if isinstance(region, PriceBand):
+        kind = f"{region.divergence.spec} price"
+        return _pair(kind, region.price_low, region.price_high)
     if isinstance(region, Combined):
         return _combined(region)
     if isinstance(region, BandTable):

@@ -10,6 +10,7 @@ spec                           region
 ``kl@0.05``                    ``Band("kl", 0.05)``, with any name of a `Divergence`
 ``alpha:0.5@0.01/0.1``         ``Band("alpha:0.5", (0.01, 0.1))``
 ``"u*ln(u) - u + 1"@0.01``     a band of an expression, in double or single quotes
+``price:kl@0.1``               ``PriceBand("kl", 0.1)``, with the same forms as a band
 ``clip@0.2``                   ``Clip(0.2)``
 ``clip@0.2,0.28``              ``Clip(0.2, 0.28)``
 ``log-clip@0.4``               ``Clip.from_log_ratio(0.4)``, with one width or two
@@ -39,7 +40,7 @@ from bandpo.check import suggestion
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.presets import PRESETS, preset
-from bandpo.region import Band, Clip, Combined, Dcpo, Region, sides
+from bandpo.region import Band, Clip, Combined, Dcpo, PriceBand, Region, sides
 from bandpo.schedule import RegionSource
 
 _Node: TypeAlias = dict[str, Any]
@@ -135,16 +136,23 @@ def _preset(name: str, node: _Node) -> Region | RegionSource:
 
 
 def _band(source: str, node: _Node) -> Region:
-    radii = node["numbers"]
-    if not radii and node["quoted"]:
-        raise _error(node, 'an expression needs a radius, as in "u*ln(u) - u + 1"@0.01')
-    if not radii:
+    region, name, of = Band, "radius", source
+    if node["price"] or (source.startswith("price:") and not node["quoted"]):
+        region, name, of = PriceBand, "price", source.removeprefix("price:")
+    numbers = node["numbers"]
+    if not numbers and node["quoted"]:
+        example = "price:" if node["price"] else ""
+        raise _error(
+            node, f'an expression needs a {name}, as in {example}"u*ln(u) - u + 1"@0.01'
+        )
+    if not numbers:
         raise _error(node, _not_a_region(source))
     if node["separator"] == ",":
-        raise _error(node, f"radii below and above 1 are written {source}@{'/'.join(radii)}")
+        plural = "prices" if name == "price" else "radii"
+        raise _error(node, f"{plural} below and above 1 are written {source}@{'/'.join(numbers)}")
     try:
         make = Divergence.from_expression if node["quoted"] else Divergence
-        return Band(make(source), (float(radii[0]), float(radii[-1])))
+        return region(make(of), (float(numbers[0]), float(numbers[-1])))
     except InvalidValueError as error:
         raise _error(node, error) from None
 
@@ -152,6 +160,8 @@ def _band(source: str, node: _Node) -> Region:
 def _not_a_region(word: str) -> str:
     """The reason why a word without numbers is no region."""
     names = [name.partition(":")[0] for name in _core.DIVERGENCES]
+    if word.startswith("price:"):
+        return f"a price is missing, as in {word}@0.1"
     if word.partition(":")[0] in names:
         return f"a divergence needs a radius, as in {word}@0.05"
     return (
@@ -209,9 +219,11 @@ def spec_from_region(region: Region) -> str:
 def _text(region: Region) -> str:
     """The text of a region, of which the reader decides whether it means the same."""
     if isinstance(region, Band):
-        name = region.divergence.spec
-        source = name if "divergence" in region.divergence.describe() else f'"{name}"'
-        return f"{source}@{_pair(region.delta_low, region.delta_high, '/')}"
+        pair = _pair(region.delta_low, region.delta_high, "/")
+        return f"{_source(region.divergence)}@{pair}"
+    if isinstance(region, PriceBand):
+        pair = _pair(region.price_low, region.price_high, "/")
+        return f"price:{_source(region.divergence)}@{pair}"
     if isinstance(region, Clip):
         clip = f"clip@{_pair(region.eps_low, region.eps_high, ',')}"
         log_clip = f"log-clip@{_pair(-region.log_lower, region.log_upper, ',')}"
@@ -230,6 +242,12 @@ def _text(region: Region) -> str:
         if Clip(1.0, upper - 1.0) == right:
             return f"({_text(left)}).cap({_digits(upper)})"
     return f"{_within(left, 'union')}&{_within(right, 'union', 'intersection')}"
+
+
+def _source(divergence: Divergence) -> str:
+    """The name of a divergence, or its expression in quotation marks."""
+    name = divergence.spec
+    return name if "divergence" in divergence.describe() else f'"{name}"'
 
 
 def _within(region: Region, *looser: str) -> str:

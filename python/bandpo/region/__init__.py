@@ -7,6 +7,7 @@ from bandpo.region.clip import Clip
 from bandpo.region.combined import Combined, sides
 from bandpo.region.dcpo import Dcpo
 from bandpo.region.description import from_description
+from bandpo.region.price import PriceBand
 from bandpo.region.signed import BySign, by_sign
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Dcpo",
     "Diagnosis",
     "PrefixBudget",
+    "PriceBand",
     "Region",
     "SideDiagnosis",
     "Status",

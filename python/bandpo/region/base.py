@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from bandpo.table import BandTable
 
 
-Curve: TypeAlias = float | tuple[_core.Divergence, float] | Sampler
-"""A constant ratio, a compiled divergence with its delta, or a smooth function."""
+Curve: TypeAlias = float | tuple[_core.Divergence, float] | _core.PriceBand | Sampler
+"""A constant ratio, a compiled divergence with its delta or price, or a smooth function."""
 
 Curves: TypeAlias = list[tuple[float, Curve]]
 """Curves that follow each other, each with the ``-logp`` where it begins; the first begins at 0."""
@@ -83,7 +83,7 @@ class Region(ABC):
             Pairs ``(start, curve)`` in rising order. ``start`` is the ``-logp`` where the curve
             begins, 0 for the first. ``curve`` is smooth up to the next start. It is a constant
             ratio; or a function from ``(upper, logp)`` to the log bounds and their slopes in logp,
-            each float64 in the shape of ``logp``; or a compiled divergence with its delta.
+            each float64 in the shape of ``logp``; or a compiled divergence with its delta or price.
 
         Raises:
             InvalidValueError: If the region cannot be tabulated.

@@ -12,6 +12,7 @@ from bandpo.region.base import Region
 from bandpo.region.clip import Clip
 from bandpo.region.combined import Combined
 from bandpo.region.dcpo import Dcpo
+from bandpo.region.price import PriceBand
 
 _WIDTHS: dict[str, Callable[[float, float], Region]] = {
     "clip": Clip,
@@ -35,6 +36,9 @@ def from_description(description: dict[str, Any]) -> Region:
     if kind == "band":
         low, high = content["delta"]
         return Band(Divergence.from_description(content), (low, high))
+    if kind == "price":
+        low, high = content["price"]
+        return PriceBand(Divergence.from_description(content), (low, high))
     if kind not in ("union", "intersection", "sides"):
         raise InvalidValueError(f"regions of the kind {kind!r} are not known to this version")
     left, right = (from_description(part) for part in content)
