@@ -169,7 +169,15 @@ impl<T: Real> Places<T> {
         if left.to_f64() <= 0.0 {
             gone()
         } else if self.logp > -FAR_REST {
-            Point::from_log(left.ln() - self.others.ln())
+            // A quotient of numbers next to the smallest double would lose digits.
+            let scale = T::of(2f64.powi(900));
+            let (left, others) = (left * scale, self.others * scale);
+            let gain = -(self.token * (excess * scale) / others);
+            if gain.to_f64().abs() < 0.5 {
+                Point::from_excess(gain)
+            } else {
+                Point::from_ratio(left / others)
+            }
         } else if left.to_f64() < 0.5 {
             Point::from_ratio(left)
         } else {

@@ -25,7 +25,8 @@ pub(super) fn exact_residual(
 ) -> (f64, f64) {
     let (token, others) = places.outcomes(log_ratio);
     let Excess { value, size } = equation.excess(generator, side, token, others);
-    (value.hi + value.lo, PRICE_ERROR * size + LOST)
+    let doubt = if size.is_finite() { PRICE_ERROR * size + LOST } else { 0.0 };
+    (value.hi + value.lo, doubt)
 }
 
 /// Whether a log-ratio is inside for sure.
