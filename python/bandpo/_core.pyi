@@ -49,9 +49,7 @@ class Divergence:
 
 @final
 class PriceBand:
-    def __new__(
-        cls, divergence: Divergence, price_low: float, price_high: float
-    ) -> PriceBand: ...
+    def __new__(cls, divergence: Divergence, price_low: float, price_high: float) -> PriceBand: ...
     def log_bounds(
         self, logp: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...

@@ -142,9 +142,7 @@ def _band(source: str, node: _Node) -> Region:
     numbers = node["numbers"]
     if not numbers and node["quoted"]:
         example = "price:" if node["price"] else ""
-        raise _error(
-            node, f'an expression needs a {name}, as in {example}"u*ln(u) - u + 1"@0.01'
-        )
+        raise _error(node, f'an expression needs a {name}, as in {example}"u*ln(u) - u + 1"@0.01')
     if not numbers:
         raise _error(node, _not_a_region(source))
     if node["separator"] == ",":

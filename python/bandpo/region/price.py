@@ -95,9 +95,7 @@ class PriceBand(Region):
 
     def describe(self) -> dict[str, Any]:
         """Returns its divergence and prices; see `Region.describe`."""
-        return {
-            "price": {**self.divergence.describe(), "price": [self.price_low, self.price_high]}
-        }
+        return {"price": {**self.divergence.describe(), "price": [self.price_low, self.price_high]}}
 
     def curves(self, upper: bool) -> Curves:
         """Returns its one curve; see `Region.curves`."""
