@@ -136,9 +136,8 @@ def _preset(name: str, node: _Node) -> Region | RegionSource:
 
 
 def _band(source: str, node: _Node) -> Region:
-    region, name, of = Band, "radius", source
-    if node["price"] or (source.startswith("price:") and not node["quoted"]):
-        region, name, of = PriceBand, "price", source.removeprefix("price:")
+    is_price = node["price"] or (source.startswith("price:") and not node["quoted"])
+    name = "price" if is_price else "radius"
     numbers = node["numbers"]
     if not numbers and node["quoted"]:
         example = "price:" if node["price"] else ""
@@ -146,11 +145,14 @@ def _band(source: str, node: _Node) -> Region:
     if not numbers:
         raise _error(node, _not_a_region(source))
     if node["separator"] == ",":
-        plural = "prices" if name == "price" else "radii"
+        plural = "prices" if is_price else "radii"
         raise _error(node, f"{plural} below and above 1 are written {source}@{'/'.join(numbers)}")
     try:
         make = Divergence.from_expression if node["quoted"] else Divergence
-        return region(make(of), (float(numbers[0]), float(numbers[-1])))
+        pair = (float(numbers[0]), float(numbers[-1]))
+        if is_price:
+            return PriceBand(make(source.removeprefix("price:")), pair)
+        return Band(make(source), pair)
     except InvalidValueError as error:
         raise _error(node, error) from None
 

@@ -1,7 +1,7 @@
 //! The derivatives f' and f'' of the generators, which the price of a move is made of.
 //!
-//! Like the values, each f' is written without cancellation next to `u = 1`. Where f' has a finite limit, its
-//! distance from the limit is a formula of its own, because the difference of the two would lose it.
+//! Like the values, each f' is written without cancellation next to `u = 1`. Its distance
+//! from a finite limit is a formula of its own, because the difference of the two would lose it.
 
 use crate::divergence::generator::{Generator, power_minus_one};
 use crate::divergence::point::Point;

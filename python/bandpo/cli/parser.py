@@ -17,6 +17,7 @@ _FORMS = {
     "kl@0.05": "a band: divergence and radius",
     "kl@0.01/0.1": "a band: radii below and above a ratio of 1",
     '"u*ln(u)-u+1"@0.01': "a band of any convex f, in quotes of its own",
+    "price:kl@0.1": "the region of a price, likewise with two, or of an f in quotes",
     "clip@0.2,0.28": "the interval [0.8, 1.28]; likewise log-clip@0.4, kl3@0.05, dcpo@0.16,0.2",
     "dapo, preset:dapo": "the region of a preset; bandpo presets lists them",
     "a|b, a&b": "either region, both regions",

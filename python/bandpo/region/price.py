@@ -1,4 +1,4 @@
-"""`PriceBand`: every ratio whose price, the divergence for each bit of probability, is bounded."""
+"""`PriceBand`: every ratio up to which the next bit of probability has at most a given price."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PriceBand(Region):
     ``1/(1 - high)``, and without limit as p falls if ``high >= 1``. ``"hockey-stick:1.2"`` with a
     price below 1 is ``r <= 1.2`` for every token, PPO's clip, inside the simplex.
 
-    Where f' jumps, the region ends at the largest ratio whose price is at most the given one. So
+    At a jump of f' the region ends at the largest ratio whose price is at most the given one. So
     ``"tv"`` allows nothing below a price of 1 and everything from there on. Renyi and Bhattacharyya
     have the f, and the price, of ``alpha`` and ``hellinger``. The bounds are as exact as `Band`'s.
 

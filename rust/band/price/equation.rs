@@ -134,7 +134,7 @@ pub(super) struct Places<T> {
 impl<T: Real> Places<T> {
     pub(super) fn new(logp: f64) -> Self {
         let minus = T::of(logp).exp_m1();
-        // Where p is small, it is not what 1 - p leaves of 1.
+        // A small p is not what 1 - p leaves of 1.
         let token = if logp < -0.7 { T::of(logp).exp() } else { minus + T::of(1.0) };
         Self { logp, token, others: -minus, odds: token / -minus }
     }

@@ -1,7 +1,7 @@
 //! The equal-price region: every log-ratio whose *price* is at most a given one.
 //!
 //! A token of old probability p that moves to the ratio r leaves the ratio `c = (1 - p r)/(1 - p)` to everything
-//! else. The price of that move is what the divergence costs for each bit of probability:
+//! else. The price of that move is what the divergence costs for the next bit of probability:
 //!
 //! ```text
 //! dD_f/dq = f'(r) - f'(c),   q = p r
@@ -19,7 +19,7 @@
 //!
 //! # Kinks
 //!
-//! Where f' jumps, the price is that of the last step inwards of the jump, so that the region is closed: it ends
+//! At a jump of f' the price is that of the last step inwards of it, so that the region is closed: it ends
 //! at the largest ratio whose price is at most the given one. For tv and vajda:1 the price of every move is the
 //! same, 1 and 2: a smaller price allows none and any other one all.
 
@@ -214,7 +214,7 @@ impl PriceBand {
         found(log_ratio, evaluations + more)
     }
 
-    /// Whether the price at the end of a side is at most the given one, with the evaluations made.
+    /// True if the price at the end of a side is at most the given one, with the evaluations made.
     fn reaches_end(&self, logp: f64, end: f64, side: Side) -> (bool, u32) {
         let (generator, equation) = (&self.divergence.generator, self.equation(side));
         if logp == f64::NEG_INFINITY && side == Side::Upper {
@@ -233,14 +233,14 @@ impl PriceBand {
         (residual <= doubt, 2)
     }
 
-    /// Whether double precision cannot tell how far a price is from the given one: text cancels, and at a jump
+    /// True if double precision cannot tell how far a price is from the given one: text cancels, and at a jump
     /// the price is far from it on both sides.
     fn needs_digits(&self) -> bool {
         let generator = &self.divergence.generator;
         generator.cancels() || matches!(generator, Generator::HockeyStick(_))
     }
 
-    /// Whether a log-ratio lies in the region; NaN does not.
+    /// True if a log-ratio lies in the region; NaN does not.
     #[must_use]
     pub fn contains(&self, logp: f64, log_ratio: f64) -> bool {
         if logp.is_nan() || log_ratio.is_nan() {

@@ -12,7 +12,7 @@ use crate::number::Dd;
 /// Error of a price in double-double arithmetic, relative to the terms it is the sum of, rounded up.
 const PRICE_ERROR: f64 = 2e-29;
 
-/// What a few terms lose that are below the smallest double.
+/// The error of a few terms below the smallest double.
 const LOST: f64 = 64.0 * 5e-324;
 
 /// The price less the given one with about 30 digits, rounded once, and the error that it may have.
@@ -29,7 +29,7 @@ pub(super) fn exact_residual(
     (value.hi + value.lo, doubt)
 }
 
-/// Whether a log-ratio is inside for sure.
+/// True if a log-ratio is inside for sure.
 fn is_inside(
     generator: &Generator,
     equation: &Equation,
