@@ -64,6 +64,11 @@ pub(super) fn polish(
     } else {
         None
     };
+    // Next to the end of the upper side, what is left of the others changes over the distance to it.
+    let span = |b: f64| match side {
+        Side::Upper => b.min(-logp - b),
+        Side::Lower => -b,
+    };
     let mut evaluations = u32::from(end.is_some());
     let mut log_ratio = rough;
     let mut converged = false;
@@ -75,7 +80,7 @@ pub(super) fn polish(
         let (residual, doubt) = residual_at(log_ratio);
         let slope = slope_at(generator, logp, side, log_ratio);
         let newton = -residual / slope;
-        if newton.abs() <= SHORT_STEP * log_ratio.abs() {
+        if newton.abs() <= SHORT_STEP * span(log_ratio) {
             let doubt = SHORT_STEP_ERROR * newton.abs() + 2.0 * doubt / slope.abs();
             if let Some(inside) = last_before(log_ratio, newton, doubt, side).filter(|&b| valid(b))
             {
@@ -87,7 +92,7 @@ pub(super) fn polish(
             None => newton,
         };
         log_ratio += step;
-        if step.abs() <= LAST_POLISHING_STEP * log_ratio.abs() {
+        if step.abs() <= LAST_POLISHING_STEP * span(log_ratio) {
             converged = valid(log_ratio);
             break;
         }
