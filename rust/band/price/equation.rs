@@ -48,10 +48,7 @@ impl Equation {
         token: Point<T>,
         others: Point<T>,
     ) -> Excess<T> {
-        let (grown, shrunk) = match side {
-            Side::Lower => (others, token),
-            Side::Upper => (token, others),
-        };
+        let (shrunk, grown) = side.shrinking_and_growing(token, others);
         let is_text = generator.cancels();
         let mut known = T::of(-self.price);
         let mut rounding = 0.0;

@@ -34,7 +34,7 @@ use self::equation::{Equation, Excess, Places};
 use self::polish::{exact_residual, last_inside_exactly, polish};
 use crate::band::limits::{BENIGN_CONDITION, CHUNK, MARGIN};
 use crate::band::root::MAX_EVALUATIONS;
-use crate::band::side::{Bound, Side, Status};
+use crate::band::side::{Bound, Side, Status, bracket};
 use crate::band::split::Split;
 use crate::band::tails::is_far;
 use crate::divergence::{Divergence, Generator, Point};
@@ -93,10 +93,7 @@ impl PriceBand {
     }
 
     fn equation(&self, side: Side) -> &Equation {
-        match side {
-            Side::Lower => &self.low,
-            Side::Upper => &self.high,
-        }
+        side.pick(&self.low, &self.high)
     }
 
     /// `(log_lower, log_upper)` of one token.
@@ -160,16 +157,17 @@ impl PriceBand {
             return exactly(0.0, status);
         }
         let logp = logp.min(0.0);
-        let (zero, end) = match side {
-            Side::Upper => (0.0, -logp),
-            Side::Lower => (-0.0, f64::NEG_INFINITY),
-        };
+        let end = side.end(logp);
         let saturated = |evaluations| Bound {
             evaluations,
             ..exactly(end, if status == Status::Converged { Status::Saturated } else { status })
         };
         if let Some(jump) = generator.jump() {
-            return if equation.price >= jump { saturated(0) } else { exactly(zero, status) };
+            return if equation.price >= jump {
+                saturated(0)
+            } else {
+                exactly(side.zero(), status)
+            };
         }
         let (at_end, mut evaluations) = self.reaches_end(logp, end, side);
         if at_end {
@@ -177,10 +175,7 @@ impl PriceBand {
         }
         let found = |log_ratio: f64, evaluations| Bound {
             log_ratio,
-            outside: match side {
-                Side::Upper => log_ratio.next_up(),
-                Side::Lower => log_ratio.next_down(),
-            },
+            outside: side.outwards(log_ratio),
             status,
             evaluations,
         };
@@ -188,13 +183,9 @@ impl PriceBand {
             return found(hockey_stick(threshold, logp, side), evaluations);
         }
         if is_far(logp) {
-            let root = last_inside_exactly(generator, equation, logp, zero, end);
+            let root = last_inside_exactly(generator, equation, logp, side);
             return found(root.at, evaluations + root.evaluations);
         }
-        let farthest = match side {
-            Side::Upper => end.next_down(),
-            Side::Lower => -f64::MAX,
-        };
         let split = Split::new(logp, side);
         let root = equation.magnitude(generator, &split);
         evaluations += root.evaluations + 1;
@@ -204,13 +195,11 @@ impl PriceBand {
             && root.evaluations < MAX_EVALUATIONS
             && rough.abs() >= TINY;
         if settled {
-            let log_ratio = match side {
-                Side::Upper => (rough * (1.0 - MARGIN)).min(farthest),
-                Side::Lower => (rough * (1.0 - MARGIN)).max(farthest),
-            };
-            return Bound { outside: rough * (1.0 + MARGIN), ..found(log_ratio, evaluations) };
+            let (inside, outside) = bracket(rough, MARGIN);
+            let log_ratio = side.nearer(inside, side.last_before_end(logp));
+            return Bound { outside, ..found(log_ratio, evaluations) };
         }
-        let (log_ratio, more) = polish(generator, equation, logp, side, rough, farthest);
+        let (log_ratio, more) = polish(generator, equation, logp, side, rough);
         found(log_ratio, evaluations + more)
     }
 
@@ -253,7 +242,7 @@ impl PriceBand {
         if log_ratio == 0.0 {
             return true;
         }
-        let side = if log_ratio < 0.0 { Side::Lower } else { Side::Upper };
+        let side = Side::of(log_ratio);
         let (generator, equation) = (&self.divergence.generator, self.equation(side));
         if let Some(jump) = generator.jump() {
             return equation.price >= jump;
@@ -271,7 +260,7 @@ impl PriceBand {
         }
         let places = Places::new(logp);
         let (residual, doubt) = exact_residual(generator, equation, &places, side, log_ratio);
-        let at_the_end = log_ratio == f64::NEG_INFINITY || log_ratio == -logp;
+        let at_the_end = log_ratio == side.end(logp);
         residual <= if at_the_end { doubt } else { 0.0 }
     }
 
@@ -329,17 +318,14 @@ fn hockey_stick(threshold: f64, logp: f64, side: Side) -> f64 {
     /// Error of the logarithm below, relative, rounded up.
     const DOUBT: f64 = 1e-30;
     let gain = Dd::of(threshold) - Dd::of(1.0);
-    let (root, farthest) = match side {
-        Side::Upper => (gain.ln_1p(), -logp),
-        Side::Lower => {
-            let places = Places::<Dd>::new(logp);
-            ((-(gain / places.odds)).ln_1p(), -f64::MAX)
-        }
+    let root = match side {
+        Side::Upper => gain.ln_1p(),
+        Side::Lower => (-(gain / Places::<Dd>::new(logp).odds)).ln_1p(),
     };
     if root.hi == 0.0 || root.hi.is_nan() {
-        return 0.0_f64.copysign(farthest);
+        return side.zero();
     }
-    let size = Dd { hi: root.hi.abs(), lo: root.lo * root.hi.signum() };
-    let nearest = if size.lo > DOUBT * size.hi { size.hi } else { size.hi.next_down() };
-    nearest.min(farthest.abs()).copysign(farthest)
+    let beyond = side.outward(root.lo);
+    let inside = if beyond > DOUBT * root.hi.abs() { root.hi } else { side.inwards(root.hi) };
+    side.nearer(inside, side.pick(-f64::MAX, -logp))
 }

@@ -49,14 +49,11 @@ pub(super) fn polish(
     logp: f64,
     side: Side,
     rough: f64,
-    farthest: f64,
 ) -> (f64, u32) {
     let places = Places::new(logp);
     let residual_at = |b: f64| exact_residual(generator, equation, &places, side, b);
-    let valid = |b: f64| match side {
-        Side::Upper => b > 0.0 && b <= farthest,
-        Side::Lower => b < 0.0 && b >= farthest,
-    };
+    let last = side.last_before_end(logp);
+    let valid = |b: f64| side.spans(last, b);
     // Next to saturation of the lower side, the price stays just below its value at r = 0, and Newton's method
     // converges on the logarithm of what is missing.
     let end = if side == Side::Lower && equation.at_zero.hi.is_finite() {
@@ -104,31 +101,22 @@ pub(super) fn polish(
         if inside(log_ratio) {
             return (log_ratio, evaluations);
         }
-        log_ratio = match side {
-            Side::Upper => log_ratio.next_down(),
-            Side::Lower => log_ratio.next_up(),
-        };
+        log_ratio = side.inwards(log_ratio);
         inwards += 1;
     }
-    let beyond = match side {
-        Side::Upper => farthest.next_up(),
-        Side::Lower => f64::NEG_INFINITY,
-    };
-    let root = last_inside(0.0_f64.copysign(farthest), beyond, inside);
+    let root = last_inside(side.zero(), side.end(logp), inside);
     (root.at, evaluations + root.evaluations)
 }
 
-/// The last log-ratio between `zero` and `outside` that is inside, by halving bits; for tails and limits.
+/// The last log-ratio that is inside, by halving bits; for tails and limits.
 pub(super) fn last_inside_exactly(
     generator: &Generator,
     equation: &Equation,
     logp: f64,
-    zero: f64,
-    outside: f64,
+    side: Side,
 ) -> Root {
-    let side = if outside > 0.0 { Side::Upper } else { Side::Lower };
     let places = Places::new(logp);
-    last_inside(zero, outside, |b| is_inside(generator, equation, &places, side, b))
+    last_inside(side.zero(), side.end(logp), |b| is_inside(generator, equation, &places, side, b))
 }
 
 /// The slope of the price of a side in the log-ratio.
@@ -136,8 +124,5 @@ fn slope_at(generator: &Generator, logp: f64, side: Side, log_ratio: f64) -> f64
     let places = Places::<f64>::new(logp);
     let (token, others) = places.outcomes(log_ratio);
     let slope = generator.bend(token) + generator.bend(others) / others.u * (places.odds * token.u);
-    match side {
-        Side::Upper => slope,
-        Side::Lower => -slope,
-    }
+    side.outward(slope)
 }
