@@ -130,9 +130,16 @@ def _preset(name: str, node: _Node) -> Region | RegionSource:
     if node["numbers"]:
         raise _error(node, f"the preset {name} takes no numbers")
     try:
-        return preset(name).region
+        region = preset(name).region
     except InvalidValueError as error:
         raise _error(node, error) from None
+    if not isinstance(region, (Region, RegionSource)):
+        raise _error(
+            node,
+            f"the preset {name} has no region of its own, because its rule depends on more than a "
+            f"log-probability: PolicyLoss.from_preset({name!r}) takes it whole",
+        )
+    return region
 
 
 def _band(source: str, node: _Node) -> Region:

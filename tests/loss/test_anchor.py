@@ -173,14 +173,15 @@ def test_tables_serve_anchors_in_every_float_and_shape(backend: str) -> None:
     batch, anchor = anchored((16, 24))
     options: dict[str, Any] = {"region": KL, "backend": backend}
     wanted = batch.gradient(**options, anchor_log_prob=anchor, exact=True)
-    single = Batch(*(tensor.float() for tensor in batch[:3]), batch.response_mask)
+    old, new, advantages = (tensor.float() for tensor in batch[:3])
+    single = Batch(old, new, advantages, batch.response_mask)
     found = single.gradient(**options, anchor_log_prob=anchor.float())
     apart = (found - wanted).abs() > 1e-5 * wanted.abs()
     assert apart.sum() <= 2  # tokens next to a bound
     flat = Batch(*(tensor.reshape(-1) for tensor in single))
     packed = flat.gradient(**options, anchor_log_prob=anchor.float().reshape(-1))
     assert_close(packed.reshape(16, 24), found.numpy(), 1e-6)
-    third = Batch(*(tensor[..., None] for tensor in single[:2]), *single[2:])
+    third = Batch(old[..., None], new[..., None], advantages, batch.response_mask)
     with_1 = third.gradient(**options, anchor_log_prob=anchor.float()[..., None])
     assert torch.equal(with_1[..., 0], found)
 

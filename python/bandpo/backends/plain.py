@@ -54,12 +54,13 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
     else:
         up, down = cost < 0.0, cost > 0.0
     bound, bound_is_ratio = _bound(bounds, log_prob_of_bounds, down)
+    width: torch.Tensor | None = None
+    excess: torch.Tensor | None = None
     if rule.needs_width:
         width = _width(bound, bound_is_ratio, down)
         excess = limited_x.expm1()
         clipped_low, clipped_high = down & (-excess > width), up & (excess > width)
     else:
-        width = excess = None
         limited_r = r if shift is None else limited_x.exp()
         below = limited_r < bound if bound_is_ratio else limited_x < bound
         clipped_low, clipped_high = down & below, up & (limited_x > bound)

@@ -19,7 +19,9 @@ from bandpo.curve import curve_of, named_region
 from bandpo.divergence import Divergence
 from bandpo.error import InputPathError, InvalidValueError
 from bandpo.presets import PRESETS, Preset
-from bandpo.region import Band, Region, from_description
+from bandpo.region import Band, BySign, Region, from_description
+from bandpo.rule import RuleRegion
+from bandpo.schedule import RegionSource
 from bandpo.spec import region_from_spec, spec_from_region
 from bandpo.surrogate import resolve
 from bandpo.table import TARGET, BandTable
@@ -113,7 +115,7 @@ def table_verify(parsed: argparse.Namespace) -> int:
 
 def plot(parsed: argparse.Namespace) -> int:
     """Draws regions, or prints the curves as JSON."""
-    regions = {name: named_region(name) for name in parsed.words or PRESETS}
+    regions = {name: named_region(name) for name in parsed.words or _drawn_presets()}
     probability_range = None if parsed.p_range is None else tuple(parsed.p_range)
     output = parsed.output or (None if parsed.json else PICTURE)
     if output is not None:
@@ -316,16 +318,50 @@ def _progress() -> Progress:
 
 
 def _surrogate_text(rule: Mapping[str, Any]) -> str:
-    """The surrogate of a rule with its parameters, and the ratio level unless it is the token."""
+    """The surrogate of a rule with its parameters, and what else differs from the defaults."""
     name, *parameters = rule["surrogate"].items()
-    texts = [name[1]]
+    texts = [name[1], *(key for key, value in parameters if value is True)]
+    parameters = [pair for pair in parameters if pair[1] is not True]
     if len(parameters) == 1:
         texts += [f"{key.replace('_', ' ')} {value:g}" for key, value in parameters]
     elif parameters:
         texts[0] += " " + "/".join(f"{value:g}" for _, value in parameters)
     if rule["ratio_level"] != "token":
         texts.append(rule["ratio_level"])
+    if rule["log_ratio_penalty"]:
+        texts.append(f"penalty {rule['log_ratio_penalty']:g}")
+    if rule["correction"]:
+        texts.append("corrected for the rollout policy")
     return ", ".join(texts)
+
+
+def _drawn_presets() -> list[str]:
+    """The presets with a region that no other one has, not counting rules of another edge."""
+    drawn: dict[str, str] = {}
+    for preset in PRESETS.values():
+        if isinstance(preset.region, (Region, RegionSource)) and preset.correction is None:
+            drawn.setdefault(repr(preset.region), preset.name)
+    return list(drawn.values())
+
+
+def _region_text(region: RuleRegion) -> str | None:
+    """The spec of a region, or what stands in its place; None where it changes."""
+    if isinstance(region, Region):
+        return spec_from_region(region)
+    if isinstance(region, BySign):
+        positive, negative = map(spec_from_region, region)
+        return f"by sign: {positive} and {negative}"
+    return None if isinstance(region, RegionSource) else repr(region)
+
+
+def _correction_of(preset: Preset) -> dict[str, Any] | None:
+    """A correction as JSON takes it."""
+    if preset.correction is None:
+        return None
+    return {
+        name: spec_from_region(value) if isinstance(value, Region) else value
+        for name, value in preset.correction.items()
+    }
 
 
 def _rule(preset: Preset) -> dict[str, Any]:
@@ -334,12 +370,13 @@ def _rule(preset: Preset) -> dict[str, Any]:
     parameters = {
         name: value for name, value in vars(surrogate).items() if value not in (None, False)
     }
-    region = preset.region
     return {
         "name": preset.name,
-        "region": spec_from_region(region) if isinstance(region, Region) else None,
+        "region": _region_text(preset.region),
         "surrogate": {"name": surrogate.name, **parameters},
         "ratio_level": preset.ratio_level,
         "loss_agg_mode": preset.loss_agg_mode,
+        "log_ratio_penalty": preset.log_ratio_penalty,
+        "correction": _correction_of(preset),
         "source": preset.source,
     }

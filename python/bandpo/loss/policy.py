@@ -218,7 +218,7 @@ def policy_loss(
         global_batch_size,
         loss_scale_factor,
     )
-    corrected = _corrected(
+    corrected, weights = _weights(
         correction,
         old_log_prob,
         rollout_log_prob,
@@ -227,14 +227,12 @@ def policy_loss(
         advantages,
         cu_seqlens,
     )
-    if corrected is not None:
-        rollout_is_weights = corrected.weights
     shape = check_tokens(
         old_log_prob,
         log_prob,
         advantages,
         response_mask,
-        rollout_is_weights,
+        weights,
         anchor_log_prob=anchor_log_prob,
     )
     _check_sequences(rule, reduction, cu_seqlens, log_prob)
@@ -247,9 +245,9 @@ def policy_loss(
     valid = shaped(response_mask, shape)
     valid = valid if valid.dtype == torch.bool else valid != 0
     weighted = shaped_by_row(advantages.detach().to(dtype), shape)
-    if rollout_is_weights is not None:
+    if weights is not None:
         # Every surrogate is homogeneous in the advantage, so a weight may go there.
-        weighted = weighted * shaped_by_row(rollout_is_weights.detach().to(dtype), shape)
+        weighted = weighted * shaped_by_row(weights.detach().to(dtype), shape)
     # Half precision needs no copy in float32, unless torch has to compute with it as well.
     narrow = (
         chosen.reads_half
@@ -281,7 +279,7 @@ def policy_loss(
             log_prob,
             advantages,
             response_mask,
-            rollout_is_weights,
+            weights,
             anchor_log_prob,
         )
         return PolicyLossResult(
@@ -313,7 +311,7 @@ def policy_loss(
     return PolicyLossResult(loss, per_token, found, corrected)
 
 
-def _corrected(
+def _weights(
     correction: Correction | Mapping[str, Any] | None,
     old_log_prob: torch.Tensor,
     rollout_log_prob: torch.Tensor | None,
@@ -321,8 +319,8 @@ def _corrected(
     rollout_is_weights: torch.Tensor | RolloutCorrection | None,
     advantages: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
-) -> RolloutCorrection | None:
-    """The correction that is given, or is made of a rule.
+) -> tuple[RolloutCorrection | None, torch.Tensor | None]:
+    """The correction that is given, or is made by a rule, and the weights.
 
     Raises:
         InvalidValueError: If it is given twice, or only one of rule and log-probs is given.
@@ -333,7 +331,9 @@ def _corrected(
                 "rollout_log_prob must be left out without a correction; a region that stands at "
                 "the rollout policy takes it as anchor_log_prob"
             )
-        return rollout_is_weights if isinstance(rollout_is_weights, RolloutCorrection) else None
+        if isinstance(rollout_is_weights, RolloutCorrection):
+            return rollout_is_weights, rollout_is_weights.weights
+        return None, rollout_is_weights
     if rollout_is_weights is not None:
         raise InvalidValueError(
             "rollout_is_weights must be left out with a correction, which makes them: "
@@ -345,9 +345,10 @@ def _corrected(
             f"that the rollout engine returned with the tokens"
         )
     rule = _as_correction(correction)
-    return rule(
+    made = rule(
         old_log_prob, rollout_log_prob, response_mask, advantages=advantages, cu_seqlens=cu_seqlens
     )
+    return made, made.weights
 
 
 def _as_correction(correction: Correction | Mapping[str, Any]) -> Correction:
