@@ -524,7 +524,7 @@ fn anchor_shifts_the_bounds() {
         .collect();
     let mut lower = vec![0.0; old.len()];
     let mut log_upper = vec![0.0; old.len()];
-    table_bounds(table.image(), &anchor, &mut lower, &mut log_upper);
+    table_bounds(table.image(), &anchor, &mut lower, &mut log_upper).unwrap();
     let shift = |i: usize| anchor[i] - old[i];
     let log_lower: Vec<f64> = lower.iter().enumerate().map(|(i, l)| l.ln() + shift(i)).collect();
     let log_upper: Vec<f64> = log_upper.iter().enumerate().map(|(i, u)| u + shift(i)).collect();
