@@ -45,6 +45,9 @@ class Token:
         self.low = advantage < 0 and self.r < lower
         self.beyond = self.low or (advantage > 0 and self.r > upper)
         self.edge = lower if advantage < 0 else upper
+        # Ratios end at the clamp, and so does the width; the min is that of the library.
+        width = 1 - lower if self.r < 1 else min(upper, mp.exp(LIMIT)) - 1
+        self.width = max(width, mpf("1e-6"))
 
 
 def min_clip(token: Token, dual_clip: mpf = mp.inf) -> tuple[mpf, mpf]:
@@ -74,6 +77,30 @@ def preserving(token: Token, beta_low: mpf, beta_high: mpf) -> tuple[mpf, mpf]:
     return loss, mpf(0) if token.clamped and not token.beyond else loss
 
 
+def symmetric_mask(token: Token) -> tuple[mpf, mpf]:
+    """IPO of prime-rl (#2798)."""
+    inside = token.lower <= token.r <= token.upper
+    slope = -token.advantage * token.r if inside else mpf(0)
+    return slope * token.new, slope
+
+
+def soft_gate(token: Token, tau_positive: mpf, tau_negative: mpf) -> tuple[mpf, mpf]:
+    """SAPO (arXiv 2511.20347), with the width of the region in place of 1."""
+    tau, w = tau_positive if token.advantage > 0 else tau_negative, token.width
+    half = tau * (token.r - 1) / (2 * w)
+    loss = -token.advantage * (2 + 2 * w * mp.tanh(half)) / tau
+    slope = -token.advantage * token.r * mp.sech(half) ** 2
+    return loss, mpf(0) if token.clamped else slope
+
+
+def quadratic(token: Token) -> tuple[mpf, mpf]:
+    """SPO (arXiv 2401.16025)."""
+    a, r, w = token.advantage, token.r, token.width
+    loss = -a * r + abs(a) * (r - 1) ** 2 / (2 * w)
+    slope = -a * r + abs(a) * r * (r - 1) / w
+    return loss, mpf(0) if token.clamped else slope
+
+
 RULES: dict[str, Rule] = {
     "min-clip": min_clip,
     "min-clip 3": lambda token: min_clip(token, mpf(3)),
@@ -81,6 +108,9 @@ RULES: dict[str, Rule] = {
     "mask": lambda token: mask(token, mp.inf),
     "weight": weight,
     "gradient-preserving 0.75 0.5": lambda token: preserving(token, mpf("0.75"), mpf("0.5")),
+    "mask inf 1": symmetric_mask,
+    "soft-gate 1 1.05": lambda token: soft_gate(token, mpf(1), mpf("1.05")),
+    "quadratic": quadratic,
 }
 """A surrogate with its parameters."""
 
