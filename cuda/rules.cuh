@@ -136,7 +136,7 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
     result.slope = clamped && !beyond ? T(0) : result.loss;
   } else {
     const bool gains = minus_advantage < T(0);
-    const T loss_scale = anchor.given() ? exponentials(shift).exp : T(1);
+    const T loss_scale = anchor.given() ? ratio / limited_exponential.exp : T(1);
     T factor;
     if (rule.surrogate == SOFT_GATE) {
       const T tau = gains ? rule.first : rule.second;

@@ -27,7 +27,7 @@ def test_numbers_of_every_origin_are_accepted(value: Any) -> None:
 def test_a_0_dim_tensor_is_a_number() -> None:
     torch = pytest.importorskip("torch")
     assert Clip(torch.tensor(0.25)) == Clip(0.25)
-    assert Mask(truncation=torch.tensor(2.0)).parameters == [2.0]
+    assert Mask(truncation=torch.tensor(2.0)).parameters == [2.0, 0.0]
 
 
 @pytest.mark.parametrize("value", [None, True, "2", 2j, [2.0, 3.0], object(), np.array([2.0])])

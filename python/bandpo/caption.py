@@ -11,7 +11,11 @@ from bandpo.region import Band, Clip, Combined, Dcpo, PriceBand, Region
 from bandpo.table import BandTable
 
 _SPEC = re.compile("[@|&(]")
-_LEVELS = {"sequence": ", sequence", "geometric-mean": ", geometric mean"}
+_LEVELS = {
+    "sequence": ", sequence",
+    "sequence-product": ", product",
+    "geometric-mean": ", geometric mean",
+}
 
 
 def caption_of(region: Region) -> str:

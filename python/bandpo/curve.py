@@ -10,12 +10,32 @@ from numpy.typing import ArrayLike
 
 from bandpo.check import Float64Array
 from bandpo.error import InvalidValueError
-from bandpo.region import Region
+from bandpo.presets import PRESETS
+from bandpo.region import Clip, Region
 from bandpo.schedule import RegionSource
 from bandpo.spec import region_or_source_from_spec
 
 POINTS = 601
 """Old probabilities of `curve_of`, evenly spaced in their logarithm."""
+
+
+def drawn_presets() -> list[str]:
+    """Returns the presets with bounds to draw, each region under its first name.
+
+    Left out are rules of another edge and those without a width, or without a limit, on both sides.
+    """
+    drawn: dict[str, str] = {}
+    for preset in PRESETS.values():
+        region = preset.region.region if isinstance(preset.region, RegionSource) else preset.region
+        if preset.correction is not None or not isinstance(region, Region):
+            continue
+        if isinstance(region, Clip) and (region.log_lower, region.log_upper) in _NO_PICTURE:
+            continue
+        drawn.setdefault(repr(region), preset.name)
+    return list(drawn.values())
+
+
+_NO_PICTURE = ((0.0, 0.0), (-math.inf, math.inf))
 
 
 class Curve(NamedTuple):

@@ -94,15 +94,17 @@ impl<T: Float, R: Rule> Apply<'_, T, R> {
         let (compared, excess, loss_scale) = match self.columns.anchor_log_prob {
             Some(anchor) if R::BY_LOG_RATIO => {
                 let anchor = column(anchor);
-                let shift = lanes.sub(anchor, column(self.columns.old_log_prob));
                 let compared = match self.columns.log_ratio {
-                    Some(_) => lanes.sub(unclamped, shift),
+                    Some(_) => {
+                        let old_log_prob = column(self.columns.old_log_prob);
+                        lanes.sub(unclamped, lanes.sub(anchor, old_log_prob))
+                    }
                     None => lanes.sub(log_prob, anchor),
                 };
                 let compared = clamp(lanes, compared);
-                let excess = lanes.add(lanes.exp_and_gap(compared).gap, compared);
-                let shift = clamp(lanes, shift);
-                (compared, excess, lanes.exp_and_gap(shift).exp)
+                let of_compared = lanes.exp_and_gap(compared);
+                let excess = lanes.add(of_compared.gap, compared);
+                (compared, excess, lanes.div(ratio, of_compared.exp))
             }
             _ => (log_ratio, lanes.add(exponentials.gap, log_ratio), lanes.splat(1.0)),
         };

@@ -61,8 +61,18 @@ def test_each_form_makes_the_region_of_the_api(text: str, region: Region) -> Non
     assert region_from_spec(f"\n ( {text} )\t") == region
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_a_spec(name: str) -> None:
+WITHOUT_REGION = ("cppo", "topr")
+"""Presets whose rule depends on more than a log-probability."""
+
+
+@pytest.mark.parametrize("name", WITHOUT_REGION)
+def test_a_preset_without_a_region_is_refused_with_the_way_to_it(name: str) -> None:
+    with pytest.raises(InvalidValueError, match=rf"PolicyLoss.from_preset\('{name}'\) takes it"):
+        region_or_source_from_spec(name)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in WITHOUT_REGION])
+def test_every_other_preset_is_a_spec(name: str) -> None:
     found = region_or_source_from_spec(name)
     expected = preset(name).region
     if isinstance(expected, Region):

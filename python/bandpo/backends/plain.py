@@ -77,7 +77,7 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
         edge=_edge(bound, bound_is_ratio, down, shift),
         width=width,
         excess=excess,
-        loss_scale=None if shift is None else shift.exp(),
+        loss_scale=None if shift is None else r / limited_x.exp(),
     )
     per_token, slope, limited = rule.losses(tokens, inputs.parameters)
 

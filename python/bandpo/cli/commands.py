@@ -15,13 +15,11 @@ import numpy as np
 
 from bandpo.check import check_name
 from bandpo.cli import listing
-from bandpo.curve import curve_of, named_region
+from bandpo.curve import curve_of, drawn_presets, named_region
 from bandpo.divergence import Divergence
 from bandpo.error import InputPathError, InvalidValueError
 from bandpo.presets import PRESETS, Preset
-from bandpo.region import Band, BySign, Region, from_description
-from bandpo.rule import RuleRegion
-from bandpo.schedule import RegionSource
+from bandpo.region import Band, BySign, PrefixBudget, Region, from_description
 from bandpo.spec import region_from_spec, spec_from_region
 from bandpo.surrogate import resolve
 from bandpo.table import TARGET, BandTable
@@ -115,7 +113,7 @@ def table_verify(parsed: argparse.Namespace) -> int:
 
 def plot(parsed: argparse.Namespace) -> int:
     """Draws regions, or prints the curves as JSON."""
-    regions = {name: named_region(name) for name in parsed.words or _drawn_presets()}
+    regions = {name: named_region(name) for name in parsed.words or drawn_presets()}
     probability_range = None if parsed.p_range is None else tuple(parsed.p_range)
     output = parsed.output or (None if parsed.json else PICTURE)
     if output is not None:
@@ -152,7 +150,7 @@ def presets(parsed: argparse.Namespace) -> int:
     rows = [
         {
             "rule": rule["name"],
-            "region": rule["region"] or "changes with the batch",
+            "region": rule["region"] or _without_spec(PRESETS[rule["name"]]),
             "surrogate": _surrogate_text(rule),
             "source": re.split("[;:]", rule["source"])[0],
         }
@@ -335,23 +333,13 @@ def _surrogate_text(rule: Mapping[str, Any]) -> str:
     return ", ".join(texts)
 
 
-def _drawn_presets() -> list[str]:
-    """The presets with a region that no other one has, not counting rules of another edge."""
-    drawn: dict[str, str] = {}
-    for preset in PRESETS.values():
-        if isinstance(preset.region, (Region, RegionSource)) and preset.correction is None:
-            drawn.setdefault(repr(preset.region), preset.name)
-    return list(drawn.values())
-
-
-def _region_text(region: RuleRegion) -> str | None:
-    """The spec of a region, or what stands in its place; None where it changes."""
-    if isinstance(region, Region):
-        return spec_from_region(region)
+def _without_spec(preset: Preset) -> str:
+    """The region of a preset that no spec can write."""
+    region = preset.region
     if isinstance(region, BySign):
         positive, negative = map(spec_from_region, region)
-        return f"by sign: {positive} and {negative}"
-    return None if isinstance(region, RegionSource) else repr(region)
+        return f"A > 0: {positive}, else {negative}"
+    return repr(region) if isinstance(region, PrefixBudget) else "changes with the batch"
 
 
 def _correction_of(preset: Preset) -> dict[str, Any] | None:
@@ -370,9 +358,10 @@ def _rule(preset: Preset) -> dict[str, Any]:
     parameters = {
         name: value for name, value in vars(surrogate).items() if value not in (None, False)
     }
+    region = preset.region
     return {
         "name": preset.name,
-        "region": _region_text(preset.region),
+        "region": spec_from_region(region) if isinstance(region, Region) else None,
         "surrogate": {"name": surrogate.name, **parameters},
         "ratio_level": preset.ratio_level,
         "loss_agg_mode": preset.loss_agg_mode,
