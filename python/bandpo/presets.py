@@ -8,6 +8,17 @@ Clip(0.2, 0.28)
 the rule for the ratios and no more: not the advantages, the sampling, or a penalty on a divergence
 from a reference model. An aggregation that a paper does not state is left at the default. The KL3
 clip (arXiv 2602.05494) has no preset, because no published delta was found: ``Clip.kl3(delta)``.
+
+Rules that are one argument of the loss have no preset either:
+
+- decoupled PPO (AReaL): ``old_log_prob`` of the proximal policy, and ``correction=Correction(
+  Clip.between(0, 5), action="truncate")`` with the ``rollout_log_prob`` of the behaviour policy
+- TRL's ``delta``: ``dual_clip=delta``
+- clip-cov (arXiv 2505.22617): ``rollout_is_weights`` that are 0 for the tokens that it draws
+- DRPO (arXiv 2606.09821): ``Band("tv", delta)`` with surrogate "quadratic"; the scale of its
+  published delta is not settled
+- DISPO (arXiv 2602.00983): `bandpo.by_sign` of two clips with surrogate "weight"; its four numbers
+  were not found
 """
 
 from __future__ import annotations

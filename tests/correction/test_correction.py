@@ -81,7 +81,7 @@ COMPILED = ("truncate", "band", "product", "max distance", "mean kl", "outward")
 @pytest.fixture(autouse=True)
 def already_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Policies are far apart here; the warning of it has tests of its own."""
-    monkeypatch.setattr(warning, "_WARNED", [1.0])
+    monkeypatch.setattr(warning, "_WARNED", {"rollout_log_prob"})
 
 
 class Batch:
@@ -426,7 +426,7 @@ class TestMetrics:
 class TestMismatchWarning:
     @pytest.fixture(autouse=True)
     def fresh(self, already_warned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(warning, "_WARNED", [])
+        monkeypatch.setattr(warning, "_WARNED", set())
 
     def test_is_given_once_at_the_callers_line(self) -> None:
         batch = Batch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ pytest.importorskip("torch")
 import torch
 
 import bandpo
-from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.loss import PolicyLoss
+from bandpo.correction import warning
+from bandpo.error import InvalidTypeError, InvalidValueError, MismatchWarning
+from bandpo.loss import PolicyLoss, policy
 from bandpo.surrogate import BY_NAME, Mask, SoftGate
 from support.batches import Batch, assert_close, random_batch
 from support.formulas import FORMULAS, SMOOTH, BoundedTokens
@@ -184,6 +186,19 @@ def test_tables_serve_anchors_in_every_float_and_shape(backend: str) -> None:
     third = Batch(old[..., None], new[..., None], advantages, batch.response_mask)
     with_1 = third.gradient(**options, anchor_log_prob=anchor.float()[..., None])
     assert torch.equal(with_1[..., 0], found)
+
+
+def test_an_anchor_far_from_the_old_policy_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "_CHECKED_ANCHORS", [])
+    monkeypatch.setattr(warning, "_WARNED", set())
+    batch, _ = anchored((4, 6))
+    far = batch.old_log_prob - 0.7
+    with pytest.warns(MismatchWarning, match=r"anchor_log_prob differ by 0\.70 on av") as caught:
+        batch.loss(region=KL, anchor_log_prob=far)
+    assert caught[0].filename.endswith("batches.py")  # which calls policy_loss
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batch.loss(region=KL, anchor_log_prob=far)
 
 
 def test_a_module_takes_an_anchor() -> None:

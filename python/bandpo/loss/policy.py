@@ -19,6 +19,7 @@ from bandpo.batch.metrics import Metrics
 from bandpo.batch.tokens import Tokens, shaped, shaped_by_row
 from bandpo.check import check_name, real_number
 from bandpo.correction import Correction, RolloutCorrection
+from bandpo.correction.warning import warn_of_mismatch
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.loss.levels import inputs_of, token_losses
 from bandpo.loss.metrics import metrics_of
@@ -180,7 +181,8 @@ def policy_loss(
         rollout_log_prob: Log-probabilities that the rollout engine returned, like ``old_log_prob``;
             needed by a correction alone.
         anchor_log_prob: Log-probabilities at which the region stands, like ``old_log_prob``; by
-            default ``old_log_prob``.
+            default ``old_log_prob``. On a CPU the first one is compared with it: above a mean
+            difference of 0.5 a `bandpo.error.MismatchWarning` gives the number.
         cu_seqlens: Offsets of the sequences in packed tensors, int32 or int64 [S + 1], from 0 to N.
             Their values are checked on a CPU only, outside `torch.compile`.
         backend: ``"native"`` is compiled and runs on the CPU; ``"cuda"`` is a kernel for NVIDIA
@@ -264,6 +266,11 @@ def policy_loss(
         cu_seqlens,
         None if anchor_log_prob is None else anchor_log_prob.detach().to(stored),
     )
+    checked = bool(_CHECKED_ANCHORS) or torch.compiler.is_compiling()
+    shift = None if checked else tokens.shift()
+    if shift is not None:  # once, because it takes a pass over the tokens
+        _CHECKED_ANCHORS.append(True)
+        warn_of_mismatch(-shift, valid, "anchor_log_prob", stacklevel=2)
     if (
         chosen.weighted_sum is not None
         and reduction.is_one_weight
@@ -309,6 +316,10 @@ def policy_loss(
     # A compiler computes them in one kernel; otherwise most callers read few of them.
     found = metrics() if torch.compiler.is_compiling() else Metrics(metrics)
     return PolicyLossResult(loss, per_token, found, corrected)
+
+
+_CHECKED_ANCHORS: list[bool] = []
+"""Not empty once an anchor has been compared with an old policy."""
 
 
 def _weights(
