@@ -13,7 +13,7 @@ use crate::simd::lanes::Lanes;
 use crate::simd::{LossLanes, WithLanes};
 
 /// Writes losses and weighted gradients.
-pub(super) struct Apply<'a, T, R> {
+pub(super) struct Apply<'a, T, R, const ANCHORED: bool> {
     pub(super) rule: R,
     pub(super) columns: Columns<'a, T>,
     pub(super) by_probability: bool,
@@ -26,7 +26,7 @@ pub(super) struct Apply<'a, T, R> {
     pub(super) totals: &'a mut Totals,
 }
 
-impl<T: Float, R: Rule> WithLanes<T> for Apply<'_, T, R> {
+impl<T: Float, R: Rule, const ANCHORED: bool> WithLanes<T> for Apply<'_, T, R, ANCHORED> {
     type Output = ();
 
     #[inline(always)]
@@ -54,7 +54,7 @@ impl<T: Float, R: Rule> WithLanes<T> for Apply<'_, T, R> {
     }
 }
 
-impl<T: Float, R: Rule> Apply<'_, T, R> {
+impl<T: Float, R: Rule, const ANCHORED: bool> Apply<'_, T, R, ANCHORED> {
     /// # Safety
     /// Every column and output meets the condition of [`load`].
     #[inline(always)]
@@ -92,7 +92,7 @@ impl<T: Float, R: Rule> Apply<'_, T, R> {
         let log_prob = column(self.columns.log_prob);
         // Unused but by rules that are by the log-ratio.
         let (compared, excess, loss_scale) = match self.columns.anchor_log_prob {
-            Some(anchor) if R::BY_LOG_RATIO => {
+            Some(anchor) if ANCHORED && R::BY_LOG_RATIO => {
                 let anchor = column(anchor);
                 let compared = match self.columns.log_ratio {
                     Some(_) => {

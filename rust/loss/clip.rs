@@ -37,12 +37,13 @@ impl<T: Float, B: Bounds<T>> WithLanes<T> for FindBounds<'_, T, B> {
 /// it, otherwise 0. No token can be beyond a bound of 0, so that 0 is free to mean "not beyond".
 ///
 /// With an anchor the bounds limit new/anchor. Those of new/old are further by the shift, anchor/old.
-pub(super) struct ClipRatios<'a, T, const LOWER_IS_RATIO: bool> {
+pub(super) struct ClipRatios<'a, T, const LOWER_IS_RATIO: bool, const ANCHORED: bool> {
     pub(super) candidates: &'a mut Candidates<T>,
-    pub(super) has_anchor: bool,
 }
 
-impl<T: Float, const LOWER_IS_RATIO: bool> WithLanes<T> for ClipRatios<'_, T, LOWER_IS_RATIO> {
+impl<T: Float, const LOWER_IS_RATIO: bool, const ANCHORED: bool> WithLanes<T>
+    for ClipRatios<'_, T, LOWER_IS_RATIO, ANCHORED>
+{
     type Output = ();
 
     #[inline(always)]
@@ -60,7 +61,7 @@ impl<T: Float, const LOWER_IS_RATIO: bool> WithLanes<T> for ClipRatios<'_, T, LO
             } else {
                 (lanes.less(log_ratio, bound), lanes.exp_and_gap(bound).exp)
             };
-            let clipped = if self.has_anchor {
+            let clipped = if ANCHORED {
                 let shift = clamp(lanes, lanes.load(&shift[index..]));
                 let shifted = clamp(lanes, lanes.add(bound, shift));
                 if LOWER_IS_RATIO {

@@ -15,7 +15,7 @@ use crate::simd::lanes::Lanes;
 use crate::simd::{LossLanes, WithLanes};
 
 /// Writes log-ratios and negated advantages, and packs the candidates side by side.
-pub(super) struct Collect<'a, T, R, B> {
+pub(super) struct Collect<'a, T, R, B, const ANCHORED: bool> {
     pub(super) rule: PhantomData<R>,
     pub(super) bounds: &'a B,
     pub(super) start: usize,
@@ -31,7 +31,9 @@ pub(super) fn clamp<L: Lanes>(lanes: L, log_ratio: L::Float) -> L::Float {
     lanes.clamp_min(-LOG_RATIO_LIMIT, lanes.clamp_max(LOG_RATIO_LIMIT, log_ratio))
 }
 
-impl<T: Float, R: Rule, B: Bounds<T>> WithLanes<T> for Collect<'_, T, R, B> {
+impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> WithLanes<T>
+    for Collect<'_, T, R, B, ANCHORED>
+{
     type Output = ();
 
     #[inline(always)]
@@ -60,7 +62,7 @@ impl<T: Float, R: Rule, B: Bounds<T>> WithLanes<T> for Collect<'_, T, R, B> {
     }
 }
 
-impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
+impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B, ANCHORED> {
     /// # Safety
     /// Every column meets the condition of [`load`].
     #[inline(always)]
@@ -88,8 +90,7 @@ impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
         let clamped = clamp(lanes, log_ratio);
         let (log_prob_of_bounds, compared, compared_clamped, neg_advantage) =
             match columns.anchor_log_prob {
-                None => (old_log_prob, log_ratio, clamped, neg_advantage),
-                Some(anchor) => {
+                Some(anchor) if ANCHORED => {
                     let anchor = column(anchor);
                     let compared = match columns.log_ratio {
                         Some(_) => lanes.sub(log_ratio, lanes.sub(anchor, old_log_prob)),
@@ -100,6 +101,7 @@ impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
                     let neg_advantage = lanes.select(unknown, compared, neg_advantage);
                     (anchor, compared, clamp(lanes, compared), neg_advantage)
                 }
+                _ => (old_log_prob, log_ratio, clamped, neg_advantage),
             };
         lanes.store(log_ratio, &mut self.log_ratio[index..]);
         lanes.store(neg_advantage, &mut self.neg_advantage[index..]);
@@ -127,7 +129,7 @@ impl<T: Float, R: Rule, B: Bounds<T>> Collect<'_, T, R, B> {
         self.candidates.bits[index / L::COUNT] = lanes.bits(candidate);
         lanes.compress(candidate, keys, &mut self.candidates.scratch[*candidates..]);
         lanes.compress(candidate, compared_clamped, &mut self.candidates.log_ratio[*candidates..]);
-        if columns.anchor_log_prob.is_some() {
+        if ANCHORED {
             let shift = lanes.sub(log_prob_of_bounds, old_log_prob);
             lanes.compress(candidate, shift, &mut self.candidates.shift[*candidates..]);
         }
