@@ -90,9 +90,9 @@ impl<T: Float, R: Rule, const ANCHORED: bool> Apply<'_, T, R, ANCHORED> {
             lanes.select(valid, load::<WHOLE, L>(lanes, column, index), zero)
         };
         let log_prob = column(self.columns.log_prob);
-        // Unused but by rules that are by the log-ratio.
+        // The last two are for rules that need a width alone.
         let (compared, excess, loss_scale) = match self.columns.anchor_log_prob {
-            Some(anchor) if ANCHORED && R::BY_LOG_RATIO => {
+            Some(anchor) if ANCHORED && R::NEEDS_WIDTH => {
                 let anchor = column(anchor);
                 let compared = match self.columns.log_ratio {
                     Some(_) => {
@@ -108,7 +108,10 @@ impl<T: Float, R: Rule, const ANCHORED: bool> Apply<'_, T, R, ANCHORED> {
             }
             _ => (log_ratio, lanes.add(exponentials.gap, log_ratio), lanes.splat(1.0)),
         };
-        let lower = if R::BY_LOG_RATIO {
+        let clipped_ratio = if ANCHORED { lanes.abs(expanded) } else { expanded };
+        let lower = if ANCHORED && R::BY_LOG_RATIO && !R::NEEDS_WIDTH {
+            lanes.less(expanded, zero) // for tokens beyond their bound, which is what it counts for
+        } else if R::BY_LOG_RATIO {
             lanes.less(compared, zero)
         } else {
             lanes.less(zero, neg_advantage)
@@ -120,7 +123,7 @@ impl<T: Float, R: Rule, const ANCHORED: bool> Apply<'_, T, R, ANCHORED> {
             log_ratio,
             ratio,
             unclipped,
-            clipped_ratio: expanded,
+            clipped_ratio,
             width,
             excess,
             loss_scale,
@@ -128,7 +131,7 @@ impl<T: Float, R: Rule, const ANCHORED: bool> Apply<'_, T, R, ANCHORED> {
             beyond: if R::NEEDS_WIDTH {
                 lanes.less(width, lanes.abs(excess))
             } else {
-                lanes.less(zero, expanded)
+                lanes.less(zero, clipped_ratio)
             },
             lower,
         };

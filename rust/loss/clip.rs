@@ -36,7 +36,8 @@ impl<T: Float, B: Bounds<T>> WithLanes<T> for FindBounds<'_, T, B> {
 /// Replaces the bounds of the candidates by their clipped ratios: the bound as a ratio where the token is beyond
 /// it, otherwise 0. No token can be beyond a bound of 0, so that 0 is free to mean "not beyond".
 ///
-/// With an anchor the bounds limit new/anchor. Those of new/old are further by the shift, anchor/old.
+/// With an anchor the bounds limit new/anchor. Those of new/old are further by the shift, anchor/old. The clipped
+/// ratio is then negative on the lower side, which spares the last step the log-ratio to the anchor.
 pub(super) struct ClipRatios<'a, T, const LOWER_IS_RATIO: bool, const ANCHORED: bool> {
     pub(super) candidates: &'a mut Candidates<T>,
 }
@@ -74,6 +75,11 @@ impl<T: Float, const LOWER_IS_RATIO: bool, const ANCHORED: bool> WithLanes<T>
                 clipped
             };
             let beyond = lanes.or(above, lanes.and(lower, below));
+            let clipped = if ANCHORED {
+                lanes.select(lower, lanes.sub(zero, clipped), clipped)
+            } else {
+                clipped
+            };
             lanes.store(lanes.select(beyond, clipped, zero), &mut scratch[index..]);
         }
     }
