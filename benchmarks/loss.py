@@ -31,7 +31,7 @@ METHODS = (*(name for name in BACKENDS if name != "auto"), COMPILED)
 
 REGION = bandpo.Band("kl", DELTA)
 DTYPES = ("float32", "float64", "bfloat16")
-SURROGATES = ("min-clip", "mask", "weight", "gradient-preserving")
+SURROGATES = ("min-clip", "mask", "weight", "gradient-preserving", "soft-gate", "quadratic")
 
 
 class Step:
@@ -45,6 +45,7 @@ class Step:
         dtype: str = "float32",
         surrogate: Any = "min-clip",
         region: bandpo.Region = REGION,
+        anchored: bool = False,
     ) -> None:
         need_torch(device)
         self.device = device
@@ -60,9 +61,12 @@ class Step:
             self.loss = lambda: peer(*tensors)
             return
         backend: Any = "torch" if method == COMPILED else method
+        # A rollout policy is nearer to the old one than the new one is.
+        anchor = 0.9 * old_log_prob + 0.1 * log_prob.detach() if anchored else None
+        rule: dict[str, Any] = {"region": region, "surrogate": surrogate, "anchor_log_prob": anchor}
 
         def loss() -> torch.Tensor:
-            return policy_loss(*tensors, region=region, surrogate=surrogate, backend=backend).loss
+            return policy_loss(*tensors, **rule, backend=backend).loss
 
         try:
             loss()
@@ -94,6 +98,15 @@ def compare_to_clip(
 ) -> Comparison:
     """Times forward and backward of a backend and of a PPO clip on the same batch."""
     ours, other = (Step(name, device, size, dtype) for name in (method, peer))
+    return compare(ours.forward_backward, other.forward_backward, seconds=seconds)
+
+
+def compare_to_own_edge(surrogate: str, size: int = SIZE, seconds: float = 2.0) -> Comparison:
+    """Times a loss whose region stands at an anchor, and the same without one."""
+    ours, other = (
+        Step("native", size=size, surrogate=surrogate, anchored=anchored)
+        for anchored in (True, False)
+    )
     return compare(ours.forward_backward, other.forward_backward, seconds=seconds)
 
 
@@ -162,3 +175,21 @@ class Ratio:
 
     track_time_ratio_to_compiled_clip.unit = "ratio"  # type: ignore[attr-defined]
     track_time_ratio_to_eager_clip.unit = "ratio"  # type: ignore[attr-defined]
+
+
+class Anchor:
+    """Costs of a region at a third policy beside those without one, in turns in one process."""
+
+    params: ClassVar = [SURROGATES, (min(SIZES), SIZE)]
+    param_names: ClassVar = ["surrogate", "size"]
+    timeout = 300
+
+    def setup(self, surrogate: str, size: int) -> None:
+        """Says n/a where it is."""
+        need_torch("cpu")
+
+    def track_time_ratio_to_own_edge(self, surrogate: str, size: int) -> float:
+        """Returns the time of forward and backward over that without an anchor."""
+        return compare_to_own_edge(surrogate, size).ratio
+
+    track_time_ratio_to_own_edge.unit = "ratio"  # type: ignore[attr-defined]

@@ -89,7 +89,7 @@ def at_most(key: str, what: str, against: str, share: float, found: Comparison) 
     """Return a row whose target is to take at most so much of the peer's time."""
     return Row(
         key,
-        f"{what} | {against} | <= {share:.1f}x its time",
+        f"{what} | {against} | <= {share:g}x its time",
         f"{digits(found.ratio)}x",
         f"{digits(found.low)} to {digits(found.high)}",
         found.ratio / share,
@@ -128,6 +128,11 @@ def target_rows() -> Iterator[Row]:
         yield bound(
             key, what, f"{peer}: {digits(peer_ns)} ns", 10.0 if bound is at_least else 1.0, found
         )
+    for surrogate in ("min-clip", "weight"):
+        found = loss.compare_to_own_edge(surrogate, seconds=4.0)
+        ours, own = (1e9 * s / SIZE for s in (found.ours, found.peer))
+        what = f"CPU loss at an anchor, {surrogate}, {power(SIZE)} tokens: {digits(ours)} ns"
+        yield at_most("anchor", what, f"the same without one: {digits(own)} ns", 1.15, found)
     for divergence, allowed in (("kl", 2.0), (EXPRESSION, 50.0)):
         seconds = median_seconds(table.build(divergence))
         yield milliseconds("build", f"table build, `{divergence}`", "", allowed, seconds)
