@@ -64,11 +64,8 @@ class Clip(Region):
             raise InvalidValueError(f"lower must be in [0, 1], got {lower}")
         if not high >= 1.0:
             raise InvalidValueError(f"upper must be at least 1, got {upper}")
-        from decimal import Decimal  # a slow import
-
         # The widths that a user would write: 1 - 0.8 is not 0.2 in binary.
-        eps_low, eps_high = 1 - Decimal(repr(low)), Decimal(repr(high)) - 1
-        return cls(float(eps_low), float(eps_high))
+        return cls(_rounded(1.0 - low, low), _rounded(high - 1.0, high))
 
     @classmethod
     def from_log_ratio(cls, log_low: float, log_high: float | None = None) -> Clip:
@@ -150,6 +147,17 @@ class Clip(Region):
 
     def __hash__(self) -> int:
         return hash((Clip, self.log_lower, self.log_upper))
+
+
+def _rounded(width: float, end: float) -> float:
+    """The width with as many decimals as the end; of such ends 1 is a whole distance away."""
+    text = repr(end)
+    decimals = len(text.partition(".")[2])
+    if "e" not in text and decimals <= 13 and end < 100.0:  # the error of the width is below 1e-13
+        return round(width, decimals)
+    from decimal import Decimal  # late, because its import is slow and few ends need it
+
+    return float(abs(Decimal(text) - 1))
 
 
 def _kl3_root(delta: float, sign: float) -> float:
