@@ -19,7 +19,9 @@ def test_arguments_take_changes(name: str) -> None:
 
 
 def test_an_unknown_argument_is_refused_with_the_nearest() -> None:
-    with pytest.raises(InvalidValueError, match="loss_agg_mode, got 'loss_agg'; did you mean"):
+    with pytest.raises(
+        InvalidValueError, match="correction, got 'loss_agg'; did you mean 'loss_agg_m"
+    ):
         preset("dapo").arguments(loss_agg="token-mean")
 
 
