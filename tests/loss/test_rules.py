@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,7 +249,7 @@ def region_of(found: Preset) -> Region:
     return region
 
 
-def rollout_of(found: Preset, old_log_prob: Float64Array) -> dict[str, torch.Tensor]:
+def rollout_of(found: Preset, old_log_prob: Float64Array) -> dict[str, Any]:
     """The argument that a preset with a correction needs: log-probs of another policy."""
     if found.correction is None:
         return {}
