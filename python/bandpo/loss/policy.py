@@ -27,7 +27,7 @@ from bandpo.loss.penalty import log_ratio_penalty as penalty_of
 from bandpo.loss.reduction import Count, GlobalBatch, Reduction
 from bandpo.loss.result import PolicyLossResult
 from bandpo.presets import PRESETS, Preset, preset
-from bandpo.region import Region
+from bandpo.region import PrefixBudget, Region
 from bandpo.rule import (
     BACKENDS,
     AggregationMode,
@@ -428,6 +428,7 @@ def _check_sequences(
         for needs, what in (
             (rule.ratio_level != "token", f"ratio_level {rule.ratio_level!r}"),
             (rule.surrogate.whole_sequence, "a mask of whole sequences"),
+            (isinstance(rule.region, PrefixBudget), "a PrefixBudget"),
         ):
             if needs:
                 raise InvalidValueError(
