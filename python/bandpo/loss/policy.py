@@ -567,6 +567,7 @@ class PolicyLoss(torch.nn.Module):
         return (
             f"{self.region!r}, surrogate={self.surrogate!r}, dual_clip={self.dual_clip}, "
             f"ratio_level={self.ratio_level!r}, loss_agg_mode={self.loss_agg_mode!r}, "
+            f"log_ratio_penalty={self.log_ratio_penalty}, correction={self.correction!r}, "
             f"backend={self.backend!r}"
         )
 
