@@ -268,7 +268,9 @@ def _bound(
     """One bound a token, and True if the lower ones are ratios; all others are logarithms."""
     if bounds.dtype == torch.int32:
         return read_table(bounds, log_prob_of_bounds, down), True
-    return torch.where(down, bounds[0], bounds[1]), False
+    # As views of one element: a compiler takes a 0-dim float64 tensor of a CPU for a number.
+    lower, upper = (bounds[:1], bounds[1:]) if bounds.ndim == 1 else (bounds[0], bounds[1])
+    return torch.where(down, lower, upper), False
 
 
 def _edge(
