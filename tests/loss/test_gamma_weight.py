@@ -56,7 +56,7 @@ def test_loss_and_gradient_are_the_formula_at_every_level(
     (k, k_negative), (lam, lam_negative) = numbers
     options["surrogate"] = GammaWeight(k, lam, k_negative, lam_negative)
     x = log_ratio_at(level, new - old, valid)
-    lower, upper = clip.log_lower, clip.log_upper
+    lower, upper = np.full_like(old, clip.log_lower), np.full_like(old, clip.log_upper)
     if anchored:
         anchor = old + np.random.default_rng(1).normal(0.0, 0.1, old.shape)
         options["anchor_log_prob"] = torch.from_numpy(anchor)

@@ -15,6 +15,7 @@ import torch
 
 import bandpo
 import bandpo.torch
+from bandpo.correction import Correction
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.loss import GlobalBatch, PolicyLoss, policy_loss
 from bandpo.presets import PRESETS, preset
@@ -77,6 +78,8 @@ class TestPresetAsModule:
     def test_has_the_rule_of_the_preset(self, name: str) -> None:
         arguments = preset(name).arguments()
         module = PolicyLoss.from_preset(name)
+        if arguments["correction"] is not None:
+            arguments["correction"] = Correction(**arguments["correction"])
         for argument in set(arguments) - {"region"}:
             assert getattr(module, argument) == arguments[argument]
         assert repr(module.region) == repr(arguments["region"])

@@ -208,7 +208,7 @@ def test_what_is_no_region_is_refused(other: Any) -> None:
     with pytest.raises(InvalidTypeError, match="positive must be a Region, got BySign"):
         by_sign(positive=nested, negative=CLIP)
     with pytest.raises(TypeError):
-        by_sign(CLIP, CLIP)  # type: ignore[misc]
+        by_sign(CLIP, CLIP)  # type: ignore[call-arg]
 
 
 def test_a_band_for_one_sign_has_no_ratio_of_a_sequence() -> None:
