@@ -78,7 +78,8 @@ class TensorBand:
     """A band whose delta is a tensor on the device of the loss; for surrogate "mask".
 
     A token is inside if the divergence between {this token, everything else} is at most its delta.
-    That needs no root and no copy to the CPU, unlike a `Band` with an array of deltas.
+    That needs no root and no copy to the CPU, unlike a `Band` with an array of deltas. A log-prob
+    above 0, which rounding makes, counts as 0, where a `Band` has it outside.
 
     Args:
         divergence: One of `DIVERGENCES`.
