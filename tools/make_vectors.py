@@ -178,7 +178,10 @@ def of_tokens(rule: Callable[[Token, mpf], Loss], *, clamp_stops: bool = False) 
         if not clamp_stops:
             return made
         return [
-            [(f, mpf(0) if t.clamped else g, *out) for t, (f, g, *out) in zip(row, one, strict=True)]
+            [
+                (f, mpf(0) if t.clamped else g, *out)
+                for t, (f, g, *out) in zip(row, one, strict=True)
+            ]
             for row, one in zip(rows, made, strict=True)
         ]
 
@@ -360,9 +363,7 @@ def weight_of(log_weight: mpf) -> mpf:
 def icepop(row: Row) -> list[mpf]:
     """IcePop, arXiv 2510.18855: no token with old/rollout outside [0.5, 5]."""
     return [
-        mpf(0)
-        if any(sides(t, mp.exp(log_b(t)), mpf("0.5"), mpf(5)))
-        else weight_of(log_b(t))
+        mpf(0) if any(sides(t, mp.exp(log_b(t)), mpf("0.5"), mpf(5))) else weight_of(log_b(t))
         for t in row
     ]
 

@@ -7,7 +7,9 @@ import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,7 +19,7 @@ from bandpo.check import check_name
 from bandpo.cli import listing
 from bandpo.curve import curve_of, drawn_presets, named_region
 from bandpo.divergence import Divergence
-from bandpo.error import InputPathError, InvalidValueError
+from bandpo.error import InputPathError, InvalidValueError, MismatchWarning, MissingExtraError
 from bandpo.presets import PRESETS, Preset
 from bandpo.region import Band, BySign, PrefixBudget, Region, from_description
 from bandpo.spec import region_from_spec, spec_from_region
@@ -186,6 +188,43 @@ def doctor(parsed: argparse.Namespace) -> int:
     else:
         _print_fields(as_text(found))
     return CHECK_FAILED if parsed.check and found["problems"] else 0
+
+
+def conform(parsed: argparse.Namespace) -> int:
+    """Compares implementations with the vectors; `CHECK_FAILED` if a backend of ours disagrees."""
+    if find_spec("torch") is None:
+        raise MissingExtraError("torch", "torch")
+    from bandpo.conform.compare import MAX_ULP
+    from bandpo.conform.run import differences, reports, summary
+    from bandpo.conform.vectors import FILE
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MismatchWarning)  # the vectors mean to be far apart
+        ours, others = reports(parsed.path or FILE, parsed.backend or ())
+    found = [*ours, *others]
+    passed = all(each.agrees for each in ours)
+    rows = [summary(each) for each in found]
+    different = [row for each in found for row in differences(each)]
+    if parsed.json:
+        content = {"max_ulp": MAX_ULP, "passed": passed, "summary": rows, "differences": different}
+        _print_json(content)
+        return 0 if passed else CHECK_FAILED
+    texts = [_texts_of(row) for row in rows if not row["note"]]
+    lines = [listing.table(texts, listing.width())]
+    if different:
+        lines.append(listing.table(list(map(_texts_of, different)), listing.width()))
+    lines.append([f"{row['implementation']}: {row['note']}" for row in rows if row["note"]])
+    print("\n\n".join("\n".join(block) for block in lines if block))
+    return 0 if passed else CHECK_FAILED
+
+
+def _texts_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of a row; a number of ulp has three digits."""
+    return {
+        name: f"{value:.3g}" if isinstance(value, float) else str(value)
+        for name, value in row.items()
+        if name != "note"
+    }
 
 
 def _region(parsed: argparse.Namespace, spec: str | None, read: Callable[[str], Region]) -> Region:

@@ -127,6 +127,7 @@ def _parser() -> tuple[_Parser, dict[str, Sequence[str]]]:
     _add_presets(added)
     _add_demo(added)
     _add_doctor(added)
+    _add_conform(added)
     return parser, {**dict.fromkeys(added.choices, ()), "table": table_actions}
 
 
@@ -263,6 +264,25 @@ def _add_doctor(to: _Commands) -> None:
     )
     _add_json(parser, commands.doctor)
     parser.examples = ("bandpo doctor", "bandpo doctor --check --json")
+
+
+def _add_conform(to: _Commands) -> None:
+    parser = to.add_parser(
+        "conform",
+        help="compare losses with the reference vectors",
+        description="Runs the backends that can run here, and the losses of frameworks that are"
+        " installed, on vectors of every preset, and prints how far each is, in ulp of float32.",
+    )
+    parser.add_argument("path", nargs="?", type=_path, metavar="FILE", help="vectors (our own)")
+    parser.add_argument(
+        "--backend",
+        action="append",
+        choices=("native", "torch", "cuda"),
+        help="compare this backend, and no framework; may be repeated",
+    )
+    _add_json(parser, commands.conform)
+    parser.notes = (f"The exit code is {CHECK_FAILED} if a backend of bandpo does not agree.",)
+    parser.examples = ("bandpo conform", "bandpo conform --backend torch --json")
 
 
 def _add_region_options(parser: _Parser) -> None:

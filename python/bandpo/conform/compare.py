@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,14 +11,16 @@ import numpy as np
 from bandpo.conform.batch import LossOf, Outcome, is_half, run
 from bandpo.conform.vectors import Vector
 
-MAX_ULP = 64.0
+MAX_ULP = 128.0
 """Max distance of a value that agrees.
 
-A table puts a bound, and so a loss, off by 1e-6 at most, which is 17 ulp of float32; log-ratios
-near 15 are rounded by 8; the rest is room for sums and for the exp of other libraries.
+A table puts a bound, and so a loss, off by 1e-6 at most, which is 17 ulp of float32. The gradient
+of spo cancels next to its bound, to 53 ulp in these batches. The rest is room for the exp of other
+libraries.
 """
 
-NO_SPLIT = "it takes no counts of the whole batch"
+HALF = 2.0**16
+"""An ulp of bfloat16 in ulp of float32."""
 
 
 class Verdict(NamedTuple):
@@ -31,6 +34,7 @@ class Verdict(NamedTuple):
     finite: bool
     counts_agree: bool
     error: str = ""
+    known: str = ""  # why it is not expected to agree
 
     @property
     def agrees(self) -> bool:
@@ -47,8 +51,8 @@ class Report(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """True if every vector does."""
-        return all(verdict.agrees for verdict in self.verdicts)
+        """True if every vector does, but for those with a known reason."""
+        return all(verdict.agrees or verdict.known for verdict in self.verdicts)
 
 
 def distance(actual: Any, expected: Any, size: Any, half: bool = False) -> float:
@@ -87,9 +91,21 @@ def report(
     vectors: Iterable[Vector],
     loss_of: Callable[[Vector], LossOf | None],
     device: str = "cpu",
+    known: Mapping[tuple[str, str], str] = MappingProxyType({}),
 ) -> Report:
-    """Returns the comparison of an implementation with the vectors that it has a rule for."""
-    return Report(name, list(_verdicts(vectors, loss_of, device)))
+    """Returns the comparison of an implementation with the vectors that it has a rule for.
+
+    Args:
+        name: The name of the implementation.
+        vectors: The vectors.
+        loss_of: Its loss of a vector's preset, or None where it has none.
+        device: Where it runs.
+        known: Why a preset and a case are not expected to agree.
+    """
+    verdicts = _verdicts(vectors, loss_of, device)
+    return Report(
+        name, [each._replace(known=known.get((each.preset, each.case), "")) for each in verdicts]
+    )
 
 
 def _verdicts(
@@ -101,7 +117,7 @@ def _verdicts(
             continue
         try:
             outcome = run(vector, found, device)
-        except Exception as error:  # noqa: BLE001 -- code of others may raise anything
+        except Exception as error:  # code of others may raise anything
             place = vector.preset, vector.case, vector.mode
             text = f"{type(error).__name__}: {error}".splitlines()[0]
             yield Verdict(*place, np.inf, np.inf, False, False, text)

@@ -15,6 +15,11 @@ from bandpo.schedule import SecondMoment
 DEVICES = {"native": "cpu", "torch": "cpu", "cuda": "cuda"}
 """The device that each backend runs on here."""
 
+_SIMPLEX = "a table lets no probability rise above 1, the published bound and the exact solver do"
+
+KNOWN = {("dcpo", "positive"): _SIMPLEX, ("trgppo", "positive"): _SIMPLEX}
+"""Presets and cases that do not agree, and why; with ``exact`` they do."""
+
 
 def backends() -> list[str]:
     """Returns the backends that can run here."""

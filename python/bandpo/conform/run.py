@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bandpo.conform.compare import MAX_ULP, Report, report
+from bandpo.conform.batch import HALF as HALF_CASE
+from bandpo.conform.compare import HALF, MAX_ULP, Report, Verdict, report
 from bandpo.conform.frameworks import ADAPTERS, OTHERS, framework_report
-from bandpo.conform.ours import DEVICES, backends, loss_of
+from bandpo.conform.ours import DEVICES, KNOWN, backends, loss_of
 from bandpo.conform.vectors import FILE, read_vectors
 
 
-def reports(path: str | Path = FILE, names: Iterable[str] = ()) -> tuple[list[Report], list[Report]]:
+def reports(
+    path: str | Path = FILE, names: Iterable[str] = ()
+) -> tuple[list[Report], list[Report]]:
     """Returns the comparisons of our backends, and those of the frameworks.
 
     Args:
@@ -26,6 +29,7 @@ def reports(path: str | Path = FILE, names: Iterable[str] = ()) -> tuple[list[Re
             vectors,
             lambda vector, name=name: loss_of(vector, name),  # type: ignore[misc]
             DEVICES[name],
+            KNOWN,
         )
         for name in chosen or backends()
     ]
@@ -44,6 +48,7 @@ def summary(found: Report) -> dict[str, Any]:
         "agree": len(agreeing),
         "loss_ulp": max((verdict.loss_ulp for verdict in agreeing), default=0.0),
         "gradient_ulp": max((verdict.gradient_ulp for verdict in agreeing), default=0.0),
+        "known": sum(bool(each.known) and not each.agrees for each in verdicts),
         "nonfinite": sum(not verdict.finite and not verdict.error for verdict in verdicts),
         "errors": sum(bool(verdict.error) for verdict in verdicts),
         "note": found.note,
@@ -52,31 +57,33 @@ def summary(found: Report) -> dict[str, Any]:
 
 def differences(found: Report) -> list[dict[str, Any]]:
     """Returns the vectors that do not agree, those of a preset and a case as one."""
-    groups: dict[tuple[str, str], list[Any]] = {}
+    groups: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in found.verdicts:
         if not verdict.agrees:
             groups.setdefault((verdict.preset, verdict.case), []).append(verdict)
-    rows = []
-    for (preset, case), group in groups.items():
-        reasons = [
-            verdict.error
-            or ("NaN or inf" if not verdict.finite else "")
-            or ("counts" if verdict.counts_agree is False and _near(verdict) else "values")
-            for verdict in group
-        ]
-        rows.append(
-            {
-                "implementation": found.name,
-                "preset": preset,
-                "case": case,
-                "modes": [verdict.mode for verdict in group],
-                "why": "; ".join(dict.fromkeys(reasons)),
-                "loss_ulp": max(verdict.loss_ulp for verdict in group),
-                "gradient_ulp": max(verdict.gradient_ulp for verdict in group),
-            }
-        )
-    return rows
+    return [
+        {
+            "implementation": found.name,
+            "preset": preset,
+            "case": case,
+            "modes": len(group),
+            "why": "; ".join(dict.fromkeys(map(_reason, group))),
+            "loss_ulp": max(verdict.loss_ulp for verdict in group),
+            "gradient_ulp": max(verdict.gradient_ulp for verdict in group),
+        }
+        for (preset, case), group in groups.items()
+    ]
 
 
-def _near(verdict: Any) -> bool:
-    return max(verdict.loss_ulp, verdict.gradient_ulp) <= MAX_ULP
+def _reason(verdict: Verdict) -> str:
+    """Why a vector does not agree, in few words."""
+    if verdict.known or verdict.error:
+        return verdict.known or verdict.error
+    if not verdict.finite:
+        return "NaN or inf"
+    if verdict.gradient_ulp > MAX_ULP:
+        return "gradient"
+    if verdict.loss_ulp > MAX_ULP:
+        is_half = verdict.case == HALF_CASE and verdict.loss_ulp <= MAX_ULP * HALF
+        return "loss in bfloat16" if is_half else "loss"
+    return "counts"

@@ -34,7 +34,7 @@ def framework_report(name: str, vectors: list[Vector]) -> Report:
         return Report(title, [], "installed, no adapter")
     try:
         adapter = import_module(f"bandpo.conform.frameworks.{name}_losses")
-    except Exception as error:  # noqa: BLE001 -- code of others may raise anything
+    except Exception as error:  # code of others may raise anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Report(title, [], f"installed, cannot be imported: {reason}")
     return report(title, vectors, adapter.loss_of)
