@@ -96,7 +96,7 @@ class Token(NamedTuple):
     @property
     def clamped(self) -> bool:
         """Whether the clamp acts."""
-        return abs(self.new - self.old) > LIMIT
+        return bool(abs(self.new - self.old) > LIMIT)
 
 
 Row = list[Token]
@@ -572,14 +572,14 @@ def rounded(value: mpf) -> float:
 def weights_of(mode: str, lengths: list[int]) -> list[mpf]:
     """The weight of a token of each row."""
     tokens, sequences = max(sum(lengths), 1), max(sum(length > 0 for length in lengths), 1)
-    each = {
+    each: dict[str, Callable[[int], mpf]] = {
         "token-mean": lambda n: mpf(1) / tokens,
         "token-sum": lambda n: mpf(1),
         "seq-mean-token-sum": lambda n: mpf(1) / sequences,
         "seq-mean-token-mean": lambda n: mpf(1) / sequences / max(n, 1),
         "seq-mean-token-sum-norm": lambda n: mpf(1) / sequences / WIDTH,
-    }[mode]
-    return [each(n) for n in lengths]
+    }
+    return [each[mode](n) for n in lengths]
 
 
 def results(batch: Batch, losses: list[list[Loss]]) -> Iterator[tuple[str, np.ndarray]]:

@@ -101,7 +101,7 @@ def run(
         gradients.append(gradient.double().cpu().numpy())
         if found.counts is not None:
             counts.append(found.counts.cpu().numpy())
-    return Outcome(total, np.concatenate(gradients), sum(counts) if counts else None)
+    return Outcome(total, np.concatenate(gradients), np.sum(counts, 0) if counts else None)
 
 
 def tokens_that_count(
