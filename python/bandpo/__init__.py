@@ -15,13 +15,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bandpo import error, presets, schedule
+from bandpo import error
 from bandpo._core import __version__
 from bandpo.divergence import Divergence
 from bandpo.error import BandpoError
-from bandpo.presets import preset
 from bandpo.region import Band, Clip, Dcpo, PriceBand, Region, by_sign, sides
-from bandpo.surrogate import GammaWeight, GradientPreserving, Mask, SoftGate
 from bandpo.table import BandTable, TableAccuracyWarning
 
 __all__ = [
@@ -48,30 +46,40 @@ __all__ = [
     "sides",
 ]
 
-_LATER = ("correction", "loss", "policy_loss", "region_from_spec", "torch")
-"""Names that are imported at their first use: torch is optional, and a parser costs time."""
+_NEED_TORCH = ("correction", "loss", "policy_loss", "torch")
+"""Names that are not in `__all__`, because torch is optional."""
 
 if TYPE_CHECKING:
     from bandpo import correction as correction
     from bandpo import loss as loss
+    from bandpo import presets as presets
+    from bandpo import schedule as schedule
     from bandpo import torch as torch
     from bandpo.loss import policy_loss as policy_loss
+    from bandpo.presets import preset as preset
     from bandpo.spec import region_from_spec as region_from_spec
+    from bandpo.surrogate import GammaWeight as GammaWeight
+    from bandpo.surrogate import GradientPreserving as GradientPreserving
+    from bandpo.surrogate import Mask as Mask
+    from bandpo.surrogate import SoftGate as SoftGate
 else:  # hidden from type checkers, for which every name would exist
 
     def __getattr__(name: str) -> Any:
-        if name == "policy_loss":
-            from bandpo.loss import policy_loss
-
-            return policy_loss
-        if name == "region_from_spec":
-            from bandpo.spec import region_from_spec
-
-            return region_from_spec
-        if name in _LATER:
+        """Imports what regions do not need at its first use, because an import takes time."""
+        if name in ("correction", "loss", "presets", "schedule", "torch"):
             return import_module(f"bandpo.{name}")
-        raise AttributeError(f"module 'bandpo' has no attribute {name!r}")
+        if name == "policy_loss":
+            from bandpo import loss as module
+        elif name == "preset":
+            from bandpo import presets as module
+        elif name == "region_from_spec":
+            from bandpo import spec as module
+        elif name in ("GammaWeight", "GradientPreserving", "Mask", "SoftGate"):
+            from bandpo import surrogate as module
+        else:
+            raise AttributeError(f"module 'bandpo' has no attribute {name!r}")
+        return getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_LATER})
+    return [*__all__, *_NEED_TORCH]

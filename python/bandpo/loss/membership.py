@@ -52,7 +52,7 @@ def _within_prefix(region: PrefixBudget, tokens: Tokens, divergence: torch.Tenso
     last = sequences.spread((sequences.lengths - 1).clamp(min=1)).to(exact)
     weight = torch.where(valid, 1.0 - (1.0 - region.weight_min) * place / last, 0.0)
     weighted = torch.where(valid, weight * spent, 0.0)
-    low, high = region.allowances
+    low, high = region.allowance
     if low == high:
         allowance = torch.full_like(spent, low)
     else:

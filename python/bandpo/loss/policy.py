@@ -488,9 +488,7 @@ class PolicyLoss(torch.nn.Module):
         self.ratio_level: RatioLevel = ratio_level
         self.loss_agg_mode: AggregationMode = loss_agg_mode
         self.log_ratio_penalty = log_ratio_penalty
-        if correction is not None:
-            _as_correction(correction)
-        self.correction = correction
+        self.correction = None if correction is None else _as_correction(correction)
         self.backend: BackendName = backend
         self.exact = exact
         self.dp_size = dp_size

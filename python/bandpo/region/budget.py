@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bandpo.check import check_name, positive_number, real_number
@@ -23,7 +22,6 @@ DIVERGENCES = (
 """Divergences that `bandpo.tensors.divergence` computes on tensors."""
 
 
-@dataclass(frozen=True)
 class PrefixBudget:
     """A divergence budget along each sequence (CPPO, arXiv 2606.10968); for surrogate "mask".
 
@@ -49,29 +47,45 @@ class PrefixBudget:
         InvalidValueError: If it is out of range or unknown.
     """
 
-    delta: float = 0.15
-    weight_min: float = 0.8
-    allowance: float | tuple[float, float] = (0.02, 0.04)
-    divergence: str = "tv"
-
-    def __post_init__(self) -> None:
-        positive_number("delta", self.delta)
-        if not 0.0 < real_number("weight_min", self.weight_min) <= 1.0:
-            raise InvalidValueError(f"weight_min must be in (0, 1], got {self.weight_min}")
-        check_name("divergence", self.divergence, DIVERGENCES)
-        low, high = self.allowances
+    def __init__(
+        self,
+        delta: float = 0.15,
+        weight_min: float = 0.8,
+        allowance: float | tuple[float, float] = (0.02, 0.04),
+        divergence: str = "tv",
+    ) -> None:
+        self.delta = positive_number("delta", delta)
+        self.weight_min = real_number("weight_min", weight_min)
+        if not 0.0 < self.weight_min <= 1.0:
+            raise InvalidValueError(f"weight_min must be in (0, 1], got {weight_min}")
+        pair = allowance if isinstance(allowance, (tuple, list)) else (allowance, allowance)
+        if len(pair) != 2:
+            raise InvalidTypeError(f"allowance must be a number or a pair, got {allowance!r}")
+        low, high = (real_number("allowance", end) for end in pair)
         if not 0.0 <= low <= high:
             raise InvalidValueError(
-                f"allowance must be at least 0, or a pair that rises, got {self.allowance}"
+                f"allowance must be at least 0, or a pair that rises, got {allowance}"
             )
+        self.allowance = low, high
+        check_name("divergence", divergence, DIVERGENCES)
+        self.divergence = divergence
 
-    @property
-    def allowances(self) -> tuple[float, float]:
-        """Min and max of b."""
-        pair = self.allowance if isinstance(self.allowance, tuple) else (self.allowance,) * 2
-        if len(pair) != 2:
-            raise InvalidTypeError(f"allowance must be a number or a pair, got {self.allowance!r}")
-        return real_number("allowance", pair[0]), real_number("allowance", pair[1])
+    def _numbers(self) -> tuple[float, float, tuple[float, float], str]:
+        return self.delta, self.weight_min, self.allowance, self.divergence
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PrefixBudget):
+            return NotImplemented
+        return self._numbers() == other._numbers()
+
+    def __hash__(self) -> int:
+        return hash((PrefixBudget, self._numbers()))
+
+    def __repr__(self) -> str:
+        return (
+            f"PrefixBudget(delta={self.delta}, weight_min={self.weight_min}, "
+            f"allowance={self.allowance}, divergence={self.divergence!r})"
+        )
 
 
 class TensorBand:
