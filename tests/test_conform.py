@@ -160,6 +160,7 @@ def test_the_command_prints_every_backend_and_names_what_is_not_installed(
     from bandpo.conform import frameworks
 
     monkeypatch.setattr(frameworks, "find_spec", lambda name: None)
+    monkeypatch.setenv("COLUMNS", "120")
     assert main(["conform"]) == 0
     printed = capsys.readouterr().out
     for name in ("bandpo native", "bandpo torch"):

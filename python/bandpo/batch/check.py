@@ -15,7 +15,7 @@ def check_tokens(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     rollout_is_weights: torch.Tensor | None,
-    **other_log_probs: torch.Tensor | None,
+    anchor_log_prob: torch.Tensor | None = None,
 ) -> tuple[int, int]:
     """Returns the shape of the tokens as backends take them, [B, T]; packed tokens are one row.
 
@@ -25,7 +25,7 @@ def check_tokens(
         advantages: One a token or one a row.
         response_mask: Bool, int or float.
         rollout_is_weights: Like advantages, or None.
-        other_log_probs: Log-probs of other policies by argument, like ``old_log_prob``, or None.
+        anchor_log_prob: Like ``old_log_prob``, or None.
 
     Raises:
         InvalidTypeError: If a tensor is none, or has a dtype that is not accepted.
@@ -39,9 +39,10 @@ def check_tokens(
     if rollout_is_weights is not None:
         check_float("rollout_is_weights", rollout_is_weights)
         weights = [("rollout_is_weights", rollout_is_weights)]
-    given = {name: tensor for name, tensor in other_log_probs.items() if tensor is not None}
-    for argument, tensor in given.items():
-        check_float(argument, tensor)
+    others = []
+    if anchor_log_prob is not None:
+        check_float("anchor_log_prob", anchor_log_prob)
+        others = [("anchor_log_prob", anchor_log_prob)]
     if response_mask.is_complex():
         raise InvalidTypeError(
             f"response_mask must be bool, int or float, got {response_mask.dtype}"
@@ -56,7 +57,7 @@ def check_tokens(
     for argument, tensor, shapes in (
         ("old_log_prob", old_log_prob, (shape,)),
         ("response_mask", response_mask, (shape,)),
-        *((argument, tensor, (shape,)) for argument, tensor in given.items()),
+        *((argument, tensor, (shape,)) for argument, tensor in others),
         *(
             (argument, of, (shape, *per_row))
             for argument, of in [("advantages", advantages), *weights]

@@ -78,33 +78,34 @@ def inputs_of(rule: Rule, tokens: Tokens, *, exact: bool, by_probability: bool) 
 
 def _bounds(rule: Rule, tokens: Tokens, exact: bool) -> torch.Tensor:
     """Bounds of any kind that `LossInputs` takes."""
-    region = rule.region
-    if isinstance(region, (PrefixBudget, TensorBand)):
-        return limits_of(region, tokens)
-    # The shape of the user's tensor, which an array of deltas has to match.
-    log_prob = tokens.log_prob_of_bounds
-    given, shape = log_prob.shape, tokens.log_prob.shape
-    valid = shaped(tokens.valid, given)
-
-    def of(part: AnyRegion) -> torch.Tensor:
-        if rule.surrogate.needs_bounds:
-            return bounds_of(part, log_prob, valid=valid, exact=exact)
-
-        def ratio_of_tokens() -> torch.Tensor:
-            ratio = tokens.limited_log_ratio()
-            if rule.ratio_level != "token":
-                ratio = _of_sequence(ratio, rule, tokens)
-            return ratio.reshape(given)
-
-        return membership_of(part, log_prob, ratio_of_tokens, valid, exact=exact)
-
+    region, shape = rule.region, tokens.log_prob.shape
     if isinstance(region, BySign):
+        at = tokens.log_prob_of_bounds
         positive, negative = (
-            torch.stack(sides_from(of(part), log_prob)).reshape(2, *shape) for part in region
+            torch.stack(sides_from(_bounds_of(part, rule, tokens, exact), at)).reshape(2, *shape)
+            for part in region
         )
         return torch.where(tokens.advantages > 0.0, positive, negative)
-    bounds = of(region)
+    if isinstance(region, (PrefixBudget, TensorBand)):
+        return limits_of(region, tokens)
+    bounds = _bounds_of(region, rule, tokens, exact)
     return bounds if bounds.ndim == 1 else bounds.reshape(2, *shape)
+
+
+def _bounds_of(region: AnyRegion, rule: Rule, tokens: Tokens, exact: bool) -> torch.Tensor:
+    # In the shape of the user's tensor, which an array of deltas has to match.
+    log_prob = tokens.log_prob_of_bounds
+    valid = shaped(tokens.valid, log_prob.shape)
+    if rule.surrogate.needs_bounds:
+        return bounds_of(region, log_prob, valid=valid, exact=exact)
+
+    def ratio_of_tokens() -> torch.Tensor:
+        ratio = tokens.limited_log_ratio()
+        if rule.ratio_level != "token":
+            ratio = _of_sequence(ratio, rule, tokens)
+        return ratio.reshape(log_prob.shape)
+
+    return membership_of(region, log_prob, ratio_of_tokens, valid, exact=exact)
 
 
 def _sides(rule: Rule, tokens: Tokens, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -210,7 +210,8 @@ def policy_loss(
         BrokenExtraError: With backend "cuda", if the kernels cannot run.
     """
     rule = Rule.of(_resolved(region), surrogate, dual_clip, ratio_level)
-    _check_penalty(log_ratio_penalty)
+    if log_ratio_penalty != 0.0:
+        _check_penalty(log_ratio_penalty)
     check_name("backend", backend, BACKENDS)
     reduction = Reduction.of(
         loss_agg_mode,
@@ -235,15 +236,15 @@ def policy_loss(
         advantages,
         response_mask,
         weights,
-        anchor_log_prob=anchor_log_prob,
+        anchor_log_prob,
     )
     _check_sequences(rule, reduction, cu_seqlens, log_prob)
     chosen = select(backend, log_prob.device)
 
-    log_probs = [old_log_prob, log_prob]
-    if anchor_log_prob is not None:
-        log_probs.append(anchor_log_prob)
-    dtype = compute_dtype(*log_probs)
+    if anchor_log_prob is None:
+        dtype = compute_dtype(old_log_prob, log_prob)
+    else:
+        dtype = compute_dtype(old_log_prob, log_prob, anchor_log_prob)
     valid = shaped(response_mask, shape)
     valid = valid if valid.dtype == torch.bool else valid != 0
     weighted = shaped_by_row(advantages.detach().to(dtype), shape)
@@ -253,7 +254,8 @@ def policy_loss(
     # Half precision needs no copy in float32, unless torch has to compute with it as well.
     narrow = (
         chosen.reads_half
-        and all(tensor.dtype == log_prob.dtype for tensor in log_probs)
+        and log_prob.dtype == old_log_prob.dtype
+        and (anchor_log_prob is None or anchor_log_prob.dtype == log_prob.dtype)
         and ratio_level == "token"
         and rule.surrogate.needs_bounds
     )
@@ -266,11 +268,11 @@ def policy_loss(
         cu_seqlens,
         None if anchor_log_prob is None else anchor_log_prob.detach().to(stored),
     )
-    checked = bool(_CHECKED_ANCHORS) or torch.compiler.is_compiling()
-    shift = None if checked else tokens.shift()
-    if shift is not None:  # once, because it takes a pass over the tokens
-        _CHECKED_ANCHORS.append(True)
-        warn_of_mismatch(-shift, valid, "anchor_log_prob", stacklevel=2)
+    if not (anchor_log_prob is None or _CHECKED_ANCHORS or torch.compiler.is_compiling()):
+        _CHECKED_ANCHORS.append(True)  # once, because it takes a pass over the tokens
+        shift = tokens.shift()
+        if shift is not None:
+            warn_of_mismatch(-shift, valid, "anchor_log_prob", stacklevel=2)
     if (
         chosen.weighted_sum is not None
         and reduction.is_one_weight
