@@ -54,7 +54,7 @@ lint: $(VENV)/lint.stamp $(VENV)/test.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest bandpo --allowlist tests/stubtest-allowed.txt
+	$(BIN)/python -m mypy.stubtest bandpo --allowlist tests/stubtest-allowed.txt --mypy-config-file pyproject.toml
 	$(BIN)/zizmor --offline --quiet --min-severity medium .github
 
 format:
