@@ -29,6 +29,8 @@ class TokenSurrogate:
     """True if the gradient is ``r`` times a constant, so that its derivative is itself."""
     gradient_bends: ClassVar[bool] = False
     """True if the derivative of the gradient is neither itself nor 0."""
+    needs_width: ClassVar[bool] = False
+    """True if it divides by the distance from 1 to a bound, so that every token needs its bound."""
     needs_bounds: ClassVar[bool] = True
     """False if membership in the region is enough, which takes no root."""
     limited_metric: ClassVar[str | None] = None
@@ -190,6 +192,7 @@ class SoftGate(TokenSurrogate):
 
     name: ClassVar = "soft-gate"
     gradient_bends: ClassVar = True
+    needs_width: ClassVar = True
     tau_positive: float = 1.0
     tau_negative: float = 1.05
 
@@ -219,6 +222,7 @@ class Quadratic(TokenSurrogate):
 
     name: ClassVar = "quadratic"
     gradient_bends: ClassVar = True
+    needs_width: ClassVar = True
 
     @property
     def by_log_ratio(self) -> bool:

@@ -15,7 +15,7 @@ from bandpo.backends.contract import (
     TokenLosses,
     Totals,
 )
-from bandpo.surrogate import LOG_RATIO_LIMIT, MIN_WIDTH
+from bandpo.surrogate import BY_NAME, LOG_RATIO_LIMIT, MIN_WIDTH
 from bandpo.tensors.lookup import read_table
 
 
@@ -56,7 +56,7 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
     bound, bound_is_ratio = _bound(bounds, log_prob_of_bounds, down)
     width: torch.Tensor | None = None
     excess: torch.Tensor | None = None
-    if rule.needs_width:
+    if BY_NAME[inputs.surrogate].needs_width:
         width = _width(bound, bound_is_ratio, down)
         excess = limited_x.expm1()
         clipped_low, clipped_high = down & (-excess > width), up & (excess > width)
@@ -243,7 +243,6 @@ class _Rule(NamedTuple):
     losses: Callable[[_Tokens, list[float]], _Loss]
     by_log_ratio: Callable[[list[float]], bool] = lambda parameters: False
     """Returns True if the sign of the log-ratio selects the bound, not that of the advantage."""
-    needs_width: bool = False
 
 
 _RULES: dict[str, _Rule] = {
@@ -251,8 +250,8 @@ _RULES: dict[str, _Rule] = {
     "mask": _Rule(_mask, lambda parameters: parameters[1:] == [1.0]),
     "weight": _Rule(_weight, lambda parameters: True),
     "gradient-preserving": _Rule(_gradient_preserving),
-    "soft-gate": _Rule(_soft_gate, lambda parameters: True, needs_width=True),
-    "quadratic": _Rule(_quadratic, lambda parameters: True, needs_width=True),
+    "soft-gate": _Rule(_soft_gate, lambda parameters: True),
+    "quadratic": _Rule(_quadratic, lambda parameters: True),
 }
 
 

@@ -14,7 +14,7 @@ from bandpo.backends.cuda.availability import kernels_run
 from bandpo.backends.cuda.launch import CHUNK, THREADS, TOTALS_KERNEL, launch
 from bandpo.backends.native import token_loss_op
 from bandpo.region import Band, Clip, Combined, Region
-from bandpo.surrogate import NAMES
+from bandpo.surrogate import BY_NAME, NAMES
 from bandpo.tensors.cached import cached, upload
 from bandpo.tensors.check import compute_dtype
 from bandpo.tensors.exact import (
@@ -32,9 +32,6 @@ _STORED = {
     torch.float16: "bandpo::Half",
     torch.bfloat16: "bandpo::BFloat16",
 }
-
-_WITH_WIDTH = ("soft-gate", "quadratic")
-"""Surrogates that read the width of the region; see ``cuda/rules.cuh``."""
 
 
 def token_loss(
@@ -74,7 +71,8 @@ def token_loss(
         )
         first, second = [*inputs.parameters, math.inf, math.inf][:2]
         kind, bounds, words = _bounds_kind(bounds)
-        needs_more = inputs.anchor_log_prob is not None or inputs.surrogate in _WITH_WIDTH
+        needs_width = BY_NAME[inputs.surrogate].needs_width
+        needs_more = inputs.anchor_log_prob is not None or needs_width
         extended = "true" if needs_more else "false"
         launch(
             f"bandpo::policy_loss<{_STORED[log_prob.dtype]}, bandpo::{kind}, {extended}>",
