@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import bandpo
 from bandpo.error import BrokenExtraError, InvalidValueError, MissingExtraError
 from bandpo.rule import BACKENDS
+from bandpo.surrogate import NAMES
 from benchmarks import peers
 from benchmarks.availability import (
     DEVICES,
@@ -31,7 +32,7 @@ METHODS = (*(name for name in BACKENDS if name != "auto"), COMPILED)
 
 REGION = bandpo.Band("kl", DELTA)
 DTYPES = ("float32", "float64", "bfloat16")
-SURROGATES = ("min-clip", "mask", "weight", "gradient-preserving", "soft-gate", "quadratic")
+SURROGATES = NAMES
 
 
 class Step:

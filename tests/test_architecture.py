@@ -199,3 +199,15 @@ def test_a_package_is_imported_in_its_rooms_alone(row: tuple[str, list[str]]) ->
     users = users_of(package)
     assert {room for room in rooms if any(lies_in(user, room) for user in users)} == set(rooms)
     assert {user for user in users if not any(lies_in(user, room) for room in rooms)} == set()
+
+
+def test_no_module_is_imported_by_a_text() -> None:
+    """An arrow that is text would not be seen; a framework's adapter has none to our modules."""
+    texts = {
+        name: file.read_text(encoding="utf-8")
+        for name, file in modules().items()
+        if name != "_core"
+    }
+    assert {name for name, text in texts.items() if "import_module(" in text} == {
+        "conform/frameworks"
+    }

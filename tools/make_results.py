@@ -48,7 +48,7 @@ GPU_TARGETS = (
 
 REASONS = {
     "bounds": "a few bounds of each thousand are polished in double-double, token by token",
-    "table": "numpy's floats are float64, so tokens are converted and `lower` takes a logarithm",
+    "table": "numpy's bounds are float64, and `lower` takes a logarithm",
     "loss": "a call reads as much as the peer and writes as much, but looks bounds up and adds up "
     "metrics, which the peer has not",
     "small loss": "checks of the arguments and torch's bookkeeping of a gradient are a fixed cost",
@@ -269,7 +269,7 @@ def main() -> None:
     reasons = "\n".join(f"- {key}: {reason}." for key, reason in REASONS.items() if key in missed)
     causes = "None that was measured is missed."
     if reasons:
-        causes = f"What is known of the causes:\n\n{reasons}"
+        causes = f"Known causes:\n\n{reasons}"
     lines = "\n".join([*(row.markdown() for row in rows), *gpu_rows()])
     text = f"""# Results
 

@@ -12,7 +12,6 @@ radius delta still holds, given the token's old probability (BandPO, arXiv 2603.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bandpo import error
@@ -66,19 +65,39 @@ else:  # hidden from type checkers, for which every name would exist
 
     def __getattr__(name: str) -> Any:
         """Imports what regions do not need at its first use, because an import takes time."""
-        if name in ("correction", "loss", "presets", "schedule", "torch"):
-            return import_module(f"bandpo.{name}")
-        if name == "policy_loss":
-            from bandpo import loss as module
-        elif name == "preset":
-            from bandpo import presets as module
-        elif name == "region_from_spec":
-            from bandpo import spec as module
+        if name in ("policy_loss", "preset", "region_from_spec"):
+            return _function(name)
+        if name == "correction":
+            import bandpo.correction as module
+        elif name == "loss":
+            import bandpo.loss as module
+        elif name == "presets":
+            import bandpo.presets as module
+        elif name == "schedule":
+            import bandpo.schedule as module
+        elif name == "torch":
+            import bandpo.torch as module
         elif name in ("GammaWeight", "GradientPreserving", "Mask", "SoftGate"):
-            from bandpo import surrogate as module
+            import bandpo.surrogate as surrogates
+
+            return getattr(surrogates, name)
         else:
             raise AttributeError(f"module 'bandpo' has no attribute {name!r}")
-        return getattr(module, name)
+        return module
+
+
+def _function(name: str) -> Any:
+    if name == "policy_loss":
+        from bandpo.loss import policy_loss
+
+        return policy_loss
+    if name == "preset":
+        from bandpo.presets import preset
+
+        return preset
+    from bandpo.spec import region_from_spec
+
+    return region_from_spec
 
 
 def __dir__() -> list[str]:

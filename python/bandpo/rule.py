@@ -24,10 +24,10 @@ AnyRegion: TypeAlias = Region | RegionSource
 """A region, or a source of one that changes between steps."""
 
 Budget: TypeAlias = PrefixBudget | TensorBand
-"""What tells which tokens are inside, and has no bounds."""
+"""A measure of which tokens are inside, without bounds."""
 
 RuleRegion: TypeAlias = AnyRegion | BySign | Budget
-"""What a loss takes: also a region for each sign of the advantage, or a budget."""
+"""The region of a loss, one for each sign of the advantage, or a budget."""
 
 AGGREGATION_MODES: tuple[str, ...] = get_args(AggregationMode)
 RATIO_LEVELS: tuple[str, ...] = get_args(RatioLevel)

@@ -52,7 +52,7 @@ _INTERVALS: dict[str, tuple[Callable[..., Region], tuple[int, ...], str]] = {
     "dcpo": (Dcpo, (2,), "dcpo@0.16,0.2"),
     "kl3": (Clip.kl3, (1,), "kl3@0.05"),
 }
-"""What makes a region of numbers alone, how many it takes, and an example."""
+"""Constructors of regions of numbers alone, the counts that they take, and an example."""
 
 _METHODS: dict[str, tuple[Callable[..., Region], tuple[int, ...], str]] = {
     "cap": (Region.cap, (1,), "cap(10)"),
@@ -271,3 +271,7 @@ def _pair(low: object, high: object, separator: str) -> str:
 
 def _digits(number: object) -> str:
     return repr(number).removesuffix(".0")
+
+
+def __dir__() -> list[str]:
+    return ["region_from_spec", "region_or_source_from_spec", "spec_from_region"]

@@ -41,9 +41,9 @@ class TokenSurrogate:
         """Its numbers, in the order in which backends take them."""
         return []
 
-    @property
-    def by_log_ratio(self) -> bool:
-        """True if both bounds hold for either sign of the advantage."""
+    @staticmethod
+    def by_log_ratio(parameters: list[float]) -> bool:
+        """Returns True if the sign of the log-ratio selects the bound, not the advantage's."""
         return False
 
     @property
@@ -122,10 +122,10 @@ class Mask(TokenSurrogate):
         limit = math.inf if self.truncation is None else float(self.truncation)
         return [limit, float(self.symmetric)]
 
-    @property
-    def by_log_ratio(self) -> bool:
-        """True if the mask is symmetric."""
-        return self.symmetric
+    @staticmethod
+    def by_log_ratio(parameters: list[float]) -> bool:
+        """Returns True if the mask is symmetric."""
+        return parameters[1:] == [1.0]
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ class Weight(TokenSurrogate):
 
     name: ClassVar = "weight"
 
-    @property
-    def by_log_ratio(self) -> bool:
-        """True."""
+    @staticmethod
+    def by_log_ratio(parameters: list[float]) -> bool:
+        """Returns True."""
         return True
 
 
@@ -205,9 +205,9 @@ class SoftGate(TokenSurrogate):
         """Both sharpnesses."""
         return [float(self.tau_positive), float(self.tau_negative)]
 
-    @property
-    def by_log_ratio(self) -> bool:
-        """True."""
+    @staticmethod
+    def by_log_ratio(parameters: list[float]) -> bool:
+        """Returns True."""
         return True
 
 
@@ -224,9 +224,9 @@ class Quadratic(TokenSurrogate):
     gradient_bends: ClassVar = True
     needs_width: ClassVar = True
 
-    @property
-    def by_log_ratio(self) -> bool:
-        """True."""
+    @staticmethod
+    def by_log_ratio(parameters: list[float]) -> bool:
+        """Returns True."""
         return True
 
 
@@ -259,11 +259,6 @@ class GammaWeight(TokenSurrogate):
             value = getattr(self, argument)
             if not 0.0 <= real_number(argument, value) < math.inf:
                 raise InvalidValueError(f"{argument} must be finite and at least 0, got {value}")
-
-    @property
-    def by_log_ratio(self) -> bool:
-        """True."""
-        return True
 
 
 SurrogateName: TypeAlias = Literal[

@@ -96,7 +96,7 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B,
                         Some(_) => lanes.sub(log_ratio, lanes.sub(anchor, old_log_prob)),
                         None => lanes.sub(column(columns.log_prob), anchor),
                     };
-                    // A NaN here compares false, so it has to reach the loss on another way.
+                    // A NaN here compares false, so it must reach the loss another way.
                     let unknown = lanes.is_nan(compared);
                     let neg_advantage = lanes.select(unknown, compared, neg_advantage);
                     (anchor, compared, clamp(lanes, compared), neg_advantage)

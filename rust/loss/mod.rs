@@ -4,7 +4,7 @@
 //!
 //! 1. log-ratios, and the candidates: the tokens far enough from a ratio of 1 to be beyond their bound;
 //! 2. the bounds of the candidates;
-//! 3. their clipped ratios;
+//! 3. their clipped ratios, or the widths of their regions;
 //! 4. losses and gradients of all tokens, by the rule of a [`surrogate`].
 //!
 //! ```

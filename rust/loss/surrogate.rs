@@ -20,9 +20,9 @@
 //! A token at its bound is not beyond it. Only one side of each token is looked up: the side that the sign of the
 //! advantage selects, or for weight, the symmetric mask and the two rules with a width the sign of `x`.
 //!
-//! With an anchor the bounds limit `v = e^(new - anchor)` in place of r: for the clipped ratio they are multiplied
-//! by anchor/old, and the two rules with a width take `v - 1` for `r - 1` and multiply their loss by anchor/old in
-//! place of the factor r/v, so that the gradient is still `-A r` times a factor.
+//! With an anchor the bounds limit `v = e^(new - anchor)` in place of r. The clipped ratio is the bound times
+//! anchor/old. The two rules with a width take `v - 1` for `r - 1`, and their loss is multiplied by r/v. So the
+//! gradient is still `-A r` times a factor.
 
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]

@@ -188,7 +188,7 @@ def test_tables_serve_anchors_in_every_float_and_shape(backend: str) -> None:
     assert torch.equal(with_1[..., 0], found)
 
 
-def test_an_anchor_far_from_the_old_policy_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_anchor_far_from_the_old_policy_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "_CHECKED_ANCHORS", [])
     monkeypatch.setattr(warning, "_WARNED", set())
     batch, _ = anchored((4, 6))

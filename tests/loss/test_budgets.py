@@ -19,7 +19,6 @@ from bandpo.loss import policy_loss
 from bandpo.region import PrefixBudget, TensorBand
 from bandpo.region.budget import DIVERGENCES
 from bandpo.surrogate import Mask
-from bandpo.tensors.divergence import DIVERGENCES as OF_TENSORS
 from support.batches import Batch, random_batch
 
 CPPO = PrefixBudget()
@@ -128,10 +127,6 @@ BUDGETS = [
     PrefixBudget(0.02, 0.1, 0.3),
     PrefixBudget(0.2, 0.8, (0.0, 10.0)),  # a quantile that nothing moves
 ]
-
-
-def test_budgets_have_every_divergence_of_tensors() -> None:
-    assert DIVERGENCES == OF_TENSORS
 
 
 @pytest.mark.parametrize("region", BUDGETS, ids=str)

@@ -14,6 +14,8 @@ from mpmath import expm1, log, mp, mpf, sqrt
 from scipy.special import lambertw
 
 import bandpo
+import bandpo.plot
+import bandpo.spec
 from bandpo import Band, BandTable, Clip, Dcpo, Region, sides
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import from_description
@@ -343,7 +345,16 @@ def test_a_pair_of_deltas_may_be_a_list() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [bandpo.schedule, bandpo.presets, bandpo.region, bandpo.divergence, bandpo.table, bandpo.error],
+    [
+        bandpo.schedule,
+        bandpo.presets,
+        bandpo.region,
+        bandpo.divergence,
+        bandpo.table,
+        bandpo.error,
+        bandpo.spec,
+        bandpo.plot,
+    ],
 )
 def test_dir_of_a_public_module_lists_public_names(module: Any) -> None:
     names = dir(module)

@@ -15,7 +15,8 @@ from mpmath import mp, mpf
 
 from bandpo.check import Float64Array
 from bandpo.error import InvalidValueError
-from bandpo.tensors.divergence import DIVERGENCES, bernoulli_divergence, k3
+from bandpo.region.budget import DIVERGENCES
+from bandpo.tensors.divergence import bernoulli_divergence, k3
 
 F: dict[str, Callable[[mpf], mpf]] = {
     "tv": lambda u: abs(u - 1) / 2,

@@ -29,7 +29,7 @@ class LossInputs(NamedTuple):
         bounds: As `bandpo.tensors.bounds.bounds_of` makes them; per token, [2, B, T].
         surrogate: Its name.
         parameters: Those of the surrogate, as `bandpo.surrogate` orders them.
-        by_probability: Whether to count by bin of the old probability as well.
+        by_probability: True to count by bin of the old probability as well.
         anchor_log_prob: Like ``old_log_prob``: the bounds stand at these log-probs and limit
             ``log_prob - anchor_log_prob``, or a given ``log_ratio`` less
             ``anchor_log_prob - old_log_prob``. None for ``old_log_prob``.
@@ -125,7 +125,7 @@ class Backend:
     Attributes:
         token_losses: Returns the losses, with their gradient.
         runs_on: The type of its devices, such as ``"cpu"``; None for any.
-        reads_half: Whether log-probs may be bfloat16 or float16.
+        reads_half: True if log-probs may be bfloat16 or float16.
         weighted_sum: Returns the sum of the losses times a number, 0-dim, and a function that
             returns the totals; None if the backend cannot. See `bandpo.backends.autograd`.
     """

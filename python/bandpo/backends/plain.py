@@ -22,7 +22,7 @@ from bandpo.tensors.lookup import read_table
 def token_losses(inputs: LossInputs) -> TokenLosses:
     """Returns the losses, with their gradient to ``log_prob`` by autograd."""
     old_log_prob, log_prob, log_ratio, advantages, valid, bounds, *_ = inputs
-    rule = _RULES[inputs.surrogate]
+    surrogate = BY_NAME[inputs.surrogate]
     old_log_prob = torch.where(valid, old_log_prob, 0.0)
     log_prob = torch.where(valid, log_prob, 0.0)
     cost = torch.where(valid, -advantages, 0.0)
@@ -46,17 +46,17 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
         else:
             limited_x = _clamped(unclamped.detach() - shift)
         shift = _clamped(shift)
-        # A NaN compares false, so it has to reach the loss on another way.
+        # A NaN compares false, so it must reach the loss another way.
         cost = torch.where(limited_x.isnan(), limited_x, cost)
 
-    if rule.by_log_ratio(inputs.parameters):
+    if surrogate.by_log_ratio(inputs.parameters):
         up, down = limited_x > 0.0, limited_x < 0.0
     else:
         up, down = cost < 0.0, cost > 0.0
     bound, bound_is_ratio = _bound(bounds, log_prob_of_bounds, down)
     width: torch.Tensor | None = None
     excess: torch.Tensor | None = None
-    if BY_NAME[inputs.surrogate].needs_width:
+    if surrogate.needs_width:
         width = _width(bound, bound_is_ratio, down)
         excess = limited_x.expm1()
         clipped_low, clipped_high = down & (-excess > width), up & (excess > width)
@@ -79,7 +79,7 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
         excess=excess,
         loss_scale=None if shift is None else r / limited_x.exp(),
     )
-    per_token, slope, limited = rule.losses(tokens, inputs.parameters)
+    per_token, slope, limited = _RULES[inputs.surrogate](tokens, inputs.parameters)
 
     by_probability = None
     if inputs.by_probability:
@@ -116,7 +116,7 @@ def probability_bin(old_log_prob: torch.Tensor) -> torch.Tensor:
 
 
 class _Tokens(NamedTuple):
-    """What the rules read of the tokens, each [B, T]."""
+    """The tokens as rules read them, each [B, T]."""
 
     log_prob: torch.Tensor  # with gradient
     cost: torch.Tensor  # minus the advantage
@@ -237,21 +237,13 @@ def _with_derivatives(
     return cost, gradient, None
 
 
-class _Rule(NamedTuple):
-    """Formulas of a surrogate."""
-
-    losses: Callable[[_Tokens, list[float]], _Loss]
-    by_log_ratio: Callable[[list[float]], bool] = lambda parameters: False
-    """Returns True if the sign of the log-ratio selects the bound, not that of the advantage."""
-
-
-_RULES: dict[str, _Rule] = {
-    "min-clip": _Rule(_min_clip),
-    "mask": _Rule(_mask, lambda parameters: parameters[1:] == [1.0]),
-    "weight": _Rule(_weight, lambda parameters: True),
-    "gradient-preserving": _Rule(_gradient_preserving),
-    "soft-gate": _Rule(_soft_gate, lambda parameters: True),
-    "quadratic": _Rule(_quadratic, lambda parameters: True),
+_RULES: dict[str, Callable[[_Tokens, list[float]], _Loss]] = {
+    "min-clip": _min_clip,
+    "mask": _mask,
+    "weight": _weight,
+    "gradient-preserving": _gradient_preserving,
+    "soft-gate": _soft_gate,
+    "quadratic": _quadratic,
 }
 
 

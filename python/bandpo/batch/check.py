@@ -47,7 +47,7 @@ def check_tokens(
         raise InvalidTypeError(
             f"response_mask must be bool, int or float, got {response_mask.dtype}"
         )
-    shape = _without_last_1(log_prob)
+    shape = without_last_1(log_prob)
     if not 1 <= len(shape) <= 2:
         raise InvalidValueError(
             f"log_prob must have shape [B, T], [B, T, 1] or, packed, [N], "
@@ -63,7 +63,7 @@ def check_tokens(
             for argument, of in [("advantages", advantages), *weights]
         ),
     ):
-        if _without_last_1(tensor) not in shapes:
+        if without_last_1(tensor) not in shapes:
             raise InvalidValueError(
                 f"{argument} must have shape {' or '.join(map(str, shapes))} "
                 f"like log_prob's {tuple(log_prob.shape)}, got {tuple(tensor.shape)}"
@@ -76,7 +76,8 @@ def check_tokens(
     return rows, width
 
 
-def _without_last_1(tensor: torch.Tensor) -> tuple[int, ...]:
+def without_last_1(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Returns a shape, without the last dimension of [B, T, 1]."""
     shape = tuple(tensor.shape)
     return shape[:2] if len(shape) == 3 and shape[2] == 1 else shape
 

@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code.
 
     0 is success, 1 a failed check (a verified table beyond its target, a problem found by ``doctor
-    --check``), 2 bad input, 130 an interruption. Errors and warnings are one line each on standard
-    error.
+    --check``, a backend that ``conform`` finds to disagree), 2 bad input, 130 an interruption.
+    Errors and warnings are one line each on standard error.
     """
     try:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)

@@ -378,7 +378,9 @@ def _without_spec(preset: Preset) -> str:
     if isinstance(region, BySign):
         positive, negative = map(spec_from_region, region)
         return f"A > 0: {positive}, else {negative}"
-    return repr(region) if isinstance(region, PrefixBudget) else "changes with the batch"
+    if isinstance(region, PrefixBudget):
+        return f"{region.divergence} budget {region.delta:g} a token"
+    return "changes with the batch"
 
 
 def _correction_of(preset: Preset) -> dict[str, Any] | None:

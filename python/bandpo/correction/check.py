@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bandpo.batch.check import check_cu_seqlens
+from bandpo.batch.check import check_cu_seqlens, without_last_1
 from bandpo.correction.rule import Correction
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.tensors.check import check_float, check_tensor
@@ -35,7 +35,7 @@ def check_batch(
         raise InvalidTypeError(
             f"response_mask must be bool, int or float, got {response_mask.dtype}"
         )
-    shape = _without_last_1(old_log_prob)
+    shape = without_last_1(old_log_prob)
     if not 1 <= len(shape) <= 2:
         raise InvalidValueError(
             f"old_log_prob must have shape [B, T], [B, T, 1] or, packed, [N], "
@@ -55,7 +55,7 @@ def check_batch(
         per_row = [(shape[0], 1), shape[:1]] if len(shape) == 2 else []
         others.append(("advantages", advantages, [shape, *per_row]))
     for argument, tensor, shapes in others:
-        if _without_last_1(tensor) not in shapes:
+        if without_last_1(tensor) not in shapes:
             raise InvalidValueError(
                 f"{argument} must have shape {' or '.join(map(str, shapes))} "
                 f"like old_log_prob's {tuple(old_log_prob.shape)}, got {tuple(tensor.shape)}"
@@ -80,8 +80,3 @@ def check_sequences(
             f"cu_seqlens must be given for level {rule.level!r} with packed tensors: "
             f"offsets of the sequences, int32 or int64 [S + 1]"
         )
-
-
-def _without_last_1(tensor: torch.Tensor) -> tuple[int, ...]:
-    shape = tuple(tensor.shape)
-    return shape[:2] if len(shape) == 3 and shape[2] == 1 else shape

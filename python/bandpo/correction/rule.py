@@ -76,7 +76,7 @@ class Correction:
     Args:
         region: Allowed ratios: any region at level "token", a `Clip` at the others, because a band
             needs the probability of a token; or a `bandpo.schedule.RegionSource` of such.
-        statistic: What a threshold limits, in place of a region.
+        statistic: Quantity that a threshold limits, in place of a region.
         threshold: Max value of the statistic, finite and at least 0.
         level: Whose ratio or statistic decides.
         action: "truncate" moves the ratio into the region and drops nothing; "mask" drops what is
@@ -257,11 +257,10 @@ def rollout_correction(
             the temperature that it drew with.
         response_mask: Which tokens count (0: not), bool, int or float.
         region: Allowed ratios; see `Correction` for this and the next six.
-        statistic: What a threshold limits, in place of a region.
+        statistic: Quantity that a threshold limits, in place of a region.
         threshold: Max value of the statistic.
         level: Whose ratio or statistic decides.
-        action: What becomes of a ratio outside.
-        drops: Which tokens go of those outside.
+        action: Treatment of a ratio outside.
         negative_only: Drop only tokens with a negative advantage.
         outward_only: Drop only tokens whose update would enlarge the mismatch.
         advantages: One a token, or one a sequence as [B, 1] or [B]; needed with one of these two.

@@ -30,7 +30,7 @@ def token_losses(
     """Returns the losses of a batch by any rule.
 
     Args:
-        rule: What the loss of a token is.
+        rule: The loss of a token.
         tokens: The batch.
         backend: What computes the losses.
         exact: Take the bounds from the exact solver.

@@ -10,7 +10,7 @@ from bandpo.rule import Rule
 
 def metrics_of(rule: Rule, totals: Totals, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Returns the metrics by name, 0-dim or [bins]; `bandpo.loss.policy_loss` defines them."""
-    valid, free = totals.valid, totals.gradient_unclipped
+    valid, unclipped = totals.valid, totals.gradient_unclipped
     some = valid.clamp(min=1)
 
     def mean(total: torch.Tensor) -> torch.Tensor:
@@ -23,9 +23,9 @@ def metrics_of(rule: Rule, totals: Totals, dtype: torch.dtype) -> dict[str, torc
     metrics = {
         "clip_fraction_low": mean(totals.clipped_low),
         "clip_fraction_high": mean(totals.clipped_high),
-        "gradient_removed": torch.where(free == 0.0, free, totals.gradient_removed / free).to(
-            dtype
-        ),
+        "gradient_removed": torch.where(
+            unclipped == 0.0, unclipped, totals.gradient_removed / unclipped
+        ).to(dtype),
         "all_ratios_one": (log_ratio_min == 0.0) & (log_ratio_max == 0.0),
         "entropy": mean(totals.entropy),
         "approx_kl": mean(totals.kl),

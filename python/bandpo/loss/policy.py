@@ -450,8 +450,8 @@ class PolicyLoss(torch.nn.Module):
         ratio_level: Whose ratio is bounded.
         loss_agg_mode: How the losses of the tokens become one number.
         log_ratio_penalty: Coefficient of the squared log-ratio.
-        correction: What makes weights of the ``rollout_log_prob`` of a batch.
-        backend: What computes them.
+        correction: Rule that makes weights of the ``rollout_log_prob`` of a batch.
+        backend: Backend that computes them.
         exact: Take the bounds from the exact solver.
         dp_size: Number of data-parallel ranks.
         loss_scale_factor: Divisor of seq-mean-token-sum-norm.

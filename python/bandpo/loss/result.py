@@ -1,4 +1,4 @@
-"""What `bandpo.loss.policy_loss` returns."""
+"""Result of `bandpo.loss.policy_loss`."""
 
 from __future__ import annotations
 

@@ -206,3 +206,7 @@ def draw_regions(
             probability_range=RATIO.range(probability_range),
             value_range=ratio_range,
         )
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from bandpo.check import check_name
+from bandpo.region.budget import DIVERGENCES
 
 
 def bernoulli_divergence(
@@ -65,7 +66,7 @@ _SERIES = tuple(1.0 / math.factorial(k) for k in range(15, 1, -1))
 
 
 class _Outcome(NamedTuple):
-    """One of the two outcomes; every field but the last two is a probability."""
+    """One of the two outcomes: two probabilities, their logarithms, and ln new/old."""
 
     old: torch.Tensor
     new: torch.Tensor
@@ -153,6 +154,3 @@ _TERMS: dict[str, Callable[[_Outcome], torch.Tensor]] = {
     "neyman-chi2": lambda outcome: _pearson(outcome.swapped()),
     "jensen-shannon": _jensen_shannon,
 }
-
-DIVERGENCES = tuple(_TERMS)
-"""Names of the divergences that `bernoulli_divergence` has."""

@@ -1,4 +1,4 @@
-"""Whether the kernels can run here, and the reason if CuPy, a driver or a device is missing."""
+"""The reason why the kernels cannot run here, if CuPy, a driver or a device is missing."""
 
 from __future__ import annotations
 
