@@ -71,7 +71,9 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
   if (anchor.given()) {
     shift = anchor.log_prob - old_log_prob;
     const T compared = is_given ? unclamped - shift : log_prob - anchor.log_prob;
-    if (is_nan(compared)) minus_advantage = compared;  // it compares false, and has to reach the loss
+    // A NaN compares false, and must reach the loss.
+    if (is_nan(compared)) minus_advantage = compared;
+    if (is_nan(log_ratio)) minus_advantage = log_ratio;
     limited_log_ratio = clamp_log_ratio(compared);
     limited_exponential = exponentials(limited_log_ratio);
     shift = clamp_log_ratio(shift);

@@ -32,6 +32,7 @@ __all__ = [
     "GradientPreserving",
     "Mask",
     "PriceBand",
+    "Quadratic",
     "Region",
     "SoftGate",
     "TableAccuracyWarning",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from bandpo.surrogate import GammaWeight as GammaWeight
     from bandpo.surrogate import GradientPreserving as GradientPreserving
     from bandpo.surrogate import Mask as Mask
+    from bandpo.surrogate import Quadratic as Quadratic
     from bandpo.surrogate import SoftGate as SoftGate
 else:  # hidden from type checkers, for which every name would exist
 
@@ -77,7 +79,7 @@ else:  # hidden from type checkers, for which every name would exist
             import bandpo.schedule as module
         elif name == "torch":
             import bandpo.torch as module
-        elif name in ("GammaWeight", "GradientPreserving", "Mask", "SoftGate"):
+        elif name in ("GammaWeight", "GradientPreserving", "Mask", "Quadratic", "SoftGate"):
             import bandpo.surrogate as surrogates
 
             return getattr(surrogates, name)

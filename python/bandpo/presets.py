@@ -12,11 +12,11 @@ clip (arXiv 2602.05494) has no preset, because no published delta was found: ``C
 Rules that are one argument of the loss have no preset either:
 
 - decoupled PPO (AReaL): ``old_log_prob`` of the proximal policy, and ``correction=Correction(
-  Clip.between(0, 5), action="truncate")`` with the ``rollout_log_prob`` of the behaviour policy
+  Clip.between(0, 5))`` with the ``rollout_log_prob`` of the behaviour policy
 - TRL's ``delta``: ``dual_clip=delta``
 - clip-cov (arXiv 2505.22617): ``rollout_is_weights`` that are 0 for the tokens that it draws
-- DRPO (arXiv 2606.09821): ``Band("tv", delta)`` with surrogate "quadratic"; the scale of its
-  published delta is not settled
+- DRPO (arXiv 2606.09821): ``Band("tv", delta)`` with surrogate "quadratic", as long as the
+  band stays inside the simplex; the scale of its published delta is not settled
 - DISPO (arXiv 2602.00983): `bandpo.by_sign` of two clips with surrogate "weight"; its four numbers
   were not found
 """
@@ -49,7 +49,7 @@ class Preset:
     ratio_level: RatioLevel = "token"
     loss_agg_mode: AggregationMode = "token-mean"
     log_ratio_penalty: float = 0.0
-    correction: Mapping[str, Any] | None = None
+    correction: Mapping[str, Any] | None = field(default=None, hash=False)
     """Arguments of `bandpo.correction.Correction`; a loss with one needs a rollout_log_prob."""
     source: str = field(kw_only=True)
     """The paper, and the place of the numbers in it or in its code."""
@@ -357,6 +357,8 @@ class _Presets(Mapping[str, Preset]):
         found = self._by_name[name]
         if isinstance(found.region, RegionSource):
             return replace(found, region=copy.deepcopy(found.region))
+        if found.correction is not None:  # a copy, because a caller may change it
+            return replace(found, correction=dict(found.correction))
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -369,7 +371,10 @@ class _Presets(Mapping[str, Preset]):
         return f"<presets: {', '.join(self)}>"
 
     def _repr_html_(self) -> str:
-        fields = ("name", "region", "surrogate", "dual_clip", "ratio_level", "source")
+        fields = (
+            "name", "region", "surrogate", "dual_clip", "ratio_level", "log_ratio_penalty",
+            "correction", "source",
+        )  # fmt: skip
         rows = ([getattr(preset, field) for field in fields] for preset in _PRESETS)
         return html_table(fields, rows)
 

@@ -179,7 +179,8 @@ class SoftGate(TokenSurrogate):
 
     The gradient of a token is ``-A r / cosh(tau (r - 1) / (2 w))^2``. The width w is the distance
     from 1 to the bound on the side of r. With ``Clip(1.0, 1.0)``, where w is 1, this is SAPO. A
-    band opens the gate wider for tokens that are rarer.
+    band opens the gate wider for tokens that are rarer. The width of a table ends at the simplex,
+    where a region such as `Clip` may not; ``exact=True`` has the region's own.
 
     Args:
         tau_positive: Sharpness for ``A > 0``, finite and above 0; SAPO takes 1.0.
@@ -211,13 +212,14 @@ class SoftGate(TokenSurrogate):
         return True
 
 
+@dataclass(frozen=True)
 class Quadratic(TokenSurrogate):
     """A quadratic penalty in place of a bound (SPO, arXiv 2401.16025); the region gives its width.
 
     The gradient of a token is ``-A r (1 - sign(A) (r - 1) / w)``: it falls to 0 at the bound on the
     side of the advantage and turns back beyond it. The width w is the distance from 1 to the bound
-    on the side of r. With ``Clip(eps)`` this is SPO, with a total-variation band the rule of DRPO
-    (arXiv 2606.09821).
+    on the side of r. With ``Clip(eps)`` this is SPO, with a total-variation band inside the simplex
+    the rule of DRPO (arXiv 2606.09821). The width of a table ends at the simplex.
     """
 
     name: ClassVar = "quadratic"
@@ -264,7 +266,9 @@ class GammaWeight(TokenSurrogate):
 SurrogateName: TypeAlias = Literal[
     "min-clip", "mask", "weight", "gradient-preserving", "soft-gate", "quadratic", "gamma-weight"
 ]
-Surrogate: TypeAlias = SurrogateName | Mask | GradientPreserving | SoftGate | GammaWeight
+Surrogate: TypeAlias = (
+    SurrogateName | Mask | GradientPreserving | SoftGate | Quadratic | GammaWeight
+)
 
 BY_NAME: dict[str, type[TokenSurrogate]] = {
     surrogate.name: surrogate

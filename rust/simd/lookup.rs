@@ -46,7 +46,9 @@ impl<L: FloatBits> LookUp for L {
         );
         let index = self.add_words(self.sub_words(range, first_range), first);
         let limit = self.as_floats(self.pick(image.row(ENDS), index, lower));
-        self.select(lower, limit, self.mul(limit, y))
+        // From here on a bound is the same. Without the limit, that of an infinite y would seem infinite.
+        let nearer = self.clamp_max(FAR, y);
+        self.select(lower, limit, self.mul(limit, nearer))
     }
 
     /// Has the steps of [`Image::log_upper`] and [`Image::lower`], in the same order.

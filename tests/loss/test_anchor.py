@@ -201,6 +201,27 @@ def test_an_anchor_far_from_the_old_policy_warns_once(monkeypatch: pytest.Monkey
         batch.loss(region=KL, anchor_log_prob=far)
 
 
+def test_a_nan_of_the_old_policy_is_seen_where_the_anchor_drops_its_token(backend: str) -> None:
+    old, new, anchor = (
+        torch.tensor([row]) for row in ([math.nan, -1.0], [-1.2, -1.1], [-0.1, -1.0])
+    )
+    batch = Batch(old, new, -torch.ones(1, 2), torch.ones(1, 2))
+    for surrogate in (Mask(truncation=None), Mask(symmetric=True), "min-clip", "soft-gate"):
+        options: dict[str, Any] = {"region": bandpo.Clip(0.2), "surrogate": surrogate}
+        found = batch.loss(**options, anchor_log_prob=anchor, backend=backend)
+        assert bool(found.loss.isnan()), surrogate
+
+
+def test_an_anchor_may_lack_the_last_dimension_of_the_old_policy(backend: str) -> None:
+    batch, anchor = anchored((4, 6))
+    third = batch._replace(old_log_prob=batch.old_log_prob[..., None])
+    for level in ("token", "sequence", "geometric-mean"):
+        options: dict[str, Any] = {"region": bandpo.Clip(0.1), "ratio_level": level}
+        found = third.loss(**options, anchor_log_prob=anchor, backend=backend).loss
+        wanted = batch.loss(**options, anchor_log_prob=anchor, backend=backend).loss
+        assert torch.equal(found, wanted)
+
+
 def test_a_module_takes_an_anchor() -> None:
     batch, anchor = anchored((4, 6))
     module = PolicyLoss("kl@0.05")

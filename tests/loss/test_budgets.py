@@ -429,3 +429,17 @@ def test_a_budget_compiles_without_a_graph_break(region: Any, backend: Any) -> N
 def test_a_bad_budget_is_refused(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_an_infinite_divergence_spends_the_budget_of_its_own_sequence_alone() -> None:
+    old = torch.full((6,), -0.5)
+    new = torch.tensor([0.0, -0.5, -0.45, -0.49, -0.49, -0.49])
+    budget = PrefixBudget(0.1, divergence="kl")
+    options: dict[str, Any] = {"region": budget, "surrogate": Mask(truncation=None)}
+    options["loss_agg_mode"] = "none"
+    ones = torch.ones(6)
+    packed = policy_loss(old, new, ones, ones, **options, cu_seqlens=torch.tensor([0, 3, 6]))
+    rows = (tensor.reshape(2, 3) for tensor in (old, new, ones, ones))
+    assert torch.equal(packed.loss.reshape(2, 3), policy_loss(*rows, **options).loss)
+    assert packed.loss[3:].all()
+    assert not packed.loss[2]

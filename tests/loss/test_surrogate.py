@@ -562,3 +562,41 @@ def test_the_clamp_counts_as_removed_gradient(backend: Any, surrogate: Any) -> N
     free = torch.tensor([[20.0, 0.5]], dtype=torch.float64).exp()
     removed = (free + gradient).abs().sum() / free.sum()
     assert_close(result.metrics["gradient_removed"], removed.item(), EXACT)
+
+
+LIMITED_AT_0 = (
+    bandpo.PriceBand("kl", 0.3),
+    bandpo.Band("kl", 0.05).cap(10),
+    bandpo.Band("pearson-chi2", 0.05).cap(3) | CLIP,
+    bandpo.sides(lower=KL, upper=CLIP),
+)
+"""Regions whose upper bound is finite at an old probability of 0."""
+
+
+@pytest.mark.parametrize("region", LIMITED_AT_0, ids=str)
+@pytest.mark.parametrize("surrogate", ["mask", "weight", "gradient-preserving", "soft-gate"])
+def test_the_bounds_hold_for_any_old_log_prob(
+    surrogate: Any, region: bandpo.Region, backend: str
+) -> None:
+    """A safe distance that spares a lookup must not be infinite where a bound is finite."""
+    old = torch.tensor([[-math.inf, -3.4e38, -1e30, -200.0, -128.0, -127.9, -50.0]])
+    batch = Batch(old, torch.full_like(old, -1.5), torch.ones(1), torch.ones_like(old))
+    options: dict[str, Any] = {"region": region, "surrogate": surrogate}
+    options["loss_agg_mode"] = "token-sum"
+    found = batch.gradient(**options, backend=backend)
+    wide = Batch(*(tensor.double() for tensor in batch))
+    wanted = wide.gradient(**options, backend="torch", exact=True)
+    assert_close(found, wanted.numpy(), 2e-6)
+    _, high = region.bounds(old.numpy())
+    assert np.isfinite(high).all()
+
+
+def test_a_nan_of_a_masked_token_is_no_width(backend: str) -> None:
+    region = bandpo.by_sign(positive=bandpo.Clip(0.1), negative=KL)
+    old, new, advantages = (
+        torch.tensor([row]) for row in ([-1.0, math.nan], [-1.2, -1.2], [1.0, -1.0])
+    )
+    batch = Batch(old, new, advantages, torch.tensor([[1, 0]]))
+    for surrogate in ("soft-gate", "quadratic"):
+        found = batch.loss(region=region, surrogate=surrogate, backend=backend)
+        assert bool(found.loss.isfinite())

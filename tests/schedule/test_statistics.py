@@ -301,3 +301,13 @@ def test_per_token_is_that_of_the_region_at_the_call(backend: str) -> None:
     assert torch.equal(result.per_token, wanted)
     (found,) = torch.autograd.grad(loss, leaf)
     assert torch.equal(found, gradient)
+
+
+def test_a_budget_that_is_met_but_for_rounding_bounds_nothing_much() -> None:
+    """A sum by pairs and one in order differ in the last digits."""
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        x = np.abs(rng.normal(0.0, 0.1, rng.integers(2, 60)))
+        source = SecondMoment(float(np.nextafter((x**2).mean(), 0.0)))
+        source.update(np.ones_like(x), x)
+        assert source.width >= x.max() * (1.0 - 1e-6)

@@ -69,7 +69,7 @@ token_loss_op.register_autograd(_backward, setup_context=_save_of_op)
 def token_losses(inputs: LossInputs) -> TokenLosses:
     """Returns the losses; Rust on the CPU or a kernel on CUDA computes their gradient as well."""
     if BY_NAME[inputs.surrogate].gradient_bends and is_transformed():
-        return plain.token_losses(inputs)  # whose derivatives have any order
+        return plain.token_losses(inputs)  # which has two derivatives
     if not (is_in_memory(inputs.log_prob) or is_transformed()):
         per_token, _, counts, sums = token_loss_op(*inputs)
         sums = sums.detach()

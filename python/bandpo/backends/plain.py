@@ -47,7 +47,7 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
             limited_x = _clamped(unclamped.detach() - shift)
         shift = _clamped(shift)
         # A NaN compares false, so it must reach the loss another way.
-        cost = torch.where(limited_x.isnan(), limited_x, cost)
+        cost = torch.where(limited_x.isnan(), limited_x, torch.where(x.isnan(), x, cost))
 
     if surrogate.by_log_ratio(inputs.parameters):
         up, down = limited_x > 0.0, limited_x < 0.0

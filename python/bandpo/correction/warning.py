@@ -25,7 +25,7 @@ def warn_of_mismatch(
     """
     if not needs_no_dispatcher(log_ratio) or log_ratio.numel() == 0:
         return
-    size = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).abs()
+    size = log_ratio.nan_to_num(0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).abs()
     mean = float(size.sum()) / max(int(valid.sum()), 1)
     if mean > MISMATCH_LIMIT and argument not in _WARNED:
         _WARNED.add(argument)

@@ -80,7 +80,9 @@ def _bounds(rule: Rule, tokens: Tokens, exact: bool) -> torch.Tensor:
     """Bounds of any kind that `LossInputs` takes."""
     region, shape = rule.region, tokens.log_prob.shape
     if isinstance(region, BySign):
+        # Masked tokens may hold anything, which must not become a width.
         at = tokens.log_prob_of_bounds
+        at = torch.where(shaped(tokens.valid, at.shape), at, 0.0)
         positive, negative = (
             torch.stack(sides_from(_bounds_of(part, rule, tokens, exact), at)).reshape(2, *shape)
             for part in region

@@ -63,6 +63,16 @@ def _within_prefix(region: PrefixBudget, tokens: Tokens, divergence: torch.Tenso
 
 def _before(values: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     """The sum over the earlier tokens of each token's sequence."""
+    # Apart, because an infinite sum of one sequence would hide those of the next ones.
+    special = ~values.isfinite()
+    finite = _finite_before(torch.where(special, 0.0, values), tokens)
+    spoiled = _finite_before(torch.where(values.isnan(), 1.0, 0.0).to(values.dtype), tokens)
+    endless = _finite_before(torch.where(values.isinf(), 1.0, 0.0).to(values.dtype), tokens)
+    total = torch.where(endless > 0.0, torch.inf, finite)
+    return torch.where(spoiled > 0.0, torch.nan, total)
+
+
+def _finite_before(values: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     total = values.cumsum(-1) - values
     if tokens.cu_seqlens is None:
         return total

@@ -111,7 +111,8 @@ def policy_loss(
     ``rollout_is_weights``. Everything is computed in float32, or in float64 if a log-prob is.
 
     A ``log_ratio_penalty`` c adds ``c (ln r)^2`` to the loss of every token that counts, also of
-    dropped ones (prime-rl; Kimi k1.5, arXiv 2501.12599). Weights leave it alone.
+    dropped ones, with the token's own r at every level (prime-rl; Kimi k1.5, arXiv 2501.12599).
+    Weights leave it alone.
 
     Masked tokens have no effect, even if they hold NaN or inf. A NaN in a token that counts makes
     the loss NaN. If no token counts, the loss and its gradient are 0.
@@ -175,7 +176,7 @@ def policy_loss(
         rollout_is_weights: Weights at least 0 that correct for a rollout engine whose probabilities
             differ from ``old_log_prob``, shaped and typed like advantages, or the result of
             `bandpo.correction.rollout_correction`. They multiply the loss; a token of weight 0 is
-            not counted as clipped.
+            not counted as clipped where the sign of the advantage selects its bound.
         correction: A `bandpo.correction.Correction` that makes these weights, or its arguments by
             name, as a preset has them.
         rollout_log_prob: Log-probabilities that the rollout engine returned, like ``old_log_prob``;
@@ -266,7 +267,9 @@ def policy_loss(
         weighted,
         valid,
         cu_seqlens,
-        None if anchor_log_prob is None else anchor_log_prob.detach().to(stored),
+        None
+        if anchor_log_prob is None
+        else shaped(anchor_log_prob.detach().to(stored), tuple(old_log_prob.shape)),
     )
     if not (anchor_log_prob is None or _CHECKED_ANCHORS or torch.compiler.is_compiling()):
         _CHECKED_ANCHORS.append(True)  # once, because it takes a pass over the tokens

@@ -106,6 +106,8 @@ class SecondMoment(_WidthOfBatch):
         # With the k smallest below T, the sum is theirs and (count - k) T^2.
         below = np.concatenate([[0.0], np.cumsum(squares[:-1])])
         width = (allowed - below) / (count - np.arange(count))
+        if not (width <= squares).any():  # the sum exceeds what is allowed by its rounding
+            return math.inf
         k = int(np.argmax(width <= squares))
         return math.sqrt(max(float(width[k]), 0.0))
 
