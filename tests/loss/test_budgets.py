@@ -19,7 +19,7 @@ from bandpo.loss import policy_loss
 from bandpo.region import PrefixBudget, TensorBand
 from bandpo.region.budget import DIVERGENCES
 from bandpo.surrogate import Mask
-from support.batches import Batch, random_batch
+from support.batches import Batch, assert_compiled_gradient_is_eager, random_batch
 
 CPPO = PrefixBudget()
 FREE = Mask(truncation=None)
@@ -376,11 +376,7 @@ def test_a_budget_compiles_without_a_graph_break(region: Any, backend: Any) -> N
         options: dict[str, Any] = {"region": region, "surrogate": FREE, "backend": backend}
         return batch._replace(log_prob=log_prob).loss(**options).loss
 
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    leaf = batch.log_prob.requires_grad_()
-    wanted, found = (torch.autograd.grad(f(leaf), leaf)[0] for f in (loss, compiled))
-    torch.testing.assert_close(found, wanted)
+    assert_compiled_gradient_is_eager(loss, batch.log_prob)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from bandpo.loss import PolicyLoss, PolicyLossResult
 from bandpo.presets import PRESETS, preset
 from bandpo.schedule import Quantile
 from bandpo.surrogate import BY_NAME
-from support.batches import Batch, random_batch
+from support.batches import Batch, assert_compiled_gradient_is_eager, random_batch
 
 CLIP = bandpo.Clip(0.2)
 ICEPOP = Correction(bandpo.Clip.between(0.5, 2.0))
@@ -256,11 +256,7 @@ def test_it_compiles_without_a_graph_break(correction: Correction, backend: Any)
         changed = batch._replace(log_prob=log_prob)
         return module(*changed, rollout_log_prob=rollout).loss
 
-    torch.compiler.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    leaf = batch.log_prob.requires_grad_()
-    wanted, found = (torch.autograd.grad(f(leaf), leaf)[0] for f in (loss, compiled))
-    torch.testing.assert_close(found, wanted)
+    assert_compiled_gradient_is_eager(loss, batch.log_prob)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,3 +46,14 @@ def random_batch(
 
 def assert_close(actual: torch.Tensor, wanted: Any, rtol: float, atol: float = 0.0) -> None:
     np.testing.assert_allclose(actual.detach().double().numpy(), wanted, rtol=rtol, atol=atol)
+
+
+def assert_compiled_gradient_is_eager(
+    loss: Callable[[torch.Tensor], torch.Tensor], log_prob: torch.Tensor
+) -> None:
+    """A loss compiles without a graph break and has the gradient that it has uncompiled."""
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    leaf = log_prob.requires_grad_()
+    wanted, found = (torch.autograd.grad(f(leaf), leaf)[0] for f in (loss, compiled))
+    torch.testing.assert_close(found, wanted)
