@@ -112,3 +112,8 @@ def suggestion(name: object, names: Iterable[str]) -> str:
     if _SYNONYMS.get(lower) in known:
         near = [_SYNONYMS[lower]]
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def flat(array: Float64Array) -> Float64Array:
+    """Returns the elements in one contiguous dimension, which Rust reads."""
+    return np.ascontiguousarray(array).reshape(-1)

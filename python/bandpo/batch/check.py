@@ -35,43 +35,58 @@ def check_tokens(
     check_float("log_prob", log_prob)
     check_float("advantages", advantages)
     check_tensor("response_mask", response_mask)
-    weights = []
-    if rollout_is_weights is not None:
-        check_float("rollout_is_weights", rollout_is_weights)
-        weights = [("rollout_is_weights", rollout_is_weights)]
-    others = []
+    of_tokens = [("old_log_prob", old_log_prob), ("response_mask", response_mask)]
     if anchor_log_prob is not None:
         check_float("anchor_log_prob", anchor_log_prob)
-        others = [("anchor_log_prob", anchor_log_prob)]
+        of_tokens.append(("anchor_log_prob", anchor_log_prob))
+    of_rows = [("advantages", advantages)]
+    if rollout_is_weights is not None:
+        check_float("rollout_is_weights", rollout_is_weights)
+        of_rows.append(("rollout_is_weights", rollout_is_weights))
+    return check_alike("log_prob", log_prob, of_tokens, of_rows, response_mask)
+
+
+def check_alike(
+    name: str,
+    like: torch.Tensor,
+    of_tokens: list[tuple[str, torch.Tensor]],
+    of_rows: list[tuple[str, torch.Tensor]],
+    response_mask: torch.Tensor,
+) -> tuple[int, int]:
+    """Returns the shape of a batch, [B, T], if its tensors have the shape and device of one.
+
+    Args:
+        name: The argument that sets both.
+        like: Its tensor, [B, T], [B, T, 1] or, packed, [N].
+        of_tokens: Arguments with one element a token.
+        of_rows: Arguments with one a token or one a row.
+        response_mask: Which tokens count.
+
+    Raises:
+        InvalidTypeError: If the mask is complex.
+        InvalidValueError: If shapes or devices do not match.
+    """
     if response_mask.is_complex():
         raise InvalidTypeError(
             f"response_mask must be bool, int or float, got {response_mask.dtype}"
         )
-    shape = without_last_1(log_prob)
+    shape = without_last_1(like)
     if not 1 <= len(shape) <= 2:
         raise InvalidValueError(
-            f"log_prob must have shape [B, T], [B, T, 1] or, packed, [N], "
-            f"got {tuple(log_prob.shape)}"
+            f"{name} must have shape [B, T], [B, T, 1] or, packed, [N], got {tuple(like.shape)}"
         )
     per_row = ((shape[0], 1), shape[:1]) if len(shape) == 2 else ()
-    for argument, tensor, shapes in (
-        ("old_log_prob", old_log_prob, (shape,)),
-        ("response_mask", response_mask, (shape,)),
-        *((argument, tensor, (shape,)) for argument, tensor in others),
-        *(
-            (argument, of, (shape, *per_row))
-            for argument, of in [("advantages", advantages), *weights]
-        ),
-    ):
-        if without_last_1(tensor) not in shapes:
-            raise InvalidValueError(
-                f"{argument} must have shape {' or '.join(map(str, shapes))} "
-                f"like log_prob's {tuple(log_prob.shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != log_prob.device:
-            raise InvalidValueError(
-                f"{argument} must be on log_prob's device {log_prob.device}, got {tensor.device}"
-            )
+    for arguments, shapes in ((of_tokens, (shape,)), (of_rows, (shape, *per_row))):
+        for argument, tensor in arguments:
+            if without_last_1(tensor) not in shapes:
+                raise InvalidValueError(
+                    f"{argument} must have shape {' or '.join(map(str, shapes))} "
+                    f"like {name}'s {tuple(like.shape)}, got {tuple(tensor.shape)}"
+                )
+            if tensor.device != like.device:
+                raise InvalidValueError(
+                    f"{argument} must be on {name}'s device {like.device}, got {tensor.device}"
+                )
     rows, width = shape if len(shape) == 2 else (1, shape[0])
     return rows, width
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bandpo.batch.check import check_cu_seqlens, without_last_1
+from bandpo.batch.check import check_alike, check_cu_seqlens
 from bandpo.correction.rule import Correction
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.tensors.check import check_float, check_tensor
@@ -31,42 +31,17 @@ def check_batch(
     check_float("old_log_prob", old_log_prob)
     check_float("rollout_log_prob", rollout_log_prob)
     check_tensor("response_mask", response_mask)
-    if response_mask.is_complex():
-        raise InvalidTypeError(
-            f"response_mask must be bool, int or float, got {response_mask.dtype}"
-        )
-    shape = without_last_1(old_log_prob)
-    if not 1 <= len(shape) <= 2:
-        raise InvalidValueError(
-            f"old_log_prob must have shape [B, T], [B, T, 1] or, packed, [N], "
-            f"got {tuple(old_log_prob.shape)}"
-        )
     if advantages is None and rule.needs_advantages:
         argument = "negative_only" if rule.negative_only else "outward_only"
         raise InvalidValueError(
             f"advantages must be given with {argument}, one a token or one a sequence"
         )
-    others = [
-        ("rollout_log_prob", rollout_log_prob, [shape]),
-        ("response_mask", response_mask, [shape]),
-    ]
+    of_rows = []
     if advantages is not None:
         check_float("advantages", advantages)
-        per_row = [(shape[0], 1), shape[:1]] if len(shape) == 2 else []
-        others.append(("advantages", advantages, [shape, *per_row]))
-    for argument, tensor, shapes in others:
-        if without_last_1(tensor) not in shapes:
-            raise InvalidValueError(
-                f"{argument} must have shape {' or '.join(map(str, shapes))} "
-                f"like old_log_prob's {tuple(old_log_prob.shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != old_log_prob.device:
-            raise InvalidValueError(
-                f"{argument} must be on old_log_prob's device {old_log_prob.device}, "
-                f"got {tensor.device}"
-            )
-    rows, width = shape if len(shape) == 2 else (1, shape[0])
-    return rows, width
+        of_rows.append(("advantages", advantages))
+    of_tokens = [("rollout_log_prob", rollout_log_prob), ("response_mask", response_mask)]
+    return check_alike("old_log_prob", old_log_prob, of_tokens, of_rows, response_mask)
 
 
 def check_sequences(

@@ -114,8 +114,8 @@ class Correction:
                 "region or statistic must be given, and not both: a region for ratios, such as "
                 "Clip.between(0.5, 5), or a statistic with its threshold"
             )
-        if self.statistic is None:
-            self._check_region()
+        if self.region is not None:
+            self._check_region(self.region)
         else:
             self._check_statistic()
         if self.action == "truncate" and self.needs_advantages:
@@ -129,18 +129,17 @@ class Correction:
         """True if the sign of the advantage decides as well."""
         return self.negative_only or self.outward_only
 
-    def _check_region(self) -> None:
-        check_region(self.region)
+    def _check_region(self, region: AnyRegion) -> None:
+        check_region(region)
         check_name("level of a region", self.level, REGION_LEVELS)
         if self.threshold is not None:
             raise InvalidValueError(
                 f"threshold must be left out with a region, got {self.threshold}; the region has "
                 f"the bounds: Clip.between(0, 2) is B <= 2"
             )
-        assert self.region is not None  # noqa: S101 -- for type checkers
-        if self.level != "token" and not isinstance(current(self.region), Clip):
+        if self.level != "token" and not isinstance(current(region), Clip):
             raise InvalidValueError(
-                f"region must be a Clip with level {self.level!r}, got {self.region!r}, which "
+                f"region must be a Clip with level {self.level!r}, got {region!r}, which "
                 f"depends on each token's probability; use level 'token', or a statistic such as "
                 f"'bernoulli-kl' with level 'sequence-mean'"
             )

@@ -32,7 +32,7 @@ def token_losses(
     Args:
         rule: The loss of a token.
         tokens: The batch.
-        backend: What computes the losses.
+        backend: The one that computes the losses.
         exact: Take the bounds from the exact solver.
         by_probability: Count by bin of the old probability as well.
     """
@@ -110,16 +110,25 @@ def _bounds_of(region: AnyRegion, rule: Rule, tokens: Tokens, exact: bool) -> to
     return membership_of(region, log_prob, ratio_of_tokens, valid, exact=exact)
 
 
-def _sides(rule: Rule, tokens: Tokens, exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both log bounds of every token, [B, T]."""
-    bounds = _bounds(rule, tokens, exact)
-    at = tokens.log_prob_of_bounds
+def _sides(bounds: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both log bounds of every token, [B, T], from bounds of any kind."""
     if bounds.ndim > 1:
         lower, upper = bounds.unbind()
         return lower, upper
     shape = tokens.log_prob.shape
-    lower, upper = sides_from(bounds, at)
+    lower, upper = sides_from(bounds, tokens.log_prob_of_bounds)
     return lower.reshape(shape), upper.reshape(shape)
+
+
+def _limited(
+    own: torch.Tensor, bounds: torch.Tensor, shift: torch.Tensor | None, tokens: Tokens
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-ratios to the old policy and both their log bounds, which an anchor shifts."""
+    lower, upper = _sides(bounds, tokens)
+    if shift is None:
+        return own, lower, upper
+    # A NaN bound clips nothing, so the log-ratio is NaN where an anchor is.
+    return torch.where(shift.isnan(), shift, own), lower + shift, upper + shift
 
 
 def _geometric_mean(
@@ -127,11 +136,8 @@ def _geometric_mean(
 ) -> Losses:
     """Clips each token's log-ratio, then takes their mean (GMPO, arXiv 2507.20673, Eq. 4)."""
     advantages, valid, shape = tokens.advantages, tokens.valid, tokens.log_prob.shape
-    own, (lower, upper) = tokens.log_ratio(), _sides(rule, tokens, exact)
-    shift = tokens.shift()
-    if shift is not None:
-        lower, upper = lower + shift, upper + shift
-        own = _unknown_where_nan(own, shift)
+    bounds = _bounds(rule, tokens, exact)
+    own, lower, upper = _limited(tokens.log_ratio(), bounds, tokens.shift(), tokens)
     low = valid & (advantages < 0.0) & (own < lower)
     high = valid & (advantages > 0.0) & (own > upper)
     clipped = low | high
@@ -163,16 +169,11 @@ def _gamma_weight(
 ) -> Losses:
     """Weights each token by a function of its ratio (VESPO, arXiv 2602.10693)."""
     advantages, valid, shape = tokens.advantages, tokens.valid, tokens.log_prob.shape
-    own = tokens.log_ratio()
+    own, shift = tokens.log_ratio(), tokens.shift()
     if rule.ratio_level != "token":
         own = _of_sequence(own, rule, tokens).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    lower, upper = _sides(rule, tokens, exact)
-    shift = tokens.shift()
-    if shift is not None:
-        if rule.ratio_level != "token":
-            shift = _of_sequence(shift, rule, tokens)
-        lower, upper = lower + shift, upper + shift
-        own = _unknown_where_nan(own, shift)
+        shift = None if shift is None else _of_sequence(shift, rule, tokens)
+    own, lower, upper = _limited(own, _bounds(rule, tokens, exact), shift, tokens)
     low, high = valid & (own < lower), valid & (own > upper)
     moved = torch.where(low, lower, torch.where(high, upper, own))
     moved = moved.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -219,12 +220,7 @@ def _with_sequences_masked(
         ratio = inputs.log_ratio
         anchor = inputs.anchor_log_prob
         limited = ratio if anchor is None else ratio - (anchor - inputs.old_log_prob)
-    bounds = inputs.bounds
-    if bounds.ndim == 1:
-        at = tokens.log_prob_of_bounds
-        lower, upper = (side.reshape(shape) for side in sides_from(bounds, at))
-    else:
-        lower, upper = bounds.unbind()
+    lower, upper = _sides(inputs.bounds, tokens)
     below, above = valid & (limited < lower), valid & (limited > upper)
     sequences = tokens.sequences()
     dropped = sequences.sum((below | above).to(torch.int64)) > 0
@@ -256,11 +252,6 @@ def _of_sequence(values: torch.Tensor, rule: Rule, tokens: Tokens) -> torch.Tens
     if rule.ratio_level != "sequence-product":
         total = total / sequences.lengths.clamp(min=1)
     return sequences.spread(total).expand(values.shape)
-
-
-def _unknown_where_nan(log_ratio: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Log-ratios that are NaN where an anchor is, because a NaN bound clips nothing."""
-    return torch.where(shift.isnan(), shift, log_ratio)
 
 
 def _with_clipped(

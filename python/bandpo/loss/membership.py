@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bandpo.batch.tokens import Tokens
+from bandpo.batch.tokens import Sequences, Tokens
 from bandpo.error import InvalidValueError
 from bandpo.region import PrefixBudget, TensorBand
 from bandpo.surrogate import LOG_RATIO_LIMIT
@@ -48,7 +48,7 @@ def _within_prefix(region: PrefixBudget, tokens: Tokens, divergence: torch.Tenso
     exact = torch.float32 if divergence.device.type == "mps" else torch.float64
     valid, spent = tokens.valid, divergence.to(exact)
     sequences = tokens.sequences()
-    place = _before(valid.to(exact), tokens)
+    place = _before(valid.to(exact), sequences, tokens.cu_seqlens)
     last = sequences.spread((sequences.lengths - 1).clamp(min=1)).to(exact)
     weight = torch.where(valid, 1.0 - (1.0 - region.weight_min) * place / last, 0.0)
     weighted = torch.where(valid, weight * spent, 0.0)
@@ -56,45 +56,55 @@ def _within_prefix(region: PrefixBudget, tokens: Tokens, divergence: torch.Tenso
     if low == high:
         allowance = torch.full_like(spent, low)
     else:
-        allowance = sequences.spread(_quantile(spent, tokens)).clamp(low, high)
-    left = allowance * _before(weight, tokens) - _before(weighted, tokens)
+        quantile = _quantile(spent, valid, sequences, tokens.cu_seqlens)
+        allowance = sequences.spread(quantile).clamp(low, high)
+    earned = allowance * _before(weight, sequences, tokens.cu_seqlens)
+    left = earned - _spent_before(weighted, sequences, tokens.cu_seqlens)
     return weighted <= region.delta + left.clamp(max=0.0)
 
 
-def _before(values: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """The sum over the earlier tokens of each token's sequence."""
-    # Apart, because an infinite sum of one sequence would hide those of the next ones.
-    special = ~values.isfinite()
-    finite = _finite_before(torch.where(special, 0.0, values), tokens)
-    spoiled = _finite_before(torch.where(values.isnan(), 1.0, 0.0).to(values.dtype), tokens)
-    endless = _finite_before(torch.where(values.isinf(), 1.0, 0.0).to(values.dtype), tokens)
+def _spent_before(
+    values: torch.Tensor, sequences: Sequences, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    """`_before` of values of which an infinite one or a NaN counts for its own sequence alone."""
+    # As numbers they would spoil the difference of two sums for the sequences behind.
+    flags = (values.isinf(), values.isnan())
+    finite, endless, spoiled = (
+        _before(each.to(values.dtype), sequences, cu_seqlens)
+        for each in (torch.where(values.isfinite(), values, 0.0), *flags)
+    )
     total = torch.where(endless > 0.0, torch.inf, finite)
     return torch.where(spoiled > 0.0, torch.nan, total)
 
 
-def _finite_before(values: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+def _before(
+    values: torch.Tensor, sequences: Sequences, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    """The sum of finite values over the earlier tokens of each token's sequence."""
     total = values.cumsum(-1) - values
-    if tokens.cu_seqlens is None:
+    if sequences.of_token is None or cu_seqlens is None or total.shape[1] == 0:
         return total
-    of_token = tokens.sequences().of_token
-    starts = tokens.cu_seqlens[:-1].to(torch.int64).clamp(max=max(total.shape[1] - 1, 0))
-    first = total[0, starts] if total.shape[1] > 0 else total[0]
-    return total if of_token is None else total - first[of_token][None]
+    starts = cu_seqlens[:-1].to(torch.int64).clamp(max=total.shape[1] - 1)
+    return total - total[0, starts][sequences.of_token][None]
 
 
-def _quantile(values: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+def _quantile(
+    values: torch.Tensor,
+    valid: torch.Tensor,
+    sequences: Sequences,
+    cu_seqlens: torch.Tensor | None,
+) -> torch.Tensor:
     """The quantile over the tokens of each sequence that count, linear between two, [S]."""
-    sequences = tokens.sequences()
-    values = torch.where(tokens.valid, values, torch.inf)  # sorted behind those that count
+    values = torch.where(valid, values, torch.inf)  # sorted behind those that count
     if values.shape[-1] == 0:
         return values.new_zeros(sequences.lengths.shape)
-    if sequences.of_token is None or tokens.cu_seqlens is None:
+    if sequences.of_token is None or cu_seqlens is None:
         ordered, start = values.sort(-1).values, torch.zeros_like(sequences.lengths)
         rows = torch.arange(values.shape[0], device=values.device)
     else:
         by_value = values[0].argsort()
         by_sequence = sequences.of_token[by_value].argsort(stable=True)
-        ordered, start = values[:, by_value[by_sequence]], tokens.cu_seqlens[:-1].to(torch.int64)
+        ordered, start = values[:, by_value[by_sequence]], cu_seqlens[:-1].to(torch.int64)
         rows = torch.zeros_like(start)
     position = CALIBRATION * (sequences.lengths - 1).clamp(min=0).to(values.dtype)
     below = position.floor().to(torch.int64)

@@ -167,7 +167,7 @@ def policy_loss(
             its first use. One with an array of deltas, which must broadcast to the shape of
             ``old_log_prob``, takes the exact solver, or for mask one evaluation of the divergence.
         surrogate: The loss of a token: a name, `bandpo.Mask`, `bandpo.GradientPreserving`,
-            `bandpo.SoftGate` or `bandpo.GammaWeight`.
+            `bandpo.SoftGate`, `bandpo.Quadratic` or `bandpo.GammaWeight`.
         dual_clip: Max ratio c for ``A < 0`` of min-clip, above 1; None for none.
         ratio_level: Whose ratio is bounded: "token", "sequence", "sequence-product" or
             "geometric-mean".

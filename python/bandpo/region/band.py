@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, real_number
+from bandpo.check import BoolArray, Float64Array, broadcast, flat, float64_array, real_number
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region.base import Curves, Region
@@ -122,7 +122,7 @@ class Band(Region):
             InvalidValueError: If ``logp`` and an array of deltas do not broadcast.
         """
         tokens, low, high = self._with_deltas(logp=float64_array("logp", logp))
-        log_lower, log_upper = self.divergence.solver.log_bounds(low, high, _flat(tokens))
+        log_lower, log_upper = self.divergence.solver.log_bounds(low, high, flat(tokens))
         return log_lower.reshape(tokens.shape), log_upper.reshape(tokens.shape)
 
     def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
@@ -133,7 +133,7 @@ class Band(Region):
         tokens, low, high, ratios = self._with_deltas(
             logp=float64_array("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
         )
-        inside = self.divergence.solver.contains(low, high, _flat(tokens), _flat(ratios))
+        inside = self.divergence.solver.contains(low, high, flat(tokens), flat(ratios))
         return np.asarray(inside.reshape(tokens.shape), dtype=np.bool_)
 
     def diagnose(self, logp: ArrayLike) -> Diagnosis:
@@ -146,7 +146,7 @@ class Band(Region):
         tokens, low, high = self._with_deltas(logp=float64_array("logp", logp))
 
         def side(delta: float | Float64Array, upper: bool) -> SideDiagnosis:
-            found = self.divergence.solver.diagnose(delta, _flat(tokens), upper)
+            found = self.divergence.solver.diagnose(delta, flat(tokens), upper)
             return SideDiagnosis(*(values.reshape(tokens.shape) for values in found))
 
         return Diagnosis(side(low, False), side(high, True))
@@ -203,7 +203,7 @@ class Band(Region):
             first, *rest = broadcast(**arrays)
             return [first, self.delta_low, self.delta_high, *rest]
         first, deltas, *rest = broadcast(logp=arrays.pop("logp"), delta=self.delta_low, **arrays)
-        return [first, _flat(deltas), _flat(deltas), *rest]
+        return [first, flat(deltas), flat(deltas), *rest]
 
     def describe(self) -> dict[str, Any]:
         """Returns its divergence and deltas; see `Region.describe`."""
@@ -245,7 +245,3 @@ class Band(Region):
     def __hash__(self) -> int:
         low, high = (np.asarray(side).tobytes() for side in (self.delta_low, self.delta_high))
         return hash((self.divergence, low, high))
-
-
-def _flat(array: Float64Array) -> Float64Array:
-    return np.ascontiguousarray(array).reshape(-1)

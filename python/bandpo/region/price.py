@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bandpo import _core
-from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, positive_number
+from bandpo.check import BoolArray, Float64Array, broadcast, flat, float64_array, positive_number
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region.base import Curves, Region
@@ -79,7 +79,7 @@ class PriceBand(Region):
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the exact ``(log_lower, log_upper)``; see `Region.log_bounds`."""
         tokens = float64_array("logp", logp)
-        log_lower, log_upper = self._core.log_bounds(_flat(tokens))
+        log_lower, log_upper = self._core.log_bounds(flat(tokens))
         return log_lower.reshape(tokens.shape), log_upper.reshape(tokens.shape)
 
     def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
@@ -90,7 +90,7 @@ class PriceBand(Region):
         tokens, ratios = broadcast(
             logp=float64_array("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
         )
-        inside = self._core.contains(_flat(tokens), _flat(ratios))
+        inside = self._core.contains(flat(tokens), flat(ratios))
         return np.asarray(inside.reshape(tokens.shape), dtype=np.bool_)
 
     def describe(self) -> dict[str, Any]:
@@ -120,7 +120,3 @@ class PriceBand(Region):
 
     def _key(self) -> tuple[Divergence, float, float]:
         return self.divergence, self.price_low, self.price_high
-
-
-def _flat(array: Float64Array) -> Float64Array:
-    return np.ascontiguousarray(array).reshape(-1)
