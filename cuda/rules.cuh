@@ -4,6 +4,8 @@ namespace bandpo {
 
 const double LOG_RATIO_LIMIT = 20;  // log-ratios are clamped to plus and minus this
 const double MIN_WIDTH = 1e-6;      // of a region, for rules that divide by it
+const double MIN_RATIO = 2.061153622438558e-9;  // e^-20, the min of the ratios that the clamp leaves
+const double MIN_EXPONENT = -80;    // log-ratio below which a ratio is below every lower bound that is not 0
 const double NO_RATIO = -40;        // log of a ratio that is 0 beside 1 in every type
 const double CLOSED = 40;           // argument from which a soft gate is closed
 
@@ -65,12 +67,12 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
   const Exponentials<T> exponential = exponentials(log_ratio);
   const T ratio = exponential.exp;
 
-  // The log-ratio that the bounds limit, and the distance from it to that to the old policy.
-  T limited_log_ratio = log_ratio, shift = 0;
+  // The log-ratio that the bounds limit, as it is and clamped, and the distance from it to that to the old policy.
+  T compared = unclamped, limited_log_ratio = log_ratio, shift = 0;
   Exponentials<T> limited_exponential = exponential;
   if (anchor.given()) {
     shift = anchor.log_prob - old_log_prob;
-    const T compared = is_given ? unclamped - shift : log_prob - anchor.log_prob;
+    compared = is_given ? unclamped - shift : log_prob - anchor.log_prob;
     // A NaN compares false, and must reach the loss.
     if (is_nan(compared)) minus_advantage = compared;
     if (is_nan(log_ratio)) minus_advantage = log_ratio;
@@ -101,13 +103,22 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
     clipped_low = by_lower && width < magnitude(excess);
     clipped_high = by_upper && width < magnitude(excess);
   } else {
-    clipped_low = by_lower && (Bounds::LOWER_IS_RATIO ? limited_exponential.exp : limited_log_ratio) < stored_bound;
-    clipped_high = by_upper && stored_bound < limited_log_ratio;
+    if (bound_is_ratio) {
+      T exp = limited_exponential.exp;
+      if (compared < limited_log_ratio) {  // the clamp acts
+        const T min_exponent = MIN_EXPONENT;
+        exp = exponentials(compared < min_exponent ? min_exponent : compared).exp;
+      }
+      clipped_low = exp < stored_bound;
+    } else {
+      clipped_low = by_lower && compared < stored_bound;
+    }
+    clipped_high = by_upper && stored_bound < compared;
     if (clipped_low || clipped_high) {  // few tokens, because exponentials are expensive
-      if (!anchor.given()) {
-        bound = bound_is_ratio ? stored_bound : exponentials(stored_bound).exp;
-      } else if (bound_is_ratio) {
-        bound = stored_bound * exponentials(shift).exp;
+      if (bound_is_ratio) {
+        const T min_ratio = MIN_RATIO;
+        bound = stored_bound < min_ratio ? min_ratio : stored_bound;
+        if (anchor.given()) bound *= exponentials(shift).exp;
       } else {
         bound = exponentials(clamp_log_ratio(stored_bound + shift)).exp;
       }

@@ -80,6 +80,11 @@ def above(value: mpf, threshold: mpf, scale: mpf | None = None) -> bool:
 # --- tokens ------------------------------------------------------------------------------------
 
 
+def clamp(log_ratio: mpf) -> mpf:
+    """A log-ratio, as it is exponentiated."""
+    return max(-LIMIT, min(LIMIT, log_ratio))
+
+
 class Token(NamedTuple):
     """A token that counts."""
 
@@ -91,7 +96,12 @@ class Token(NamedTuple):
     @property
     def x(self) -> mpf:
         """The clamped log-ratio."""
-        return max(-LIMIT, min(LIMIT, self.new - self.old))
+        return clamp(self.new - self.old)
+
+    @property
+    def ratio(self) -> mpf:
+        """The ratio without the clamp, which decides."""
+        return mp.exp(self.new - self.old)
 
     @property
     def clamped(self) -> bool:
@@ -152,19 +162,24 @@ def dcpo(old: mpf) -> tuple[mpf, mpf]:
 # --- rules of a token --------------------------------------------------------------------------
 
 
+def clipped(bound: mpf) -> mpf:
+    """A bound as the ratio of a token beyond it, which ends where the clamp does."""
+    return mp.exp(clamp(mp.log(bound))) if bound > 0 else mp.exp(-LIMIT)
+
+
 def sides(t: Token, r: mpf, lower: mpf, upper: mpf) -> tuple[bool, bool]:
     """Whether a ratio is below its lower, or above its upper bound."""
     return above(lower, r, min(abs(1 - lower), max(lower, r))), above(r, upper, abs(upper - 1))
 
 
-def min_clip(t: Token, r: mpf, ends: Ends, dual: int | None = None) -> Loss:
+def min_clip(t: Token, r: mpf, compared: mpf, ends: Ends, dual: int | None = None) -> Loss:
     """PPO, arXiv 1707.06347, Eq. 7; dual clip: arXiv 1912.09729, Eq. 5."""
     lower, upper = ends(t.old)
-    below, over = sides(t, r, lower, upper)
+    below, over = sides(t, compared, lower, upper)
     low, high = t.a < 0 and below, t.a > 0 and over
     loss, slope = -t.a * r, -t.a * r
     if low or high:
-        loss, slope = -t.a * (lower if low else upper), mpf(0)
+        loss, slope = -t.a * clipped(lower if low else upper), mpf(0)
     elif dual is not None and t.a < 0 and above(r, mpf(dual)):
         loss, slope = -t.a * dual, mpf(0)
     return loss, slope, low, high
@@ -190,14 +205,14 @@ def of_tokens(rule: Callable[[Token, mpf], Loss], *, clamp_stops: bool = False) 
 
 def ppo(ends: Ends, dual: int | None = None) -> Rows:
     """min-clip on tokens."""
-    return of_tokens(lambda t, r: min_clip(t, r, ends, dual), clamp_stops=True)
+    return of_tokens(lambda t, r: min_clip(t, r, t.ratio, ends, dual), clamp_stops=True)
 
 
 def mask(ends: Ends, *, symmetric: bool = False, penalty: str = "0") -> Rows:
     """DPPO, arXiv 2602.04879, Eq. 12 and 23; symmetric and with a penalty: IPO of prime-rl."""
 
     def rule(t: Token, r: mpf) -> Loss:
-        below, over = sides(t, r, *ends(t.old))
+        below, over = sides(t, t.ratio, *ends(t.old))
         low, high = below and (symmetric or t.a < 0), over and (symmetric or t.a > 0)
         slope = mpf(0) if low or high else -t.a * r
         loss = slope * t.new + mpf(penalty) * t.x**2
@@ -211,8 +226,8 @@ def weight(ends: Callable[[Token], tuple[mpf, mpf]]) -> Rows:
 
     def rule(t: Token, r: mpf) -> Loss:
         lower, upper = ends(t)
-        low, high = sides(t, r, lower, upper)
-        slope = -t.a * (lower if low else upper if high else r)
+        low, high = sides(t, t.ratio, lower, upper)
+        slope = -t.a * (clipped(lower) if low else clipped(upper) if high else r)
         return slope * t.new, slope, low, high
 
     return of_tokens(rule)
@@ -258,7 +273,7 @@ def gspo(low: str, high: str) -> Rows:
         made = []
         for row in rows:
             s = mp.exp(sum((t.x for t in row), mpf(0)) / max(len(row), 1))
-            made.append([min_clip(t, s, interval(low, high)) for t in row])
+            made.append([min_clip(t, s, s, interval(low, high)) for t in row])
         return made
 
     return losses

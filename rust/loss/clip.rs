@@ -36,6 +36,8 @@ impl<T: Float, B: Bounds<T>> WithLanes<T> for FindBounds<'_, T, B> {
 /// Replaces the bounds of the candidates by their clipped ratios: the bound as a ratio where the token is beyond
 /// it, otherwise 0. No token can be beyond a bound of 0, so that 0 is free to mean "not beyond".
 ///
+/// Log-ratios are compared as they are. Clipped ratios end where the clamp of ratios does.
+///
 /// With an anchor the bounds limit new/anchor. Those of new/old are further by the shift, anchor/old. The clipped
 /// ratio is then negative on the lower side, which spares the last step the log-ratio to the anchor.
 pub(super) struct ClipRatios<'a, T, const LOWER_IS_RATIO: bool, const ANCHORED: bool> {
@@ -57,17 +59,20 @@ impl<T: Float, const LOWER_IS_RATIO: bool, const ANCHORED: bool> WithLanes<T>
             let lower = lanes.less(log_ratio, zero);
             let above = lanes.and_not(lanes.less(bound, log_ratio), lower);
             let (below, clipped) = if LOWER_IS_RATIO {
-                let exp = lanes.exp_and_gap(lanes.select(lower, log_ratio, bound)).exp;
-                (lanes.less(exp, bound), lanes.select(lower, bound, exp))
+                let exponent = lanes.select(lower, log_ratio, bound);
+                let exponent = lanes.clamp_max(LOG_RATIO_LIMIT, exponent);
+                let exp = lanes.exp_and_gap(lanes.clamp_min(MIN_EXPONENT, exponent)).exp;
+                let kept = lanes.clamp_min(MIN_RATIO, bound);
+                (lanes.less(exp, bound), lanes.select(lower, kept, exp))
             } else {
-                (lanes.less(log_ratio, bound), lanes.exp_and_gap(bound).exp)
+                (lanes.less(log_ratio, bound), lanes.exp_and_gap(clamp(lanes, bound)).exp)
             };
             let clipped = if ANCHORED {
                 let shift = clamp(lanes, lanes.load(&shift[index..]));
                 let shifted = clamp(lanes, lanes.add(bound, shift));
                 if LOWER_IS_RATIO {
                     let exp = lanes.exp_and_gap(lanes.select(lower, shift, shifted)).exp;
-                    lanes.select(lower, lanes.mul(bound, exp), exp)
+                    lanes.select(lower, lanes.mul(clipped, exp), exp)
                 } else {
                     lanes.exp_and_gap(shifted).exp
                 }
@@ -112,6 +117,12 @@ impl<T: Float, const LOWER_IS_RATIO: bool> WithLanes<T> for FindWidths<'_, T, LO
         }
     }
 }
+
+/// `e^-20`, the min of the ratios that the clamp leaves.
+const MIN_RATIO: f64 = 2.061_153_622_438_558e-9;
+
+/// Log-ratio below which a ratio is below every lower bound that is not 0, in every float type.
+const MIN_EXPONENT: f64 = -80.0;
 
 /// Log of a ratio that is 0 beside 1 in every float type.
 const NO_RATIO: f64 = -40.0;

@@ -88,21 +88,20 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B,
         };
         let neg_advantage = lanes.sub(zero, column(columns.advantages));
         let clamped = clamp(lanes, log_ratio);
-        let (log_prob_of_bounds, compared, compared_clamped, neg_advantage) =
-            match columns.anchor_log_prob {
-                Some(anchor) if ANCHORED => {
-                    let anchor = column(anchor);
-                    let compared = match columns.log_ratio {
-                        Some(_) => lanes.sub(log_ratio, lanes.sub(anchor, old_log_prob)),
-                        None => lanes.sub(column(columns.log_prob), anchor),
-                    };
-                    // A NaN here compares false, so it must reach the loss another way.
-                    let unknown = lanes.is_nan(compared);
-                    let neg_advantage = lanes.select(unknown, compared, neg_advantage);
-                    (anchor, compared, clamp(lanes, compared), neg_advantage)
-                }
-                _ => (old_log_prob, log_ratio, clamped, neg_advantage),
-            };
+        let (log_prob_of_bounds, compared, neg_advantage) = match columns.anchor_log_prob {
+            Some(anchor) if ANCHORED => {
+                let anchor = column(anchor);
+                let compared = match columns.log_ratio {
+                    Some(_) => lanes.sub(log_ratio, lanes.sub(anchor, old_log_prob)),
+                    None => lanes.sub(column(columns.log_prob), anchor),
+                };
+                // A NaN here compares false, so it must reach the loss another way.
+                let unknown = lanes.is_nan(compared);
+                let neg_advantage = lanes.select(unknown, compared, neg_advantage);
+                (anchor, compared, neg_advantage)
+            }
+            _ => (old_log_prob, log_ratio, neg_advantage),
+        };
         lanes.store(log_ratio, &mut self.log_ratio[index..]);
         lanes.store(neg_advantage, &mut self.neg_advantage[index..]);
 
@@ -128,7 +127,7 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B,
         };
         self.candidates.bits[index / L::COUNT] = lanes.bits(candidate);
         lanes.compress(candidate, keys, &mut self.candidates.scratch[*candidates..]);
-        lanes.compress(candidate, compared_clamped, &mut self.candidates.log_ratio[*candidates..]);
+        lanes.compress(candidate, compared, &mut self.candidates.log_ratio[*candidates..]);
         if ANCHORED {
             let shift = lanes.sub(log_prob_of_bounds, old_log_prob);
             lanes.compress(candidate, shift, &mut self.candidates.shift[*candidates..]);

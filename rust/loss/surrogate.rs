@@ -1,8 +1,8 @@
 //! Loss and gradient of a token, given its ratio and its bounds.
 //!
-//! `x = new - old` is the log-ratio (unless one is given), clamped to
-//! `±`[`LOG_RATIO_LIMIT`](crate::LOG_RATIO_LIMIT), and `r = e^x`. A token is *beyond* its bound if `A > 0` and
-//! `r > upper`, or if `A < 0` and `r < lower`. `sg` stops the gradient:
+//! `x = new - old` is the log-ratio (unless one is given), and `r = e^x`. A token is *beyond* its bound if `A > 0`
+//! and `r > upper`, or if `A < 0` and `r < lower`. In losses and gradients, logarithms of `r` and of its bounds are
+//! clamped to `±`[`LOG_RATIO_LIMIT`](crate::LOG_RATIO_LIMIT). `sg` stops the gradient:
 //!
 //! | surrogate | loss | gradient with respect to `new` |
 //! |---|---|---|

@@ -18,7 +18,7 @@ pub struct ExpAndGap<F> {
 
 /// Vectors that have exponentials.
 pub trait Exponentials: Lanes {
-    /// Exponentials of `-20 <= x <= 20`. NaN gives NaN.
+    /// Exponentials of `-80 <= x <= 20`. NaN gives NaN.
     fn exp_and_gap(self, x: Self::Float) -> ExpAndGap<Self::Float>;
 }
 

@@ -54,6 +54,7 @@ def with_extremes(tokens: Tokens, seed: int = 0) -> Tokens:
     old[special == 3] = -200.0
     advantages[special == 4] = 0.0
     old[special == 5] *= 1e-6
+    old[special == 6], new[special == 6] = -7.0, -70.0
     for column in (old, new, advantages):
         column[~tokens.mask & (special > 20)] = np.nan
     return Tokens(old, new, advantages, tokens.mask)

@@ -35,22 +35,22 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
     clamped = unclamped.detach().abs() > LOG_RATIO_LIMIT
     x, r = x.detach(), ratio.detach()
 
-    # With an anchor the bounds stand at it, and limit the ratio to it.
-    limited_x, shift = x, None
+    # Ratios are clamped, but what the bounds limit is compared with them as it is. With an anchor
+    # the bounds stand at it, and limit the ratio to it.
+    compared, shift = unclamped.detach(), None
     log_prob_of_bounds = old_log_prob
     if inputs.anchor_log_prob is not None:
         log_prob_of_bounds = torch.where(valid, inputs.anchor_log_prob, 0.0)
         shift = log_prob_of_bounds - old_log_prob
-        if log_ratio is None:
-            limited_x = _clamped(log_prob.detach() - log_prob_of_bounds)
-        else:
-            limited_x = _clamped(unclamped.detach() - shift)
+        of_anchor = log_prob.detach() - log_prob_of_bounds
+        compared = of_anchor if log_ratio is None else compared - shift
         shift = _clamped(shift)
         # A NaN compares false, so it must reach the loss another way.
-        cost = torch.where(limited_x.isnan(), limited_x, torch.where(x.isnan(), x, cost))
+        cost = torch.where(compared.isnan(), compared, torch.where(x.isnan(), x, cost))
+    limited_x = x if shift is None else _clamped(compared)
 
     if surrogate.by_log_ratio(inputs.parameters):
-        up, down = limited_x > 0.0, limited_x < 0.0
+        up, down = compared > 0.0, compared < 0.0
     else:
         up, down = cost < 0.0, cost > 0.0
     bound, bound_is_ratio = _bound(bounds, log_prob_of_bounds, down)
@@ -61,9 +61,8 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
         excess = limited_x.expm1()
         clipped_low, clipped_high = down & (-excess > width), up & (excess > width)
     else:
-        limited_r = r if shift is None else limited_x.exp()
-        below = limited_r < bound if bound_is_ratio else limited_x < bound
-        clipped_low, clipped_high = down & below, up & (limited_x > bound)
+        below = compared.exp() < bound if bound_is_ratio else compared < bound
+        clipped_low, clipped_high = down & below, up & (compared > bound)
 
     tokens = _Tokens(
         log_prob=log_prob,
@@ -267,11 +266,15 @@ def _bound(
 def _edge(
     bound: torch.Tensor, bound_is_ratio: bool, down: torch.Tensor, shift: torch.Tensor | None
 ) -> torch.Tensor:
-    """The bounds as ratios new/old; they are further by the shift, which is ln(anchor/old)."""
-    if shift is None:
-        return torch.where(down, bound, bound.exp()) if bound_is_ratio else bound.exp()
-    shifted = _clamped(bound + shift).exp()
-    return torch.where(down, bound * shift.exp(), shifted) if bound_is_ratio else shifted
+    """The bounds as ratios new/old, which end where the clamp of ratios does.
+
+    They are further by the shift, which is ln(anchor/old).
+    """
+    shifted = _clamped(bound if shift is None else bound + shift).exp()
+    if not bound_is_ratio:
+        return shifted
+    lower = bound.clamp(min=math.exp(-LOG_RATIO_LIMIT))
+    return torch.where(down, lower if shift is None else lower * shift.exp(), shifted)
 
 
 def _width(bound: torch.Tensor, bound_is_ratio: bool, down: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ class Tokens(NamedTuple):
         return self.old_log_prob if self.anchor_log_prob is None else self.anchor_log_prob
 
     def limited_log_ratio(self) -> torch.Tensor:
-        """Returns the clamped log-ratios that the bounds limit; see `log_ratio`."""
+        """Returns the log-ratios that the bounds limit; see `log_ratio`."""
         return self._log_ratio_to(self.log_prob_of_bounds)
 
     def shift(self) -> torch.Tensor | None:
@@ -69,13 +69,21 @@ class Tokens(NamedTuple):
         return Sequences.of(self.valid, self.cu_seqlens)
 
     def log_ratio(self) -> torch.Tensor:
-        """Returns the clamped log-ratios without gradient, [B, T], 0 where masked; NaN stays."""
+        """Returns the log-ratios without gradient, [B, T], 0 where masked; NaN stays.
+
+        Decisions take them as they are. What is exponentiated or added up is `clamped`.
+        """
         return self._log_ratio_to(self.old_log_prob)
 
     def _log_ratio_to(self, denominator: torch.Tensor) -> torch.Tensor:
         log_prob = self.log_prob.detach()
         log_ratio = log_prob - denominator.reshape(log_prob.shape)
-        return torch.where(self.valid, log_ratio, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        return torch.where(self.valid, log_ratio, 0.0)
+
+
+def clamped(log_ratio: torch.Tensor) -> torch.Tensor:
+    """Returns log-ratios as ratios are made of them; NaN stays."""
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def shaped(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -11,11 +11,11 @@ from bandpo.backends import plain
 from bandpo.backends.contract import PROBABILITY_BINS, Backend, LossInputs, TokenLosses, Totals
 from bandpo.backends.plain import probability_bin
 from bandpo.backends.sides import sides_from
-from bandpo.batch.tokens import Tokens, shaped
+from bandpo.batch.tokens import Tokens, clamped, shaped
 from bandpo.loss.membership import limits_of
 from bandpo.region import BySign, Clip, PrefixBudget, TensorBand
 from bandpo.rule import AnyRegion, Rule
-from bandpo.surrogate import LOG_RATIO_LIMIT, GammaWeight
+from bandpo.surrogate import GammaWeight
 from bandpo.tensors.bounds import bounds_of, membership_of
 
 Losses: TypeAlias = tuple[TokenLosses, dict[str, torch.Tensor]]
@@ -58,7 +58,7 @@ def inputs_of(rule: Rule, tokens: Tokens, *, exact: bool, by_probability: bool) 
     if anchor is not None:
         anchor = shaped(anchor, shape)
     if rule.ratio_level != "token":
-        log_ratio = _of_sequence(tokens.log_ratio(), rule, tokens)
+        log_ratio = _of_sequence(clamped(tokens.log_ratio()), rule, tokens)
         shift = tokens.shift()
         if shift is not None:  # a Clip is the same at every log-prob
             anchor = old_log_prob + _of_sequence(shift, rule, tokens)
@@ -101,13 +101,10 @@ def _bounds_of(region: AnyRegion, rule: Rule, tokens: Tokens, exact: bool) -> to
     if rule.surrogate.needs_bounds:
         return bounds_of(region, log_prob, valid=valid, exact=exact)
 
-    def ratio_of_tokens() -> torch.Tensor:
-        ratio = tokens.limited_log_ratio()
-        if rule.ratio_level != "token":
-            ratio = _of_sequence(ratio, rule, tokens)
-        return ratio.reshape(log_prob.shape)
+    def log_ratio() -> torch.Tensor:  # a token's own, because a sequence has a Clip
+        return tokens.limited_log_ratio().reshape(log_prob.shape)
 
-    return membership_of(region, log_prob, ratio_of_tokens, valid, exact=exact)
+    return membership_of(region, log_prob, log_ratio, valid, exact=exact)
 
 
 def _sides(bounds: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,12 +137,12 @@ def _geometric_mean(
     own, lower, upper = _limited(tokens.log_ratio(), bounds, tokens.shift(), tokens)
     low = valid & (advantages < 0.0) & (own < lower)
     high = valid & (advantages > 0.0) & (own > upper)
-    clipped = low | high
+    outside = low | high
     bound = torch.where(low, lower, upper)
     inputs = LossInputs(
         shaped(tokens.old_log_prob, shape),
-        torch.where(clipped, tokens.log_prob.detach(), tokens.log_prob),
-        _of_sequence(torch.where(clipped, bound, own), rule, tokens),
+        torch.where(outside, tokens.log_prob.detach(), tokens.log_prob),
+        _of_sequence(clamped(torch.where(outside, bound, own)), rule, tokens),
         advantages,
         valid,
         bounds_of(_NO_CLIP, tokens.old_log_prob),
@@ -154,7 +151,7 @@ def _geometric_mean(
         by_probability,
     )
     losses = backend.token_losses(inputs)
-    removed = torch.where(clipped, losses.per_token.detach(), 0.0).abs().sum()
+    removed = torch.where(outside, losses.per_token.detach(), 0.0).abs().sum()
     totals = _with_clipped(losses.totals(), inputs, low, high, removed)
     return losses._replace(totals=lambda: totals), {}
 
@@ -171,12 +168,11 @@ def _gamma_weight(
     advantages, valid, shape = tokens.advantages, tokens.valid, tokens.log_prob.shape
     own, shift = tokens.log_ratio(), tokens.shift()
     if rule.ratio_level != "token":
-        own = _of_sequence(own, rule, tokens).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        own = _of_sequence(clamped(own), rule, tokens)
         shift = None if shift is None else _of_sequence(shift, rule, tokens)
     own, lower, upper = _limited(own, _bounds(rule, tokens, exact), shift, tokens)
     low, high = valid & (own < lower), valid & (own > upper)
-    moved = torch.where(low, lower, torch.where(high, upper, own))
-    moved = moved.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    moved = clamped(torch.where(low, lower, torch.where(high, upper, own)))
     falls = advantages < 0.0
     k, rate = (
         torch.where(falls, torch.full_like(own, negative), positive)
@@ -204,7 +200,7 @@ def _gamma_weight(
     )
     totals = plain.token_losses(of_ratios).totals()
     totals = totals._replace(nonfinite=losses.totals().nonfinite)
-    change = torch.where(valid, advantages * (own.exp() - weight), 0.0).abs().sum()
+    change = torch.where(valid, advantages * (clamped(own).exp() - weight), 0.0).abs().sum()
     totals = _with_clipped(totals, inputs, low, high, change)  # the backend removes nothing
     return losses._replace(totals=lambda: totals), {}
 
@@ -231,7 +227,7 @@ def _with_sequences_masked(
     advantages = advantages.expand(shape)
     kept = inputs._replace(advantages=torch.where(masked, 0.0, advantages))
     losses = backend.token_losses(kept)
-    removed = torch.where(masked, advantages.abs() * ratio.exp(), 0.0).sum()
+    removed = torch.where(masked, advantages.abs() * clamped(ratio).exp(), 0.0).sum()
     low, high = below & (advantages < 0.0), above & (advantages > 0.0)
     totals = _with_clipped(losses.totals(), inputs, low, high, removed)
     # The backend misses the gradient of masked tokens, because their advantage is 0.

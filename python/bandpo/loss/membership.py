@@ -7,7 +7,6 @@ import torch
 from bandpo.batch.tokens import Sequences, Tokens
 from bandpo.error import InvalidValueError
 from bandpo.region import PrefixBudget, TensorBand
-from bandpo.surrogate import LOG_RATIO_LIMIT
 from bandpo.tensors.divergence import bernoulli_divergence
 
 CALIBRATION = 0.9
@@ -19,8 +18,6 @@ def limits_of(region: PrefixBudget | TensorBand, tokens: Tokens) -> torch.Tensor
     log_prob = tokens.log_prob.detach()
     at = tokens.log_prob_of_bounds.reshape(log_prob.shape)
     old, new = (torch.where(tokens.valid, tensor, 0.0) for tensor in (at, log_prob))
-    # As the ratio, the new log-prob ends at the clamp.
-    new = torch.minimum(torch.maximum(new, old - LOG_RATIO_LIMIT), old + LOG_RATIO_LIMIT)
     divergence = bernoulli_divergence(region.divergence, old, new)
     if isinstance(region, TensorBand):
         inside = divergence <= _delta_of(region, tokens)

@@ -70,10 +70,10 @@ def policy_loss(
 ) -> PolicyLossResult:
     """Returns the clipped loss of a batch, with its gradient to ``log_prob`` and its metrics.
 
-    Let r be ``exp(log_prob - old_log_prob)``, its logarithm clamped to plus and minus 20, and lower
-    and upper the region's bounds at the old probability. A token is *beyond* its bound where
-    ``A > 0`` and ``r > upper``, or ``A < 0`` and ``r < lower``; at a bound it is not. sg() stops
-    the gradient. The loss of a token, by surrogate:
+    Let r be ``exp(log_prob - old_log_prob)``, and lower and upper the region's bounds at the old
+    probability. A token is *beyond* its bound where ``A > 0`` and ``r > upper``, or ``A < 0`` and
+    ``r < lower``; at a bound it is not. In the loss, logarithms of r and of its bounds are clamped
+    to plus and minus 20. sg() stops the gradient. The loss of a token, by surrogate:
 
     - min-clip: ``-A min(r, upper)`` for ``A > 0`` and ``min(-A max(r, lower), -A c)`` for
       ``A < 0`` (PPO; with a band: BandPO, arXiv 2603.04918; dual clip ``c``: Ye et al. 2020, arXiv
