@@ -11,7 +11,7 @@ const unsigned PIECES = 8;  // pieces of a side; lane 8 s + k holds piece k of s
 
 // First words of the rows of a table, each with a word for every lane, and of the values at the ends.
 enum Row : unsigned {
-  START = 0, ORIGIN = 16, SCALE = 32, ENTRIES = 48, LOWEST = 64, HIGHEST = 80, AT_ZERO = 96, AT_FAR = 98
+  START = 0, ORIGIN = 16, SCALE = 32, ENTRIES = 48, MIN_BITS = 64, MAX_BITS = 80, AT_ZERO = 96, AT_FAR = 98
 };
 
 const unsigned INFINITY_BITS = 0x7f800000u;
@@ -51,9 +51,9 @@ BAND_FUNCTION float look_up(const unsigned* words, unsigned y_bits, bool lower) 
     z = static_cast<float>(static_cast<int>(y_bits)) * 0x1p-100f * scale * 0x1p-49f;
   }
   unsigned q = bits_of(z);
-  const unsigned lowest = words[LOWEST + lane], highest = words[HIGHEST + lane];
-  q = q < lowest ? lowest : q;
-  q = q > highest ? highest : q;
+  const unsigned min_bits = words[MIN_BITS + lane], max_bits = words[MAX_BITS + lane];
+  q = q < min_bits ? min_bits : q;
+  q = q > max_bits ? max_bits : q;
   const unsigned exponent = q >> 23;
   const unsigned entry = words[words[ENTRIES + lane] + exponent];
   const unsigned halvings = entry & 15u;

@@ -5,10 +5,10 @@ namespace bandpo {
 // e^x, and e^x - 1 - x without cancellation.
 template <class T>
 struct Exponentials {
-  T exp, excess;
+  T exp, gap;
 };
 
-// For x in [-20, 20] or NaN: e^x within 1.2 ulp, the excess within a relative 1e-6. The polynomial and the order
+// For x in [-80, 20] or NaN: e^x within 1.2 ulp, the gap within a relative 1e-6. The polynomial and the order
 // of operations are those of rust/simd/exp_log.rs, so that the bits are equal.
 BAND_FUNCTION Exponentials<float> exponentials(float x) {
   const float rounding = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
@@ -21,14 +21,14 @@ BAND_FUNCTION Exponentials<float> exponentials(float x) {
   series = series * t + static_cast<float>(0.041666463017463684);
   series = series * t + static_cast<float>(0.1666666716337204);
   series = series * t + 0.5f;
-  const float excess = (t * t) * series;
-  const float minus_one = excess + t;
+  const float gap = (t * t) * series;
+  const float minus_one = gap + t;
   const float scale = float_of((bits_of(shifted) + 127u) << 23);  // 2^k
   const float scaled = scale * minus_one;
   const float far = (scaled + (scale - 1.0f)) - x;
   Exponentials<float> result;
   result.exp = scaled + scale;
-  result.excess = fabsf(k) < 0.5f ? excess : far;
+  result.gap = fabsf(k) < 0.5f ? gap : far;
   return result;
 }
 
@@ -36,7 +36,7 @@ BAND_FUNCTION Exponentials<double> exponentials(double x) {
   Exponentials<double> result;
   result.exp = exp(x);
   // Near 0 a series, because the difference cancels; the first omitted term is a relative 3e-15.
-  result.excess =
+  result.gap =
       fabs(x) < 1e-3 ? x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0)))) : expm1(x) - x;
   return result;
 }

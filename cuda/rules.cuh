@@ -94,12 +94,12 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
     } else {
       const T from_below = stored_bound < static_cast<T>(NO_RATIO) ? static_cast<T>(NO_RATIO) : stored_bound;
       const T limited = static_cast<T>(LOG_RATIO_LIMIT) < from_below ? static_cast<T>(LOG_RATIO_LIMIT) : from_below;
-      const T rise = exponentials(limited).excess + limited;
+      const T rise = exponentials(limited).gap + limited;
       width = by_lower ? T(0) - rise : rise;
     }
     // A ratio of 1 is at no side, and its width does not matter.
     if (!(by_lower || by_upper) || width < static_cast<T>(MIN_WIDTH)) width = MIN_WIDTH;
-    excess = limited_exponential.excess + limited_log_ratio;
+    excess = limited_exponential.gap + limited_log_ratio;
     clipped_low = by_lower && width < magnitude(excess);
     clipped_high = by_upper && width < magnitude(excess);
   } else {
@@ -158,7 +158,7 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
       const T falling = T(0) - (closed < size ? closed : size);
       const Exponentials<T> e = exponentials(falling);
       const T sum = T(1) + e.exp;
-      const T tanh = (T(0) - (e.excess + falling)) / sum;  // of half the size
+      const T tanh = (T(0) - (e.gap + falling)) / sum;  // of half the size
       factor = closed < size ? T(0) : T(4) * e.exp / (sum * sum);
       const T moved = T(2) * width * tanh / tau;
       result.loss = minus_advantage * (loss_scale * (T(2) / tau + (excess < T(0) ? T(0) - moved : moved)));
@@ -171,7 +171,7 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
   }
   const T unclipped = minus_advantage * ratio;
   result.log_ratio = log_ratio;
-  result.kl_k3 = exponential.excess;
+  result.kl_k3 = exponential.gap;
   result.gradient_unclipped = magnitude(unclipped);
   result.gradient_removed = magnitude(unclipped - result.slope);
   const bool finite = magnitude(result.loss) < infinity(T());
