@@ -406,6 +406,16 @@ def test_a_budget_compiles_without_a_graph_break(region: Any, backend: Any) -> N
             "delta must be a tensor of floats, got float",
         ),
         (
+            lambda: TensorBand("kl", torch.tensor([0.1, math.nan])),
+            InvalidValueError,
+            "delta must be at least 0, got nan",
+        ),
+        (
+            lambda: TensorBand("kl", torch.tensor(-0.5)),
+            InvalidValueError,
+            "delta must be at least 0, got -0.5",
+        ),
+        (
             lambda: TensorBand("kl", np.full(3, 0.1)),  # type: ignore[arg-type]
             InvalidTypeError,
             "a number or an array is for a Band",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -10,11 +11,12 @@ pytest.importorskip("torch")
 
 import torch
 
-from bandpo import Band, GammaWeight, GradientPreserving, Mask, Region, policy_loss
+from bandpo import Band, GammaWeight, GradientPreserving, Mask
 from bandpo.loss import LOG_RATIO_LIMIT
 from bandpo.presets import preset
 from bandpo.region import PrefixBudget, TensorBand
 from bandpo.rule import RuleRegion
+from support.batches import Batch
 
 RATIO = math.exp(LOG_RATIO_LIMIT)
 OLD = -32.0
@@ -30,10 +32,20 @@ REGIONS: dict[str, RuleRegion] = {
 }
 
 
-def tokens(dtype: torch.dtype, sign: float = 1.0) -> tuple[torch.Tensor, ...]:
+def tokens(dtype: torch.dtype, sign: float = 1.0) -> Batch:
     """Two tokens, each a sequence: one stays inside the regions above, one leaves them."""
-    new = torch.tensor([[INSIDE], [OUTSIDE]], dtype=dtype).requires_grad_()
-    return torch.full_like(new, OLD), new, torch.full_like(new, sign), torch.ones(2, 1)
+    new = torch.tensor([[INSIDE], [OUTSIDE]], dtype=dtype)
+    return Batch(torch.full_like(new, OLD), new, torch.full_like(new, sign), torch.ones(2, 1))
+
+
+def gain_and_slope(batch: Batch, **options: Any) -> tuple[list[float], list[float], float]:
+    """Losses and gradients of the first column with the sign of a gain, and the clipped share."""
+    options["loss_agg_mode"] = "token-sum"
+    found = batch.loss(**options)
+    slope = -batch.gradient(**options)
+    metrics = found.metrics
+    share = metrics["clip_fraction_high"] + metrics["clip_fraction_low"]
+    return (-found.per_token.reshape(-1)).tolist(), slope.reshape(-1).tolist(), share.item()
 
 
 def test_the_two_tokens_are_inside_and_outside() -> None:
@@ -53,22 +65,10 @@ def test_the_two_tokens_are_inside_and_outside() -> None:
 def test_a_mask_drops_the_token_outside_alone(
     name: str, exact: bool, backend: str, dtype: torch.dtype
 ) -> None:
-    old, new, advantages, mask = tokens(dtype)
-    found = policy_loss(
-        old,
-        new,
-        advantages,
-        mask,
-        region=REGIONS[name],
-        surrogate=Mask(truncation=None),
-        loss_agg_mode="token-sum",
-        backend=backend,  # type: ignore[arg-type]
-        exact=exact,
-    )
-    found.loss.backward()
-    assert new.grad is not None
-    assert new.grad[:, 0].tolist() == [pytest.approx(-RATIO, rel=1e-6), 0.0]
-    assert found.metrics["clip_fraction_high"].item() == 0.5
+    rule = {"region": REGIONS[name], "surrogate": Mask(truncation=None)}
+    _, slope, share = gain_and_slope(tokens(dtype), **rule, exact=exact, backend=backend)
+    assert slope == [pytest.approx(RATIO, rel=1e-6), 0.0]
+    assert share == 0.5
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
@@ -77,15 +77,14 @@ def test_a_mask_drops_the_token_outside_alone(
 def test_a_symmetric_mask_drops_it_whatever_the_advantage(
     sign: float, anchored: bool, backend: str
 ) -> None:
-    old, new, advantages, mask = tokens(torch.float32, sign)
-    options = {"anchor_log_prob": old} if anchored else {}
-    rule = preset("ipo").arguments(loss_agg_mode="token-sum", log_ratio_penalty=0.0)
-    found = policy_loss(
-        old + 0.25 if anchored else old, new, advantages, mask, backend=backend, **rule, **options
-    )  # type: ignore[arg-type]
-    found.loss.backward()
-    assert new.grad is not None
-    assert new.grad[:, 0].tolist() == [pytest.approx(-sign * RATIO, rel=1e-6), 0.0]
+    batch = tokens(torch.float32, sign)
+    rule = preset("ipo").arguments(log_ratio_penalty=0.0)
+    if anchored:
+        rule["anchor_log_prob"] = batch.old_log_prob
+        batch = batch._replace(old_log_prob=batch.old_log_prob + 0.25)
+    _, slope, share = gain_and_slope(batch, **rule, backend=backend)
+    assert slope == [pytest.approx(sign * RATIO, rel=1e-6), 0.0]
+    assert share == 0.5
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
@@ -95,74 +94,42 @@ def test_a_ratio_below_a_bound_that_is_below_the_clamp_is_clipped(
 ) -> None:
     """The lower bound of kl 0.05 at p = e^-7 is e^-55."""
     region = Band("kl", 0.05)
+    assert -56.0 < region.log_bounds([-7.0])[0][0] < -54.0
     old = torch.full((1, 3), -7.0)
-    new = torch.tensor([[-40.0, -61.0, -63.0]], requires_grad=True)
-    low = region.log_bounds([-7.0])[0][0]
-    assert -56.0 < low < -54.0
-    found = policy_loss(
-        old,
-        new,
-        -torch.ones(1, 3),
-        torch.ones(1, 3),
-        region=region,
-        surrogate=Mask(truncation=None),
-        loss_agg_mode="token-sum",
-        backend=backend,  # type: ignore[arg-type]
-        exact=exact,
-    )
-    found.loss.backward()
-    assert new.grad is not None
-    kept = pytest.approx(1.0 / RATIO, rel=1e-6)
-    assert new.grad[0].tolist() == [kept, kept, 0.0]
+    new = torch.tensor([[-40.0, -61.0, -63.0]])
+    batch = Batch(old, new, -torch.ones(1, 3), torch.ones(1, 3))
+    rule = {"region": region, "surrogate": Mask(truncation=None)}
+    _, slope, _ = gain_and_slope(batch, **rule, exact=exact, backend=backend)
+    kept = pytest.approx(-1.0 / RATIO, rel=1e-6)
+    assert slope == [kept, kept, 0.0]
 
 
-LOSSES: dict[str, tuple[object, list[float], list[float]]] = {
+GAINS: dict[str, tuple[object, list[float], list[float]]] = {
     "min-clip": ("min-clip", [RATIO, RATIO], [0.0, 0.0]),
     "weight": ("weight", [RATIO * INSIDE, RATIO * OUTSIDE], [RATIO, RATIO]),
     "preserving": (GradientPreserving(1.0, 0.5), [RATIO, 0.5 * RATIO], [0.0, 0.5 * RATIO]),
     "gamma": (GammaWeight(0.0, 0.0, 0.0, 0.0), [INSIDE, OUTSIDE], [1.0, 1.0]),
 }
-"""Surrogates with the value and the derivative of the gain of both tokens."""
+"""Surrogates with the gain of both tokens and its derivative."""
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", GAINS)
 def test_clipped_ratios_end_at_the_clamp(name: str, exact: bool, backend: str) -> None:
-    surrogate, values, slopes = LOSSES[name]
-    region: Region = Band("kl", 0.05)
-    old, new, advantages, mask = tokens(torch.float32)
-    found = policy_loss(
-        old,
-        new,
-        advantages,
-        mask,
-        region=region,
-        surrogate=surrogate,  # type: ignore[arg-type]
-        loss_agg_mode="token-sum",
-        backend=backend,  # type: ignore[arg-type]
-        exact=exact,
-    )
-    found.loss.backward()
-    assert new.grad is not None
-    assert (-found.per_token[:, 0]).tolist() == pytest.approx(values, rel=1e-6)
-    assert (-new.grad[:, 0]).tolist() == pytest.approx(slopes, rel=1e-6)
-    assert found.metrics["clip_fraction_high"].item() == 0.5
+    surrogate, gains, slopes = GAINS[name]
+    rule = {"region": Band("kl", 0.05), "surrogate": surrogate}
+    gain, slope, share = gain_and_slope(tokens(torch.float32), **rule, exact=exact, backend=backend)
+    assert gain == pytest.approx(gains, rel=1e-6)
+    assert slope == pytest.approx(slopes, rel=1e-6)
+    assert share == 0.5
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_a_geometric_mean_moves_the_token_outside_to_its_bound(backend: str) -> None:
-    """The mean takes log-ratios that end at the clamp."""
-    old, new, advantages, mask = tokens(torch.float32)
-    found = policy_loss(
-        old,
-        new,
-        advantages,
-        mask,
-        region=Band("kl", 0.05),
-        ratio_level="geometric-mean",
-        loss_agg_mode="token-sum",
-        backend=backend,  # type: ignore[arg-type]
-    )
-    assert (-found.per_token[:, 0]).tolist() == pytest.approx([RATIO, RATIO], rel=1e-6)
-    assert found.metrics["clip_fraction_high"].item() == 0.5
+    """The mean takes log-ratios that end at the clamp; a clipped token has no gradient."""
+    rule = {"region": Band("kl", 0.05), "ratio_level": "geometric-mean"}
+    gain, slope, share = gain_and_slope(tokens(torch.float32), **rule, backend=backend)
+    assert gain == pytest.approx([RATIO, RATIO], rel=1e-6)
+    assert slope == [pytest.approx(RATIO, rel=1e-6), 0.0]
+    assert share == 0.5
