@@ -487,9 +487,19 @@ class TestErrors:
         with pytest.raises(InvalidValueError, match=message):
             rollout_correction(ones, ones, ones, **arguments)
 
+    def test_a_spec_is_its_region(self) -> None:
+        assert Correction("kl@0.1 & reverse-kl@0.1") == Correction(
+            Band("kl", 0.1) & Band("reverse-kl", 0.1)
+        )
+        assert Correction("preset:ppo").region == Clip(0.2)
+        with pytest.raises(InvalidValueError, match=r"preset\('icepop'\)\.correction has the arg"):
+            Correction("icepop")
+        with pytest.raises(InvalidValueError, match=r"column 1: .* did you mean 'kl'"):
+            Correction("kll@0.1")
+
     def test_wrong_types_are_refused(self) -> None:
-        with pytest.raises(InvalidTypeError, match=r"region must be a bandpo\.Band, .* got str"):
-            Correction("kl@0.1")  # type: ignore[arg-type]
+        with pytest.raises(InvalidTypeError, match=r"region must be a bandpo\.Band, .* got float"):
+            Correction(0.1)  # type: ignore[arg-type]
         with pytest.raises(InvalidTypeError, match="negative_only must be a bool, got int"):
             Correction(Clip(0.2), negative_only=1)  # type: ignore[arg-type]
         with pytest.raises(InvalidTypeError, match="threshold must be a real number, got str"):

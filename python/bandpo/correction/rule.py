@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
 from bandpo.check import check_name, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.presets import PRESETS
 from bandpo.region import Clip
 from bandpo.rule import AnyRegion, check_region, current
+from bandpo.spec import region_from_spec
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +77,8 @@ class Correction:
 
     Args:
         region: Allowed ratios: any region at level "token", a `Clip` at the others, because a band
-            needs the probability of a token; or a `bandpo.schedule.RegionSource` of such.
+            needs the probability of a token; a `bandpo.schedule.RegionSource` of such; or a spec
+            such as ``"clip@0.5,4"``, which becomes its region (see `bandpo.spec`).
         statistic: Quantity that a threshold limits, in place of a region.
         threshold: Max value of the statistic, finite and at least 0.
         level: Whose ratio or statistic decides.
@@ -91,7 +94,7 @@ class Correction:
         InvalidValueError: If it is out of range or unknown, or does not go with another.
     """
 
-    region: AnyRegion | None = None
+    region: AnyRegion | str | None = None
     statistic: Statistic | None = None
     threshold: float | None = None
     level: Level = "token"
@@ -115,7 +118,11 @@ class Correction:
                 "Clip.between(0.5, 5), or a statistic with its threshold"
             )
         if self.region is not None:
-            self._check_region(self.region)
+            region = self.region
+            if isinstance(region, str):
+                region = _region_of(region)
+                object.__setattr__(self, "region", region)
+            self._check_region(region)
         else:
             self._check_statistic()
         if self.action == "truncate" and self.needs_advantages:
@@ -123,6 +130,11 @@ class Correction:
             raise InvalidValueError(
                 f"{argument} must be left out with action 'truncate', which drops nothing, got True"
             )
+
+    @property
+    def allowed(self) -> AnyRegion | None:
+        """The region as an object, also if a spec was given."""
+        return cast("AnyRegion | None", self.region)
 
     @property
     def needs_advantages(self) -> bool:
@@ -178,6 +190,16 @@ class Correction:
         return apply(self, old_log_prob, rollout_log_prob, response_mask, advantages, cu_seqlens)
 
 
+def _region_of(text: str) -> AnyRegion:
+    name = text.strip()
+    if name in PRESETS:
+        raise InvalidValueError(
+            f"region must be a region, got the preset {name!r}, whose region is that of its loss; "
+            f"preset({name!r}).correction has the arguments of its correction, if it has one"
+        )
+    return region_from_spec(text)
+
+
 class RolloutCorrection:
     """Weights of a batch, for the argument ``rollout_is_weights`` of `bandpo.loss.policy_loss`.
 
@@ -208,7 +230,7 @@ def rollout_correction(
     rollout_log_prob: torch.Tensor,
     response_mask: torch.Tensor,
     *,
-    region: AnyRegion | None = None,
+    region: AnyRegion | str | None = None,
     statistic: Statistic | None = None,
     threshold: float | None = None,
     level: Level = "token",

@@ -80,15 +80,15 @@ class _Found(NamedTuple):
 def _of_tokens(rule: Correction, batch: Batch) -> _Found:
     x = batch.log_ratio
     own = torch.zeros_like(x) if rule.action == "mask-only" else x
-    if rule.region is None:
+    if rule.allowed is None:
         value = _statistic(rule, batch)
         return _Found(value, _at_most(value, rule), own)
     # An array of deltas has to match the user's shape.
     rollout, valid = batch.rollout.reshape(batch.given), batch.valid.reshape(batch.given)
     if rule.action == "truncate":
-        bounds = bounds_of(rule.region, rollout, valid=valid)
+        bounds = bounds_of(rule.allowed, rollout, valid=valid)
     else:
-        bounds = membership_of(rule.region, rollout, lambda: x.reshape(batch.given), valid)
+        bounds = membership_of(rule.allowed, rollout, lambda: x.reshape(batch.given), valid)
     lower, upper = (side.reshape(x.shape) for side in sides_from(bounds, rollout))
     if rule.action == "truncate":
         own = torch.minimum(torch.maximum(own, lower), upper)
@@ -99,7 +99,7 @@ def _of_sequences(rule: Correction, batch: Batch) -> _Found:
     x, sequences = batch.log_ratio, batch.sequences()
     lengths = sequences.lengths.clamp(min=1)
     own = torch.zeros_like(x) if rule.action == "mask-only" else x
-    if rule.region is None:
+    if rule.allowed is None:
         tokens = torch.where(batch.valid, _statistic(rule, batch), 0.0)
         if rule.level == "sequence-max":
             value = _max_of(tokens, batch, sequences)
@@ -112,7 +112,7 @@ def _of_sequences(rule: Correction, batch: Batch) -> _Found:
     if rule.level == "geometric-mean":
         value = value / lengths
     value = sequences.spread(value)
-    lower, upper = bounds_of(rule.region, batch.rollout).unbind()  # of a Clip: two constants
+    lower, upper = bounds_of(rule.allowed, batch.rollout).unbind()  # of a Clip: two constants
     inside = (lower <= value) & (value <= upper)
     if rule.action == "truncate":
         own = torch.minimum(torch.maximum(value, lower), upper).expand(x.shape)

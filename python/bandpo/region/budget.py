@@ -97,12 +97,13 @@ class TensorBand:
 
     Args:
         divergence: One of `DIVERGENCES`.
-        delta: Max divergence of each token, which broadcasts to the shape of ``old_log_prob``;
-            read at each loss, without gradient.
+        delta: Max divergence of each token, at least 0, which broadcasts to the shape of
+            ``old_log_prob``; read at each loss, without gradient. Its values are checked here on a
+            CPU only. Elsewhere a NaN drops its token as a negative delta does.
 
     Raises:
         InvalidTypeError: If ``delta`` is not a tensor of floats.
-        InvalidValueError: If the divergence is not one of these.
+        InvalidValueError: If the divergence is not one of these, or a delta is below 0 or NaN.
     """
 
     def __init__(self, divergence: str, delta: torch.Tensor) -> None:
@@ -112,6 +113,9 @@ class TensorBand:
             raise InvalidTypeError(
                 f"delta must be a tensor of floats, got {kind}; a number or an array is for a Band"
             )
+        if delta.device.type == "cpu" and not bool((delta >= 0.0).all()):
+            wrong = delta[~(delta >= 0.0)].reshape(-1)[0].item()
+            raise InvalidValueError(f"delta must be at least 0, got {wrong}")
         self.divergence = divergence
         self.delta = delta
 
