@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 from bandpo.check import check_name, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
@@ -198,6 +198,25 @@ def _region_of(text: str) -> AnyRegion:
             f"preset({name!r}).correction has the arguments of its correction, if it has one"
         )
     return region_from_spec(text)
+
+
+def correction_of(correction: Correction | Mapping[str, Any]) -> Correction:
+    """Returns the rule, made from its arguments if it is plain data, as in a preset.
+
+    Raises:
+        InvalidTypeError: If it is neither, or an argument has the wrong type.
+        InvalidValueError: If an argument is unknown or out of range.
+    """
+    if isinstance(correction, Correction):
+        return correction
+    if not isinstance(correction, Mapping):
+        raise InvalidTypeError(
+            f"correction must be a bandpo.correction.Correction or its arguments by name, "
+            f"got {type(correction).__name__}"
+        )
+    for name in correction:
+        check_name("argument of a correction", name, Correction.__dataclass_fields__)
+    return Correction(**correction)
 
 
 class RolloutCorrection:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache, reduce
+from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +16,20 @@ from bandpo.backends.select import select
 from bandpo.batch.check import check_cu_seqlens, check_tokens
 from bandpo.batch.metrics import Metrics
 from bandpo.batch.tokens import Tokens, shaped, shaped_by_row
-from bandpo.check import check_name, real_number
+from bandpo.check import check_name
 from bandpo.correction import Correction, RolloutCorrection
+from bandpo.correction.rule import correction_of
 from bandpo.correction.warning import warn_of_mismatch
-from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.error import InvalidValueError
 from bandpo.loss.levels import inputs_of, token_losses
 from bandpo.loss.metrics import metrics_of
+from bandpo.loss.penalty import check_coefficient
 from bandpo.loss.penalty import log_ratio_penalty as penalty_of
 from bandpo.loss.reduction import Count, GlobalBatch, Reduction
+from bandpo.loss.region import resolved
 from bandpo.loss.result import PolicyLossResult
-from bandpo.presets import PRESETS, Preset, preset
-from bandpo.region import PrefixBudget, Region
+from bandpo.presets import preset
+from bandpo.region import PrefixBudget
 from bandpo.rule import (
     BACKENDS,
     AggregationMode,
@@ -37,7 +39,6 @@ from bandpo.rule import (
     RuleRegion,
 )
 from bandpo.schedule import RegionSource
-from bandpo.spec import region_from_spec
 from bandpo.surrogate import Surrogate
 from bandpo.tensors.check import compute_dtype
 
@@ -210,9 +211,9 @@ def policy_loss(
         MissingExtraError: With backend "cuda", if CuPy is not installed.
         BrokenExtraError: With backend "cuda", if the kernels cannot run.
     """
-    rule = Rule.of(_resolved(region), surrogate, dual_clip, ratio_level)
+    rule = Rule.of(resolved(region), surrogate, dual_clip, ratio_level)
     if log_ratio_penalty != 0.0:
-        _check_penalty(log_ratio_penalty)
+        check_coefficient(log_ratio_penalty)
     check_name("backend", backend, BACKENDS)
     reduction = Reduction.of(
         loss_agg_mode,
@@ -360,66 +361,11 @@ def _weights(
             f"rollout_log_prob must be given with correction {correction!r}: the log-probabilities "
             f"that the rollout engine returned with the tokens"
         )
-    rule = _as_correction(correction)
+    rule = correction_of(correction)
     made = rule(
         old_log_prob, rollout_log_prob, response_mask, advantages=advantages, cu_seqlens=cu_seqlens
     )
     return made, made.weights
-
-
-def _as_correction(correction: Correction | Mapping[str, Any]) -> Correction:
-    """The rule of a preset's correction, which is plain data."""
-    if isinstance(correction, Correction):
-        return correction
-    if not isinstance(correction, Mapping):
-        raise InvalidTypeError(
-            f"correction must be a bandpo.correction.Correction or its arguments by name, "
-            f"got {type(correction).__name__}"
-        )
-    for name in correction:
-        check_name("argument of a correction", name, Correction.__dataclass_fields__)
-    return Correction(**correction)
-
-
-def _check_penalty(value: float) -> None:
-    """Raises unless the coefficient of the penalty is a number in its range."""
-    if not 0.0 <= real_number("log_ratio_penalty", value) < math.inf:
-        raise InvalidValueError(f"log_ratio_penalty must be finite and at least 0, got {value}")
-
-
-def _resolved(region: RuleRegion | str) -> RuleRegion:
-    """The region, read from its spec if it is text.
-
-    Raises:
-        InvalidTypeError: If it is a preset, or text in a function that is compiled.
-        InvalidValueError: If the text names a preset alone, or cannot be read.
-    """
-    if isinstance(region, Preset):
-        raise InvalidTypeError(_has_a_preset(region.name))
-    if not isinstance(region, str):
-        return region
-    if torch.compiler.is_compiling():  # which cannot trace the parser
-        raise InvalidTypeError(
-            f"region must be an object in a compiled function, got the text {region!r}; "
-            f"PolicyLoss or bandpo.region_from_spec reads it outside of it"
-        )
-    return _from_spec(region)
-
-
-@lru_cache(64)
-def _from_spec(text: str) -> Region:
-    """One object a text, so that its table is made and copied to a device once."""
-    if text.strip() in PRESETS:
-        raise InvalidValueError(_has_a_preset(text.strip()))
-    return region_from_spec(text)
-
-
-def _has_a_preset(name: str) -> str:
-    return (
-        f"region must be a region, got the preset {name!r}, which has a surrogate as well: use "
-        f"PolicyLoss.from_preset({name!r}) or **preset({name!r}).arguments(), or "
-        f"'preset:{name}' for its region alone"
-    )
 
 
 def _check_sequences(
@@ -482,9 +428,9 @@ class PolicyLoss(torch.nn.Module):
         metrics_by_probability: bool = False,
     ) -> None:
         super().__init__()
-        region = _resolved(region)
+        region = resolved(region)
         Rule.of(region, surrogate, dual_clip, ratio_level)
-        _check_penalty(log_ratio_penalty)
+        check_coefficient(log_ratio_penalty)
         check_name("backend", backend, BACKENDS)
         Reduction.of(loss_agg_mode, None, dp_size, None, None, loss_scale_factor)
         self.region = region
@@ -493,7 +439,7 @@ class PolicyLoss(torch.nn.Module):
         self.ratio_level: RatioLevel = ratio_level
         self.loss_agg_mode: AggregationMode = loss_agg_mode
         self.log_ratio_penalty = log_ratio_penalty
-        self.correction = None if correction is None else _as_correction(correction)
+        self.correction = None if correction is None else correction_of(correction)
         self.backend: BackendName = backend
         self.exact = exact
         self.dp_size = dp_size
