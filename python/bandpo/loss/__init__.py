@@ -2,7 +2,8 @@
 
 from bandpo.backends.contract import PROBABILITY_EDGES
 from bandpo.batch.metrics import Metrics
-from bandpo.loss.policy import PolicyLoss, policy_loss
+from bandpo.loss.module import PolicyLoss
+from bandpo.loss.policy import policy_loss
 from bandpo.loss.reduction import GlobalBatch
 from bandpo.loss.result import PolicyLossResult
 from bandpo.surrogate import LOG_RATIO_LIMIT
