@@ -16,7 +16,7 @@ import torch
 import bandpo
 from bandpo.correction import warning
 from bandpo.error import InvalidTypeError, InvalidValueError, MismatchWarning
-from bandpo.loss import PolicyLoss, policy
+from bandpo.loss import PolicyLoss
 from bandpo.surrogate import BY_NAME, Mask, SoftGate
 from support.batches import Batch, assert_close, random_batch
 from support.formulas import FORMULAS, SMOOTH, BoundedTokens
@@ -189,7 +189,7 @@ def test_tables_serve_anchors_in_every_float_and_shape(backend: str) -> None:
 
 
 def test_an_anchor_far_from_the_old_policy_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "_CHECKED_ANCHORS", [])
+    monkeypatch.setattr(warning, "_COMPARED", set())
     monkeypatch.setattr(warning, "_WARNED", set())
     batch, _ = anchored((4, 6))
     far = batch.old_log_prob - 0.7
@@ -199,6 +199,18 @@ def test_an_anchor_far_from_the_old_policy_warns_once(monkeypatch: pytest.Monkey
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batch.loss(region=KL, anchor_log_prob=far)
+
+
+def test_no_anchor_but_the_first_is_compared_with_the_old_policy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(warning, "_COMPARED", set())
+    monkeypatch.setattr(warning, "_WARNED", set())
+    batch, near = anchored((4, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batch.loss(region=KL, anchor_log_prob=near)
+        batch.loss(region=KL, anchor_log_prob=batch.old_log_prob - 0.7)
 
 
 def test_a_nan_of_the_old_policy_is_seen_where_the_anchor_drops_its_token(backend: str) -> None:

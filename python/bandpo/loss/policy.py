@@ -19,7 +19,7 @@ from bandpo.batch.tokens import Tokens, shaped, shaped_by_row
 from bandpo.check import check_name
 from bandpo.correction import Correction, RolloutCorrection
 from bandpo.correction.rule import correction_of
-from bandpo.correction.warning import warn_of_mismatch
+from bandpo.correction.warning import warn_of_first_mismatch
 from bandpo.error import InvalidValueError
 from bandpo.loss.levels import inputs_of, token_losses
 from bandpo.loss.metrics import metrics_of
@@ -271,11 +271,10 @@ def policy_loss(
         if anchor_log_prob is None
         else shaped(anchor_log_prob.detach().to(stored), tuple(old_log_prob.shape)),
     )
-    if not (anchor_log_prob is None or _CHECKED_ANCHORS or torch.compiler.is_compiling()):
-        _CHECKED_ANCHORS.append(True)  # once, because it takes a pass over the tokens
-        shift = tokens.shift()
-        if shift is not None:
-            warn_of_mismatch(-shift, valid, "anchor_log_prob", stacklevel=2)
+    if tokens.anchor_log_prob is not None:
+        warn_of_first_mismatch(
+            "anchor_log_prob", tokens.old_log_prob, tokens.anchor_log_prob, valid
+        )
     if (
         chosen.weighted_sum is not None
         and reduction.is_one_weight
@@ -321,10 +320,6 @@ def policy_loss(
     # A compiler computes them in one kernel; otherwise most callers read few of them.
     found = metrics() if torch.compiler.is_compiling() else Metrics(metrics)
     return PolicyLossResult(loss, per_token, found, corrected)
-
-
-_CHECKED_ANCHORS: list[bool] = []
-"""Not empty once an anchor has been compared with an old policy."""
 
 
 def _weights(
