@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from bandpo.correction import (
     warning,
 )
 from bandpo.error import InvalidTypeError, InvalidValueError, MismatchWarning
-from bandpo.loss import LOG_RATIO_LIMIT, PROBABILITY_EDGES, policy_loss
+from bandpo.loss import LOG_RATIO_LIMIT, PROBABILITY_EDGES, PolicyLoss, policy_loss
 from bandpo.schedule import Linear, ScheduledBand
 
 Tensor = torch.Tensor
@@ -96,6 +98,10 @@ class Batch:
     def correct(self, rule: Correction, **options: Any) -> RolloutCorrection:
         options = {"advantages": self.advantages, **options}
         return rule(self.old, self.rollout, self.mask, **options)
+
+    def of_loss(self) -> tuple[Tensor, ...]:
+        """Arguments of a loss whose ratios are 1."""
+        return self.old, self.old, self.advantages, self.mask
 
 
 def tensor(*values: float) -> Tensor:
@@ -423,17 +429,43 @@ class TestMetrics:
             assert torch.equal(found.metrics[name], value), name
 
 
+def by_a_rule(batch: Batch) -> None:
+    RULES["mask"](batch.old, batch.rollout, batch.mask)
+
+
+def by_arguments(batch: Batch) -> None:
+    rollout_correction(batch.old, batch.rollout, batch.mask, region=Clip(0.2))
+
+
+def in_a_loss(batch: Batch) -> None:
+    rule: dict[str, Any] = {"region": Clip(0.2), "correction": RULES["mask"]}
+    policy_loss(*batch.of_loss(), rollout_log_prob=batch.rollout, **rule)
+
+
+def in_a_module(batch: Batch) -> None:
+    module = PolicyLoss(Clip(0.2), correction=RULES["mask"])
+    module(*batch.of_loss(), rollout_log_prob=batch.rollout)
+
+
 class TestMismatchWarning:
     @pytest.fixture(autouse=True)
     def fresh(self, already_warned: None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(warning, "_WARNED", set())
 
-    def test_is_given_once_at_the_callers_line(self) -> None:
+    @pytest.mark.parametrize("call", [by_a_rule, by_arguments, in_a_loss, in_a_module])
+    def test_is_given_at_the_callers_line(self, call: Callable[[Batch], None]) -> None:
         batch = Batch()
         batch.old = batch.rollout - 1.1 * MISMATCH_LIMIT
-        with pytest.warns(MismatchWarning, match=r"0\.55 on average, above 0\.5") as caught:
+        with pytest.warns(MismatchWarning) as caught:
+            call(batch)
+        lines, first = inspect.getsourcelines(call)
+        assert (caught[0].filename, caught[0].lineno) == (__file__, first + len(lines) - 1)
+
+    def test_is_given_once(self) -> None:
+        batch = Batch()
+        batch.old = batch.rollout - 1.1 * MISMATCH_LIMIT
+        with pytest.warns(MismatchWarning, match=r"0\.55 on average, above 0\.5"):
             batch.correct(RULES["mask"])
-        assert caught[0].filename == __file__
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             batch.correct(RULES["mask"])

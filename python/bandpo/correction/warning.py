@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from types import FrameType
 
 import torch
 
@@ -18,18 +20,15 @@ _COMPARED: set[str] = set()
 """Arguments whose first batch has been compared."""
 
 
-def warn_of_mismatch(
-    log_ratio: torch.Tensor, valid: torch.Tensor, argument: str, *, stacklevel: int
-) -> None:
-    """Gives a `MismatchWarning`, once, if the two policies are far apart.
+def warn_of_mismatch(argument: str, log_ratio: torch.Tensor, valid: torch.Tensor) -> None:
+    """Gives a `MismatchWarning` at the caller's line, once, if the two policies are far apart.
 
     Tensors on a CPU alone are compared, because the host has to read the mean.
 
     Args:
+        argument: Name of the other log-probs.
         log_ratio: ``old_log_prob`` less the log-probs of the argument, 0 where masked.
         valid: Which tokens count, bool.
-        argument: Name of the other log-probs.
-        stacklevel: Frames from here to the user's call.
     """
     if not needs_no_dispatcher(log_ratio) or log_ratio.numel() == 0 or argument in _WARNED:
         return
@@ -41,7 +40,7 @@ def warn_of_mismatch(
             f"old_log_prob and {argument} differ by {mean:.2f} on average, above {MISMATCH_LIMIT}: "
             f"check that both are of the same tokens, shifted alike, and of the same temperature",
             MismatchWarning,
-            stacklevel=stacklevel + 1,
+            stacklevel=_caller(),
         )
 
 
@@ -62,4 +61,19 @@ def warn_of_first_mismatch(
         return
     _COMPARED.add(argument)
     log_ratio = (old_log_prob - log_prob).reshape(valid.shape)
-    warn_of_mismatch(torch.where(valid, log_ratio, 0.0), valid, argument, stacklevel=3)
+    warn_of_mismatch(argument, torch.where(valid, log_ratio, 0.0), valid)
+
+
+def _caller() -> int:
+    """The ``stacklevel`` of the first frame outside of this package and of torch.
+
+    No constant, because a loss may be called as a module, which adds frames of torch.
+    """
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and _package_of(frame) in ("bandpo", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).split(".")[0]

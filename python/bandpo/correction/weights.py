@@ -58,7 +58,7 @@ def apply(
     kept = valid & ~dropped
     weight = torch.where(kept, weight, 0.0)
 
-    warn_of_mismatch(batch.log_ratio, batch.valid, "rollout_log_prob", stacklevel=3)
+    warn_of_mismatch("rollout_log_prob", batch.log_ratio, batch.valid)
 
     def metrics() -> dict[str, torch.Tensor]:
         return metrics_of(batch, weight, kept, outside)
