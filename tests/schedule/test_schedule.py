@@ -64,7 +64,7 @@ def test_a_step_past_the_end_is_an_error(schedule: Schedule) -> None:
 
 def test_entropy_targeted_follows_the_shortfall_and_stays_in_range() -> None:
     def make() -> EntropyTargeted:
-        return EntropyTargeted(0.05, target=2.0, rate=0.1, least=0.04, greatest=0.06)
+        return EntropyTargeted(0.05, target=2.0, rate=0.1, min_value=0.04, max_value=0.06)
 
     # A shortfall of a quarter, none, an excess of a half, and more than the limit of one.
     for entropy, factor in [(1.5, 0.25), (2.0, 0.0), (3.0, -0.5), (1e9, -1.0), (0.0, 1.0)]:
@@ -80,7 +80,7 @@ SCHEDULES = [
     Constant(0.05),
     Linear(0.1, 0.05, 10),
     Cosine(0.1, 0.05, 10),
-    EntropyTargeted(0.05, target=2.0, rate=0.1, least=0.01, greatest=1.0),
+    EntropyTargeted(0.05, target=2.0, rate=0.1, min_value=0.01, max_value=1.0),
 ]
 
 
@@ -104,14 +104,14 @@ def test_a_schedule_resumes_from_its_state(schedule: Schedule) -> None:
         (lambda: Linear(0.1, 0.1, True), InvalidTypeError, "steps must be an int, got bool"),
         (lambda: Cosine(-1.0, 0.1, 5), InvalidValueError, "start must be finite and above 0"),
         (
-            lambda: EntropyTargeted(0.5, target=1, rate=1, least=0.1, greatest=0.2),
+            lambda: EntropyTargeted(0.5, target=1, rate=1, min_value=0.1, max_value=0.2),
             InvalidValueError,
-            "start must be from least = 0.1 to greatest = 0.2, got 0.5",
+            "start must be from min_value = 0.1 to max_value = 0.2, got 0.5",
         ),
         (
-            lambda: EntropyTargeted(0.5, target=1, rate=1, least=0.3, greatest=0.2),
+            lambda: EntropyTargeted(0.5, target=1, rate=1, min_value=0.3, max_value=0.2),
             InvalidValueError,
-            "least must be at most greatest = 0.2, got 0.3",
+            "min_value must be at most max_value = 0.2, got 0.3",
         ),
         (lambda: SCHEDULES[3].step(), InvalidTypeError, "entropy must be a real number"),
         (lambda: SCHEDULES[3].step(math.nan), InvalidValueError, "entropy .* got nan"),

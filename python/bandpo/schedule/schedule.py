@@ -168,16 +168,16 @@ class EntropyTargeted(Schedule):
     """A number that grows while the policy's entropy is below a target, and shrinks above it.
 
     Each step multiplies it by ``exp(rate * x)``, where x is the relative shortfall
-    ``(target - entropy) / target``, limited to [-1, 1], and keeps it in [least, greatest]. So no
-    step changes it by more than a factor of ``e^rate``. This rule is not published elsewhere, and
-    a wider band need not raise the entropy of a policy.
+    ``(target - entropy) / target``, limited to [-1, 1], and keeps it from ``min_value`` to
+    ``max_value``. So no step changes it by more than a factor of ``e^rate``. This rule is not
+    published elsewhere, and a wider band need not raise the entropy of a policy.
 
     Args:
         start: The number before the first step.
         target: The entropy to reach, above 0, in the unit of the entropy that `step` takes.
         rate: Max change of the logarithm of the number in a step, finite and above 0.
-        least: Min of the number, finite and above 0.
-        greatest: Max of the number, finite and at least ``least``.
+        min_value: Min of the number, finite and above 0.
+        max_value: Max of the number, finite and at least ``min_value``.
 
     Raises:
         InvalidTypeError: If an argument is not a real number.
@@ -185,14 +185,16 @@ class EntropyTargeted(Schedule):
     """
 
     def __init__(
-        self, start: float, *, target: float, rate: float, least: float, greatest: float
+        self, start: float, *, target: float, rate: float, min_value: float, max_value: float
     ) -> None:
         self.target = positive_number("target", target)
         self.rate = positive_number("rate", rate)
-        self.least = positive_number("least", least)
-        self.greatest = positive_number("greatest", greatest)
-        if self.least > self.greatest:
-            raise InvalidValueError(f"least must be at most greatest = {greatest}, got {least}")
+        self.min_value = positive_number("min_value", min_value)
+        self.max_value = positive_number("max_value", max_value)
+        if self.min_value > self.max_value:
+            raise InvalidValueError(
+                f"min_value must be at most max_value = {max_value}, got {min_value}"
+            )
         self._value = self._in_range("start", start)
 
     @property
@@ -207,7 +209,7 @@ class EntropyTargeted(Schedule):
             raise InvalidValueError(f"entropy must be finite and at least 0, got {entropy}")
         shortfall = max((self.target - measured) / self.target, -1.0)
         changed = self._value * math.exp(self.rate * shortfall)
-        self._value = min(max(changed, self.least), self.greatest)
+        self._value = min(max(changed, self.min_value), self.max_value)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number."""
@@ -222,9 +224,9 @@ class EntropyTargeted(Schedule):
 
     def _in_range(self, argument: str, value: float) -> float:
         number = real_number(argument, value)
-        if not self.least <= number <= self.greatest:
+        if not self.min_value <= number <= self.max_value:
             raise InvalidValueError(
-                f"{argument} must be from least = {self.least} to greatest = {self.greatest}, "
-                f"got {value}"
+                f"{argument} must be from min_value = {self.min_value} "
+                f"to max_value = {self.max_value}, got {value}"
             )
         return number
