@@ -19,7 +19,7 @@ of spo cancels next to its bound, to 53 ulp in these batches. The rest is room f
 libraries.
 """
 
-HALF = 2.0**16
+HALF_ULP = 2.0**16
 """An ulp of bfloat16 in ulp of float32."""
 
 
@@ -66,7 +66,7 @@ def distance(actual: Any, expected: Any, size: Any, half: bool = False) -> float
     """
     at = np.maximum(np.abs(np.asarray(expected, dtype=np.float64)), size)
     at = np.maximum(at, float(np.finfo(np.float32).tiny))
-    ulp = np.exp2(np.floor(np.log2(at)) - (7 if half else 23))
+    ulp = np.exp2(np.floor(np.log2(at)) - 23) * (HALF_ULP if half else 1.0)
     with np.errstate(invalid="ignore"):
         off = np.abs(np.asarray(actual, dtype=np.float64) - expected) / ulp
     return float(np.where(np.isfinite(off), off, np.inf).max(initial=0.0))

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bandpo.conform.batch import HALF as HALF_CASE
-from bandpo.conform.compare import HALF, MAX_ULP, Report, Verdict, report
+from bandpo.conform.batch import HALF
+from bandpo.conform.compare import HALF_ULP, MAX_ULP, Report, Verdict, report
 from bandpo.conform.frameworks import ADAPTERS, OTHERS, framework_report
 from bandpo.conform.ours import DEVICES, KNOWN, backends, loss_of
 from bandpo.conform.vectors import FILE, read_vectors
@@ -84,6 +84,6 @@ def _reason(verdict: Verdict) -> str:
     if verdict.gradient_ulp > MAX_ULP:
         return "gradient"
     if verdict.loss_ulp > MAX_ULP:
-        is_half = verdict.case == HALF_CASE and verdict.loss_ulp <= MAX_ULP * HALF
+        is_half = verdict.case == HALF and verdict.loss_ulp <= MAX_ULP * HALF_ULP
         return "loss in bfloat16" if is_half else "loss"
     return "counts"
