@@ -23,7 +23,7 @@ DELTA = 0.05
 _SEED = 20260711
 
 
-class Batch(NamedTuple):
+class TokenArrays(NamedTuple):
     """What a policy loss takes: each [sequences, ROW], float64 but for the mask, bool."""
 
     old_log_prob: NDArray[np.float64]
@@ -46,7 +46,7 @@ def undecided(size: int) -> NDArray[np.float64]:
 
 
 @cache
-def batch(size: int) -> Batch:
+def batch(size: int) -> TokenArrays:
     """Returns sequences of ROW tokens of which three quarters count on average."""
     rng = np.random.default_rng(_SEED + 2)
     shape = (size // ROW, ROW)
@@ -54,4 +54,6 @@ def batch(size: int) -> Batch:
     log_prob = np.minimum(old_log_prob + rng.normal(0.0, 0.2, shape), 0.0)
     advantages = np.broadcast_to(rng.normal(0.0, 1.0, (shape[0], 1)), shape)
     lengths = rng.integers(ROW // 2, ROW, (shape[0], 1), endpoint=True)
-    return Batch(old_log_prob, log_prob, np.ascontiguousarray(advantages), np.arange(ROW) < lengths)
+    return TokenArrays(
+        old_log_prob, log_prob, np.ascontiguousarray(advantages), np.arange(ROW) < lengths
+    )

@@ -482,7 +482,7 @@ RULES: dict[str, Rows] = {
 # --- batches -----------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
+class CaseArrays(NamedTuple):
     """Arrays [ROWS, WIDTH]; the tokens that a mask leaves out may hold anything."""
 
     old_log_prob: np.ndarray
@@ -533,7 +533,7 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
-def batch_of(case: str, random: Random) -> Batch:
+def batch_of(case: str, random: Random) -> CaseArrays:
     """A batch of a case."""
     old, new, rollout = (np.array(each, dtype=np.float32) for each in drawn(random))
     advantages = np.repeat(np.array(ADVANTAGES, dtype=np.float32)[:, None], WIDTH, 1)
@@ -573,7 +573,7 @@ def batch_of(case: str, random: Random) -> Batch:
         valid[2] = 0
     elif case == "zero-advantages":
         advantages[:] = 0.0
-    return Batch(old, new, rollout, advantages, valid)
+    return CaseArrays(old, new, rollout, advantages, valid)
 
 
 # --- results -----------------------------------------------------------------------------------
@@ -597,7 +597,7 @@ def weights_of(mode: str, lengths: list[int]) -> list[mpf]:
     return [each[mode](n) for n in lengths]
 
 
-def results(batch: Batch, losses: list[list[Loss]]) -> Iterator[tuple[str, np.ndarray]]:
+def results(batch: CaseArrays, losses: list[list[Loss]]) -> Iterator[tuple[str, np.ndarray]]:
     """The fields of a preset on a batch."""
     lengths = [len(row) for row in losses]
     for mode in MODES:

@@ -86,7 +86,7 @@ def already_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warning, "_WARNED", {"rollout_log_prob"})
 
 
-class Batch:
+class SampledBatch:
     def __init__(self, shape: tuple[int, ...] = (16, 8), seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         rollout = -rng.exponential(1.5, shape)
@@ -138,7 +138,7 @@ class TestDecision:
         assert region.contains(rollout.numpy(), math.log(1.1)).tolist() == [[True, False]]
 
     def test_an_array_of_deltas_has_the_shape_of_the_batch(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         each = Band("kl", np.full((16, 8), 0.01))
         for action in ("mask", "truncate"):
             wanted = batch.correct(Correction(Band("kl", 0.01), action=action)).weights
@@ -146,7 +146,7 @@ class TestDecision:
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0.0)
 
     def test_a_region_that_changes_takes_effect(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         source = ScheduledBand("kl", Linear(0.1, 1e-4, steps=1))
         rule = Correction(source)
         before = int(batch.correct(rule).kept.sum())
@@ -176,7 +176,7 @@ class TestDecision:
 class TestInfinityAndNan:
     @pytest.mark.parametrize("name", RULES)
     def test_masked_tokens_have_no_effect(self, name: str) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         wanted = batch.correct(RULES[name])
         rng = np.random.default_rng(1)
         junk = torch.from_numpy(rng.choice([NAN, INF, -INF, 1e300], (16, 8)))
@@ -191,7 +191,7 @@ class TestInfinityAndNan:
 
     @pytest.mark.parametrize(("name", "column"), COLUMNS_WITH_NAN)
     def test_a_nan_is_neither_dropped_nor_kept_unseen(self, name: str, column: str) -> None:
-        rule, batch = RULES[name], Batch()
+        rule, batch = RULES[name], SampledBatch()
         wanted = batch.correct(rule)
         batch.mask[3, 5] = True
         if column == "both infinite":
@@ -215,7 +215,7 @@ class TestInfinityAndNan:
             assert found.metrics["weight_max"].isnan()
 
     @staticmethod
-    def packed(batch: Batch, rule: Correction) -> RolloutCorrection:
+    def packed(batch: SampledBatch, rule: Correction) -> RolloutCorrection:
         columns = (batch.old, batch.rollout, batch.mask)
         found = rule(
             *(column.reshape(-1) for column in columns),
@@ -250,7 +250,7 @@ class TestInfinityAndNan:
 
     def test_a_sequence_without_tokens_changes_nothing(self) -> None:
         for name, rule in RULES.items():
-            batch = Batch()
+            batch = SampledBatch()
             wanted = batch.correct(rule).weights
             batch.mask[2] = False
             found = batch.correct(rule)
@@ -263,7 +263,7 @@ class TestTensors:
     @pytest.mark.parametrize("name", RULES)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
     def test_half_precision_is_computed_in_float32(self, name: str, dtype: torch.dtype) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         batch.old, batch.rollout = batch.old.to(dtype), batch.rollout.to(dtype)
         found = batch.correct(RULES[name])
         batch.old, batch.rollout = batch.old.float(), batch.rollout.float()
@@ -274,14 +274,14 @@ class TestTensors:
                    for v in found.metrics.values())  # fmt: skip
 
     def test_float64_is_kept(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         assert batch.correct(RULES["mask"]).weights.dtype == torch.float64
         batch.rollout = batch.rollout.float()
         assert batch.correct(RULES["mask"]).weights.dtype == torch.float64
 
     @pytest.mark.parametrize("name", RULES)
     def test_shapes(self, name: str) -> None:
-        batch, rule = Batch(), RULES[name]
+        batch, rule = SampledBatch(), RULES[name]
         wanted = batch.correct(rule)
         column = rule(
             *(t[..., None] for t in (batch.old, batch.rollout, batch.mask)),
@@ -299,14 +299,14 @@ class TestTensors:
         assert rule(empty, empty, empty, advantages=empty).weights.shape == (2, 0)
 
     def test_masks_of_numbers(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         wanted = batch.correct(RULES["product"]).weights
         for dtype in (torch.int64, torch.float32, torch.uint8):
             found = RULES["product"](batch.old, batch.rollout, batch.mask.to(dtype)).weights
             assert torch.equal(found, wanted)
 
     def test_nothing_has_a_gradient(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         batch.old.requires_grad_()
         batch.rollout.requires_grad_()
         found = batch.correct(RULES["outward"])
@@ -315,7 +315,7 @@ class TestTensors:
 
     @pytest.mark.parametrize("name", RULES)
     def test_a_device_without_values_will_do(self, name: str) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         for column in ("old", "rollout", "mask", "advantages"):
             setattr(batch, column, getattr(batch, column).to("meta"))
         found = batch.correct(RULES[name])
@@ -325,7 +325,7 @@ class TestTensors:
     @pytest.mark.parametrize("name", COMPILED)
     def test_compiles_without_a_break(self, name: str) -> None:
         torch.compiler.reset()
-        batch, rule = Batch(), RULES[name]
+        batch, rule = SampledBatch(), RULES[name]
 
         def run(old: Tensor, rollout: Tensor, mask: Tensor, advantages: Tensor) -> Any:
             return rule(old, rollout, mask, advantages=advantages)
@@ -340,7 +340,7 @@ class TestTensors:
 
     def test_the_one_call_compiles_on_packed_tensors(self) -> None:
         torch.compiler.reset()
-        batch = Batch((128,))
+        batch = SampledBatch((128,))
         offsets = torch.tensor([0, 5, 5, 128])
 
         def run(old: Tensor, rollout: Tensor, mask: Tensor, offsets: Tensor) -> Any:
@@ -356,7 +356,7 @@ class TestTensors:
 
 class TestMetrics:
     def test_are_their_formulas(self) -> None:
-        batch = Batch((64, 16))
+        batch = SampledBatch((64, 16))
         rule = RULES["band"]
         found = batch.correct(rule)
         mask = batch.mask.numpy()
@@ -385,7 +385,7 @@ class TestMetrics:
             np.testing.assert_allclose(found.metrics[name].numpy(), value, rtol=1e-12, err_msg=name)
 
     def test_outside_counts_tokens_that_are_truncated_or_move_back(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         outside = batch.correct(Correction(Clip(0.2))).metrics["outside_fraction"]
         assert outside > 0.0
         for rule in (Correction(Clip(0.2), action="truncate"),
@@ -397,7 +397,7 @@ class TestMetrics:
         assert torch.equal(everywhere.kept, batch.mask)
 
     def test_are_neutral_for_an_empty_batch(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         batch.mask[:] = False
         metrics = batch.correct(RULES["product"]).metrics
         ones = {"kept_fraction", "effective_sample_size", "weight_mean", "weight_max",
@@ -407,19 +407,19 @@ class TestMetrics:
                 assert (value == (1.0 if name in ones else 0.0)).all(), name
 
     def test_are_0_for_a_batch_that_is_all_dropped(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         metrics = batch.correct(Correction(statistic="k2", threshold=0.0)).metrics
         assert metrics["kept_fraction"] == metrics["effective_sample_size"] == 0.0
         assert metrics["weight_mean"] == metrics["weight_max"] == 0.0
 
     def test_equal_weights_are_a_full_sample(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         batch.old = batch.rollout + 0.1
         metrics = batch.correct(RULES["mask"]).metrics
         assert metrics["effective_sample_size"] == pytest.approx(1.0)
 
     def test_keep_their_values_when_an_input_changes_in_place(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         wanted = dict(batch.correct(RULES["mask"]).metrics)
         found = batch.correct(RULES["mask"])
         for column in (batch.old, batch.rollout):
@@ -429,20 +429,20 @@ class TestMetrics:
             assert torch.equal(found.metrics[name], value), name
 
 
-def by_a_rule(batch: Batch) -> None:
+def by_a_rule(batch: SampledBatch) -> None:
     RULES["mask"](batch.old, batch.rollout, batch.mask)
 
 
-def by_arguments(batch: Batch) -> None:
+def by_arguments(batch: SampledBatch) -> None:
     rollout_correction(batch.old, batch.rollout, batch.mask, region=Clip(0.2))
 
 
-def in_a_loss(batch: Batch) -> None:
+def in_a_loss(batch: SampledBatch) -> None:
     rule: dict[str, Any] = {"region": Clip(0.2), "correction": RULES["mask"]}
     policy_loss(*batch.of_loss(), rollout_log_prob=batch.rollout, **rule)
 
 
-def in_a_module(batch: Batch) -> None:
+def in_a_module(batch: SampledBatch) -> None:
     module = PolicyLoss(Clip(0.2), correction=RULES["mask"])
     module(*batch.of_loss(), rollout_log_prob=batch.rollout)
 
@@ -453,8 +453,8 @@ class TestMismatchWarning:
         monkeypatch.setattr(warning, "_WARNED", set())
 
     @pytest.mark.parametrize("call", [by_a_rule, by_arguments, in_a_loss, in_a_module])
-    def test_is_given_at_the_callers_line(self, call: Callable[[Batch], None]) -> None:
-        batch = Batch()
+    def test_is_given_at_the_callers_line(self, call: Callable[[SampledBatch], None]) -> None:
+        batch = SampledBatch()
         batch.old = batch.rollout - 1.1 * MISMATCH_LIMIT
         with pytest.warns(MismatchWarning) as caught:
             call(batch)
@@ -462,7 +462,7 @@ class TestMismatchWarning:
         assert (caught[0].filename, caught[0].lineno) == (__file__, first + len(lines) - 1)
 
     def test_is_given_once(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         batch.old = batch.rollout - 1.1 * MISMATCH_LIMIT
         with pytest.warns(MismatchWarning, match=r"0\.55 on average, above 0\.5"):
             batch.correct(RULES["mask"])
@@ -471,7 +471,7 @@ class TestMismatchWarning:
             batch.correct(RULES["mask"])
 
     def test_needs_more_than_the_limit_in_tokens_that_count(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         batch.old = batch.rollout - 0.9 * MISMATCH_LIMIT
         batch.old[~batch.mask] = -100.0
         with warnings.catch_warnings():
@@ -593,7 +593,7 @@ class TestRuleAsData:
             rule.level = "token"  # type: ignore[misc]
 
     def test_one_call_is_the_same(self) -> None:
-        batch = Batch()
+        batch = SampledBatch()
         wanted = batch.correct(RULES["outward"])
         found = rollout_correction(
             batch.old, batch.rollout, batch.mask, statistic="ratio-distance", threshold=0.1,
@@ -602,7 +602,7 @@ class TestRuleAsData:
         assert torch.equal(found.weights, wanted.weights)
 
     def test_a_result_is_pickled_and_shown(self) -> None:
-        found = Batch().correct(RULES["mask"])
+        found = SampledBatch().correct(RULES["mask"])
         again = pickle.loads(pickle.dumps(found))  # noqa: S301  # made in this line
         assert torch.equal(again.weights, found.weights)
         assert again.metrics.keys() == found.metrics.keys()
@@ -630,7 +630,7 @@ except bandpo.error.MissingExtraError as error:
 
 @pytest.mark.parametrize("name", RULES)
 def test_weights_multiply_the_loss_of_a_policy(name: str) -> None:
-    batch = Batch()
+    batch = SampledBatch()
     found = batch.correct(RULES[name])
     new = batch.old + 0.1
     given = (batch.old, new, batch.advantages, batch.mask)

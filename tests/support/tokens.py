@@ -9,7 +9,7 @@ import numpy as np
 from bandpo.check import BoolArray, Float64Array
 
 
-class Tokens(NamedTuple):
+class TokenArrays(NamedTuple):
     """The inputs of a policy loss."""
 
     old_log_prob: Float64Array
@@ -18,12 +18,12 @@ class Tokens(NamedTuple):
     mask: BoolArray
 
 
-def random_tokens(shape: int | tuple[int, ...], seed: int = 0, step: float = 0.5) -> Tokens:
+def random_tokens(shape: int | tuple[int, ...], seed: int = 0, step: float = 0.5) -> TokenArrays:
     """Tokens with log-ratios on both sides of most bounds; a quarter is masked."""
     rng = np.random.default_rng(seed)
     old = -rng.exponential(3.0, shape)
     new = np.minimum(old + rng.normal(0.0, step, shape), 0.0)
-    return Tokens(old, new, rng.normal(0.0, 1.0, shape), rng.random(shape) < 0.75)
+    return TokenArrays(old, new, rng.normal(0.0, 1.0, shape), rng.random(shape) < 0.75)
 
 
 def wide_tokens(
@@ -33,7 +33,7 @@ def wide_tokens(
     logits: tuple[float, float],
     step: float = 1.0,
     factors: tuple[float, ...] = (0.1, 0.5, 3.0),
-) -> Tokens:
+) -> TokenArrays:
     """Tokens from rare to sure, with log-ratios from tiny ones to some far beyond a bound.
 
     Logits of the old probability are uniform. New log-probs may be above 0.
@@ -41,10 +41,10 @@ def wide_tokens(
     rng = np.random.default_rng(seed)
     old = -np.logaddexp(0, -rng.uniform(*logits, shape))
     new = old + rng.laplace(0, step, shape) * rng.choice(factors, shape)
-    return Tokens(old, new, rng.normal(0, 1, shape), rng.random(shape) < 0.8)
+    return TokenArrays(old, new, rng.normal(0, 1, shape), rng.random(shape) < 0.8)
 
 
-def with_extremes(tokens: Tokens, seed: int = 0) -> Tokens:
+def with_extremes(tokens: TokenArrays, seed: int = 0) -> TokenArrays:
     """Tokens of which some are sure, far beyond the clamp, tiny or, if masked, NaN."""
     special = np.random.default_rng([seed, 1]).integers(0, 40, tokens.mask.shape)
     old, new, advantages = (column.copy() for column in tokens[:3])
@@ -57,7 +57,7 @@ def with_extremes(tokens: Tokens, seed: int = 0) -> Tokens:
     old[special == 6], new[special == 6] = -7.0, -70.0
     for column in (old, new, advantages):
         column[~tokens.mask & (special > 20)] = np.nan
-    return Tokens(old, new, advantages, tokens.mask)
+    return TokenArrays(old, new, advantages, tokens.mask)
 
 
 def log_probs(seed: int, count: int) -> Float64Array:

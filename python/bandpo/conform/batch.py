@@ -18,7 +18,7 @@ HALF = "bfloat16"
 """The case whose inputs are given in bfloat16, in which they are exact."""
 
 
-class Batch(NamedTuple):
+class MicroBatch(NamedTuple):
     """Tensors of a batch or a micro-batch, [B, T], and counts of the whole."""
 
     old_log_prob: torch.Tensor
@@ -52,7 +52,7 @@ class Loss(NamedTuple):
     counts: torch.Tensor | None = None
 
 
-LossOf = Callable[[Batch], Loss]
+LossOf = Callable[[MicroBatch], Loss]
 """An implementation of one rule."""
 
 
@@ -84,7 +84,7 @@ def run(
     for start in range(0, rows, size):
         part = slice(start, start + size)
         old, new, rollout, advantages = (tensor[part].clone() for tensor in given)
-        batch = Batch(
+        batch = MicroBatch(
             old,
             new.requires_grad_(),
             rollout,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bandpo.conform.batch import Batch, Loss, LossOf, tokens_that_count
+from bandpo.conform.batch import Loss, LossOf, MicroBatch, tokens_that_count
 from bandpo.conform.vectors import Vector
 from bandpo.loss import policy_loss
 from bandpo.presets import preset
@@ -41,13 +41,13 @@ def loss_of(vector: Vector, backend: str, *, exact: bool = False) -> LossOf:
     if isinstance(region, SecondMoment):
         region.update(*tokens_that_count(vector))
 
-    def loss(batch: Batch) -> Loss:
+    def loss(batch: MicroBatch) -> Loss:
         return _loss(batch, {**arguments, "backend": backend, "exact": exact})
 
     return loss
 
 
-def _loss(batch: Batch, arguments: dict[str, Any]) -> Loss:
+def _loss(batch: MicroBatch, arguments: dict[str, Any]) -> Loss:
     corrected = arguments["correction"] is not None
     result = policy_loss(
         batch.old_log_prob,

@@ -9,12 +9,12 @@ import torch
 
 from bandpo.backends.contract import PROBABILITY_BINS
 from bandpo.backends.plain import probability_bin
-from bandpo.correction.tokens import Batch
+from bandpo.correction.tokens import TwoPolicies
 from bandpo.surrogate import LOG_RATIO_LIMIT
 
 
 def metrics_of(
-    batch: Batch, weight: torch.Tensor, kept: torch.Tensor, outside: torch.Tensor
+    batch: TwoPolicies, weight: torch.Tensor, kept: torch.Tensor, outside: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The metrics by name, 0-dim or [bins]; `rollout_correction` defines them."""
     valid = batch.valid

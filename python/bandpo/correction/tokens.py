@@ -9,7 +9,7 @@ import torch
 from bandpo.batch.tokens import Sequences
 
 
-class Batch(NamedTuple):
+class TwoPolicies(NamedTuple):
     """The tokens; masked ones have log-prob 0 under both policies."""
 
     old: torch.Tensor  # [B, T], packed tokens as one row

@@ -17,7 +17,7 @@ from bandpo.batch.tokens import Sequences, shaped, shaped_by_row
 from bandpo.correction.check import check_batch, check_sequences
 from bandpo.correction.metrics import metrics_of
 from bandpo.correction.rule import Correction, RolloutCorrection
-from bandpo.correction.tokens import Batch
+from bandpo.correction.tokens import TwoPolicies
 from bandpo.correction.warning import warn_of_mismatch
 from bandpo.surrogate import LOG_RATIO_LIMIT
 from bandpo.tensors.bounds import bounds_of, membership_of
@@ -41,7 +41,7 @@ def apply(
         torch.where(valid, shaped(tensor.detach().to(dtype), shape), 0.0)
         for tensor in (old_log_prob, rollout_log_prob)
     )
-    batch = Batch(old, rollout, old - rollout, valid, cu_seqlens, old_log_prob.shape)
+    batch = TwoPolicies(old, rollout, old - rollout, valid, cu_seqlens, old_log_prob.shape)
     found = _of_tokens(rule, batch) if rule.level == "token" else _of_sequences(rule, batch)
 
     unknown = found.value.isnan()
@@ -77,7 +77,7 @@ class _Found(NamedTuple):
     log_weight: torch.Tensor
 
 
-def _of_tokens(rule: Correction, batch: Batch) -> _Found:
+def _of_tokens(rule: Correction, batch: TwoPolicies) -> _Found:
     x = batch.log_ratio
     own = torch.zeros_like(x) if rule.action == "mask-only" else x
     if rule.allowed is None:
@@ -95,7 +95,7 @@ def _of_tokens(rule: Correction, batch: Batch) -> _Found:
     return _Found(x, (lower <= x) & (x <= upper), own)
 
 
-def _of_sequences(rule: Correction, batch: Batch) -> _Found:
+def _of_sequences(rule: Correction, batch: TwoPolicies) -> _Found:
     x, sequences = batch.log_ratio, batch.sequences()
     lengths = sequences.lengths.clamp(min=1)
     own = torch.zeros_like(x) if rule.action == "mask-only" else x
@@ -121,7 +121,7 @@ def _of_sequences(rule: Correction, batch: Batch) -> _Found:
     return _Found(value, inside, own)
 
 
-def _statistic(rule: Correction, batch: Batch) -> torch.Tensor:
+def _statistic(rule: Correction, batch: TwoPolicies) -> torch.Tensor:
     """The statistic of each token, [B, T]."""
     name, x = rule.statistic, batch.log_ratio
     if name == "k1":
@@ -143,7 +143,7 @@ def _at_most(value: torch.Tensor, rule: Correction) -> torch.Tensor:
     return value <= rule.threshold
 
 
-def _max_of(tokens: torch.Tensor, batch: Batch, sequences: Sequences) -> torch.Tensor:
+def _max_of(tokens: torch.Tensor, batch: TwoPolicies, sequences: Sequences) -> torch.Tensor:
     """The max of each sequence, [S]; that of a sequence without tokens is -inf."""
     tokens = torch.where(batch.valid, tokens, -math.inf)
     if sequences.of_token is None:
@@ -158,7 +158,7 @@ def _max_of(tokens: torch.Tensor, batch: Batch, sequences: Sequences) -> torch.T
 
 
 def _eligible(
-    rule: Correction, batch: Batch, advantages: torch.Tensor
+    rule: Correction, batch: TwoPolicies, advantages: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens that may be dropped, and those of which it is not known."""
     x = batch.log_ratio

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from bandpo.conform.batch import SPLIT, Batch, Loss, LossOf
+from bandpo.conform.batch import SPLIT, Loss, LossOf, MicroBatch
 from bandpo.conform.vectors import Vector
 
 
@@ -15,7 +15,7 @@ def loss_of(vector: Vector) -> LossOf | None:
     return _loss
 
 
-def _loss(batch: Batch) -> Loss:
+def _loss(batch: MicroBatch) -> Loss:
     valid = batch.response_mask != 0
     weights = GRPOTrainer.get_gamma_weights(
         advantages=batch.advantages[:, :1],

@@ -8,7 +8,7 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 from verl.workers.config import ActorConfig
 
-from bandpo.conform.batch import Batch, Loss, LossOf
+from bandpo.conform.batch import Loss, LossOf, MicroBatch
 from bandpo.conform.vectors import Vector
 
 _NONE = 1e30
@@ -56,7 +56,7 @@ def loss_of(vector: Vector) -> LossOf | None:
     function = get_policy_loss_fn(name)
     correction = _CORRECTIONS.get(vector.preset)
 
-    def loss(batch: Batch) -> Loss:
+    def loss(batch: MicroBatch) -> Loss:
         config = ActorConfig(
             strategy="fsdp",
             rollout_n=1,
