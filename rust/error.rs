@@ -132,6 +132,15 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
+    /// Refuses an array whose length differs from that of another.
+    pub(crate) fn check_length(
+        argument: &'static str,
+        actual: usize,
+        expected: usize,
+    ) -> Result<()> {
+        if actual == expected { Ok(()) } else { Err(Self::Length { argument, actual, expected }) }
+    }
+
     /// A file that could not be read or written, with the operating system's message.
     pub(crate) fn file(path: &Path, action: &'static str, error: &io::Error) -> Self {
         let reason = match (error.raw_os_error(), error.kind()) {

@@ -34,13 +34,7 @@ pub fn contains(
 ) -> Result<Vec<bool>> {
     delta_low.check("delta_low", logp.len())?;
     delta_high.check("delta_high", logp.len())?;
-    if log_ratio.len() != logp.len() {
-        return Err(Error::Length {
-            argument: "log_ratio",
-            actual: log_ratio.len(),
-            expected: logp.len(),
-        });
-    }
+    Error::check_length("log_ratio", log_ratio.len(), logp.len())?;
     Ok(logp
         .par_iter()
         .with_min_len(CHUNK)
@@ -59,13 +53,7 @@ pub fn contains(
 /// # Errors
 /// [`Error::Length`].
 pub fn divergences(divergence: &Divergence, logp: &[f64], log_ratio: &[f64]) -> Result<Vec<f64>> {
-    if log_ratio.len() != logp.len() {
-        return Err(Error::Length {
-            argument: "log_ratio",
-            actual: log_ratio.len(),
-            expected: logp.len(),
-        });
-    }
+    Error::check_length("log_ratio", log_ratio.len(), logp.len())?;
     let generator = &divergence.generator;
     let of_generator = |logp: f64, log_ratio: f64| {
         if logp.is_nan() || log_ratio.is_nan() {

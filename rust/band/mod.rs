@@ -152,11 +152,8 @@ pub fn log_bounds(
 ) -> Result<()> {
     delta_low.check("delta_low", logp.len())?;
     delta_high.check("delta_high", logp.len())?;
-    for (argument, actual) in [("log_lower", log_lower.len()), ("log_upper", log_upper.len())] {
-        if actual != logp.len() {
-            return Err(Error::Length { argument, actual, expected: logp.len() });
-        }
-    }
+    Error::check_length("log_lower", log_lower.len(), logp.len())?;
+    Error::check_length("log_upper", log_upper.len(), logp.len())?;
     fill(divergence, [delta_low, delta_high], logp, log_lower, log_upper);
     Ok(())
 }

@@ -158,9 +158,7 @@ impl Delta<'_> {
         match self {
             Self::Same(value) => check_delta(*value, None),
             Self::Each(values) => {
-                if values.len() != expected {
-                    return Err(Error::Length { argument, actual: values.len(), expected });
-                }
+                Error::check_length(argument, values.len(), expected)?;
                 values
                     .iter()
                     .enumerate()

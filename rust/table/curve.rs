@@ -82,13 +82,7 @@ impl Curve<'_> {
             Self::Sampled(sampler) => {
                 let logp: Vec<f64> = ys.iter().map(|y| -y).collect();
                 let sampled = sampler(side, &logp)?;
-                if sampled.len() != ys.len() {
-                    return Err(Error::Length {
-                        argument: "the samples of a curve",
-                        actual: sampled.len(),
-                        expected: ys.len(),
-                    });
-                }
+                Error::check_length("the samples of a curve", sampled.len(), ys.len())?;
                 Ok(sampled.into_iter().map(|(bound, slope)| tabulated(bound, slope)).collect())
             }
         }

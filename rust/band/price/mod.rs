@@ -269,13 +269,7 @@ impl PriceBand {
     /// # Errors
     /// [`Error::Length`].
     pub fn contains_many(&self, logp: &[f64], log_ratio: &[f64]) -> Result<Vec<bool>> {
-        if log_ratio.len() != logp.len() {
-            return Err(Error::Length {
-                argument: "log_ratio",
-                actual: log_ratio.len(),
-                expected: logp.len(),
-            });
-        }
+        Error::check_length("log_ratio", log_ratio.len(), logp.len())?;
         Ok(logp
             .par_iter()
             .with_min_len(CHUNK)
