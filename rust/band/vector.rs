@@ -27,7 +27,7 @@ pub(crate) fn log_bounds(
     rest: &mut dyn FnMut(usize, Side, Option<f64>),
 ) {
     let count = logp.len();
-    let done = with_law(generator, Batch { radii, logp, bounds, rest: &mut *rest });
+    let done = with_law(generator, Arguments { radii, logp, bounds, rest: &mut *rest });
     if !done {
         for index in 0..count {
             rest(index, Side::Lower, None);
@@ -37,34 +37,34 @@ pub(crate) fn log_bounds(
 }
 
 /// Arguments of [`log_bounds`].
-struct Batch<'a> {
+struct Arguments<'a> {
     radii: [&'a [f64]; 2],
     logp: &'a [f64],
     bounds: [&'a mut [f64]; 2],
     rest: &'a mut dyn FnMut(usize, Side, Option<f64>),
 }
 
-impl WithLaw for Batch<'_> {
+impl WithLaw for Arguments<'_> {
     /// True if the generator has a law and the processor its vectors.
     type Output = bool;
     fn run(self, law: impl Law) -> bool {
-        run_doubles(Sweep { batch: self, law })
+        run_doubles(Sweep { arguments: self, law })
     }
     fn scalar(self) -> bool {
         false
     }
 }
 
-/// A batch under the law of its divergence.
+/// A call of [`log_bounds`] under the law of its divergence.
 struct Sweep<'a, W> {
-    batch: Batch<'a>,
+    arguments: Arguments<'a>,
     law: W,
 }
 
 impl<W: Law> WithDoubles for Sweep<'_, W> {
     #[inline(always)]
     fn run<L: Doubles>(self, lanes: L) {
-        let Self { batch: Batch { radii, logp, bounds, rest }, law } = self;
+        let Self { arguments: Arguments { radii, logp, bounds, rest }, law } = self;
         let mut start = 0;
         while start < logp.len() {
             let taken = L::COUNT.min(logp.len() - start);
@@ -180,10 +180,10 @@ mod tests {
 
     /// Bounds on each kind of vector.
     fn kinds(law: impl Law, radii: &[f64], logp: &[f64]) -> Vec<(AnyDoubles, Bounds)> {
-        let with = |run: &dyn Fn(Batch<'_>)| {
+        let with = |run: &dyn Fn(Arguments<'_>)| {
             let (mut lower, mut upper) = (vec![0.0; logp.len()], vec![0.0; logp.len()]);
             let mut open = Vec::new();
-            run(Batch {
+            run(Arguments {
                 radii: [radii, radii],
                 logp,
                 bounds: [&mut lower, &mut upper],
@@ -197,7 +197,7 @@ mod tests {
             let bits = |bounds: Vec<f64>| bounds.into_iter().map(f64::to_bits).collect();
             (bits(lower), bits(upper), open)
         };
-        let on = |doubles: AnyDoubles| with(&|batch| doubles.run(Sweep { batch, law }));
+        let on = |doubles: AnyDoubles| with(&|arguments| doubles.run(Sweep { arguments, law }));
         AnyDoubles::all().into_iter().map(|doubles| (doubles, on(doubles))).collect()
     }
 
