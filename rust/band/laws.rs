@@ -12,9 +12,9 @@ const MAX_STEPS: u32 = 6;
 /// Step relative to `m` after which the error of Halley's method is below 1e-17.
 const LAST_STEP: f64 = 3e-6;
 
-/// Max `-ln` of a factor that is not taken as 0. A smaller factor changes no sum, and its square would be denormal, on
+/// Min `ln` of a factor that is not taken as 0. A smaller factor changes no sum, and its square would be denormal, on
 /// which arithmetic is slow.
-const SMALLEST_LOG: f64 = 300.0;
+const MIN_LOG: f64 = -300.0;
 
 /// Work under the law of a generator.
 pub(super) trait WithLaw {
@@ -123,7 +123,7 @@ pub(super) struct Point<L: Doubles> {
 impl<L: Doubles> Point<L> {
     #[inline(always)]
     fn from_log(log: Vector<L>) -> Self {
-        let clamped = log.max(log.constant(-SMALLEST_LOG));
+        let clamped = log.max(log.constant(MIN_LOG));
         let power = clamped.exponential();
         let u = log.less(clamped).select(log.constant(0.0), power.u);
         Self { u, log, excess: power.excess, gap: power.gap + (clamped - log) }
