@@ -23,21 +23,21 @@ BISECTION_STEPS = 50
 def bisection(delta: float, logp: Tensor) -> tuple[Tensor, Tensor]:
     """Returns (lower, upper) of the kl band by halving, all tokens at once.
 
-    Each side is bracketed by 1 and the end of the simplex, 0 or 1/p, and halved 50 times, in the
-    dtype of ``logp``.
+    Each side is bracketed by 1 and the end of the simplex, 0 or 1/p.
     """
     p = logp.exp()
+    return bisected_side(delta, p, torch.zeros_like(p)), bisected_side(delta, p, 1.0 / p)
+
+
+def bisected_side(delta: float, p: Tensor, outside: Tensor) -> Tensor:
+    """Returns a bound of the kl band by 50 halvings between 1 and ``outside``, in its dtype."""
     q = 1.0 - p
-
-    def side(outside: Tensor) -> Tensor:
-        inside = torch.ones_like(p)
-        for _ in range(BISECTION_STEPS):
-            r = 0.5 * (inside + outside)
-            holds = -p * r.log() - q * ((1.0 - p * r) / q).log() <= delta
-            inside, outside = torch.where(holds, r, inside), torch.where(holds, outside, r)
-        return inside
-
-    return side(torch.zeros_like(p)), side(1.0 / p)
+    inside = torch.ones_like(p)
+    for _ in range(BISECTION_STEPS):
+        r = 0.5 * (inside + outside)
+        holds = -p * r.log() - q * ((1.0 - p * r) / q).log() <= delta
+        inside, outside = torch.where(holds, r, inside), torch.where(holds, outside, r)
+    return inside
 
 
 def find_root(divergence: str, logp: Floats, delta: float) -> tuple[Floats, Floats]:

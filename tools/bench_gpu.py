@@ -29,47 +29,41 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-from bandpo import Band, __version__
-from bandpo.backends.cuda.availability import obstacle
-from bandpo.backends.native import token_loss_op
-from bandpo.tensors.bounds import bounds_of
+import torch  # noqa: E402
+
+from bandpo import Band, __version__  # noqa: E402
+from bandpo.backends.cuda.availability import obstacle  # noqa: E402
+from bandpo.backends.native import token_loss_op  # noqa: E402
+from bandpo.tensors.bounds import bounds_of  # noqa: E402
+from benchmarks import peers  # noqa: E402
+from benchmarks.tokens import DELTA  # noqa: E402
 
 BYTES_A_TOKEN = 4 + 4 + 4 + 1 + 4 + 4
 REPEATS = 20
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.json"
+RESULTS = ROOT / "benchmarks" / "gpu.json"
 TARGET_SIZE = 1 << 24
-KL = Band("kl", 0.05)
+KL = Band("kl", DELTA)
 ROW = 1024  # tokens of a sequence, for Liger
 Tokens: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]"
 Call: TypeAlias = Callable[[], Any]
 Make: TypeAlias = Callable[[Tokens], Call]
 
 
-def clip_loss(old: Any, new: Any, advantages: Any, valid: Any) -> Any:
-    """PPO's clip loss (arXiv 1707.06347, Eq. 7)."""
-    ratio = (new - old).exp()
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
-    return torch.where(valid, loss, 0.0).sum()
-
-
 def bisected_loss(old: Any, new: Any, advantages: Any, valid: Any) -> Any:
-    """The same with the upper bound of KL by 50 halvings between 1 and 1/p."""
+    """PPO's clip loss with the upper bound of KL alone, by halving."""
     p = old.exp()
-    low, high = torch.ones_like(p), 1.0 / p
-    for _ in range(50):
-        middle = 0.5 * (low + high)
-        rest = (1.0 - p * middle) / (1.0 - p)
-        inside = -p * middle.log() - (1.0 - p) * rest.log() <= 0.05
-        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
     ratio = (new - old).exp()
-    loss = -torch.minimum(ratio * advantages, torch.minimum(ratio, low) * advantages)
+    clipped = torch.minimum(ratio, peers.bisected_side(DELTA, p, 1.0 / p))
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
     return torch.where(valid, loss, 0.0).sum()
 
 
@@ -87,7 +81,7 @@ def with_gradient(loss: Callable[..., Any]) -> Make:
 def compiled_clip(tokens: Tokens) -> Call:
     """The clip loss, compiled for this size: one for all sizes may be slower."""
     torch.compiler.reset()
-    return with_gradient(torch.compile(clip_loss, dynamic=False))(tokens)
+    return with_gradient(peers.compiled_ppo_clip())(tokens)
 
 
 def kernel(tokens: Tokens) -> Call:
@@ -235,7 +229,7 @@ def main() -> None:
         "copy": copy,
         "bandpo": kernel,
         "compiled clip": compiled_clip,
-        "eager clip": with_gradient(clip_loss),
+        "eager clip": with_gradient(peers.ppo_clip),
         "bisection": with_gradient(bisected_loss),
     }
     if (of_liger := liger()) is not None:

@@ -8,14 +8,16 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from bench_gpu import bisected_loss
 from count_instructions import ALLOWED, broken
 
-from bandpo import Band, Clip
+from bandpo import Band, Clip, sides
 from bandpo.loss import policy_loss
 from benchmarks import interleaved, peers
 from benchmarks.loss import METHODS, PEERS, Step
 from benchmarks.solver import PEER_DIVERGENCES
 from benchmarks.tokens import DELTA, undecided
+from support.batches import random_batch
 
 FIND_ROOT = 1e-12  # its default tolerance is a residual of 0 or an x that moves by 4 ulp of itself
 BISECTED_IN_FLOAT64 = 1e-13  # 50 halvings of a bracket that is at most 5 wide leave 5 * 2**-50
@@ -35,6 +37,17 @@ def test_bisection_finds_the_band() -> None:
     exact = Band("kl", DELTA).bounds(logp)
     for side, bound in zip(found, exact, strict=True):
         np.testing.assert_allclose(side.numpy(), bound, rtol=BISECTED_IN_FLOAT64)
+
+
+def test_a_bisected_loss_is_a_policy_loss_with_the_band_above() -> None:
+    batch = random_batch((2, 64), dtype=torch.float64)
+    batch.log_prob.requires_grad_()
+    upper_alone = sides(lower=Clip(1.0), upper=Band("kl", DELTA))
+    peer = bisected_loss(*batch)
+    ours = policy_loss(*batch, region=upper_alone, loss_agg_mode="token-sum", exact=True).loss
+    torch.testing.assert_close(ours, peer, rtol=BISECTED_IN_FLOAT64, atol=0.0)
+    slopes = (torch.autograd.grad(loss, batch.log_prob)[0] for loss in (ours, peer))
+    torch.testing.assert_close(*slopes, rtol=BISECTED_IN_FLOAT64, atol=0.0)
 
 
 def test_ppo_clip_is_a_policy_loss_with_a_clip() -> None:
