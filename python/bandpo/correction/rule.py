@@ -141,6 +141,19 @@ class Correction:
         """True if the sign of the advantage decides as well."""
         return self.negative_only or self.outward_only
 
+    @property
+    def max_statistic(self) -> float:
+        """Max value of the statistic: the threshold.
+
+        Raises:
+            InvalidValueError: If there is none.
+        """
+        if self.threshold is None:
+            raise InvalidValueError(
+                f"threshold must be given with statistic {self.statistic!r}: its max value"
+            )
+        return self.threshold
+
     def _check_region(self, region: AnyRegion) -> None:
         check_region(region)
         check_name("level of a region", self.level, REGION_LEVELS)
@@ -159,11 +172,7 @@ class Correction:
     def _check_statistic(self) -> None:
         check_name("statistic", self.statistic, STATISTICS)
         check_name("level of a statistic", self.level, STATISTIC_LEVELS)
-        if self.threshold is None:
-            raise InvalidValueError(
-                f"threshold must be given with statistic {self.statistic!r}: its max value"
-            )
-        threshold = real_number("threshold", self.threshold)
+        threshold = real_number("threshold", self.max_statistic)
         if not 0.0 <= threshold < math.inf:
             raise InvalidValueError(
                 f"threshold must be finite and at least 0, got {self.threshold}"

@@ -82,7 +82,7 @@ def _of_tokens(rule: Correction, batch: TwoPolicies) -> _Found:
     own = torch.zeros_like(x) if rule.action == "mask-only" else x
     if rule.allowed is None:
         value = _statistic(rule, batch)
-        return _Found(value, _at_most(value, rule), own)
+        return _Found(value, value <= rule.max_statistic, own)
     # An array of deltas has to match the user's shape.
     rollout, valid = batch.rollout.reshape(batch.given), batch.valid.reshape(batch.given)
     if rule.action == "truncate":
@@ -107,7 +107,7 @@ def _of_sequences(rule: Correction, batch: TwoPolicies) -> _Found:
             value = sequences.sum(tokens)
             value = value / lengths if rule.level == "sequence-mean" else value
         value = sequences.spread(value)
-        return _Found(value, _at_most(value, rule), own)
+        return _Found(value, value <= rule.max_statistic, own)
     value = sequences.sum(x)
     if rule.level == "geometric-mean":
         value = value / lengths
@@ -136,11 +136,6 @@ def _statistic(rule: Correction, batch: TwoPolicies) -> torch.Tensor:
     value = bernoulli_divergence(divergence, batch.rollout, batch.old)
     # Both may be -inf, for which a divergence has a limit but a ratio has none.
     return torch.where(x.isnan(), x, value)
-
-
-def _at_most(value: torch.Tensor, rule: Correction) -> torch.Tensor:
-    assert rule.threshold is not None  # noqa: S101 -- for type checkers
-    return value <= rule.threshold
 
 
 def _max_of(tokens: torch.Tensor, batch: TwoPolicies, sequences: Sequences) -> torch.Tensor:
