@@ -88,10 +88,14 @@ _BANDPO = (
     "bounds capped at 10, not relaxed, dual clip 10"
 )
 
-_IPO = (
-    "IPO of PrimeIntellect-ai/prime-rl, trainer/rl/loss.py, its default from 2026-08-27 (#3418) to "
-    "2026-09-18: ipo_threshold 0.1 on either side whatever the sign of A, kl_tau 1e-3 times "
-    "(ln r)^2 on all tokens. The old policy is the rollout policy"
+_IPO = Preset(
+    "ipo",
+    Band("tv", 0.1),
+    Mask(truncation=None, symmetric=True),
+    log_ratio_penalty=1e-3,
+    source="IPO of PrimeIntellect-ai/prime-rl, trainer/rl/loss.py, its default from 2026-08-27 "
+    "(#3418) to 2026-09-18: ipo_threshold 0.1 on either side whatever the sign of A, kl_tau 1e-3 "
+    "times (ln r)^2 on all tokens. The old policy is the rollout policy",
 )
 
 _PRESETS: Final = (
@@ -128,13 +132,7 @@ _PRESETS: Final = (
         source="DPPO, arXiv 2602.04879, Eq. 12 and 14; appendix C.1 (threshold 0.05, C infinite; "
         "appendix E truncates at 5; verl's shipped configuration at 3)",
     ),
-    Preset(
-        "prime-rl",
-        Band("tv", 0.1),
-        Mask(truncation=None, symmetric=True),
-        log_ratio_penalty=1e-3,
-        source=_IPO,
-    ),
+    replace(_IPO, name="prime-rl"),
     Preset(
         "prime-rl-2026-04",
         Band("tv", 0.2),
@@ -150,13 +148,7 @@ _PRESETS: Final = (
         source="PrimeIntellect-ai/prime-rl since 2026-09-18 (#3586, read as its description): ipo "
         "with eps 0.3 and kl_tau 0. The old policy is the rollout policy",
     ),
-    Preset(
-        "ipo",
-        Band("tv", 0.1),
-        Mask(truncation=None, symmetric=True),
-        log_ratio_penalty=1e-3,
-        source=_IPO,
-    ),
+    _IPO,
     Preset(
         "kpop",
         Band("kl", 0.1) & Band("reverse-kl", 0.1),
