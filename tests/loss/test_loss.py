@@ -545,7 +545,7 @@ class TestAggregation:
         for counts in (
             {},
             {"dp_size": 4, "tokens": 400, "sequences": 31.0, "scale": 17.0},
-            {"tokens": torch.tensor(400), "sequences": torch.tensor(31.0)},
+            {"tokens": torch.tensor(400), "sequences": torch.tensor(31.0), "scale": 12.0},
         ):
             given: dict[str, Any] = dict(counts)
             numbers: dict[str, Any] = {name: float(count) for name, count in given.items()}
@@ -586,6 +586,23 @@ class TestAggregation:
                 parts[rows] = micro.gradient(**options) / len(ranks)
         assert_close(torch.stack(losses).mean(), whole.item(), 1e-13)
         assert_close(parts, gradient.numpy(), 1e-13)
+
+    @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "seq-mean-token-mean"])
+    def test_a_sequence_may_be_split_where_its_mean_does_not_count(
+        self, mode: str, backend: str
+    ) -> None:
+        batch = ragged_batch()
+        lengths = batch.response_mask.sum(1)
+        options: dict[str, Any] = {
+            "region": KL, "backend": backend, "loss_agg_mode": mode, "loss_scale_factor": 12.0,
+            "batch_num_tokens": int(lengths.sum()),
+            "global_batch_size": int((lengths > 0).sum()),
+        }  # fmt: skip
+        halves = [Batch(*(part[:, cut] for part in batch)) for cut in (slice(5), slice(5, 12))]
+        losses = torch.stack([half.loss(**options).loss for half in halves])
+        assert_close(losses.sum(), batch.loss(**options).loss.item(), 1e-13)
+        gradient = torch.cat([half.gradient(**options) for half in halves], -1)
+        assert_close(gradient, batch.gradient(**options).numpy(), 1e-13)
 
     @pytest.mark.parametrize("mode", MODES)
     def test_packed_is_padded_without_the_padding(self, mode: str, backend: str) -> None:
@@ -719,7 +736,8 @@ class TestMask:
             options: dict[str, Any] = {"metrics_by_probability": True, "loss_agg_mode": mode}
             if len(shape) == 1:
                 options |= {"cu_seqlens": torch.tensor([0, 0, *shape]), "loss_scale_factor": 9}
-            for counts in ({}, {"batch_num_tokens": 0, "global_batch_size": torch.tensor(0)}):
+            of_none = {"batch_num_tokens": 0, "global_batch_size": torch.tensor(0)}
+            for counts in ({}, {**of_none, "loss_scale_factor": 9}):
                 options |= {"region": region, "backend": backend, **counts}
                 result = batch.loss(**options)
                 assert result.loss == 0.0
@@ -1115,6 +1133,15 @@ PACKED = random_batch((24,))
             PACKED,
             {"loss_agg_mode": "seq-mean-token-sum-norm", "cu_seqlens": torch.tensor([0, 24])},
             ValueError, "loss_scale_factor must be given .* no width",
+        ),
+        (
+            BATCH,
+            {"loss_agg_mode": "seq-mean-token-sum-norm", "dp_size": 2, "global_batch_size": 9},
+            ValueError, "loss_scale_factor must be given .* dp_size 2, because widths of ranks",
+        ),
+        (
+            BATCH, {"loss_agg_mode": "seq-mean-token-sum-norm", "global_batch_size": 9},
+            ValueError, "loss_scale_factor must be given .* global_batch_size, because widths",
         ),
         (PACKED, {"cu_seqlens": [0, 24]}, TypeError, "cu_seqlens must be a torch.Tensor, got list"),
         (

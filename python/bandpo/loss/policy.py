@@ -197,7 +197,8 @@ def policy_loss(
         batch_num_tokens: Tokens that count in the global batch, a number or a 0-dim tensor, for
             token-mean; by default those of this batch.
         global_batch_size: The same of sequences, for the seq-mean modes.
-        loss_scale_factor: Divisor of seq-mean-token-sum-norm; T by default, needed if packed.
+        loss_scale_factor: Divisor of seq-mean-token-sum-norm; T by default, needed if packed, and
+            with a dp_size or a count of the global batch, because widths of micro-batches differ.
         global_batch: The last four as one `GlobalBatch`.
         metrics_by_probability: Add the metrics by bin of the old probability.
 

@@ -30,7 +30,8 @@ class GlobalBatch:
             the call.
         sequences: Sequences with such a token, likewise, for the seq-mean modes.
         dp_size: Number of data-parallel ranks whose gradients are averaged.
-        loss_scale_factor: Divisor of seq-mean-token-sum-norm; T by default, needed if packed.
+        loss_scale_factor: Divisor of seq-mean-token-sum-norm; T by default, needed if packed, and
+            with a dp_size or a count of sequences.
 
     Raises:
         InvalidTypeError: If an argument is not a number.
@@ -131,11 +132,17 @@ class Reduction(NamedTuple):
                 f"cu_seqlens must be given for loss_agg_mode {mode!r} with packed tensors: "
                 f"offsets of the sequences, int32 or int64 [S + 1]"
             )
-        if packed and mode == "seq-mean-token-sum-norm" and self.loss_scale_factor is None:
-            raise InvalidValueError(
-                f"loss_scale_factor must be given for loss_agg_mode {mode!r} with packed tensors, "
-                f"which have no width"
-            )
+        if mode != "seq-mean-token-sum-norm" or self.loss_scale_factor is not None:
+            return
+        for without_one_width, what in (
+            (packed, "packed tensors, which have no width"),
+            (self.dp_size > 1, f"dp_size {self.dp_size}, because widths of ranks may differ"),
+            (count is not None, f"{argument}, because widths of micro-batches may differ"),
+        ):
+            if without_one_width:
+                raise InvalidValueError(
+                    f"loss_scale_factor must be given for loss_agg_mode {mode!r} with {what}"
+                )
 
     def divisor(self, valid_tokens: Callable[[], Count], batch: Tokens) -> Count:
         """Returns the divisor of the sum, for one rank.
