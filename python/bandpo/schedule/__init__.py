@@ -4,6 +4,9 @@ A `Schedule` is a number that changes. A `RegionSource` is a region that does: `
 follows a schedule, `Bapo`, `SecondMoment` and `Quantile` the batch. Call ``step`` of a schedule
 once after each optimiser step. Call ``update`` of a source that learns from a batch before the loss
 of that batch. Keep ``state_dict()`` in the checkpoint.
+
+Each rank of a data-parallel job has a copy of its own, and all copies take the same steps.
+``update(..., group=...)`` learns from the tokens of all ranks.
 """
 
 from bandpo.schedule.bapo import Bapo

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from bandpo.check import Float64Array, float64_array, positive_number, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.ranks import of_all_ranks
 from bandpo.region import Clip
 from bandpo.schedule.source import RegionSource
 from bandpo.schedule.state import entries
 from bandpo.surrogate import LOG_RATIO_LIMIT
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Bapo(RegionSource):
@@ -66,46 +70,41 @@ class Bapo(RegionSource):
         log_ratio: ArrayLike,
         old_log_prob: ArrayLike,
         *,
+        group: ProcessGroup | None = None,
         all_reduce: Callable[[Float64Array], Float64Array] | None = None,
     ) -> None:
         """Moves the bounds to those of a batch, before its loss.
 
         An advantage of 0 has no weight; if all are 0, the bounds are the low ends. The controller
-        runs on the CPU, so that tokens on a GPU cost a copy and a synchronisation.
+        runs on the CPU, so that tokens on a GPU cost a copy and a synchronisation. With a group,
+        each rank passes its own tokens, perhaps none, and all get the bounds of the whole batch.
+        Without one, bounds are those of the tokens that are passed.
 
         Args:
             advantages: Advantages of the tokens that count: real and finite, any shape.
             log_ratio: Their log-ratios ``ln(new/old)``, the same shape.
             old_log_prob: Their old log-probabilities (natural), the same shape.
-            all_reduce: Maps sums over this rank's tokens, float64 [n], to the sums over all ranks,
-                so that all ranks get the same bounds. It is called once.
+            group: Process group of the ranks that share the batch, such as
+                ``torch.distributed.group.WORLD``. All of them must call.
+            all_reduce: In place of a group, for ranks of another library: maps sums over this
+                rank's tokens, float64 [n], to the sums over all ranks. It is called once.
 
         Raises:
             InvalidTypeError: If an array does not hold real numbers.
             InvalidValueError: If the shapes differ or a value is NaN or infinite (an old
-                log-probability may be -inf).
+                log-probability may be -inf), on any rank of the group; or if both a group and
+                ``all_reduce`` are given.
         """
-        arrays = {"advantages": advantages, "log_ratio": log_ratio, "old_log_prob": old_log_prob}
-        given = {name: float64_array(name, values) for name, values in arrays.items()}
-        shape = given["advantages"].shape
-        for name, values in given.items():
-            if values.shape != shape:
-                raise InvalidValueError(f"{name} must have shape {shape}, got {values.shape}")
-            finite = np.isfinite(values)
-            if name == "old_log_prob":
-                finite |= values == -np.inf
-            if not finite.all():
-                raise InvalidValueError(f"{name} must be finite, got {values[~finite].flat[0]}")
-        ratio = np.exp(np.clip(given["log_ratio"], -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-        weight = np.exp(np.minimum(given["old_log_prob"], 0.0)) * np.abs(given["advantages"])
-        positive, negative = given["advantages"] > 0.0, given["advantages"] < 0.0
-
+        if group is not None and all_reduce is not None:
+            raise InvalidValueError("all_reduce must be left out with a group, which replaces it")
         # Each bound acts on one sign, so that a sum for every value of each covers all pairs.
         uppers = _values(self.upper, self.upper_step)
         lowers = _values(self.lower, self.lower_step)
-        rising = [weight[positive] @ np.minimum(ratio[positive], upper) for upper in uppers]
-        falling = [weight[negative] @ np.maximum(ratio[negative], lower) for lower in lowers]
-        sums = np.array(rising + falling)
+
+        def of_this_rank() -> Float64Array:
+            return _sums(uppers, lowers, advantages, log_ratio, old_log_prob)
+
+        sums = np.sum(of_all_ranks(of_this_rank, group), axis=0)
         if all_reduce is not None:
             sums = all_reduce(sums)
         gain, loss = sums[: len(uppers)], sums[len(uppers) :]
@@ -158,6 +157,33 @@ def _values(ends: tuple[float, float], step: float) -> list[float]:
     # 36 steps of 0.05 lead from 1.2 to 3, but their rounded sum exceeds it.
     steps = int((high - low) / step * (1.0 + 1e-12))
     return [min(low + k * step, high) for k in range(steps + 1)]
+
+
+def _sums(
+    uppers: list[float],
+    lowers: list[float],
+    advantages: ArrayLike,
+    log_ratio: ArrayLike,
+    old_log_prob: ArrayLike,
+) -> Float64Array:
+    """The weight of positive advantages at each upper bound, then of negative at each lower."""
+    arrays = {"advantages": advantages, "log_ratio": log_ratio, "old_log_prob": old_log_prob}
+    given = {name: float64_array(name, values) for name, values in arrays.items()}
+    shape = given["advantages"].shape
+    for name, values in given.items():
+        if values.shape != shape:
+            raise InvalidValueError(f"{name} must have shape {shape}, got {values.shape}")
+        finite = np.isfinite(values)
+        if name == "old_log_prob":
+            finite |= values == -np.inf
+        if not finite.all():
+            raise InvalidValueError(f"{name} must be finite, got {values[~finite].flat[0]}")
+    ratio = np.exp(np.clip(given["log_ratio"], -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    weight = np.exp(np.minimum(given["old_log_prob"], 0.0)) * np.abs(given["advantages"])
+    positive, negative = given["advantages"] > 0.0, given["advantages"] < 0.0
+    rising = [weight[positive] @ np.minimum(ratio[positive], upper) for upper in uppers]
+    falling = [weight[negative] @ np.maximum(ratio[negative], lower) for lower in lowers]
+    return np.array(rising + falling)
 
 
 def _interval(lower: float, upper: float) -> Clip:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from bandpo.check import Float64Array, float64_array, positive_number, real_number
 from bandpo.error import InvalidValueError
+from bandpo.ranks import of_all_ranks
 from bandpo.region import Clip
 from bandpo.schedule.source import RegionSource
 from bandpo.schedule.state import entries
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _WidthOfBatch(RegionSource):
@@ -29,21 +33,34 @@ class _WidthOfBatch(RegionSource):
         advantages: ArrayLike,
         log_ratio: ArrayLike,
         old_log_prob: ArrayLike | None = None,
+        *,
+        group: ProcessGroup | None = None,
     ) -> None:
         """Moves the bounds to those of a batch, before its loss.
 
-        It runs on the CPU, so that tokens on a GPU cost a copy and a synchronisation. Ranks that
-        have to agree pass the tokens of all.
+        It runs on the CPU, so that tokens on a GPU cost a copy and a synchronisation. With a group,
+        each rank passes its own tokens, perhaps none, and all get the bounds of the whole batch.
+        Without one, bounds are those of the tokens that are passed.
 
         Args:
             advantages: Advantages of the tokens that count: real and finite, any shape.
             log_ratio: Their log-ratios ``ln(new/old)``, finite, the same shape.
             old_log_prob: Not used; here so that every source has one call.
+            group: Process group of the ranks that share the batch, such as
+                ``torch.distributed.group.WORLD``. All of them must call; at most 8 bytes a token
+                of the batch come to each.
 
         Raises:
             InvalidTypeError: If an array does not hold real numbers.
-            InvalidValueError: If the shapes differ, or a value is NaN or infinite.
+            InvalidValueError: If the shapes differ, or a value is NaN or infinite, on any rank.
         """
+        values = of_all_ranks(lambda: self._checked_values(advantages, log_ratio), group)
+        self._move(self._width_of(np.concatenate(values)))
+
+    step = update
+    """Alias of `update`."""
+
+    def _checked_values(self, advantages: ArrayLike, log_ratio: ArrayLike) -> Float64Array:
         gain, moved = float64_array("advantages", advantages), float64_array("log_ratio", log_ratio)
         if moved.shape != gain.shape:
             raise InvalidValueError(f"log_ratio must have shape {gain.shape}, got {moved.shape}")
@@ -51,14 +68,15 @@ class _WidthOfBatch(RegionSource):
             finite = np.isfinite(values)
             if not finite.all():
                 raise InvalidValueError(f"{name} must be finite, got {values[~finite].flat[0]}")
-        self._move(self._width_of(gain.reshape(-1), moved.reshape(-1)))
-
-    step = update
-    """Alias of `update`."""
+        return self._values_of(gain.reshape(-1), moved.reshape(-1))
 
     @abstractmethod
-    def _width_of(self, advantages: Float64Array, log_ratio: Float64Array) -> float:
-        """The width of a batch, infinite for no bound."""
+    def _values_of(self, advantages: Float64Array, log_ratio: Float64Array) -> Float64Array:
+        """The values on which the width depends, one for some or all of the tokens."""
+
+    @abstractmethod
+    def _width_of(self, values: Float64Array) -> float:
+        """The width of a batch with these values in any order, infinite for no bound."""
 
     def _move(self, width: float) -> None:
         self.width = width
@@ -97,8 +115,11 @@ class SecondMoment(_WidthOfBatch):
         self.budget = positive_number("budget", budget)
         super().__init__()
 
-    def _width_of(self, advantages: Float64Array, log_ratio: Float64Array) -> float:
-        squares = np.sort(log_ratio[advantages * log_ratio > 0.0] ** 2)
+    def _values_of(self, advantages: Float64Array, log_ratio: Float64Array) -> Float64Array:
+        return log_ratio[advantages * log_ratio > 0.0] ** 2
+
+    def _width_of(self, values: Float64Array) -> float:
+        squares = np.sort(values)
         count = len(squares)
         allowed = self.budget * count
         if squares.sum() <= allowed:
@@ -135,12 +156,15 @@ class Quantile(_WidthOfBatch):
             raise InvalidValueError(f"level must be above 0 and at most 1, got {level}")
         super().__init__()
 
-    def _width_of(self, advantages: Float64Array, log_ratio: Float64Array) -> float:
-        if len(log_ratio) == 0:
+    def _values_of(self, advantages: Float64Array, log_ratio: Float64Array) -> Float64Array:
+        return np.abs(log_ratio)
+
+    def _width_of(self, values: Float64Array) -> float:
+        if len(values) == 0:
             raise InvalidValueError(
                 "log_ratio must hold a token that counts, got none: there is no quantile of nothing"
             )
-        return float(np.quantile(np.abs(log_ratio), self.level))
+        return float(np.quantile(values, self.level))
 
     def __repr__(self) -> str:
         return f"Quantile({self.level})"
