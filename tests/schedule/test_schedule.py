@@ -25,6 +25,7 @@ from bandpo.schedule import (
     Schedule,
     ScheduledBand,
 )
+from bandpo.spec import region_from_spec
 from support.tokens import wide_tokens
 
 ROUNDING = 1e-15
@@ -60,6 +61,15 @@ def test_a_step_past_the_end_is_an_error(schedule: Schedule) -> None:
     with pytest.raises(InvalidValueError, match=r"all 3 steps are taken.*more steps"):
         schedule.step()
     assert schedule.value == 0.05
+
+
+@pytest.mark.parametrize("kind", [Linear, Cosine])
+def test_a_schedule_that_holds_keeps_its_last_number(kind: type[Linear | Cosine]) -> None:
+    schedule = kind(0.1, 0.05, 3, hold=True)
+    assert values(schedule, 5)[3:] == [0.05] * 3
+    assert schedule.state_dict() == {"taken": 3}
+    with pytest.raises(InvalidTypeError, match="hold must be a bool, got int"):
+        kind(0.1, 0.05, 3, hold=1)  # type: ignore[arg-type]
 
 
 def test_entropy_targeted_follows_the_shortfall_and_stays_in_range() -> None:
@@ -402,3 +412,40 @@ def test_bapo_updates_by_either_name() -> None:
     first.update(*arrays)
     second.step(*arrays)
     assert first.region == second.region
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["kl@{}", "(kl@{}).cap(10)", "clip@0.2|tv@{}&clip@0.5", "sides(clip@0.2, (kl@{}).cap(3))"],
+)
+def test_the_one_band_of_a_region_follows_a_schedule(spec: str) -> None:
+    source = ScheduledBand.of(region_from_spec(spec.format(0.3)), Linear(0.5, 0.25, 2))
+    for source_now in (source, copy.deepcopy(source), pickle.loads(pickle.dumps(source))):  # noqa: S301
+        for delta in (0.5, 0.375, 0.25):
+            assert source_now.region == region_from_spec(spec.format(delta))
+            if delta > 0.25:
+                source_now.step()
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        (Clip(0.2), "region must have one band.*got 0 in Clip"),
+        (Band("kl", 0.1) | Band("kl", 0.1), "region must have one band.*got 2 in"),
+        (Band("kl", (0.1, 0.2)), "region must have a band of one delta"),
+        (Band("kl", np.array([0.1, 0.1])).cap(10), "region must have a band of one delta"),
+        (Band("kl", 0.1).table(), "region must have one band.*got 0 in"),
+    ],
+)
+def test_a_region_without_one_band_of_one_delta_has_no_schedule(
+    region: Region, message: str
+) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        ScheduledBand.of(region, Constant(0.1))
+
+
+def test_a_schedule_of_a_region_takes_a_region_and_a_schedule() -> None:
+    with pytest.raises(InvalidTypeError, match="region must be a Region, got str"):
+        ScheduledBand.of("kl@0.1", Constant(0.1))  # type: ignore[arg-type]
+    with pytest.raises(InvalidTypeError, match="schedule must be"):
+        ScheduledBand.of(Band("kl", 0.1), 0.1)  # type: ignore[arg-type]

@@ -84,14 +84,17 @@ class Constant(Schedule):
 class _Ramp(Schedule):
     """From ``start`` to ``end`` in a number of steps."""
 
-    def __init__(self, start: float, end: float, steps: int) -> None:
+    def __init__(self, start: float, end: float, steps: int, *, hold: bool = False) -> None:
         self.start = positive_number("start", start)
         self.end = positive_number("end", end)
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise InvalidTypeError(f"steps must be an int, got {type(steps).__name__}")
         if steps < 1:
             raise InvalidValueError(f"steps must be at least 1, got {steps}")
+        if not isinstance(hold, bool):
+            raise InvalidTypeError(f"hold must be a bool, got {type(hold).__name__}")
         self.steps = steps
+        self.hold = hold
         self._taken = 0
 
     @abstractmethod
@@ -107,9 +110,11 @@ class _Ramp(Schedule):
     def step(self, entropy: float | None = None) -> None:
         """Advances by one step; see `Schedule.step`."""
         if self._taken >= self.steps:
+            if self.hold:
+                return
             raise InvalidValueError(
                 f"all {self.steps} steps are taken and the value is {self.end}; "
-                f"give the schedule more steps, or stop calling step"
+                f"give the schedule more steps, or hold=True, or stop calling step"
             )
         self._taken += 1
 
@@ -137,6 +142,7 @@ class Linear(_Ramp):
         start: The number before the first step, finite and above 0.
         end: The number after the last step, likewise.
         steps: How many steps there are, at least 1.
+        hold: Keep the last number in steps after these, which are an error otherwise.
 
     Raises:
         InvalidTypeError: If an argument has the wrong type.
@@ -154,6 +160,7 @@ class Cosine(_Ramp):
         start: The number before the first step, finite and above 0.
         end: The number after the last step, likewise.
         steps: How many steps there are, at least 1.
+        hold: Keep the last number in steps after these, which are an error otherwise.
 
     Raises:
         InvalidTypeError: If an argument has the wrong type.

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.region import Band, Region
+from bandpo.region import Band, Combined, Region
 from bandpo.schedule.schedule import Schedule
 
 
@@ -125,6 +125,39 @@ class ScheduledBand(RegionSource):
         self.within = within
         super().__init__(self._now())
 
+    @classmethod
+    def of(cls, region: Region, schedule: Schedule) -> ScheduledBand:
+        """Returns a region whose one band has a delta that follows a schedule.
+
+        >>> from bandpo import Clip
+        >>> from bandpo.schedule import Constant
+        >>> ScheduledBand.of(Band("kl", 0.1).cap(10) | Clip(0.2), Constant(0.05)).region
+        ((Band('kl', 0.05) & Clip(1.0, 9.0)) | Clip(0.2, 0.2))
+
+        Args:
+            region: A band, or a combination of regions in which there is one. Its delta is left
+                out; the rest stays.
+            schedule: The delta of both sides.
+
+        Raises:
+            InvalidTypeError: If an argument has the wrong type.
+            InvalidValueError: If there is no band or more than one, or it has more than one delta.
+        """
+        if not isinstance(region, Region):
+            raise InvalidTypeError(f"region must be a Region, got {type(region).__name__}")
+        bands = _bands(region)
+        if len(bands) != 1:
+            raise InvalidValueError(
+                f"region must have one band, whose delta follows the schedule, such as "
+                f"(kl@0.05).cap(10), got {len(bands)} in {region!r}"
+            )
+        (band,) = bands
+        if band.per_token or band.delta_low != band.delta_high:
+            raise InvalidValueError(
+                f"region must have a band of one delta, which the schedule replaces, got {band!r}"
+            )
+        return cls(band.divergence, schedule, within=_Around(region))
+
     def step(self, measured: float | None = None, /, *, entropy: float | None = None) -> None:
         """Advances the schedule by one step; see `Schedule.step`.
 
@@ -167,3 +200,27 @@ class ScheduledBand(RegionSource):
 
     def __repr__(self) -> str:
         return f"ScheduledBand({self.divergence!r}, {self.schedule!r})"
+
+
+def _bands(region: Region) -> list[Band]:
+    """The bands that a region is made of."""
+    if isinstance(region, Combined):
+        return [band for part in region.parts for band in _bands(part)]
+    return [region] if isinstance(region, Band) else []
+
+
+class _Around:
+    """A region as a function of its band; a class, because a function in a call has no pickle."""
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+
+    def __call__(self, band: Band) -> Region:
+        return _with_band(self._region, band)
+
+
+def _with_band(region: Region, band: Band) -> Region:
+    """The region with another band in the place of each."""
+    if isinstance(region, Combined):
+        return Combined(region.kind, *(_with_band(part, band) for part in region.parts))
+    return band if isinstance(region, Band) else region
