@@ -27,11 +27,27 @@ spec                           region
 The grammar is in ``rust/spec.rs``; this module gives words and methods their meaning. Spaces may
 stand between all parts. A spec has up to 4 KiB, 32 nested parentheses and 64 regions.
 A preset gives its region alone; `bandpo.presets.preset` has the rest of the method.
+
+A schedule of a delta has specs as well, which `schedule_from_spec` reads:
+
+====================================  ================================================
+spec                                  schedule
+====================================  ================================================
+``linear(0.1, 0.02, 1000)``           ``Linear(0.1, 0.02, 1000, hold=True)``
+``cosine(0.1, 0.02, 1000)``           ``Cosine(0.1, 0.02, 1000, hold=True)``
+``constant(0.05)``                    ``Constant(0.05)``
+``entropy(0.05, target=0.3,           ``EntropyTargeted(0.05, target=0.3, rate=0.1,
+rate=0.1, least=0.01, greatest=0.2)`` least=0.01, greatest=0.2)``
+====================================  ================================================
+
+Every number may have its name. The last number is held after the steps, because the length of a
+trainer's run is often not known.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -41,7 +57,14 @@ from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.presets import PRESETS, preset
 from bandpo.region import Band, Clip, Combined, Dcpo, PriceBand, Region, sides
-from bandpo.schedule import RegionSource
+from bandpo.schedule import (
+    Constant,
+    Cosine,
+    EntropyTargeted,
+    Linear,
+    RegionSource,
+    Schedule,
+)
 
 _Node: TypeAlias = dict[str, Any]
 """A node of the tree that `_core.parse_spec` returns."""
@@ -200,6 +223,77 @@ def _error(node: _Node, reason: object) -> InvalidValueError:
     return InvalidValueError(f"{node['place']}: {reason}")
 
 
+_SCHEDULES: dict[str, tuple[Callable[..., Schedule], tuple[str, ...], str]] = {
+    "linear": (Linear, ("start", "end", "steps"), "linear(0.1, 0.02, 1000)"),
+    "cosine": (Cosine, ("start", "end", "steps"), "cosine(0.1, 0.02, 1000)"),
+    "constant": (Constant, ("value",), "constant(0.05)"),
+    "entropy": (
+        EntropyTargeted,
+        ("start", "target", "rate", "least", "greatest"),
+        "entropy(0.05, target=0.3, rate=0.1, least=0.01, greatest=0.2)",
+    ),
+}
+"""Constructors of schedules, the names of their numbers, and an example."""
+
+_CALL = re.compile(r"\s*([a-z][a-z-]*)\s*\((.*)\)\s*", re.DOTALL)
+_ARGUMENT = re.compile(
+    r"\s*(?:([a-z_]+)\s*=\s*)?([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*", re.ASCII | re.IGNORECASE
+)
+
+
+def schedule_from_spec(text: str) -> Schedule:
+    """Returns the schedule that a spec names, such as ``"linear(0.1, 0.02, 1000)"``.
+
+    Raises:
+        InvalidTypeError: If ``text`` is not a string.
+        InvalidValueError: If it cannot be read, with the column and the reason, or a number is out
+            of range.
+    """
+    if not isinstance(text, str):
+        raise InvalidTypeError(f"a schedule's spec must be a str, got {type(text).__name__}")
+    call = _CALL.fullmatch(text)
+    if call is None or call[1] not in _SCHEDULES:
+        word = re.match(r"\s*([^\s(]*)", text)
+        name = "" if word is None else word[1]
+        column = 1 if word is None else word.start(1) + 1
+        if name in _SCHEDULES:
+            raise _schedule_error(text, column, f"{name} is written {_SCHEDULES[name][2]}")
+        known = ", ".join(_SCHEDULES)
+        raise _schedule_error(
+            text, column, f"{name!r} is no schedule ({known}){suggestion(name, _SCHEDULES)}"
+        )
+    make, names, example = _SCHEDULES[call[1]]
+    numbers: dict[str, float] = {}
+    named, column = False, call.start(2) + 1
+    for place, part in enumerate(call[2].split(",")):
+        argument = _ARGUMENT.fullmatch(part)
+        at = column + len(part) - len(part.lstrip())
+        column += len(part) + 1
+        if argument is None:
+            raise _schedule_error(text, at, f"{part.strip()!r} is not a number; write {example}")
+        named = named or argument[1] is not None
+        if argument[1] is None and (named or place >= len(names)):
+            found = "a name is missing" if named else "too many numbers"
+            raise _schedule_error(text, at, f"{found}; write {example}")
+        name = argument[1] or names[place]
+        if name not in names or name in numbers:
+            found = "is given twice" if name in numbers else "is not known"
+            raise _schedule_error(text, at, f"{name!r} {found}; write {example}")
+        number = argument[2]
+        numbers[name] = int(number) if number.lstrip("+-").isdigit() else float(number)
+    if len(numbers) < len(names):
+        missing = ", ".join(name for name in names if name not in numbers)
+        raise _schedule_error(text, call.end(2) + 1, f"{missing} is missing; write {example}")
+    try:
+        return make(**numbers, **({"hold": True} if "steps" in names else {}))
+    except (InvalidTypeError, InvalidValueError) as error:
+        raise _schedule_error(text, call.start(1) + 1, error) from None
+
+
+def _schedule_error(text: str, column: int, reason: object) -> InvalidValueError:
+    return InvalidValueError(f"schedule {text!r}, column {column}: {reason}")
+
+
 def spec_from_region(region: Region) -> str:
     """Returns a spec of a region, from which `region_from_spec` makes an equal one.
 
@@ -274,4 +368,9 @@ def _digits(number: object) -> str:
 
 
 def __dir__() -> list[str]:
-    return ["region_from_spec", "region_or_source_from_spec", "spec_from_region"]
+    return [
+        "region_from_spec",
+        "region_or_source_from_spec",
+        "schedule_from_spec",
+        "spec_from_region",
+    ]

@@ -16,8 +16,8 @@ import bandpo
 from bandpo import Band, Clip, Dcpo, Divergence, Region, region_from_spec, sides, spec
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.presets import PRESETS, preset
-from bandpo.schedule import Bapo
-from bandpo.spec import region_or_source_from_spec, spec_from_region
+from bandpo.schedule import Bapo, Constant, Cosine, EntropyTargeted, Linear, Schedule
+from bandpo.spec import region_or_source_from_spec, schedule_from_spec, spec_from_region
 
 REVERSE_KL = "u*ln(u) - u + 1"
 
@@ -251,6 +251,75 @@ def test_reading_takes_bounded_time(text: str) -> None:
     with suppress(InvalidValueError):
         region_from_spec(text)
     assert time.perf_counter() - start < 5.0
+
+
+ENTROPY = "entropy(0.05, target=0.3, rate=0.1, least=0.01, greatest=0.2)"
+
+
+@pytest.mark.parametrize(
+    ("text", "schedule"),
+    [
+        ("linear(0.1, 0.02, 1000)", Linear(0.1, 0.02, 1000, hold=True)),
+        ("linear(1,2,3)", Linear(1, 2, 3, hold=True)),
+        (" cosine ( .1 ,\n2.e-2, +5 ) ", Cosine(0.1, 0.02, 5, hold=True)),
+        ("cosine(steps=5, end=0.02, start=0.1)", Cosine(0.1, 0.02, 5, hold=True)),
+        ("linear(0.1, steps=5, end=1E-2)", Linear(0.1, 0.01, 5, hold=True)),
+        ("constant(0.05)", Constant(0.05)),
+        (ENTROPY, EntropyTargeted(0.05, target=0.3, rate=0.1, least=0.01, greatest=0.2)),
+        (
+            "entropy(0.05, 0.3, 0.1, 0.01, 0.2)",
+            EntropyTargeted(0.05, target=0.3, rate=0.1, least=0.01, greatest=0.2),
+        ),
+    ],
+)
+def test_each_form_makes_the_schedule_of_the_api(text: str, schedule: Schedule) -> None:
+    found = schedule_from_spec(text)
+    assert (type(found), vars(found)) == (type(schedule), vars(schedule))
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "reason"),
+    [
+        ("", 1, "'' is no schedule"),
+        (" liner(0.1)", 2, "'liner' is no schedule (linear, cosine, constant, entropy); did you"),
+        ("linear", 1, "linear is written linear(0.1, 0.02, 1000)"),
+        ("linear(0.1, 0.02, 10", 1, "linear is written"),
+        ("linear(0.1, 0.02, 10))", 19, "'10)' is not a number"),
+        ("linear(0.1, x, 10)", 13, "'x' is not a number"),
+        ("linear(0.1, 0.02, )", 19, "'' is not a number"),
+        ("linear(0.1, 0.02, 10, 4)", 23, "too many numbers"),
+        ("linear(0.1, 0.02)", 17, "steps is missing"),
+        ("linear(0.1)", 11, "end, steps is missing"),
+        ("linear()", 8, "'' is not a number"),
+        ("linear(0.1, 0.02, stops=10)", 19, "'stops' is not known"),
+        ("linear(0.1, start=0.1, steps=3)", 13, "'start' is given twice"),
+        ("linear(end=0.1, 0.2, 3)", 17, "a name is missing"),
+        ("linear(0.1, 0.02, 10.5)", 1, "steps must be an int, got float"),
+        ("linear(0.1, -1, 10)", 1, "end must be finite and above 0"),
+        ("linear(0.1, nan, 10)", 13, "'nan' is not a number"),
+        ("constant(1e999)", 1, "value must be finite"),
+        ("__import__('os')", 1, "is no schedule"),
+    ],
+)
+def test_errors_of_a_schedule_name_the_column_and_the_reason(
+    text: str, column: int, reason: str
+) -> None:
+    with pytest.raises(InvalidValueError) as raised:
+        schedule_from_spec(text)
+    assert str(raised.value).startswith(f"schedule {text!r}, column {column}: "), raised.value
+    assert reason in str(raised.value)
+
+
+@settings(max_examples=300)
+@given(st.text() | st.from_regex(r"(linear|cosine|entropy)\([0-9a-z.,= ]{0,20}\)?"))
+def test_any_text_is_a_schedule_or_a_typed_error(text: str) -> None:
+    with suppress(InvalidValueError):
+        schedule_from_spec(text)
+
+
+def test_a_spec_of_a_schedule_is_a_str() -> None:
+    with pytest.raises(InvalidTypeError, match="must be a str, got float"):
+        schedule_from_spec(0.1)  # type: ignore[arg-type]
 
 
 def test_the_docstring_runs() -> None:
