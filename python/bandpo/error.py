@@ -47,12 +47,20 @@ class BrokenExtraError(BandpoError, ImportError):
     """An optional dependency is installed but cannot be imported; the message gives the reason."""
 
 
+class MissingHookError(BandpoError, ImportError):
+    """A trainer lacks the name that an adapter needs; the message has its version and the name."""
+
+
 class BackendWarning(UserWarning):
     """The fastest backend of a device cannot run; the message gives the reason and the fallback."""
 
 
 class MismatchWarning(UserWarning):
     """Two policies' log-probabilities of the same tokens are far apart; the message has causes."""
+
+
+class VersionWarning(UserWarning):
+    """A trainer's version is not one that its adapter was tested with; the message has both."""
 
 
 def __dir__() -> list[str]:
