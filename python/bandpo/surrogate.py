@@ -17,6 +17,9 @@ from bandpo.error import InvalidTypeError, InvalidValueError
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to plus and minus this before they are exponentiated."""
 
+PROBABILITY_EDGES = (0.0, 1e-3, 1e-2, 1e-1, 0.5, 1.0)
+"""Edges of the bins of the old probability; a bin includes its lower edge, the last one both."""
+
 MIN_WIDTH = 1e-6
 """Min width of a region for the surrogates that divide by it; as in ``rust/loss/surrogate.rs``."""
 

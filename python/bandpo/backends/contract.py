@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from bandpo.surrogate import PROBABILITY_EDGES
+
 if TYPE_CHECKING:
     import torch
-
-PROBABILITY_EDGES = (0.0, 1e-3, 1e-2, 1e-1, 0.5, 1.0)
-"""Edges of the bins of the old probability; a bin includes its lower edge, the last one both."""
 
 PROBABILITY_BINS = len(PROBABILITY_EDGES) - 1
 

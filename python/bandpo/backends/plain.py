@@ -8,14 +8,8 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from bandpo.backends.contract import (
-    PROBABILITY_BINS,
-    PROBABILITY_EDGES,
-    LossInputs,
-    TokenLosses,
-    Totals,
-)
-from bandpo.surrogate import BY_NAME, LOG_RATIO_LIMIT, MIN_WIDTH
+from bandpo.backends.contract import PROBABILITY_BINS, LossInputs, TokenLosses, Totals
+from bandpo.surrogate import BY_NAME, LOG_RATIO_LIMIT, MIN_WIDTH, PROBABILITY_EDGES
 from bandpo.tensors.lookup import read_table
 
 

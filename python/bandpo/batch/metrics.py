@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import torch
 
-from bandpo.backends.contract import PROBABILITY_EDGES
 from bandpo.notebook import html_table
+from bandpo.surrogate import PROBABILITY_EDGES
 
 
 class Metrics(Mapping[str, torch.Tensor]):
