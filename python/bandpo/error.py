@@ -23,6 +23,10 @@ class TableFileError(BandpoError, ValueError):
     """A table file is truncated, altered, foreign or newer than this version; nothing was read."""
 
 
+class TokenFileError(BandpoError, ValueError):
+    """A file of logged tokens is damaged or lacks a column; the message names the place."""
+
+
 class InputPathError(BandpoError, OSError):
     """A file could not be read; the message gives the reason."""
 
