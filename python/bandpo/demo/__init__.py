@@ -1,7 +1,7 @@
 """A small experiment: the same policy trained under several clip rules.
 
 A transformer of 0.12 M parameters is fitted to a made-up corpus in which the right answer to every
-prompt is rare, then trained by GRPO on a verifiable reward, with several optimizer steps on each
+prompt is rare, then trained by GRPO on a verifiable reward, with several optimiser steps on each
 rollout batch so that clipping acts. The same seeds are run under a fixed clip, the KL band with the
 published cap, and two baselines: no clipping, and the constant interval [0.1, 10].
 """

@@ -30,7 +30,7 @@ def train(
     """Trains a copy of the policy under one region and returns its run.
 
     A batch samples `settings.group` answers to each of `settings.prompts_per_batch` prompts, then
-    takes `settings.inner_steps` optimizer steps on all of them: the first is on-policy, and a clip
+    takes `settings.inner_steps` optimiser steps on all of them: the first is on-policy, and a clip
     rule acts on the later ones. An answer is one token, so every tensor is [tokens, 1].
     """
     policy = copy.deepcopy(pretrained)

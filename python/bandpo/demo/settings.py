@@ -22,9 +22,9 @@ class Settings:
         prompts: Prompts in a task, at most `ANSWERS`.
         prompts_per_batch: How many of them a batch has, drawn without replacement.
         group: Answers sampled for each prompt of a batch, at least 2.
-        inner_steps: Optimizer steps on a batch, each on all of its tokens.
+        inner_steps: Optimiser steps on a batch, each on all of its tokens.
         learning_rate: Adam's, constant.
-        pretrain_steps: Optimizer steps that fit the policy to the corpus.
+        pretrain_steps: Optimiser steps that fit the policy to the corpus.
         delta: Radius of the KL band.
 
     Raises:
