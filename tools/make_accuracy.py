@@ -1,8 +1,7 @@
-"""Measure the accuracy of bounds and tables and write docs/accuracy.md.
+"""Measures the accuracy of bounds and tables and writes docs/accuracy.md.
 
-Bounds are compared with the 60-digit references that tools/make_reference.py solved, all of them.
-Tables are compared with the solver. The result depends on the arguments and the version of bandpo
-alone.
+Bounds are compared with all 60-digit references of tools/make_reference.py, tables with the solver.
+The result depends on the arguments and the version of bandpo alone.
 
     make reference
     python tools/make_accuracy.py
@@ -41,7 +40,7 @@ TABLE_TARGET = 1e-6
 TABLE_BYTES = 32 * 1024
 TABLE_DELTAS = (1e-4, 1e-3, 0.01, 0.05, 0.3, 1.0)
 NEAR = 0.02
-"""Near saturation: delta within this of the delta that saturates the bound, relatively."""
+"""Max relative distance of delta from the one that saturates a bound, near saturation."""
 REGIONS = (
     "p < 1e-300",
     "p < 1e-6",
@@ -74,25 +73,25 @@ class Measured:
     delta: Floats
     kappa: Floats  # condition numbers
     actual: Floats
-    relative: Floats  # errors of log bounds: above 0 is outside, inf where infinities differ
+    relative: Floats  # errors of log bounds: above 0 is outside, inf if infinities differ
     ulp: Floats
-    denormal: NDArray[np.bool_]  # the exact bound is, so that only its errors in ULP count
+    denormal: NDArray[np.bool_]  # exact bounds, whose errors count in ULP alone
     solved: NDArray[np.bool_]  # neither saturated nor a limit
     evaluations: NDArray[np.uint32]  # of D
     region: NDArray[np.intp]  # index into REGIONS
 
     def outside(self) -> int:
-        """Return how many bounds lie outside the exact one."""
+        """Returns the number of bounds that lie outside the exact one."""
         return int((self.relative > REFERENCE).sum())
 
     def wrongly_saturated(self) -> int:
-        """Return how many bounds are saturated where the exact one is not, or the reverse."""
+        """Returns the number of bounds that differ from the exact ones in saturation."""
         return int(np.isinf(self.relative).sum())
 
 
 @dataclass(frozen=True)
 class Poor:
-    """A bound whose relative error is above the one promised for well-conditioned ones."""
+    """A bound whose relative error exceeds the promise for well-conditioned bounds."""
 
     spec: str
     side: int
@@ -104,7 +103,7 @@ class Poor:
     backward: float  # distance of D at the bound from delta, in ULP of delta
 
     def kept(self) -> bool:
-        """Return whether the promise for ill-conditioned bounds holds."""
+        """True if the promise for ill-conditioned bounds holds."""
         return (
             self.relative <= REFERENCE
             and self.kappa > ILL_CONDITIONED
@@ -116,7 +115,7 @@ class Poor:
 
 
 def compare(reference: Reference) -> Measured:
-    """Return the library's bounds beside the truth."""
+    """Returns the library's bounds with their errors against a reference."""
     logp, delta = reference.logp, reference.delta
     band = bandpo.Band(reference.spec, delta)
     found = band.diagnose(logp)
@@ -128,12 +127,12 @@ def compare(reference: Reference) -> Measured:
     by_p = np.searchsorted(np.log([1e-300, 1e-6, 0.5]), logp, side="right")
     by_rest = np.searchsorted([-1e-6, -1e-16, 0.0], logp, side="right")
     with np.errstate(invalid="ignore", divide="ignore"):
-        # The radius that saturates is D at the end of the side, infinite where f(0) is.
+        # The delta that saturates is D at the end of the side, infinite if f(0) is.
         ends = np.stack([np.full_like(logp, -np.inf), -logp])
         edge = np.stack([band.divergence.between(logp, end) for end in ends])
         near = np.isfinite(edge) & (np.abs(delta - edge) <= NEAR * edge)
-    near[:, logp == -np.inf] = False  # all is allowed there,
-    near[1, logp == 0.0] = False  # and nothing there
+    near[:, logp == -np.inf] = False  # every ratio is allowed there,
+    near[1, logp == 0.0] = False  # and no increase there
     return Measured(
         reference.spec,
         logp,
@@ -150,7 +149,7 @@ def compare(reference: Reference) -> Measured:
 
 
 def errors(actual: Floats, nearest: Floats, rest: Floats) -> tuple[Floats, Floats]:
-    """Return relative errors, positive where outside, and absolute errors in ULP of the truth."""
+    """Returns relative errors, positive outside, and absolute errors in ULP of the exact bound."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         # Neighbouring doubles subtract exactly, so that errors far below one ulp remain.
         error = (actual - nearest) - rest
@@ -166,7 +165,7 @@ def errors(actual: Floats, nearest: Floats, rest: Floats) -> tuple[Floats, Float
 
 
 def progress(jobs: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Yield from an iterable and report on standard error."""
+    """Yields from an iterable and reports progress on standard error."""
     started = reported = time.monotonic()
     for done, item in enumerate(jobs, 1):
         yield item
@@ -179,7 +178,7 @@ def progress(jobs: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 def poor_bounds(results: Sequence[Measured]) -> list[Poor]:
-    """Return every bound that is outside or off by more than is promised."""
+    """Returns every bound that is outside or whose error exceeds the promise."""
     poor = []
     for result in results:
         spec = result.spec
@@ -199,35 +198,35 @@ def poor_bounds(results: Sequence[Measured]) -> list[Poor]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, the first column left-aligned."""
+    """Returns a Markdown table, the first column left-aligned."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def largest(values: Floats) -> float:
-    """Return the max size, 0 for none."""
+    """Returns the max absolute value, 0 for an empty array."""
     return float(np.abs(values).max(initial=0.0))
 
 
 def number(value: float) -> str:
-    """Return a number as two digits."""
+    """Returns a number with two digits."""
     return "0" if value == 0.0 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
 
 
 def ulps(values: Floats) -> str:
-    """Return the max number of ULP."""
+    """Returns the max number of ULP."""
     worst = largest(values)
     return f"{worst:.1f}" if worst < 1e4 else number(worst)
 
 
 def worst(result: Measured, side: int, here: NDArray[np.bool_]) -> tuple[str, str]:
-    """Return the max relative error of bounds that are not denormal, and the one in ULP."""
+    """Returns the max relative error, without denormal bounds, and the max error in ULP."""
     normal = here & ~result.denormal[side]
     return number(largest(result.relative[side, normal])), ulps(result.ulp[side, here])
 
 
 def summary(results: Sequence[Measured]) -> str:
-    """Return the table over all regions."""
+    """Returns the table over all regions together."""
     rows = []
     for result in results:
         everywhere = np.ones(result.logp.shape, dtype=np.bool_)
@@ -239,7 +238,7 @@ def summary(results: Sequence[Measured]) -> str:
 
 
 def by_region(results: Sequence[Measured], side: int) -> str:
-    """Return the table of one side by region."""
+    """Returns the table of one side by region."""
     rows = []
     for result in results:
         row = [result.spec]
@@ -251,7 +250,7 @@ def by_region(results: Sequence[Measured], side: int) -> str:
 
 
 def work(results: Sequence[Measured]) -> str:
-    """Return the table of evaluations of f for a bound."""
+    """Returns the table of evaluations of f for a bound."""
     rows = []
     for result in results:
         row = [result.spec]
@@ -259,11 +258,11 @@ def work(results: Sequence[Measured]) -> str:
             solved = 2 * result.evaluations[side, result.solved[side]]  # D is made of two f
             row += [f"{solved.mean():.1f}" if solved.size else "none", str(solved.max(initial=0))]
         rows.append(row)
-    return table(["divergence", "log_lower, mean", "most", "log_upper, mean", "most"], rows)
+    return table(["divergence", "log_lower, mean", "max", "log_upper, mean", "max"], rows)
 
 
 def ill_conditioned(poor: Sequence[Poor]) -> str:
-    """Return the table of bounds that keep the promise in its second form only."""
+    """Returns the table of bounds that keep the promise for ill-conditioned bounds alone."""
     rows = []
     for spec in sorted({bound_.spec for bound_ in poor}):
         here = [bound_ for bound_ in poor if bound_.spec == spec]
@@ -276,12 +275,12 @@ def ill_conditioned(poor: Sequence[Poor]) -> str:
                 number(max(bound_.backward for bound_ in here)),
             ]
         )
-    header = ["divergence", "bounds", "largest error", "least condition number", "ULP of delta"]
+    header = ["divergence", "bounds", "max error", "min condition number", "max ULP of delta"]
     return table(header, rows)
 
 
 def broken_promises(poor: Sequence[Poor]) -> str:
-    """Return the table of bounds that keep it in neither form."""
+    """Returns the table of bounds that break the promise."""
     rows = [
         [
             bound_.spec,
@@ -298,7 +297,7 @@ def broken_promises(poor: Sequence[Poor]) -> str:
 def measure_tables(
     specs: Sequence[str], samples: int
 ) -> list[tuple[str, float, int, float, float]]:
-    """Return (divergence, delta, bytes, error of log_upper, error of lower) of every table."""
+    """Returns (divergence, delta, bytes, error of log_upper, error of lower) of every table."""
     jobs = [(spec, delta) for spec in specs for delta in TABLE_DELTAS]
     measured = []
     for job in progress(jobs, len(jobs), "tables"):
@@ -311,7 +310,7 @@ def measure_tables(
 def by_delta(
     specs: Sequence[str], measured: Sequence[tuple[str, float, int, float, float]]
 ) -> tuple[str, str]:
-    """Return the tables of errors and of sizes, a column for each delta."""
+    """Returns the tables of errors and of sizes, a column for each delta."""
     errors_of = {(spec, delta): (upper, lower) for spec, delta, _, upper, lower in measured}
     size = {(spec, delta): nbytes for spec, delta, nbytes, _, _ in measured}
     header = ["divergence", *(f"{delta:g}" for delta in TABLE_DELTAS)]
@@ -324,7 +323,7 @@ def by_delta(
 
 
 def exhaustive(path: Path) -> str:
-    """Return the section on exhaustive verifications, from the results that were kept."""
+    """Returns the section on exhaustive verifications, from the committed results."""
     rows = [
         [
             entry["divergence"],
@@ -339,55 +338,55 @@ def exhaustive(path: Path) -> str:
 ## Every float32
 
 `bandpo table verify --exhaustive` compares a table with the solver at every float32 log-probability
-in [-104, 0]. Its results are kept in `docs/accuracy-exhaustive.json`.
+in [-104, 0]. The results are those of `docs/accuracy-exhaustive.json`.
 
 {table(["divergence", "delta", "values", "log_upper", "lower"], rows)}
 """
 
 
 def bounds_part(results: Sequence[Measured]) -> str:
-    """Return the part on bounds."""
+    """Returns the part on bounds."""
     poor = poor_bounds(results)
     kept = [bound_ for bound_ in poor if bound_.kept()]
     broken = [bound_ for bound_ in poor if not bound_.kept()]
     size = sum(result.logp.size for result in results)
-    most = max(int(result.evaluations.max()) for result in results)
+    evaluations = max(int(result.evaluations.max()) for result in results)
     text = f"""## Bounds
 
 | | promised | measured |
 | --- | ---: | ---: |
 | bounds outside the exact one | 0 | {sum(result.outside() for result in results)} |
-| bounds that saturate where the exact one does not, or the reverse | 0 | \
+| bounds that saturate while the exact one does not, or the reverse | 0 | \
 {sum(result.wrongly_saturated() for result in results)} |
 | bounds with a relative error above {RELATIVE:.0e} and above 1 ULP, condition number up to \
 {ILL_CONDITIONED:.0f} | 0 | {sum(bound_.kappa <= ILL_CONDITIONED for bound_ in broken)} |
 | the same above {ILL_CONDITIONED:.0f}, unless D is within {BACKWARD:.0f} ULP of delta | 0 | \
 {sum(bound_.kappa > ILL_CONDITIONED for bound_ in broken)} |
-| most evaluations of f for a bound | {2 * MAX_EVALUATIONS} | {2 * most} |
+| max evaluations of f for a bound | {2 * MAX_EVALUATIONS} | {2 * evaluations} |
 
-The promise is for every built-in divergence and delta from 1e-8 to 10, for p from 1e-300 to
-1 - 1e-16, and also beyond: for p and 1 - p down to the smallest denormal number, and in the limits
-p = 1 (logp = 0) and p = 0 (logp = -inf). A NaN gives NaN. Everything else gives an answer.
-What 1 ULP is of use for are denormal bounds, and log_upper next to -logp.
+The promise covers every built-in divergence and delta from 1e-8 to 10. It holds for p from 1e-300
+to 1 - 1e-16, for p and 1 - p down to the smallest denormal number, and in the limits p = 1
+(logp = 0) and p = 0 (logp = -inf). The bounds of a NaN are NaN. Every other input has bounds.
+The allowance of 1 ULP is for denormal bounds, and for log_upper next to -logp.
 
-The errors are those of log_lower and log_upper. {size} points, both bounds of each, were compared
-with {DIGITS}-digit references, which `make reference` solves; one in about ten of them is kept in
-`tests/data`, where `tests/band/test_bounds.py` evaluates the promise. Of a divergence whose bounds
-saturate, a tenth of the points has delta at the value that saturates one, a float next to it, or
-off by 1e-2, 1e-6 or 1e-12 of it; a tenth of all lies beyond 1e-300 or 1 - 1e-16.
+The errors are those of log_lower and log_upper. Both bounds of {size} points were compared with
+{DIGITS}-digit references, which `make reference` solves. About one in ten of them is committed in
+`tests/data`, and `tests/band/test_bounds.py` evaluates the promise there. A tenth of all points
+lies beyond 1e-300 or 1 - 1e-16. If the bounds of a divergence saturate, a tenth of its points has a
+delta at the value that saturates one, at a float next to it, or off by 1e-2, 1e-6 or 1e-12 of it.
 
-Largest relative error, and largest error in units in the last place (ULP) of the exact bound; the
-relative error is without denormal bounds:
+The table gives the max relative error, without denormal bounds, and the max error in units in the
+last place (ULP) of the exact bound:
 
 {summary(results)}
 
-Most of it is the move inwards by 3.6e-15 that keeps a bound inside: it comes to 16 to 32 ULP.
+Most of the error is the move inwards by 3.6e-15 that keeps a bound inside. It is 16 to 32 ULP.
 
 ### log_lower by region
 
-Largest relative error, ULP in brackets. A point counts in the narrowest region it is in. Near
-saturation means delta within {NEAR:.0%} of the one from which on the bound is -inf (log_lower) or
--logp (log_upper); the other columns are without such points.
+The max relative error, with the max error in ULP in brackets. A point counts in the narrowest
+region that holds it. Near saturation, delta is within {NEAR:.0%} of the value from which on the
+bound is -inf (log_lower) or -logp (log_upper). The other columns are without such points.
 
 {by_region(results, 0)}
 
@@ -397,10 +396,11 @@ saturation means delta within {NEAR:.0%} of the one from which on the bound is -
 
 ### Evaluations of f
 
-For one bound that is neither saturated nor a limit, in double precision or in double-double
-arithmetic; two for each evaluation of D, with one of f' each in Newton's method. That a bound takes
-at most {2 * MAX_EVALUATIONS} holds by construction: `MAX_BOUND_EVALUATIONS` in `rust/band/mod.rs`.
-Where there is a closed form, D is evaluated to see whether the side is saturated and to find the
+The counts are for a bound that is neither saturated nor a limit. Each evaluation of D, in double
+precision or in double-double arithmetic, counts as two of f. Newton's method evaluates f' as well,
+which is not counted. That a bound takes at most {2 * MAX_EVALUATIONS} holds by construction:
+`MAX_BOUND_EVALUATIONS` in `rust/band/mod.rs` is half of it.
+A divergence with a closed form evaluates D to decide whether the side is saturated, and for the
 condition number.
 
 {work(results)}
@@ -409,10 +409,11 @@ condition number.
         text += f"""
 ### Ill-conditioned bounds
 
-The condition number says by how much more than itself a relative change of logp or delta changes
-the bound. Just below saturation of the lower side it may exceed 1e16: then even the last bit of
-delta moves the bound by more than the bound. Above {ILL_CONDITIONED:.0f} a bound need not be within
-{RELATIVE:.0e} if the exact D at it is within {BACKWARD:.0f} ULP of delta, and not above it.
+The condition number is the factor from a relative change of logp or delta to the relative change of
+the bound. Just below saturation of the lower side it may exceed 1e16. Then the last bit of delta
+moves the bound by more than the bound itself. Above {ILL_CONDITIONED:.0f} a bound may be off by
+more than {RELATIVE:.0e}, if the exact D at it is within {BACKWARD:.0f} ULP of delta and not
+above delta.
 {len(kept)} bounds are such:
 
 {ill_conditioned(kept)}
@@ -429,23 +430,23 @@ An error above 1e-60 is outside the exact bound. The last column is the distance
 
 
 def tables_part(specs: Sequence[str], samples: int) -> str:
-    """Return the part on tables."""
+    """Returns the part on tables."""
     measured = measure_tables(specs, samples)
     error_table, size_table = by_delta(specs, measured)
     text = f"""## Tables
 
 | | promised | measured |
 | --- | ---: | ---: |
-| largest error of log_upper and of lower | {number(TABLE_TARGET)} | \
+| max error of log_upper and of lower | {number(TABLE_TARGET)} | \
 {number(max(max(row[3:]) for row in measured))} |
 | bytes | {TABLE_BYTES} | {max(row[2] for row in measured)} |
 
-The promise is for every built-in divergence and delta from 1e-4 to 1. The error is absolute, beyond
-one float32 ULP of the bound, where the log bound lies within +-20. Each table was compared with the
-solver at {samples} float32 log-probabilities, evenly spaced in their bit patterns over
-[-104, 0], and at 16 in every cell.
+The promise covers every built-in divergence and delta from 1e-4 to 1, where the log bound lies
+within +-20. The error is the absolute one beyond one float32 ULP of the bound. Each table was
+compared with the solver at {samples} float32 log-probabilities, evenly spaced in their bit patterns
+over [-104, 0], and at 16 in every cell.
 
-Largest error of log_upper / of lower, by delta:
+Max error of log_upper / of lower, by delta:
 
 {error_table}
 
@@ -459,7 +460,7 @@ Bytes, by delta:
 
 
 def report(references: Sequence[Path], samples: int, before: str) -> str:
-    """Measure everything and return the document, with no samples the tables of the one before."""
+    """Measures, and returns the document; without samples its part on tables is the old one."""
     results = []
     for path in progress(references, len(references), "bounds"):
         results.append(compare(read_reference(path)))
@@ -470,21 +471,21 @@ def report(references: Sequence[Path], samples: int, before: str) -> str:
     return f"""# Accuracy
 
 Written by `python tools/make_accuracy.py` with bandpo {bandpo.__version__}.
-It holds for the points that were measured; [numerics.md](numerics.md) says why others should be no
-different.
+The figures hold for the points that were measured. [numerics.md](numerics.md) gives the reasons why
+other points should not differ.
 
 {bounds_part(results)}
 {tables}"""
 
 
 def main() -> None:
-    """Parse the command line and write the document."""
+    """Parses the command line and writes the document."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument(
         "--samples",
         type=int,
         default=1_000_000,
-        help="log-probs a table; 0 keeps what the document says of tables (%(default)s)",
+        help="log-probs a table; 0 keeps the part of the document on tables (%(default)s)",
     )
     parser.add_argument(
         "--references", type=Path, default=FULL, help="folder of make_reference.py (%(default)s)"
@@ -493,7 +494,7 @@ def main() -> None:
     args = parser.parse_args()
     references = sorted(args.references.glob("band_*.csv.gz"))
     if not references:
-        parser.error(f"no references in {args.references}: say make reference first")
+        parser.error(f"no references in {args.references}: run make reference first")
     before = args.out.read_text(encoding="utf-8") if args.out.exists() else ""
     text = report(references, args.samples, before)
     args.out.write_text(text, encoding="utf-8", newline="\n")
