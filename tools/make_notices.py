@@ -1,11 +1,10 @@
-"""Write THIRD-PARTY-LICENSES.md: the crates that are linked into the extension, and their notices.
+"""Writes THIRD-PARTY-LICENSES.md: the crates in the extension, and their notices.
 
-A wheel holds compiled code of these crates, and their licences ask for their notices. Where a
-crate may be had under the Apache licence, it is taken under that one, whose text is LICENSE; every
-other licence is copied whole.
+A wheel holds compiled code of these crates, and their licences require their notices. A crate that
+is available under Apache-2.0 is used under it; LICENSE is its text. Any other licence is copied.
 
     python tools/make_notices.py          # writes the file
-    python tools/make_notices.py --check  # exit code 1 where it would change
+    python tools/make_notices.py --check  # exit code 1 if the file would change
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ COLUMNS = "{p}\t{l}\t{r}"
 HEAD = """\
 # Licences of the Rust crates in a wheel
 
-The extension `bandpo._core` is linked with these crates, for one platform or another, and with
-the Rust standard library (MIT OR Apache-2.0). Those that may be had under Apache-2.0 are used
-under it; LICENSE is its text. The licences of the others follow the table.
+The extension `bandpo._core` contains these crates, some on one platform alone, and the Rust
+standard library (MIT OR Apache-2.0). Crates that are available under Apache-2.0 are used under it;
+LICENSE is its text. The licences of the others follow the table.
 `python tools/make_notices.py` writes this file.
 
 | crate | version | licence | source |
@@ -69,7 +68,7 @@ def document() -> str:
     for name, version, licence, source in crates:
         rows.append(f"| {name} | {version} | {licence} | {source} |\n")
         files = sorted(folders[name, version].iterdir())
-        # Apache-2.0 asks for NOTICE files (section 4d) and no more than its own text.
+        # Apache-2.0 requires NOTICE files (section 4d) beside its own text.
         wanted = r"(?i)notice" if is_apache(licence) else r"(?i)(licen[cs]e|copying|notice)"
         found = [file for file in files if re.match(wanted, file.name)]
         if not found and not is_apache(licence):
@@ -81,7 +80,7 @@ def document() -> str:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Parses the command line, then writes or checks the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     text = document()

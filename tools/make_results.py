@@ -1,6 +1,6 @@
-"""Measure the targets of speed and size on this machine and write benchmarks/RESULTS.md.
+"""Measures the targets of speed and size on this machine and writes benchmarks/RESULTS.md.
 
-    python tools/make_results.py        about four minutes on two cores that do nothing else
+    python tools/make_results.py        about four minutes on two idle cores
 
 Both sides of a ratio are timed in turns in one process; see benchmarks/interleaved.py.
 """
@@ -44,19 +44,18 @@ GPU_TARGETS = (
     ("compiled clip", "compiled PPO clip", "<= 1.0x its time", 1.0),
     ("bisection", "50 bisection steps", ">= 100x faster", 0.01),
 )
-"""Peer, what it is, the target, and the share of its time that is allowed."""
+"""Peer, its description, the target, and the allowed share of the peer's time."""
 
 REASONS = {
-    "bounds": "a few bounds of each thousand are polished in double-double, token by token",
+    "bounds": "a few bounds in a thousand are polished in double-double, one token at a time",
     "table": "numpy's bounds are float64, and `lower` takes a logarithm",
-    "loss": "a call reads as much as the peer and writes as much, but looks bounds up and adds up "
-    "metrics, which the peer has not",
-    "small loss": "checks of the arguments and torch's bookkeeping of a gradient are a fixed cost",
-    "anchor": "it reads one column more, 25 bytes a token in place of 21, at the speed of memory",
-    "build": "a table is made of exact bounds, and so is the measurement of its error",
+    "loss": "it reads and writes as much as the peer, and also looks up bounds and sums metrics",
+    "small loss": "checks of the arguments and the autograd of torch have a fixed cost",
+    "anchor": "it reads one column more, 25 bytes a token instead of 21, at the speed of memory",
+    "build": "a table and the measurement of its error take exact bounds",
     "import": "bandpo's modules and what they import of the standard library",
 }
-"""Known causes, printed where a target is missed."""
+"""Known causes, printed for each target that is missed."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,16 @@ class Row:
     columns: str  # what | against | target
     measured: str
     spread: str
-    excess: float  # the cost over the one allowed: missed above 1
+    excess: float  # the cost over the allowed cost: missed above 1
 
     def markdown(self) -> str:
-        """Return the row of the table."""
+        """Returns the row of the table."""
         verdict = "met" if self.excess <= 1.0 else f"missed, by {digits(self.excess)}x"
         return f"| {self.columns} | {self.measured} | {self.spread} | {verdict} |"
 
 
 def at_least(key: str, what: str, against: str, times: float, found: Comparison) -> Row:
-    """Return a row whose target is to be so many times faster."""
+    """Returns a row whose target is a min speed-up over the peer."""
     return Row(
         key,
         f"{what} | {against} | >= {times:g}x faster",
@@ -87,7 +86,7 @@ def at_least(key: str, what: str, against: str, times: float, found: Comparison)
 
 
 def at_most(key: str, what: str, against: str, share: float, found: Comparison) -> Row:
-    """Return a row whose target is to take at most so much of the peer's time."""
+    """Returns a row whose target is a max share of the peer's time."""
     return Row(
         key,
         f"{what} | {against} | <= {share:g}x its time",
@@ -98,14 +97,14 @@ def at_most(key: str, what: str, against: str, share: float, found: Comparison) 
 
 
 def milliseconds(key: str, what: str, against: str, allowed: float, seconds: float) -> Row:
-    """Return a row whose target is a time."""
+    """Returns a row whose target is a max time."""
     found = 1e3 * seconds
     columns = f"{what} | {against} | <= {allowed:g} ms"
     return Row(key, columns, f"{digits(found)} ms", "", found / allowed)
 
 
 def target_rows() -> Iterator[Row]:
-    """Measure every target that needs no GPU."""
+    """Measures every target that needs no GPU."""
     for divergence in solver.PEER_DIVERGENCES:
         found = solver.compare_to_find_root(divergence)
         roots = solver.SIZE * solver.ROOTS_A_TOKEN
@@ -143,7 +142,7 @@ def target_rows() -> Iterator[Row]:
 
 
 def gpu_rows() -> Iterator[str]:
-    """Yield the rows of a GPU's targets, which state if nothing was measured on one."""
+    """Yields the rows of a GPU's targets; they read "not measured" without measurements."""
     of_size = {row["tokens"]: row["seconds"] for row in gpu().get("rows", ())}.get(GPU_SIZE, {})
     what = f"GPU loss, forward + backward, {power(GPU_SIZE)} tokens"
     for peer, against, target, allowed in GPU_TARGETS:
@@ -158,12 +157,12 @@ def gpu_rows() -> Iterator[str]:
 
 
 def gpu() -> dict[str, Any]:
-    """Return the measurements on a GPU, none if there are none."""
+    """Returns the measurements on a GPU, or an empty dict."""
     return json.loads(GPU.read_text(encoding="utf-8")) if GPU.exists() else {}
 
 
 def gpu_section() -> str:
-    """Return the times on a GPU at every size, with the machine."""
+    """Returns the times on a GPU at every size, with the machine."""
     measured = gpu()
     rows = measured.pop("rows", [])
     if not rows:
@@ -178,28 +177,28 @@ def gpu_section() -> str:
     lines = (
         [power(row["tokens"]), *(nanoseconds_of(row, name) for name in methods)] for row in rows
     )
-    return f"Of benchmarks/gpu.json: {about}.\n\n{markdown(['tokens', *methods], lines)}"
+    return f"From benchmarks/gpu.json: {about}.\n\n{markdown(['tokens', *methods], lines)}"
 
 
 def digits(value: float) -> str:
-    """Return three digits, or as many as there are before the point."""
+    """Returns a number with three digits, or all digits before the point."""
     return f"{value:.3g}" if abs(value) < 1000.0 else f"{value:.0f}"
 
 
 def nanoseconds(call: Callable[[], object], size: int) -> str:
-    """Return the time of a call for each token."""
+    """Returns the time of a call for each token."""
     return f"{digits(1e9 * median_seconds(call) / size)}"
 
 
 def growth() -> Iterator[Sequence[str]]:
-    """Measure the loss at every size, beside the peers."""
+    """Measures the loss at every size, beside the peers."""
     for size in SIZES:
         steps = (loss.Step(method, size=size) for method in ("native", *loss.PEERS))
         yield [power(size), *(nanoseconds(step.forward_backward, size) for step in steps)]
 
 
 def divergences() -> Iterator[Sequence[str]]:
-    """Measure what depends on the divergence, and the loss, which does not."""
+    """Measures solver, table build and loss for every divergence."""
     for divergence in (*solver.DIVERGENCES, EXPRESSION):
         yield [
             f"`{divergence}`",
@@ -210,25 +209,25 @@ def divergences() -> Iterator[Sequence[str]]:
 
 
 def rules() -> Iterator[Sequence[str]]:
-    """Measure every surrogate in every dtype."""
+    """Measures every surrogate in every dtype."""
     for surrogate in loss.SURROGATES:
         steps = (loss.Step("native", dtype=dtype, surrogate=surrogate) for dtype in loss.DTYPES)
         yield [surrogate, *(nanoseconds(step.forward_backward, SIZE) for step in steps)]
 
 
 def power(size: int) -> str:
-    """Return a power of two as one."""
+    """Returns a power of two in the form 2^k."""
     return f"2^{size.bit_length() - 1}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table, all but the first column to the right."""
+    """Returns a Markdown table, the first column left-aligned, the others right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def machine() -> str:
-    """Return the machine and the versions of a measurement."""
+    """Returns the machine and the versions of a measurement."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -250,7 +249,7 @@ Python {platform.python_version()}, {", ".join(versions)}, {output("rustc", "--v
 
 
 def output(*command: str) -> str:
-    """Return the output of a program, or a note that it has none."""
+    """Returns the output of a program, or a note that it failed."""
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     except (OSError, subprocess.CalledProcessError):
@@ -259,7 +258,7 @@ def output(*command: str) -> str:
 
 
 def main() -> None:
-    """Measure everything and write the file."""
+    """Measures everything and writes the file."""
     head = machine()
     rows = []
     for row in target_rows():
@@ -267,19 +266,21 @@ def main() -> None:
         print(row.markdown(), flush=True)
     missed = {row.key for row in rows if row.excess > 1.0}
     reasons = "\n".join(f"- {key}: {reason}." for key, reason in REASONS.items() if key in missed)
-    causes = "None that was measured is missed."
+    causes = "No measured target is missed."
     if reasons:
         causes = f"Known causes:\n\n{reasons}"
     lines = "\n".join([*(row.markdown() for row in rows), *gpu_rows()])
     text = f"""# Results
 
-Written by `make results`; the suite behind it is run by asv, see CONTRIBUTING.md.
+Written by `make results` from the suite in `benchmarks/`, which asv runs as well; see
+CONTRIBUTING.md.
 
 {head}
 
-Whole calls as a user makes them, with delta {DELTA:g}. The two sides of a ratio were timed in turns
-in one process; given are the median over rounds and its quartiles. Exact bounds are compared where
-both are roots for any f (p from 0.2 to 0.8), where find_root is at its fastest.
+The times are those of whole calls, as a user makes them, with delta {DELTA:g}. Both sides of a
+ratio were timed in turns in one process. The table gives the median of the ratio and its quartiles.
+Exact bounds are compared for p from 0.2 to 0.8, because both bounds are roots there for any f, and
+find_root is fastest.
 
 ## Targets
 
@@ -303,7 +304,8 @@ Nanoseconds a token, forward + backward, medians of single calls.
 
 ## Divergences
 
-The loss ({power(SIZE)} tokens, float32, forward + backward) reads a table: it should cost the same.
+The loss ({power(SIZE)} tokens, float32, forward + backward) reads a table, so the divergence
+should not change its cost.
 
 {markdown(["divergence", "exact, ns a root", "table build, ms", "loss, ns a token"], divergences())}
 
