@@ -1,24 +1,23 @@
-"""Time the CUDA kernel of the loss, forward and backward, beside a copy and its neighbours.
+"""Times of the CUDA kernel of the loss, forward and backward, and of its peers.
 
-Prints a line for each size, then the targets, and writes every single time to benchmarks/gpu.json.
-Needs a GPU.
+Prints a line for each size, then the targets. Writes each time to benchmarks/gpu.json. Needs a GPU.
 
     python tools/bench_gpu.py [--max 28]
 
-Timed on N tokens in one row, float32, one advantage a token, a tenth of them masked:
+The batch is one row of N tokens in float32, with an advantage for each token. A tenth is masked.
 
-- copy: a device copy of as many bytes as the kernel has to move, 13 read and 8 written a token
+- copy: a device copy of the bytes that the kernel has to move, 13 read and 8 written a token
 - bandpo: `bandpo::token_loss` with a table of Band("kl", 0.05): losses, gradients, counts and sums
-- compiled clip, eager clip: PPO's clip loss in torch with its gradient, compiled for each size anew
-  and not compiled
+- compiled clip: PPO's clip loss in torch with its gradient, compiled for each size
+- eager clip: the same, not compiled
 - bisection: the published scheme for the upper bound, 50 halvings in torch, in place of a table
 - liger: Liger's Triton GRPO loss, if it is installed, from logits of two tokens, its min
 
-A time is that between two events of the device. Before the first of them a GiB is written, which
+A time is the time between two events of the device. A GiB is written before the first event. That
 empties the cache and lets the host run ahead; otherwise the host would be timed.
 
-Memory is the peak of a call beyond inputs and the gradient, in bytes a token (so -4 for the copy,
-which has none).
+Memory is the peak of a call beyond its inputs and the gradient, in bytes a token. The copy has no
+gradient and shows -4.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ Make: TypeAlias = Callable[[Tokens], Call]
 
 
 def bisected_loss(old: Any, new: Any, advantages: Any, valid: Any) -> Any:
-    """PPO's clip loss with the upper bound of KL alone, by halving."""
+    """PPO's clip loss with the upper bound of KL alone, by 50 halvings."""
     p = old.exp()
     ratio = (new - old).exp()
     clipped = torch.minimum(ratio, peers.bisected_side(DELTA, p, 1.0 / p))
@@ -68,7 +67,7 @@ def bisected_loss(old: Any, new: Any, advantages: Any, valid: Any) -> Any:
 
 
 def with_gradient(loss: Callable[..., Any]) -> Make:
-    """Makes a call of a loss and its gradient."""
+    """Returns the maker of a call of a loss and its gradient."""
 
     def make(tokens: Tokens) -> Call:
         old, new, advantages, valid = tokens
@@ -79,7 +78,7 @@ def with_gradient(loss: Callable[..., Any]) -> Make:
 
 
 def compiled_clip(tokens: Tokens) -> Call:
-    """The clip loss, compiled for this size: one for all sizes may be slower."""
+    """The clip loss, compiled for this size, because one for all sizes may be slower."""
     torch.compiler.reset()
     return with_gradient(peers.compiled_ppo_clip())(tokens)
 
@@ -92,7 +91,7 @@ def kernel(tokens: Tokens) -> Call:
 
 
 def copy(tokens: Tokens) -> Call:
-    """Reads and writes half of the kernel's bytes each."""
+    """A copy that reads half of the kernel's bytes and writes the other half."""
     count = tokens[0].numel() * BYTES_A_TOKEN // 2
     source = torch.empty(count, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
@@ -100,7 +99,7 @@ def copy(tokens: Tokens) -> Call:
 
 
 def liger() -> Make | None:
-    """Liger's Triton kernel, if it is installed. It starts from logits, here of two tokens."""
+    """Liger's Triton kernel on logits of two tokens, None if it is not installed."""
     try:
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
     except ImportError:
@@ -125,7 +124,7 @@ def liger() -> Make | None:
 
 
 def seconds(call: Call, before: torch.Tensor) -> list[float]:
-    """The times of single calls, each after `before` was written."""
+    """The times of single calls, each after a write of `before`."""
     for _ in range(3):
         call()
     times = []
@@ -184,13 +183,13 @@ def about() -> dict[str, Any]:
 
 
 def of_call(make: Make, tokens: Tokens, before: torch.Tensor) -> tuple[list[float], float]:
-    """The times and the extra bytes a token of one method, which leaves no tensor behind."""
+    """The times and the extra bytes a token of one method; its tensors are freed on return."""
     call = make(tokens)
     return seconds(call, before), extra_bytes(call, tokens[0].numel())
 
 
 def measure(count: int, makers: dict[str, Make], before: torch.Tensor) -> dict[str, Any]:
-    """Times every method on so many tokens, None where the memory does not suffice."""
+    """Measures every method on ``count`` tokens, None where memory runs out."""
     old = -torch.empty((1, count), device="cuda").exponential_(0.3)
     new = old + 0.3 * torch.randn_like(old)
     tokens = old, new, torch.randn_like(old), torch.rand_like(old) < 0.9
@@ -205,7 +204,7 @@ def measure(count: int, makers: dict[str, Make], before: torch.Tensor) -> dict[s
 
 
 def targets(row: dict[str, Any]) -> str:
-    """The targets of the size that they are set for."""
+    """The targets, for the size that they are stated for."""
     median = {name: statistics.median(times) for name, times in row["seconds"].items() if times}
     mine = median["bandpo"]
     speed = BYTES_A_TOKEN * row["tokens"] / mine
@@ -219,7 +218,7 @@ def targets(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Times every size."""
+    """Measures every size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max", type=int, default=28, help="binary logarithm of the max tokens")
     last = parser.parse_args().max

@@ -1,9 +1,10 @@
-"""Check what a release would upload: files, tags, size, licences; then install and test it.
+"""Checks of the files of a release, and tests of its wheel as it is installed.
 
-The wheel goes into a fresh environment of every Python found here. The tests come from the sdist
-and run in a folder without python/bandpo, so they can only find the installed package. The Python
-that runs this script gets PyTorch and every test; PyTorch is large and not there for every Python,
-so the others run the tests that need none. What was skipped is printed.
+Files, tags, size and licences are checked. Then the wheel is installed in a fresh environment of
+every Python on this machine. The tests come from the sdist and run in a folder without
+python/bandpo, so that they import the installed package alone. The Python that runs this script
+takes PyTorch and every test. The others run the tests without PyTorch, because it is large and has
+no build for some Pythons. Skipped tests are printed.
 
     python tools/check_wheel.py dist
 """
@@ -38,39 +39,39 @@ print(json.dumps([sys.version_info[:2], threads]))
 
 
 class RefusedError(Exception):
-    """A check failed; the message says which, on which file."""
+    """A failed check; the message names the check and the file."""
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises RefusedError with the message where the condition does not hold."""
+    """Raises RefusedError with the message if the condition is false."""
     if not condition:
         raise RefusedError(message)
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """A Python to test on."""
+    """A Python that the wheel is tested on."""
 
     path: str
     version: tuple[int, int]
     threads: str
-    """`t` where it is free-threaded."""
+    """`t` if it is free-threaded, else empty."""
 
     @property
     def name(self) -> str:
-        """As in `python3.14t`."""
+        """The name of its command, such as `python3.14t`."""
         return f"python{self.version[0]}.{self.version[1]}{self.threads}"
 
     @staticmethod
     def at(path: str) -> Interpreter | None:
-        """Returns None where the file is no Python that runs."""
+        """Returns the Python at a path, or None if the file does not run as Python."""
         try:
             outcome = subprocess.run(
                 [path, "-c", FOUND], capture_output=True, text=True, check=False
             )
         except OSError:
             return None
-        # A shim of a version manager is on the PATH also where its Python is not selected.
+        # A version manager puts a shim on the PATH for a Python that is not selected.
         if outcome.returncode != 0:
             return None
         version, threads = json.loads(outcome.stdout)
@@ -78,7 +79,7 @@ class Interpreter:
 
 
 def interpreters() -> Iterator[Interpreter]:
-    """Yields one of each Python that bandpo supports: this one, then what is installed here."""
+    """Yields one of each supported Python: the running one, then those on this machine."""
     home = Path.home()
     managed = [
         *sorted(Path(os.environ.get("PYENV_ROOT", home / ".pyenv")).glob("versions/*/bin/python")),
@@ -88,14 +89,14 @@ def interpreters() -> Iterator[Interpreter]:
     seen: set[str] = set()
     for path in (sys.executable, *filter(None, on_path), *map(str, managed)):
         found = Interpreter.at(path)
-        # Free-threaded ones take a wheel of their own, and are given by --python.
+        # Free-threaded Pythons need a wheel of their own; --python selects them.
         if found and found.version >= (3, 10) and not found.threads and found.name not in seen:
             seen.add(found.name)
             yield found
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> None:
-    """Runs a command with its output on the terminal; RefusedError where it fails."""
+    """Runs a command with its output on the terminal; raises RefusedError if it fails."""
     print("+", *command, flush=True)
     # PYTHONPATH could put the source tree before the installed wheel.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -104,13 +105,13 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
 
 
 def only(paths: list[Path], what: str) -> Path:
-    """Returns the one path of the list."""
+    """Returns the path of a list that has to hold one."""
     require(len(paths) == 1, f"expected one {what}, found {[str(path) for path in paths]}")
     return paths[0]
 
 
 def crate_version() -> str:
-    """Returns the version that Cargo.toml gives, which is where it is kept."""
+    """Returns the version in Cargo.toml, its only place."""
     text = (ROOT / "Cargo.toml").read_text(encoding="utf-8")
     version: str = re.findall(r'^version = "(.+)"$', text, re.MULTILINE)[0]
     return version
@@ -132,18 +133,18 @@ def unpack(sdist: Path, target: Path) -> Path:
         require(not missing, f"{sdist.name} lacks {sorted(missing)}")
         added = names - tracked() - {"PKG-INFO"}
         require(not added, f"{sdist.name} holds files that git does not: {sorted(added)}")
-        # Without a filter, which Python 3.11.2 lacks: the names are those of git, as just checked.
+        # No filter, because Python 3.11.2 lacks it. The names were checked above: git has each.
         archive.extractall(target)  # noqa: S202
     return target / folder
 
 
 def metadata(wheel: zipfile.ZipFile, file: str, version: str) -> Message:
-    """Returns METADATA or WHEEL."""
+    """Returns the fields of METADATA or WHEEL."""
     return email.message_from_bytes(wheel.read(f"bandpo-{version}.dist-info/{file}"))
 
 
 def check_wheel(path: Path, version: str) -> None:
-    """Checks what is inside a wheel."""
+    """Checks the content of a wheel."""
     size = path.stat().st_size
     require(size < MOST_BYTES, f"{path.name}: {size} bytes, allowed are fewer than {MOST_BYTES}")
     information = f"bandpo-{version}.dist-info"
@@ -174,7 +175,7 @@ def check_wheel(path: Path, version: str) -> None:
     if not free_threaded:
         run(sys.executable, "-m", "abi3audit", "--strict", "--summary", path)
     if "manylinux" in path.name:
-        # Names the lowest policy that the symbols of the extension allow.
+        # auditwheel names the oldest policy that the symbols of the extension allow.
         outcome = subprocess.run(
             [sys.executable, "-m", "auditwheel", "show", path],
             capture_output=True, text=True, check=False,
@@ -184,13 +185,13 @@ def check_wheel(path: Path, version: str) -> None:
         found = re.search(r'consistent with the following platform tag: "(.+?)"', words)
         require(
             found is not None and found[1] in claimed,
-            f"{path.name} claims {sorted(claimed)}, auditwheel says: {words or outcome.stderr}",
+            f"{path.name} claims {sorted(claimed)}, auditwheel reports: {words or outcome.stderr}",
         )
     print(f"{path.name}: {size} bytes, files, licences and tags as they should be", flush=True)
 
 
 def test_requirements(wheel: Path, version: str) -> list[str]:
-    """Returns the requirements of the extra `test`, without PyTorch and its companions."""
+    """Returns the requirements of the extra `test` that need no PyTorch."""
     with zipfile.ZipFile(wheel) as archive:
         needed = metadata(archive, "METADATA", version).get_all("Requires-Dist", [])
     return [
@@ -201,7 +202,7 @@ def test_requirements(wheel: Path, version: str) -> list[str]:
 
 
 def environment(interpreter: Interpreter, folder: Path) -> Path:
-    """Makes an environment with nothing but pip, and returns its Python."""
+    """Creates an environment that holds pip alone, and returns its Python."""
     run(interpreter.path, "-m", "venv", folder)
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 

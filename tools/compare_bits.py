@@ -1,12 +1,12 @@
 """Digests of results, bit for bit, before and after a change that must not change any.
 
     python tools/compare_bits.py write build/before.json     # before the change
-    python tools/compare_bits.py check build/before.json     # after it; names what differs
+    python tools/compare_bits.py check build/before.json     # after it; prints the differences
 
-Bounds, tables, bounds read from them, losses, gradients and metrics, on every backend that runs
-here and for every set of instructions that this processor has (`BANDPO_SIMD`). The digits of `exp`
-and `ln` in double precision are those of the C library, so a file is compared on the machine that
-wrote it.
+The results are bounds, tables, bounds read from tables, losses, gradients and metrics. They come
+from the backends native and torch, for each set of instructions of this processor (`BANDPO_SIMD`).
+A file is compared on the machine that wrote it, because the digits of `exp` and `ln` in double
+precision are those of the C library.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def digest(*arrays: Any) -> str:
 
 
 def log_probs() -> NDArray[np.float64]:
-    """Log-probabilities of every size, and the special ones."""
+    """Log-probabilities of every size, limits and special values."""
     random = np.random.default_rng(0)
     special = [0.0, -0.0, 1e-3, np.nan, -np.inf, -1e-300, -5e-324, -700.0, -745.2, -3e38, -1e300]
     p = np.concatenate([random.random(600), 10.0 ** random.uniform(-300, 0, 400)])
@@ -180,7 +180,7 @@ def digests() -> Digests:
 
 
 def all_levels() -> dict[str, Digests]:
-    """The digests at each level, in a process of its own, which reads the switch once."""
+    """The digests at each level, each from a process of its own, which reads the level once."""
     found = {}
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     for level in SIMD_LEVELS:

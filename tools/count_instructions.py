@@ -1,10 +1,10 @@
-"""Count the instructions a token of the solver, the table lookup and the loss, and compare.
+"""Counts of instructions a token of the solver, the table lookup and the loss.
 
-Timings of a shared machine are too noisy for a gate; the number of instructions is the same at each
-run. Valgrind executes at most AVX2, on one thread: only that path is counted.
+Times on a shared machine are too noisy for a gate; the number of instructions is the same in each
+run. Valgrind executes at most AVX2, on one thread, so that path alone is counted.
 
-    python tools/count_instructions.py            fails above the stored numbers by more than 5 %
-    python tools/count_instructions.py --update   stores the numbers
+    python tools/count_instructions.py            fails if a count is over 5 % above the stored one
+    python tools/count_instructions.py --update   stores the counts
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ STORED = ROOT / "benchmarks" / "instructions.json"
 ALLOWED = 0.05
 """Max growth of a number. Reorderings by the compiler stay below it."""
 FEW, MANY = 1, 3
-"""Repeats whose difference leaves out start and preparation."""
+"""Numbers of repeats; the difference of their counts excludes start and preparation."""
 
 
 def counted_on() -> dict[str, str]:
-    """Return the tools and the processor on which the numbers depend."""
+    """Returns the tools and the processor that determine the counts."""
     cpu: dict[str, str] = {}
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else ():
@@ -45,7 +45,7 @@ def counted_on() -> dict[str, str]:
 
 
 def count() -> dict[str, float]:
-    """Return the instructions a token of every routine in benchmarks/instructions.rs."""
+    """Returns the instructions a token of every routine in benchmarks/instructions.rs."""
     program = _build()
     counts = {}
     for line in _output(program).splitlines():
@@ -57,7 +57,7 @@ def count() -> dict[str, float]:
 
 
 def broken(stored: Mapping[str, float], counted: Mapping[str, float]) -> list[str]:
-    """Return a line for each routine that is worse than stored by more than is allowed."""
+    """Returns a line for each routine whose count exceeds the stored one by more than ALLOWED."""
     lines = []
     for name in sorted(stored.keys() | counted.keys()):
         if name not in stored or name not in counted:
@@ -72,7 +72,7 @@ def broken(stored: Mapping[str, float], counted: Mapping[str, float]) -> list[st
 
 
 def _build() -> str:
-    """Build the program with the settings of a release and return its path."""
+    """Builds the program with the settings of a release and returns its path."""
     messages = _output(
         *("cargo", "bench", "--locked", "--quiet", "--no-run", "--bench", "instructions"),
         "--message-format=json",
@@ -108,7 +108,7 @@ def _output(*command: str) -> str:
 
 
 def main() -> int:
-    """Count, then compare or store."""
+    """Counts, then compares or stores."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--update", action="store_true", help=f"write {STORED.relative_to(ROOT)}")
     update = parser.parse_args().update

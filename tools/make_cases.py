@@ -1,8 +1,9 @@
-"""Write tests/data/tokens.csv.gz: tokens with the bounds, losses and gradients of every backend.
+"""Writes tests/data/tokens.csv.gz: tokens with the bounds, losses and gradients of every backend.
 
 Bounds come from tests/support/reference.py at 60 digits and losses from formulas in mpmath, so that
 the file is independent of the library. Log-probs and advantages are float32 numbers, so that every
-backend reads the same. No ratio is next to a bound, where a table may decide either way.
+backend reads the same values. No ratio is next to a bound, because a table may decide either way
+there.
 
     python tools/make_cases.py
 """
@@ -28,14 +29,14 @@ REGIONS = (("kl", 0.05), ("tv", 0.15), ("reverse-kl", 0.05), ("jensen-shannon", 
 TOKENS = 250  # for each region
 SEED = 20261124
 NEAR = mpf("1e-4")
-"""Relative distance of a ratio to a bound that a token has at least."""
+"""Min distance of a ratio from a bound, relative to the bound."""
 
 LIMIT = mpf(20)  # of a log-ratio
 Rule = Callable[["Token"], tuple[mpf, mpf]]
 
 
 class Token:
-    """A token with its bounds as ratios, and r, beyond and edge as the rules name them."""
+    """A token: its bounds as ratios, its ratio r, and the quantities that the rules share."""
 
     def __init__(self, new: float, x: mpf, advantage: float, lower: mpf, upper: mpf) -> None:
         self.new, self.advantage = mpf(new), mpf(advantage)
@@ -45,7 +46,7 @@ class Token:
         self.low = advantage < 0 and self.r < lower
         self.beyond = self.low or (advantage > 0 and self.r > upper)
         self.edge = lower if advantage < 0 else upper
-        # Ratios end at the clamp, and so does the width; the min is that of the library.
+        # The clamp limits ratios and so the width. The min width is that of the library.
         width = 1 - lower if self.r < 1 else min(upper, mp.exp(LIMIT)) - 1
         self.width = max(width, mpf("1e-6"))
 
@@ -112,11 +113,11 @@ RULES: dict[str, Rule] = {
     "soft-gate 1 1.05": lambda token: soft_gate(token, mpf(1), mpf("1.05")),
     "quadratic": quadratic,
 }
-"""A surrogate with its parameters."""
+"""Each surrogate with parameters, and its loss and gradient."""
 
 
 def rows(spec: str, delta: float) -> list[list[str]]:
-    """Tokens of all probabilities, ratios on both sides of the bounds, a few beyond the clamp."""
+    """The rows of a region: any old probability, ratios around both bounds, a few clamped."""
     random = Random(f"{SEED} {spec}")  # noqa: S311
     made: list[list[str]] = []
     while len(made) < TOKENS:

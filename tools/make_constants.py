@@ -1,7 +1,7 @@
-"""Compute the constants of the elementary functions and of the solver's starts.
+"""Computes the constants of the elementary functions and of the solver's starts.
 
-Polynomials and digits follow from their definitions and are the same on every run. Starts are
-fitted: new ones may differ from those in the sources, whose errors are measured.
+Polynomials and digits follow from their definitions and are the same on every run. Starts come from
+a fit: a new fit may differ from the sources, so the errors of the sources are measured.
 
     python tools/make_constants.py           prints polynomials and digits as Rust
     python tools/make_constants.py --fit     fits the starts anew and prints both errors
@@ -35,13 +35,13 @@ DIGITS = 60
 
 
 def numbers(text: str) -> list[float]:
-    """Return the numbers in a text of Rust or C++, without the names that hold digits."""
+    """Returns the numbers in a text of Rust or C++; digits in names do not count."""
     literals = re.findall(r"(?<![\w.])-?\d[\d_]*\.?[\d_]*(?:e-?\d+)?", text)
     return [float(literal.replace("_", "")) for literal in literals]
 
 
 def source_of(file: str, pattern: str) -> str:
-    """Return the group of a pattern in a source."""
+    """Returns the group of a pattern in a source."""
     found = re.search(pattern, (ROOT / file).read_text(encoding="utf-8"), re.DOTALL)
     if found is None:
         raise SystemExit(f"make_constants: {file} has no {pattern}")
@@ -49,7 +49,7 @@ def source_of(file: str, pattern: str) -> str:
 
 
 def stored(file: str, name: str) -> list[float]:
-    """Return the numbers of an array in a source."""
+    """Returns the numbers of an array in a source."""
     array = source_of(file, rf"const {name}: \[\w+; \d+\] =\s*\[(.*?)\];")
     return numbers(array.replace("std::f64::consts::LN_2", repr(math.log(2.0))))
 
@@ -58,18 +58,18 @@ def stored(file: str, name: str) -> list[float]:
 
 
 def exp_gap(t: mpf) -> mpf:
-    """Return (e^t - 1 - t)/t^2."""
+    """Returns (e^t - 1 - t)/t^2."""
     return (mp.expm1(t) - t) / t**2 if t else mpf(1) / 2
 
 
 def log_tail(z: mpf) -> mpf:
-    """Return (2 atanh(s)/s - 2)/z for z = s^2."""
+    """Returns (2 atanh(s)/s - 2)/z for z = s^2."""
     s = mp.sqrt(z)
     return (2 * mp.atanh(s) / s - 2) / z if z else mpf(2) / 3
 
 
 def entropy(z: mpf) -> mpf:
-    """Return ((1+s) ln(1+s) + (1-s) ln(1-s))/z for z = s^2."""
+    """Returns ((1+s) ln(1+s) + (1-s) ln(1-s))/z for z = s^2."""
     s = mp.sqrt(z)
     return ((1 + s) * mp.log1p(s) + (1 - s) * mp.log1p(-s)) / z if z else mpf(1)
 
@@ -84,19 +84,19 @@ class Polynomial:
     low: str
     high: str
     count: int
-    error: float  # its documented max error
+    error: float  # documented max error
     single: bool = False  # coefficients in float32
     copy: str = ""  # a file with the same coefficients in code
 
     def coefficients(self) -> list[float]:
-        """Return the fit, rounded."""
+        """Returns the fit, rounded."""
         fit = [
             float(c) for c in chebyfit(self.function, [mpf(self.low), mpf(self.high)], self.count)
         ]
         return [float(np.float32(c)) for c in fit] if self.single else fit
 
     def faults(self) -> Iterator[str]:
-        """Yield what differs in the sources."""
+        """Yields a line for each difference from the sources."""
         found, expected = stored(self.file, self.name), self.coefficients()
         if self.single:
             found = [float(np.float32(c)) for c in found]
@@ -133,7 +133,7 @@ POLYNOMIALS = (
 
 
 def parts(value: mpf, bits: int, count: int, rounding: Callable[[mpf], mpf]) -> list[float]:
-    """Return a number below 2 as a sum of doubles, of which the first has so many bits."""
+    """Returns a number below 2 as a sum of ``count`` doubles, the first with ``bits`` bits."""
     scale = mpf(2) ** (bits if value < 1 else bits - 1)
     found = [float(rounding(value * scale) / scale)]
     while len(found) < count:
@@ -143,14 +143,14 @@ def parts(value: mpf, bits: int, count: int, rounding: Callable[[mpf], mpf]) -> 
 
 @dataclass(frozen=True)
 class Digits:
-    """Numbers that are known to any precision."""
+    """Numbers with a closed form, at any precision."""
 
     file: str
     name: str
     values: Callable[[], list[float]]
 
     def faults(self) -> Iterator[str]:
-        """Yield what differs in the sources."""
+        """Yields a line if the sources differ."""
         if stored(self.file, self.name) != self.values():
             yield f"{self.file}: {self.name} has other digits"
 
@@ -175,12 +175,12 @@ EXACT = (
 
 
 def log_loss(lost: float) -> float:
-    """Return -ln(1 - x) of a lost share, bounded."""
+    """Returns -ln(1 - x) of a lost share x, with x limited to 0.99."""
     return -math.log1p(-min(lost, 0.99))
 
 
 def kl(c: Sequence[float], w: float, g: float, radius: float) -> float:
-    """Return the start of `Kl`."""
+    """Returns the start of `Kl`."""
     y = radius / w
     square = 2 * y * g
     fall = square * (c[0] * y + c[1]) + c[2] * y + math.sqrt(square)
@@ -188,7 +188,7 @@ def kl(c: Sequence[float], w: float, g: float, radius: float) -> float:
 
 
 def reverse_kl(c: Sequence[float], w: float, g: float, radius: float) -> float:
-    """Return the start of `ReverseKl`."""
+    """Returns the start of `ReverseKl`."""
     q = math.sqrt(2 * radius * g / w)
     s = q * w / g
     numerator = ((c[0] * s + c[1]) * s + c[2]) * s + 1
@@ -198,7 +198,7 @@ def reverse_kl(c: Sequence[float], w: float, g: float, radius: float) -> float:
 
 
 def jensen_shannon(c: Sequence[float], w: float, g: float, radius: float) -> float:
-    """Return the start of `JensenShannon`."""
+    """Returns the start of `JensenShannon`."""
     slope = math.log(2) / 2
     far = 2 * radius / (slope + math.sqrt(slope * slope + radius * (c[0] * radius + 0.5)))
     square = 8 * radius * g / w
@@ -209,7 +209,7 @@ def jensen_shannon(c: Sequence[float], w: float, g: float, radius: float) -> flo
 
 
 class Token(NamedTuple):
-    """Probability of the outcome that shrinks, that of the other one, and a radius."""
+    """Probability w of the outcome that shrinks, g of the other one, and a radius."""
 
     w: mpf
     g: mpf
@@ -217,7 +217,7 @@ class Token(NamedTuple):
 
 
 def tokens(count: int = 200) -> list[Token]:
-    """Return tokens of a language model, with log-odds within 12 and radii from 1e-4 to 0.3."""
+    """Returns random tokens, with log-odds within 12 and radii from 1e-4 to 0.3."""
     random = Random(0)  # noqa: S311 - sample points, not secrets
     made = []
     for _ in range(count):
@@ -227,7 +227,7 @@ def tokens(count: int = 200) -> list[Token]:
 
 
 def steps(generator: Generator, token: Token, start: float) -> Iterator[mpf]:
-    """Yield the root after each step of Halley's method on ln D against ln m."""
+    """Yields the root after each step of Halley's method on ln D against ln m."""
 
     def residual(log_m: mpf) -> mpf:
         log, w, g = -mp.exp(log_m), token.w, token.g
@@ -245,21 +245,21 @@ def steps(generator: Generator, token: Token, start: float) -> Iterator[mpf]:
 
 @dataclass(frozen=True)
 class Start:
-    """Fitted start of a divergence, and what docs/numerics.md states of it."""
+    """Fitted start of a divergence, with the figures that docs/numerics.md states."""
 
     divergence: str
     names: tuple[str, ...]
     formula: Callable[[Sequence[float], float, float, float], float]
-    error: float  # relative, where delta is at most half of what saturates
-    settled: float  # share of the tokens that need no more than two evaluations
+    error: float  # relative, for delta up to half of the one that saturates
+    settled: float  # share of the tokens that need at most two evaluations
 
     def constants(self) -> list[float]:
-        """Return the constants in the source; a last 1 normalises and is not fitted."""
+        """Returns the constants in the source, without a last 1, which normalises."""
         arrays = [stored("rust/band/laws.rs", name) for name in self.names]
         return [c for array in arrays for c in array if c != 1.0]
 
     def measured(self) -> tuple[list[tuple[Token, float]], float]:
-        """Return tokens with their roots, and the share that two evaluations settle."""
+        """Returns tokens with their roots, and the share of tokens that two evaluations settle."""
         generator, constants = parse(self.divergence), self.constants()
         (last_step,) = numbers(source_of("rust/band/laws.rs", r"const LAST_STEP: f64 = (.*?);"))
         solved, settled, count = [], 0, 0
@@ -278,13 +278,13 @@ class Start:
         return solved, settled / count
 
     def max_error(self, constants: Sequence[float], solved: list[tuple[Token, float]]) -> float:
-        """Return the max relative error of a start."""
+        """Returns the max relative error of a start."""
         return max(
             abs(self.formula(constants, *map(float, token)) / root - 1) for token, root in solved
         )
 
     def faults(self) -> Iterator[str]:
-        """Yield which statement does not hold."""
+        """Yields a line for each figure that does not hold."""
         solved, settled = self.measured()
         error = self.max_error(self.constants(), solved)
         if error > self.error:
@@ -299,7 +299,7 @@ class Start:
         return f"start of {self.divergence}: off by {error:.2%}, {settled:.2%} settled"
 
     def fit(self) -> str:
-        """Return constants with a lower max error, found from those in the source."""
+        """Returns a line with new constants, whose fit begins at those in the source."""
         solved, _ = self.measured()
         options = {"maxiter": 4000, "maxfev": 4000, "xatol": 1e-6, "fatol": 1e-7}
         found = minimize(
@@ -329,7 +329,7 @@ CONSTANTS = (*POLYNOMIALS, *EXACT, *STARTS)
 
 
 def main() -> int:
-    """Parse the command line and print, fit or check."""
+    """Parses the command line, then prints, fits or checks."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--fit", action="store_true", help="fit the starts anew")

@@ -1,9 +1,9 @@
-"""Draw the pictures of the README into docs/pictures.
+"""Draws the pictures of the README into docs/pictures.
 
     python tools/make_pictures.py
 
-They are those of `bandpo plot dapo bandpo-kl`, a file for each panel, so that a narrow screen shows
-one below the other.
+The pictures are those of `bandpo plot dapo bandpo-kl`, in a file for each panel, so that a narrow
+screen shows one below the other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RULES = ("dapo", "bandpo-kl")
 
 
 def pictures() -> dict[str, plot.Picture]:
-    """Return each picture by the name of its file."""
+    """Returns the pictures by file name."""
     regions = {name: named_region(name) for name in RULES}
     return {
         f"update-{view}-{page}.svg": plot.update_figure(regions, views=[view], dark=page == "dark")
@@ -28,7 +28,7 @@ def pictures() -> dict[str, plot.Picture]:
 
 
 def main() -> None:
-    """Write all of them."""
+    """Writes all pictures."""
     FOLDER.mkdir(exist_ok=True)
     for name, picture in pictures().items():
         plot.save(picture, FOLDER / name)

@@ -1,7 +1,7 @@
 """Writes the digits that the double-double functions of rust/number/dd.rs are tested against.
 
 Each row is a function, its argument and the result to 60 digits as the sum of two float64. The
-output depends on nothing but this file.
+output depends on this file alone.
 """
 
 from __future__ import annotations

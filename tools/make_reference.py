@@ -1,10 +1,10 @@
-"""Solve reference bounds at 60 digits: the full set, and the part of it that is committed.
+"""Solves reference bounds at 60 digits: the full set, and the part of it that is committed.
 
-Truth comes from tests/support/reference.py, which finds the roots of the Csiszar f-divergence of
-the two-outcome split (BandPO, arXiv 2603.04918), and proves the digits of each at doubled
-precision. The full set goes to build/reference, one band_<spec>.csv.gz a divergence; its fixed
-points and every eleventh of the others go to tests/data. The points depend on the spec, the seed
-and --points alone, so that the same command writes the same rows.
+tests/support/reference.py finds the roots of the Csiszar f-divergence of the two-outcome split
+(BandPO, arXiv 2603.04918), and proves the digits of each at doubled precision. The full set goes to
+build/reference, in a file band_<spec>.csv.gz for each divergence. The fixed points and every
+eleventh of the others go to tests/data. The points depend on the spec, the seed and --points alone,
+so that the same command writes the same rows.
 
     python tools/make_reference.py
 """
@@ -45,7 +45,7 @@ SPECS = [
 # fmt: on
 FULL, COMMITTED = ROOT / "build" / "reference", ROOT / "tests" / "data"
 EVERY = 11
-"""One in so many of the points that are not fixed is committed. It divides no period of theirs."""
+"""Step through the points that are not fixed; it divides no period of them."""
 SEED = 20260304
 DELTA_LOW, DELTA_HIGH = 1e-8, 10.0
 COLUMNS = "logp,delta,log_lower,log_upper,log_lower_rest,log_upper_rest,kappa_lower,kappa_upper"
@@ -53,19 +53,19 @@ Point = tuple[float, float]
 
 
 def log_of(p: float | mpf) -> float:
-    """Return ln p correctly rounded, the same on every platform."""
+    """Returns ln p correctly rounded, the same on every platform."""
     with mp.workdps(50):
         return to_double(mp.log(p))
 
 
 def log_of_complement(q: float | mpf) -> float:
-    """Return ln(1 - q) correctly rounded."""
+    """Returns ln(1 - q) correctly rounded."""
     with mp.workdps(50):
         return to_double(mp.log1p(-mpf(q)))
 
 
 def log_uniform(low: float, high: float, s: float) -> mpf:
-    """Return the point at the fraction s of [low, high] on a log scale."""
+    """Returns the point at the fraction s of [low, high] on a log scale."""
     with mp.workdps(50):
         return mpf(low) * (mpf(high) / mpf(low)) ** mpf(s)
 
@@ -88,15 +88,15 @@ def ordinary(s: float) -> float:
 
 
 def strata(random: Random, count: int) -> list[float]:
-    """Return one draw from each of `count` equal parts of [0, 1), in random order."""
+    """Returns one draw from each of `count` equal parts of [0, 1), in random order."""
     draws = [((i + random.random()) / count, random.random()) for i in range(count)]
     return [s for s, _ in sorted(draws, key=lambda draw: draw[1])]
 
 
 def corner_points() -> list[Point]:
-    """Both ends of delta at the ends and at the middle of the log-probs, and at the limits.
+    """Both ends and the middle of delta, at the ends, the middle and the limits of log-probs.
 
-    -5e-324 and -1e-310 are subnormal themselves, of -745 and -720 the probability is.
+    -5e-324 and -1e-310 are subnormal; -745 and -720 have a subnormal probability.
     """
     log_probs = [log_of(1e-300), log_of(1e-8), log_of(0.5), log_of_complement(1e-8), -1e-16]
     log_probs += [0.0, -5e-324, -1e-310, -1e-308, -1e-100, -710.0, -720.0, -745.0, -1000.0, -inf]
@@ -104,27 +104,27 @@ def corner_points() -> list[Point]:
 
 
 def known_points() -> list[Point]:
-    """Probabilities one would look up in a table, at delta = 0.05 and two others."""
+    """Round probabilities at delta = 0.05 and two others."""
     probs = (1e-4, 1e-3, 0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 0.95, 0.99)
     return [(log_of(p), d) for d in (0.05, 0.01, 0.2) for p in probs]
 
 
 def fixed_points() -> list[Point]:
-    """Return the points that every divergence has."""
+    """Returns the points that every divergence has."""
     return corner_points() + known_points()
 
 
 def edge_points(spec: str, random: Random, count: int) -> Iterator[Point]:
-    """Yield points with delta at, just below and just above saturation, of both bounds."""
+    """Yields points with delta at, just below and just above saturation, of both bounds."""
     if isinf(parse(spec).at_zero()):
-        return  # nothing saturates
+        return  # no bound saturates
     offsets = [sign * size for size in (1e-2, 1e-6, 1e-12) for sign in (-1, 1)]
     made = 0
     while made < count:
         log_prob = (ordinary, rare, sure)[made % 3](random.random())
         edge = to_double(saturation(spec, log_prob, upper=made % 2 == 0))
         if not DELTA_LOW < edge < DELTA_HIGH:
-            # No point here. Ordinary probabilities do not depend on `made`, so try one of them.
+            # The edge is out of range. An ordinary probability does not depend on `made`.
             log_prob = ordinary(random.random())
             edge = to_double(saturation(spec, log_prob, upper=made % 2 == 0))
             if not DELTA_LOW < edge < DELTA_HIGH:
@@ -139,7 +139,7 @@ def edge_points(spec: str, random: Random, count: int) -> Iterator[Point]:
 
 
 def limit_points(spec: str, random: Random, count: int) -> Iterator[Point]:
-    """Yield points at p = 1, one in eight next to the delta that allows everything there."""
+    """Yields points at p = 1, one in eight next to the delta that saturates there."""
     edge = to_double(saturation(spec, 0.0, upper=False))
     offsets = [sign * size for size in (1e-2, 1e-6, 1e-12) for sign in (-1, 1)]
     deltas = [edge * (1 + offset) for offset in offsets]
@@ -150,7 +150,7 @@ def limit_points(spec: str, random: Random, count: int) -> Iterator[Point]:
 
 
 def far_points(random: Random, count: int) -> Iterator[Point]:
-    """Yield points beyond 1e-300 and 1 - 1e-16: 1 - p or p log-uniform to the min double."""
+    """Yields points beyond 1e-300 and 1 - 1e-16: 1 - p or p log-uniform to the min double."""
     for i, t in enumerate(strata(random, count)):
         s = random.random()
         if i % 2:
@@ -161,11 +161,11 @@ def far_points(random: Random, count: int) -> Iterator[Point]:
 
 
 def points(spec: str, count: int) -> list[Point]:
-    """Return the stratified sample of a spec, first the fixed points.
+    """Returns the stratified sample of a spec.
 
-    Then come points next to saturation (a tenth), beyond the range of the promise (a tenth), at the
-    limit p = 1 (a fiftieth), and of the rest a fifth rare tokens, a fifth sure ones, and ordinary
-    ones.
+    The fixed points come first. Then follow points next to saturation (a tenth), points beyond
+    1e-300 and 1 - 1e-16 (a tenth) and points at the limit p = 1 (a fiftieth). The rest is a fifth
+    rare tokens, a fifth sure tokens, and ordinary tokens.
     """
     random = Random(SEED ^ zlib.crc32(spec.encode()))  # noqa: S311 - sample points, not secrets
     sample = fixed_points()
@@ -182,17 +182,17 @@ def points(spec: str, count: int) -> list[Point]:
 
 
 def split(value: mpf) -> tuple[str, str]:
-    """Return the nearest finite float64 and the float64 nearest to what remains, as hex."""
+    """Returns the nearest finite float64 and the float64 nearest to the rest, as hex."""
     if isinf(value):
         return float(value).hex(), "0x0.0p+0"
     nearest = to_double(value)
-    if abs(nearest) == inf:  # beyond the doubles, whose last stands for it
+    if abs(nearest) == inf:  # beyond the doubles: the last one stands for it
         return (nextafter(inf, 0.0) if nearest > 0 else -nextafter(inf, 0.0)).hex(), "0x0.0p+0"
     return nearest.hex(), to_double(mp.fsub(value, nearest, exact=True)).hex()
 
 
 def solve(spec: str, log_prob: float, delta: float, upper: bool) -> tuple[mpf, float]:
-    """Return one log bound and its condition number; the limits themselves at -inf."""
+    """Returns one log bound and its condition number; the bounds of -inf are infinite."""
     if log_prob == -inf:
         return (inf if upper else -inf), inf
     value, w = bound(spec, log_prob, delta, upper)
@@ -200,7 +200,7 @@ def solve(spec: str, log_prob: float, delta: float, upper: bool) -> tuple[mpf, f
 
 
 def row(spec: str, point: Point) -> str:
-    """Return the CSV row of one point."""
+    """Returns the CSV row of one point."""
     (lower, kappa_lower), (upper, kappa_upper) = (
         solve(spec, *point, side) for side in (False, True)
     )
@@ -210,7 +210,7 @@ def row(spec: str, point: Point) -> str:
 
 
 def header(spec: str) -> str:
-    """Return the comment lines and the line of column names."""
+    """Returns the comment lines and the line of column names."""
     return "\n".join(
         [
             f"# python tools/make_reference.py: {spec}, {DIGITS} digits",
@@ -225,7 +225,7 @@ def header(spec: str) -> str:
 
 
 def write(path: Path, spec: str, rows: list[str]) -> None:
-    """Write one compressed file, without the name and time that gzip would put into it."""
+    """Writes one compressed file, without the name and the time that gzip adds."""
     text = "\n".join([header(spec), *rows]) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -236,7 +236,7 @@ def write(path: Path, spec: str, rows: list[str]) -> None:
 
 
 def make(spec: str, count: int, pool: PoolType) -> None:
-    """Solve the points of one spec and write its two files."""
+    """Solves the points of one spec and writes its two files."""
     sample = points(spec, count)
     started = reported = time.monotonic()
     rows = []
@@ -255,7 +255,7 @@ def make(spec: str, count: int, pool: PoolType) -> None:
 
 
 def main() -> None:
-    """Parse the command line and write two files for each spec."""
+    """Parses the command line and writes two files for each spec."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--spec", action="append", help="divergence; repeatable (all)")
     parser.add_argument("--points", type=int, default=10_000, help="points each (%(default)s)")

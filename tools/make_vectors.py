@@ -1,9 +1,9 @@
-"""Write python/bandpo/conform/vectors.safetensors: losses and gradients of every preset.
+"""Writes python/bandpo/conform/vectors.safetensors: losses and gradients of every preset.
 
-The rules are written out once more in mpmath at 50 digits, each by its own numbers, and bounds come
-from tests/support/reference.py, so that the file is independent of the library. docs/conformance.md
-defines its content. Log-probs lie on a grid on which their differences are exact in float32, and no
-token is next to a bound, where a table may decide either way.
+Each rule is written out again in mpmath at 50 digits, with its own numbers. Bounds come from
+tests/support/reference.py. So the file is independent of the library. docs/conformance.md defines
+its content. Log-probs lie on a grid on which their differences are exact in float32. No token is
+next to a bound, because a table may decide either way there.
 
     python tools/make_vectors.py
 """
@@ -32,13 +32,13 @@ DIGITS = 50
 ROWS, WIDTH = 4, 6
 SEED = 20261127
 STEP = 2.0**-12
-"""Log-probs are multiples of it, so that sums and differences are exact in float32."""
+"""Grid of the log-probs, on which sums and differences are exact in float32."""
 
 NEAR = mpf("1e-3")
-"""Distance of a statistic to its threshold, relative to the threshold or its distance from 1."""
+"""Min distance of a statistic from its threshold, relative to the threshold or to a scale."""
 
 LIMIT = mpf(20)
-"""Log-ratios are clamped to plus and minus this before they are exponentiated."""
+"""Clamp of a log-ratio, on both sides, before it is exponentiated."""
 
 CASES = (
     "float32",
@@ -62,13 +62,13 @@ ADVANTAGES = (1.5, -0.75, 0.5, -1.25)
 
 
 class Near(Exception):  # noqa: N818 -- no error: the row is drawn again
-    """A value is next to a threshold."""
+    """A value too near to a threshold."""
 
 
 def above(value: mpf, threshold: mpf, scale: mpf | None = None) -> bool:
-    """True if a value is above a threshold; raises where rounding could decide otherwise.
+    """True if a value is above a threshold; raises Near if rounding could decide otherwise.
 
-    Equality is exact, as at r = 1.
+    A value equal to the threshold is exact, as r = 1 is.
     """
     if value != threshold and not mp.isinf(value) and not mp.isinf(threshold):
         reach = NEAR * (abs(threshold) if scale is None else scale)
@@ -81,7 +81,7 @@ def above(value: mpf, threshold: mpf, scale: mpf | None = None) -> bool:
 
 
 def clamp(log_ratio: mpf) -> mpf:
-    """A log-ratio, as it is exponentiated."""
+    """A log-ratio, clamped before it is exponentiated."""
     return max(-LIMIT, min(LIMIT, log_ratio))
 
 
@@ -100,18 +100,18 @@ class Token(NamedTuple):
 
     @property
     def ratio(self) -> mpf:
-        """The ratio without the clamp, which decides."""
+        """The ratio without the clamp, which is compared with bounds."""
         return mp.exp(self.new - self.old)
 
     @property
     def clamped(self) -> bool:
-        """Whether the clamp acts."""
+        """True if the clamp acts."""
         return bool(abs(self.new - self.old) > LIMIT)
 
 
 Row = list[Token]
 Loss = tuple[mpf, mpf, bool, bool]
-"""Loss of a token, its gradient, and whether it is outside its lower and its upper bound."""
+"""Loss of a token, its gradient, and two flags: beyond its lower, beyond its upper bound."""
 
 Rows = Callable[[list[Row]], list[list[Loss]]]
 Ends = Callable[[mpf], tuple[mpf, mpf]]
@@ -122,7 +122,7 @@ Ends = Callable[[mpf], tuple[mpf, mpf]]
 
 
 def interval(lower: str, upper: str) -> Ends:
-    """The same bounds for every token."""
+    """Constant bounds."""
     return lambda old: (mpf(lower), mpf(upper))
 
 
@@ -138,7 +138,7 @@ def band(divergence: str, delta: str) -> Ends:
 
 
 def capped(ends: Ends, cap: int) -> Ends:
-    """No ratio above a cap."""
+    """Bounds with a max ratio."""
     return lambda old: (ends(old)[0], min(ends(old)[1], mpf(cap)))
 
 
@@ -163,12 +163,12 @@ def dcpo(old: mpf) -> tuple[mpf, mpf]:
 
 
 def clipped(bound: mpf) -> mpf:
-    """A bound as the ratio of a token beyond it, which ends where the clamp does."""
+    """A bound, clamped, that replaces the ratio of a token beyond it."""
     return mp.exp(clamp(mp.log(bound))) if bound > 0 else mp.exp(-LIMIT)
 
 
 def sides(t: Token, r: mpf, lower: mpf, upper: mpf) -> tuple[bool, bool]:
-    """Whether a ratio is below its lower, or above its upper bound."""
+    """Two flags: the ratio is below its lower, above its upper bound."""
     return above(lower, r, min(abs(1 - lower), max(lower, r))), above(r, upper, abs(upper - 1))
 
 
@@ -186,7 +186,7 @@ def min_clip(t: Token, r: mpf, compared: mpf, ends: Ends, dual: int | None = Non
 
 
 def of_tokens(rule: Callable[[Token, mpf], Loss], *, clamp_stops: bool = False) -> Rows:
-    """A rule of each token's own ratio."""
+    """A rule in which each token has its own ratio."""
 
     def losses(rows: list[Row]) -> list[list[Loss]]:
         made = [[rule(t, mp.exp(t.x)) for t in row] for row in rows]
@@ -204,12 +204,12 @@ def of_tokens(rule: Callable[[Token, mpf], Loss], *, clamp_stops: bool = False) 
 
 
 def ppo(ends: Ends, dual: int | None = None) -> Rows:
-    """min-clip on tokens."""
+    """PPO's clip on tokens."""
     return of_tokens(lambda t, r: min_clip(t, r, t.ratio, ends, dual), clamp_stops=True)
 
 
 def mask(ends: Ends, *, symmetric: bool = False, penalty: str = "0") -> Rows:
-    """DPPO, arXiv 2602.04879, Eq. 12 and 23; symmetric and with a penalty: IPO of prime-rl."""
+    """DPPO, arXiv 2602.04879, Eq. 12 and 23; IPO of prime-rl is symmetric, with a penalty."""
 
     def rule(t: Token, r: mpf) -> Loss:
         below, over = sides(t, t.ratio, *ends(t.old))
@@ -371,12 +371,12 @@ def mean_of(row: Row, value: Callable[[Token], mpf]) -> mpf:
 
 
 def weight_of(log_weight: mpf) -> mpf:
-    """A weight of a clamped logarithm."""
+    """The weight whose logarithm is clamped."""
     return mp.exp(max(-LIMIT, min(LIMIT, log_weight)))
 
 
 def icepop(row: Row) -> list[mpf]:
-    """IcePop, arXiv 2510.18855: no token with old/rollout outside [0.5, 5]."""
+    """IcePop, arXiv 2510.18855: old/rollout, or 0 outside [0.5, 5]."""
     return [
         mpf(0) if any(sides(t, mp.exp(log_b(t)), mpf("0.5"), mpf(5))) else weight_of(log_b(t))
         for t in row
@@ -389,14 +389,14 @@ def tis(row: Row) -> list[mpf]:
 
 
 def mis(row: Row) -> list[mpf]:
-    """Masked importance sampling of sequences: the product, if at most 3."""
+    """Masked importance sampling of sequences: the product, or 0 above 3."""
     total = sum(map(log_b, row), mpf(0))
     kept = not above(mp.exp(total), mpf(3))
     return [weight_of(total) if kept else mpf(0) for _ in row]
 
 
 def geometric(low: str, high: str, *, weighted: bool) -> Callable[[Row], list[mpf]]:
-    """A sequence is kept if the geometric mean of old/rollout is in a range."""
+    """A filter of sequences: the geometric mean of old/rollout has to be in a range."""
 
     def weights(row: Row) -> list[mpf]:
         outside = any(sides(row[0], mp.exp(mean_of(row, log_b)), mpf(low), mpf(high))) if row else 0
@@ -419,13 +419,13 @@ def bernoulli_kl(t: Token) -> mpf:
 
 
 def flash(row: Row) -> list[mpf]:
-    """FlashREINFORCE: no sequence whose mean divergence is above 3e-3."""
+    """FlashREINFORCE: weights of 0 for a sequence whose mean divergence is above 3e-3."""
     dropped = above(mean_of(row, bernoulli_kl), mpf("3e-3"))
     return [mpf(0) if dropped else weight_of(log_b(t)) for t in row]
 
 
 def corrected(weights: Callable[[Row], list[mpf]]) -> Rows:
-    """The clip of PPO, with weights that multiply the advantage."""
+    """PPO's clip with weights that multiply the advantage."""
 
     def losses(rows: list[Row]) -> list[list[Loss]]:
         weighted = [
@@ -476,14 +476,14 @@ RULES: dict[str, Rows] = {
     "vespo": vespo,
     "bapo": ppo(interval("0.6", "1.2")),
 }
-"""The loss of every preset; bapo's before its controller has moved."""
+"""The rule of every preset, of bapo the one that its controller begins with."""
 
 
 # --- batches -----------------------------------------------------------------------------------
 
 
 class CaseArrays(NamedTuple):
-    """Arrays [ROWS, WIDTH]; the tokens that a mask leaves out may hold anything."""
+    """Arrays [ROWS, WIDTH]; masked tokens may hold any value."""
 
     old_log_prob: np.ndarray
     log_prob: np.ndarray
@@ -508,7 +508,7 @@ DRIFTS = (4e-4, 6e-3, -0.02, -0.15)
 
 
 def drawn(random: Random) -> list[list[list[float]]]:
-    """Old, new and rollout log-probs, on the grid, with the means above."""
+    """Old, new and rollout log-probs on the grid, with MEANS and DRIFTS."""
     values: list[list[list[float]]] = [[], [], []]
     for i in range(ROWS):
         old = [-(10 ** random.uniform(-2.0, 0.9)) for _ in range(WIDTH)]
@@ -528,13 +528,13 @@ def drawn(random: Random) -> list[list[list[float]]]:
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
-    """Nearest bfloat16 numbers, in float32."""
+    """The nearest bfloat16 numbers, in float32."""
     bits = values.astype(np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 def batch_of(case: str, random: Random) -> CaseArrays:
-    """A batch of a case."""
+    """The batch of a case."""
     old, new, rollout = (np.array(each, dtype=np.float32) for each in drawn(random))
     advantages = np.repeat(np.array(ADVANTAGES, dtype=np.float32)[:, None], WIDTH, 1)
     valid = np.ones((ROWS, WIDTH), dtype=np.uint8)
@@ -580,7 +580,7 @@ def batch_of(case: str, random: Random) -> CaseArrays:
 
 
 def rounded(value: mpf) -> float:
-    """The nearest double; `to_double` would make a fraction of a huge denominator below them."""
+    """The nearest double, 0 below them, because `to_double` would form a huge denominator there."""
     return 0.0 if abs(value) < mpf(2) ** -1100 else to_double(value)
 
 
@@ -617,7 +617,7 @@ def results(batch: CaseArrays, losses: list[list[Loss]]) -> Iterator[tuple[str, 
 
 
 def of_case(case: str, seed: str) -> dict[str, np.ndarray]:
-    """All tensors of a case; draws again while a token is next to a threshold."""
+    """All tensors of a case, drawn again while a token is next to a threshold."""
     for attempt in range(200):
         batch = batch_of(case, Random(f"{seed} {attempt}"))  # noqa: S311
         rows = batch.rows()

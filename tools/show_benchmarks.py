@@ -1,6 +1,8 @@
-"""Print what asv measured last as Markdown tables; its own page needs scripts from the network.
+"""Prints the last results of asv as Markdown tables.
 
-python tools/show_benchmarks.py
+The page that asv publishes needs scripts from the network.
+
+    python tools/show_benchmarks.py
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def rows(results: Results, benchmarks: Benchmarks) -> Iterator[list[str]]:
-    """Return name, parameters and value of everything that was run."""
+    """Yields name, parameters and value of each benchmark that was run."""
     for name in sorted(results.get_result_keys(benchmarks)):
         unit = benchmarks[name]["unit"]
         combinations = itertools.product(*results.get_result_params(name))
@@ -31,18 +33,18 @@ def rows(results: Results, benchmarks: Benchmarks) -> Iterator[list[str]]:
 
 
 def shown(value: float | None, unit: str) -> str:
-    """Return three digits and the unit, as asv does: NaN where a benchmark does not apply."""
+    """Returns a value with three digits and its unit, and n/a for NaN, which asv stores for n/a."""
     if value is None:
         return "failed"
     return "n/a" if math.isnan(value) else str(human_value(float(f"{value:.3g}"), unit))
 
 
 def main() -> int:
-    """Print the results of the last run of each environment and machine."""
+    """Prints the results of the last run of each environment and machine."""
     config = Config.load(str(ROOT / "asv.conf.json"))
     folder = ROOT / config.results_dir
     if not (folder / "benchmarks.json").exists():
-        print("show_benchmarks: nothing was measured yet: `make bench` does", file=sys.stderr)
+        print("show_benchmarks: there are no measurements: run make bench", file=sys.stderr)
         return 1
     config.results_dir = str(folder)
     benchmarks = Benchmarks.load(config)
