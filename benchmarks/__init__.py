@@ -1,5 +1,5 @@
-"""What bandpo costs, beside what else would do the work; run by asv, see CONTRIBUTING.md.
+"""Costs of bandpo and of its peers; run by asv, see CONTRIBUTING.md.
 
-Costs alone are tracked, never speed-ups, since asv takes less as better. Names, parameters and data
-are only added to: a changed one begins a new history.
+Costs are tracked, not speed-ups, because asv treats a lower number as better. Existing names,
+parameters and data stay as they are, because a change begins a new history.
 """

@@ -1,4 +1,4 @@
-"""Errors as numbers that are tracked: they cost as time does."""
+"""Errors of bounds and tables, tracked like times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Bounds:
     param_names: ClassVar = ["divergence"]
 
     def setup(self, divergence: str) -> None:
-        """Compares both bounds of every point with the truth, or says n/a."""
+        """Compares all bounds with a reference; raises NotImplementedError without one."""
         path = ROOT / "tests" / "data" / f"band_{divergence.replace(':', '_')}.csv.gz"
         if not path.exists():
             raise NotImplementedError(f"there is no reference of {divergence}")
@@ -35,11 +35,11 @@ class Bounds:
         self.outside = measured.outside()
 
     def track_max_ulp_error(self, *_: object) -> float:
-        """Returns the largest error of a log bound that is not ill-conditioned."""
+        """Returns the max error of a log bound that is not ill-conditioned."""
         return float(self.ulp.max())
 
     def track_outside(self, *_: object) -> int:
-        """Returns how many bounds lie outside the exact one."""
+        """Returns the number of bounds outside the exact one."""
         return self.outside
 
     track_max_ulp_error.unit = "ulp"  # type: ignore[attr-defined]
@@ -53,7 +53,7 @@ class Table:
     param_names: ClassVar = ["divergence", "delta"]
 
     def track_max_error(self, divergence: str, delta: float) -> float:
-        """Returns the larger error of log_upper and of lower, beyond one float32 ulp."""
+        """Returns the max error of log_upper and of lower, beyond one float32 ulp."""
         return max(bandpo.Band(divergence, delta).table().max_error)
 
     track_max_error.unit = "absolute error"  # type: ignore[attr-defined]

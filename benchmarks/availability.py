@@ -1,4 +1,7 @@
-"""What this machine has. A benchmark that needs more raises NotImplementedError: asv says n/a."""
+"""Requirements of benchmarks: torch, a GPU, time.
+
+A benchmark whose requirement is missing raises NotImplementedError, which asv reports as n/a.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ HAS_TORCH = torch is not None
 DEVICES = ("cpu", "cuda")
 
 SLOW = "BANDPO_BENCHMARK_SLOW"
-"""The environment variable that asks for what takes minutes as well."""
+"""The environment variable that adds the benchmarks that take minutes."""
 
 
 def need_torch(device: str = "cpu") -> None:
-    """Raises NotImplementedError without torch, or where it cannot reach the device."""
+    """Raises NotImplementedError if torch is missing, or has no such device."""
     if not HAS_TORCH:
         raise NotImplementedError("torch is not installed")
     if device == "cuda" and not torch.cuda.is_available():
@@ -25,12 +28,12 @@ def need_torch(device: str = "cpu") -> None:
 
 
 def need_patience() -> None:
-    """Raises NotImplementedError unless what takes minutes was asked for."""
+    """Raises NotImplementedError unless SLOW is set."""
     if not os.environ.get(SLOW):
         raise NotImplementedError(f"takes long: set {SLOW}=1")
 
 
 def synchronize(device: str) -> None:
-    """Waits for the device, so that its work counts."""
+    """Waits for the device, so that the time of its work is included."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Ratios of times that survive a noisy machine."""
+"""Ratios of times, insensitive to noise of the machine."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 BATCH_SECONDS = 0.02
-"""What is timed at once: calls are repeated up to this, far above the clock's resolution."""
+"""Time of a batch of repeated calls, far above the resolution of the clock."""
 
 MIN_ROUNDS = 5
 
 
 class Comparison(NamedTuple):
-    """Medians over rounds, in which both sides were timed one right after the other."""
+    """Medians over rounds; a round times one side right after the other."""
 
     ours: float  # seconds a call
     peer: float  # seconds a call
-    ratio: float  # ours over the peer's, of each round
-    low: float  # the quartiles of the ratio
+    ratio: float  # ours over the peer's within a round
+    low: float  # quartiles of the ratio
     high: float
 
 
@@ -28,13 +28,13 @@ def compare(
 ) -> Comparison:
     """Times two calls in turns.
 
-    A disturbance longer than a round hits both sides, so that the ratio within a round hardly sees
-    it; which side begins alternates.
+    A disturbance longer than a round slows both sides, so that the ratio within a round hardly
+    changes. The side that begins alternates.
 
     Args:
-        ours: What bandpo does. Called once before anything is timed, like the peer.
-        peer: What it is compared with.
-        seconds: About how long to go on. A handful of rounds is run in any case.
+        ours: The call of bandpo.
+        peer: The call that it is compared with. Both are called once before they are timed.
+        seconds: Approximate duration; ``MIN_ROUNDS`` rounds are run in any case.
     """
     calls = (ours, peer)
     numbers = [_repeats(call) for call in calls]
@@ -57,7 +57,7 @@ def compare(
 
 
 def median_seconds(call: Callable[[], object], *, seconds: float = 1.0) -> float:
-    """Returns the seconds of a call, called once before anything is timed."""
+    """Returns the median time of a call in seconds, after one call that is not timed."""
     number = _repeats(call)
     times: list[float] = []
     deadline = time.perf_counter() + seconds
@@ -67,7 +67,7 @@ def median_seconds(call: Callable[[], object], *, seconds: float = 1.0) -> float
 
 
 def _repeats(call: Callable[[], object]) -> int:
-    call()  # builds, compiles or allocates what later calls find
+    call()  # the first call may build, compile or allocate
     return max(1, round(BATCH_SECONDS / _time(call, 1)))
 
 

@@ -36,7 +36,7 @@ SURROGATES = NAMES
 
 
 class Step:
-    """One loss of one batch, forward and backward; raises NotImplementedError where it is n/a."""
+    """One loss of one batch; raises NotImplementedError if the method cannot run here."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Step:
             self.loss = lambda: peer(*tensors)
             return
         backend: Any = "torch" if method == COMPILED else method
-        # A rollout policy is nearer to the old one than the new one is.
+        # The rollout policy is nearer to the old policy than the new one is.
         anchor = 0.9 * old_log_prob + 0.1 * log_prob.detach() if anchored else None
         rule: dict[str, Any] = {"region": region, "surrogate": surrogate, "anchor_log_prob": anchor}
 
@@ -83,7 +83,7 @@ class Step:
         synchronize(self.device)
 
     def forward_backward(self) -> None:
-        """Computes the loss and its gradient, as in a step."""
+        """Computes the loss and its gradient, as a training step does."""
         self.log_prob.grad = None
         self.loss().backward()  # type: ignore[no-untyped-call]
         synchronize(self.device)
@@ -103,7 +103,7 @@ def compare_to_clip(
 
 
 def compare_to_own_edge(surrogate: str, size: int = SIZE, seconds: float = 2.0) -> Comparison:
-    """Times a loss whose region stands at an anchor, and the same without one."""
+    """Times a loss with and without an anchor for its region."""
     ours, other = (
         Step("native", size=size, surrogate=surrogate, anchored=anchored)
         for anchored in (True, False)
@@ -112,14 +112,14 @@ def compare_to_own_edge(surrogate: str, size: int = SIZE, seconds: float = 2.0) 
 
 
 class Loss:
-    """Every size, bandpo's backends and PPO's clip."""
+    """Times of bandpo's backends and of PPO's clip, at every size."""
 
     params: ClassVar = [(*METHODS, *PEERS), DEVICES, SIZES]
     param_names: ClassVar = ["method", "device", "size"]
     timeout = 300
 
     def setup(self, method: str, device: str, size: int) -> None:
-        """Prepares the batch, or says n/a."""
+        """Prepares the batch; raises NotImplementedError if a requirement is missing."""
         need_torch(device)
         if method in ("torch", COMPILED) and size > SIZE:
             need_patience()
@@ -136,14 +136,14 @@ class Loss:
 
 
 class Rules:
-    """Every surrogate and dtype, at one size."""
+    """Times of every surrogate and dtype, at one size."""
 
     params: ClassVar = [METHODS, DEVICES, DTYPES, SURROGATES]
     param_names: ClassVar = ["backend", "device", "dtype", "surrogate"]
     timeout = 300
 
     def setup(self, backend: str, device: str, dtype: str, surrogate: str) -> None:
-        """Prepares the batch, or says n/a."""
+        """Prepares the batch; raises NotImplementedError if a requirement is missing."""
         need_torch(device)
         if backend == COMPILED:
             need_patience()
@@ -156,14 +156,14 @@ class Rules:
 
 
 class Ratio:
-    """Costs beside those of PPO's clip, in turns in one process."""
+    """Times relative to PPO's clip, in turns in one process."""
 
     params: ClassVar = [METHODS, DEVICES, (min(SIZES), SIZE)]
     param_names: ClassVar = ["backend", "device", "size"]
     timeout = 300
 
     def setup(self, backend: str, device: str, size: int) -> None:
-        """Says n/a where it is."""
+        """Raises NotImplementedError if a requirement is missing."""
         Step(backend, device, min(SIZES))
 
     def track_time_ratio_to_compiled_clip(self, backend: str, device: str, size: int) -> float:
@@ -179,14 +179,14 @@ class Ratio:
 
 
 class Anchor:
-    """Costs of a region at a third policy beside those without one, in turns in one process."""
+    """Times with an anchor relative to those without one, in turns in one process."""
 
     params: ClassVar = [SURROGATES, (min(SIZES), SIZE)]
     param_names: ClassVar = ["surrogate", "size"]
     timeout = 300
 
     def setup(self, surrogate: str, size: int) -> None:
-        """Says n/a where it is."""
+        """Raises NotImplementedError if a requirement is missing."""
         need_torch("cpu")
 
     def track_time_ratio_to_own_edge(self, surrogate: str, size: int) -> float:

@@ -1,4 +1,4 @@
-"""Peak memory: of the process, with all it has imported, and of a GPU."""
+"""Peak memory of a process, with its imports, and of a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.tokens import DELTA, SIZE, log_probs
 
 
 class Host:
-    """The most a process held."""
+    """Peak memory of a process with numpy."""
 
     def peakmem_solver(self) -> None:
         """Measures exact bounds."""
@@ -23,14 +23,14 @@ class Host:
 
 
 class HostLoss:
-    """The most a process with torch held."""
+    """Peak memory of a process with torch."""
 
     params: ClassVar = [(*METHODS, *PEERS)]
     param_names: ClassVar = ["method"]
     timeout = 300
 
     def setup(self, method: str) -> None:
-        """Prepares the batch, or says n/a."""
+        """Prepares the batch; raises NotImplementedError if a requirement is missing."""
         self.step = Step(method)
 
     def peakmem_loss(self, method: str) -> None:
@@ -39,19 +39,19 @@ class HostLoss:
 
 
 class DeviceLoss:
-    """The most that torch held on a GPU."""
+    """Peak memory of torch on a GPU."""
 
     params: ClassVar = HostLoss.params
     param_names: ClassVar = HostLoss.param_names
     timeout = 300
 
     def setup(self, method: str) -> None:
-        """Prepares the batch, or says n/a."""
+        """Prepares the batch; raises NotImplementedError if a requirement is missing."""
         self.step = Step(method, "cuda")
         self.step.forward_backward()
 
     def track_peak_bytes(self, method: str) -> int:
-        """Returns what forward and backward add to the batch."""
+        """Returns the peak of forward and backward, without the batch."""
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.step.forward_backward()

@@ -1,4 +1,4 @@
-"""What else would do the work: each written as its users write it, none of it tuned or slowed."""
+"""Alternatives to bandpo, written as their users write them, neither tuned nor slowed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 BISECTION_STEPS = 50
-"""Of BandPO (arXiv 2603.04918) for each side."""
+"""Halvings for each side, as in BandPO (arXiv 2603.04918)."""
 
 
 def bisection(delta: float, logp: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,11 +41,11 @@ def bisected_side(delta: float, p: Tensor, outside: Tensor) -> Tensor:
 
 
 def find_root(divergence: str, logp: Floats, delta: float) -> tuple[Floats, Floats]:
-    """Returns (lower, upper) by scipy's vectorized root finder (Chandrupatla), default tolerances.
+    """Returns (lower, upper) by scipy's vectorised root finder (Chandrupatla), default tolerances.
 
     Raises:
         KeyError: If ``divergence`` is none of kl, reverse-kl and jensen-shannon.
-        RuntimeError: If a root was not found: the peer would be timed at other work.
+        RuntimeError: If a root was not found, because the peer would then be timed at other work.
     """
     from scipy.optimize import elementwise
 
@@ -87,7 +87,7 @@ _GENERATORS: dict[str, Callable[[Floats], Any]] = {
 
 
 def ppo_clip(old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Returns PPO's clipped loss, mean over tokens, and nothing else: no metrics, no bands.
+    """Returns PPO's clipped loss alone, mean over tokens, without metrics.
 
     PPO: arXiv 1707.06347, equation 7; the interval is DAPO's, arXiv 2503.14476.
     """

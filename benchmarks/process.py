@@ -1,4 +1,4 @@
-"""What a new process waits for: imports and the command line."""
+"""Times of new processes: imports and the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run(*command: str | Path) -> None:
 
 
 def compare_imports(seconds: float = 10.0) -> Comparison:
-    """Times processes that import bandpo and such that import numpy alone."""
+    """Times processes that import bandpo, and processes that import numpy alone."""
     return compare(
         lambda: run(PYTHON, "-c", "import numpy, bandpo"),
         lambda: run(PYTHON, "-c", "import numpy"),
@@ -29,11 +29,11 @@ class Import:
     """Imports in a new interpreter, without the interpreter's own start."""
 
     def timeraw_bandpo_after_numpy(self) -> tuple[str, str]:
-        """Times the import of bandpo where numpy is there already."""
+        """Times the import of bandpo after numpy."""
         return "import bandpo", "import numpy"
 
     def timeraw_bandpo(self) -> str:
-        """Times the import of bandpo and all it needs."""
+        """Times the import of bandpo and of its requirements."""
         return "import bandpo"
 
 
@@ -41,7 +41,7 @@ class CommandLine:
     """Whole processes of the installed command."""
 
     def time_version(self) -> None:
-        """Times what needs no work at all."""
+        """Times a command without any work."""
         run(PYTHON.with_name("bandpo"), "--version")
 
     def time_bounds(self) -> None:

@@ -16,18 +16,18 @@ from benchmarks.interleaved import Comparison, compare
 from benchmarks.tokens import DELTA, SIZES, log_probs, undecided
 
 DIVERGENCES = tuple(_core.DIVERGENCES)
-"""One of every family."""
+"""Each built-in divergence, with a parameter if its family has one."""
 
 EXPRESSION = "u*ln(u) - u + 1"
 
 PEER_DIVERGENCES = ("kl", "reverse-kl", "jensen-shannon")
-"""Those that `peers.find_root` knows."""
+"""Divergences that `peers.find_root` solves."""
 
 METHODS = ("bandpo", "find_root")
 DTYPES = ("float64", "float32")
 
 SIZE = 2**14
-"""Where everything but growth is measured."""
+"""Number of tokens, except in `Growth`."""
 
 LONG_FROM = 2**20
 
@@ -35,7 +35,7 @@ ROOTS_A_TOKEN = 2
 
 
 def region(divergence: str) -> bandpo.Band:
-    """Returns a band of a built-in divergence or of an expression, with no table yet."""
+    """Returns a band of a built-in divergence or of an expression, without a table."""
     if divergence in DIVERGENCES:
         return bandpo.Band(divergence, DELTA)
     return bandpo.Band(bandpo.Divergence.from_expression(divergence), DELTA)
@@ -60,20 +60,20 @@ def bounds(
 
 
 def compare_to_find_root(divergence: str, size: int = SIZE, seconds: float = 2.0) -> Comparison:
-    """Times both on tokens whose bounds are roots on both sides, where scipy is at its best."""
+    """Times both on tokens whose two bounds are roots, which favours scipy."""
     ours, peer = (bounds(method, divergence, size, data=undecided) for method in METHODS)
     return compare(ours, peer, seconds=seconds)
 
 
 class Bounds:
-    """Every divergence; find_root gets only tokens whose bounds are roots."""
+    """Times of every divergence; find_root takes tokens whose two bounds are roots."""
 
     params: ClassVar = [METHODS, (*DIVERGENCES, EXPRESSION)]
     param_names: ClassVar = ["method", "divergence"]
     timeout = 300
 
     def setup(self, method: str, divergence: str) -> None:
-        """Prepares the call, or says n/a."""
+        """Prepares the call; raises NotImplementedError if a requirement is missing."""
         self.call = bounds(method, divergence, SIZE)
 
     def time_log_bounds(self, *_: object) -> None:
@@ -82,14 +82,14 @@ class Bounds:
 
 
 class Growth:
-    """Every size, of kl."""
+    """Times of kl, at every size."""
 
     params: ClassVar = [METHODS, SIZES, DTYPES]
     param_names: ClassVar = ["method", "size", "dtype"]
     timeout = 600
 
     def setup(self, method: str, size: int, dtype: str) -> None:
-        """Prepares the call, or says n/a."""
+        """Prepares the call; raises NotImplementedError if a requirement is missing."""
         if size >= LONG_FROM:
             need_patience()
         self.call = bounds(method, "kl", size, dtype)
@@ -100,7 +100,7 @@ class Growth:
 
 
 class Ratio:
-    """Costs beside scipy's, in turns in one process."""
+    """Times relative to scipy's, in turns in one process."""
 
     params: ClassVar = [PEER_DIVERGENCES]
     param_names: ClassVar = ["divergence"]

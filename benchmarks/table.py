@@ -1,4 +1,4 @@
-"""Tables: to build, to save and load, and to read bounds from."""
+"""Times of tables: build, save, load, and bounds read from them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ METHODS = ("bandpo.torch", "numpy", "bisection")
 """`bandpo.torch.log_bounds`, `BandTable.log_bounds`, and the paper's scheme in torch."""
 
 RATIO_SIZE = 2**18
-"""Enough for both threads; a bisection of more takes seconds."""
+"""Number of tokens beside a bisection, which takes seconds for more."""
 
 DTYPES = ("float64",)
-"""Besides float32."""
+"""Precisions besides float32."""
 
 
 def read(
@@ -32,7 +32,7 @@ def read(
     dtype: str = "float32",
     divergence: str = "kl",
 ) -> Callable[[], object]:
-    """Returns the call that gets both bounds of every token, from a table unless by bisection."""
+    """Returns the call that finds both bounds of every token, by a table or by bisection."""
     if method == "numpy":
         if device != "cpu":
             raise NotImplementedError("numpy has no GPU")
@@ -57,7 +57,7 @@ def read(
 
 
 def build(divergence: str) -> Callable[[], object]:
-    """Returns the call that builds a table as the first use of a band does."""
+    """Returns the call that builds a table, as the first use of a band does."""
     band = region(divergence)
     return lambda: bandpo.BandTable.build(band)
 
@@ -71,7 +71,7 @@ def compare_to_bisection(
 
 
 class Build:
-    """A table of either side, with its errors measured, as the first use of a band makes it."""
+    """Times and sizes of a table build, which includes the measurement of its errors."""
 
     params: ClassVar = [(*DIVERGENCES, EXPRESSION)]
     param_names: ClassVar = ["divergence"]
@@ -92,7 +92,7 @@ class Build:
 
 
 class File:
-    """A table on a disk."""
+    """Times of a table on disk."""
 
     def setup(self) -> None:
         """Writes a table."""
@@ -102,7 +102,7 @@ class File:
         self.table.save(self.path)
 
     def teardown(self) -> None:
-        """Removes it."""
+        """Removes the table."""
         self.folder.cleanup()
 
     def time_save(self) -> None:
@@ -115,14 +115,14 @@ class File:
 
 
 class Read:
-    """Both bounds of every token."""
+    """Times of both bounds of every token, at every size."""
 
     params: ClassVar = [METHODS, DEVICES, SIZES]
     param_names: ClassVar = ["method", "device", "size"]
     timeout = 300
 
     def setup(self, method: str, device: str, size: int) -> None:
-        """Prepares the call, or says n/a."""
+        """Prepares the call; raises NotImplementedError if a requirement is missing."""
         if method != "numpy" and size > SIZE:
             need_patience()
         self.call = read(method, device, size)
@@ -133,14 +133,14 @@ class Read:
 
 
 class ReadDtype:
-    """Other precisions, at one size."""
+    """Times of other precisions, at one size."""
 
     params: ClassVar = [METHODS, DEVICES, DTYPES]
     param_names: ClassVar = ["method", "device", "dtype"]
     timeout = 300
 
     def setup(self, method: str, device: str, dtype: str) -> None:
-        """Prepares the call, or says n/a."""
+        """Prepares the call; raises NotImplementedError if a requirement is missing."""
         self.call = read(method, device, SIZE, dtype)
 
     def time_log_bounds(self, *_: object) -> None:
@@ -149,20 +149,20 @@ class ReadDtype:
 
 
 class Ratio:
-    """Costs beside the paper's scheme, in turns in one process."""
+    """Times relative to the paper's bisection, in turns in one process."""
 
     params: ClassVar = [METHODS[:2], DEVICES]
     param_names: ClassVar = ["method", "device"]
     timeout = 300
 
     def setup(self, method: str, device: str) -> None:
-        """Says n/a where it is."""
+        """Raises NotImplementedError if a requirement is missing."""
         need_torch(device)
         if method == "numpy" and device != "cpu":
             raise NotImplementedError("numpy has no GPU")
 
     def track_time_ratio_to_bisection(self, method: str, device: str) -> float:
-        """Returns the time over that of 50 steps a side."""
+        """Returns the time over that of 50 bisection steps a side."""
         return compare_to_bisection(method, device).ratio
 
     track_time_ratio_to_bisection.unit = "ratio"  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The tokens that everything is measured with: fixed by a seed, and only ever added to."""
+"""Tokens of the benchmarks, fixed by a seed. A change would begin a new history."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIZES = (2**10, 2**14, 2**18, 2**20, 2**24)
-"""Numbers of tokens, for growth to be read off."""
+"""Numbers of tokens that show the growth of a cost."""
 
 SIZE = 2**20
-"""Where everything but growth is measured: about a step's tokens on one device."""
+"""Number of tokens at one size, about those of a training step on one device."""
 
 ROW = 1024
-"""Tokens of a sequence; every size is a multiple."""
+"""Tokens of a sequence; every size is a multiple of it."""
 
 DELTA = 0.05
 """The radius of the paper's experiments."""
@@ -24,7 +24,7 @@ _SEED = 20260711
 
 
 class TokenArrays(NamedTuple):
-    """What a policy loss takes: each [sequences, ROW], float64 but for the mask, bool."""
+    """Arguments of a policy loss [sequences, ROW], in float64; the mask is bool."""
 
     old_log_prob: NDArray[np.float64]
     log_prob: NDArray[np.float64]
@@ -34,20 +34,20 @@ class TokenArrays(NamedTuple):
 
 @cache
 def log_probs(size: int) -> NDArray[np.float64]:
-    """Returns log-probs whose logits are normal around 3, deviation 3: most tokens were likely."""
+    """Returns log-probs whose logits have mean and deviation 3, so that most tokens are likely."""
     logits = np.random.default_rng(_SEED).normal(3.0, 3.0, size)
     return -np.logaddexp(0.0, -logits)
 
 
 @cache
 def undecided(size: int) -> NDArray[np.float64]:
-    """Returns log-probs of p uniform in [0.2, 0.8]: there both bounds are roots, whatever f is."""
+    """Returns log-probs of p uniform in [0.2, 0.8], where both bounds are roots for every f."""
     return np.log(np.random.default_rng(_SEED + 1).uniform(0.2, 0.8, size))
 
 
 @cache
 def batch(size: int) -> TokenArrays:
-    """Returns sequences of ROW tokens of which three quarters count on average."""
+    """Returns sequences of ROW tokens; three quarters of them count on average."""
     rng = np.random.default_rng(_SEED + 2)
     shape = (size // ROW, ROW)
     old_log_prob = log_probs(size).reshape(shape)
