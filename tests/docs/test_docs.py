@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import bandpo
+from bandpo.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +58,12 @@ def test_commands_of_the_documents_exist() -> None:
             assert command[:2] == ["pip", "install"], command
             extras = re.findall(r"\[(\w+)\]", " ".join(command))
             assert all(f"\n{extra} = " in (ROOT / "pyproject.toml").read_text() for extra in extras)
+
+
+def test_the_readme_has_a_row_for_every_preset() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Rules\n")[2]
+    cells = re.findall(r"^\| (`.*?) \|", section.partition("\n## ")[0], re.MULTILINE)
+    assert sorted(name for cell in cells for name in re.findall(r"`(.+?)`", cell)) == sorted(PRESETS)
 
 
 def modules_with_sessions() -> list[str]:
