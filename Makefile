@@ -1,4 +1,4 @@
-# `make` is what CI runs. `make demo` and `make test` set themselves up in .venv and may be repeated.
+# CI runs `make`. Each target sets up what it needs in .venv, and may be repeated.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,19 +21,19 @@ test: $(VENV)/test.stamp
 	cargo test --locked --quiet
 	$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal --durations 25
 
-# NVIDIA's compiler runs anywhere; with CuPy it takes 550 MB, more than the other tests need.
+# The kernels under NVIDIA's compiler, without a GPU. A target of its own, because compiler and CuPy take 550 MB.
 test-nvrtc: $(VENV)/nvrtc.stamp
 	$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal tests/backends/test_nvrtc.py
 
-# On a machine with a GPU; `make test-gpu CUDA=12` where its driver or its torch is older. Where no registry
-# can be reached, `make test-gpu WHEELS=folder` needs neither Rust nor a compiler: it takes all wheels in the
-# folder, that of `make wheel` among them, and the rest, torch and CuPy say, as $(PYTHON) has it. The tests
-# run once more under NVIDIA's sanitizer, if it is installed. Warnings of other versions are no failures.
+# The tests of the kernels on a GPU. `make test-gpu CUDA=12` is for an older driver or torch. On a machine without a
+# registry, `make test-gpu WHEELS=folder` needs neither Rust nor a compiler. It takes all wheels in the folder, with
+# that of `make wheel`, and all other packages, such as torch and CuPy, from $(PYTHON). If NVIDIA's sanitizer is
+# installed, the tests run under it as well. Warnings of other versions do not fail the tests.
 test-gpu: gpu $(ON_GPU)
 	$(ON_GPU_PYTHON) -c 'from bandpo.backends.cuda.availability import obstacle; raise SystemExit(obstacle())'
 	$(ON_GPU_PYTHON) -m pytest --quiet -rs -W default tests/backends/test_gpu.py tests/backends/test_cuda.py tests/backends/test_tokens.py
 
-# Before anything is installed.
+# The check for a GPU, before a target installs a package.
 gpu:
 	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \
 	  { echo "needs a GPU: there is no driver of NVIDIA here (libcuda.so.1)"; exit 1; }
@@ -62,8 +62,8 @@ format:
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Reference bounds at 60 digits (all in build/reference, a tenth in tests/data; twenty minutes on two cores),
-# and the digits that rust/number/dd.rs is tested against.
+# Reference bounds at 60 digits: all in build/reference, a tenth in tests/data; twenty minutes on two cores. Then the
+# reference digits of rust/number/dd.rs.
 reference: $(VENV)/reference.stamp
 	$(BIN)/python tests/support/reference.py
 	$(BIN)/python tools/make_reference.py
@@ -74,9 +74,9 @@ reference: $(VENV)/reference.stamp
 pictures: $(VENV)/test.stamp
 	$(BIN)/python tools/make_pictures.py
 
-# The sdist, and from it the Linux wheel that a release uploads; checked, installed, tested. zig links
-# against the glibc of 2014, so that the wheel does not depend on this machine's. With the time of the
-# commit and without the path of the crates, everyone who has the same versions gets the same bytes.
+# The sdist, and from it the Linux wheel that a release uploads; checked, installed, tested. zig links against the
+# glibc of 2014, so that the wheel is independent of that of the machine. The same versions give the same bytes, because
+# files have the time of the commit and the binary has no path of the crates.
 wheel: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
 wheel: export RUSTFLAGS = --remap-path-prefix=$(CARGO_HOME)/registry/src=/crates
 wheel: $(VENV)/release.stamp
@@ -86,12 +86,12 @@ wheel: $(VENV)/release.stamp
 	$(BIN)/python tools/make_notices.py --check
 	$(BIN)/python tools/check_wheel.py dist
 
-# The suite once, in .venv and with torch, then the figures in benchmarks/RESULTS.md.
+# One run of the asv suite in .venv, with torch, then benchmarks/RESULTS.md.
 bench: $(VENV)/bench.stamp
 	$(ASV)
 	$(BIN)/python tools/make_results.py
 
-# The same for a GPU, or a line that says what is missing. With WHEELS, as for test-gpu, the kernels alone:
+# Benchmarks on a GPU, or a line with the missing requirement. With WHEELS, as for test-gpu, the kernels alone, in
 # benchmarks/gpu.json.
 bench-gpu: gpu $(if $(WHEELS),,$(VENV)/bench.stamp) $(ON_GPU)
 	$(ON_GPU_PYTHON) tools/bench_gpu.py
@@ -103,7 +103,7 @@ endif
 ASV = $(BIN)/asv machine --yes >/dev/null && $(BIN)/asv run --quick \
 	--environment existing:$(BIN)/python --set-commit-hash $$(git rev-parse HEAD)
 
-# What asv measured, as Markdown.
+# The last figures of asv, as Markdown.
 bench-results: $(VENV)/bench.stamp
 	@$(BIN)/python tools/show_benchmarks.py
 
@@ -111,7 +111,8 @@ bench-results: $(VENV)/bench.stamp
 results: $(VENV)/bench.stamp
 	$(BIN)/python tools/make_results.py
 
-# Instructions a token, which have no noise, against benchmarks/instructions.json; needs valgrind alone.
+# Instructions a token, which have no noise, compared with benchmarks/instructions.json. The target needs valgrind and
+# Rust alone.
 gate:
 	$(PYTHON) tools/count_instructions.py
 
@@ -120,9 +121,9 @@ gate-update:
 
 prerequisites:
 	@command -v $(PYTHON) >/dev/null || \
-	  { echo "bandpo needs Python 3.10 or newer: install it, or say make PYTHON=/path/to/python"; exit 1; }
+	  { echo "bandpo needs Python 3.10 or newer: install it, or run make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "bandpo needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) -V): say make PYTHON=..."; exit 1; }
+	  { echo "bandpo needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) -V): run make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "bandpo needs Python's venv module (on Debian: apt install python3-venv)"; exit 1; }
 	@command -v cargo >/dev/null || \
@@ -132,7 +133,7 @@ prerequisites:
 	@cargo --version | awk '{ split($$2, v, "."); exit !(v[1] > 1 || v[2] >= 89) }' || \
 	  { echo "bandpo needs Rust 1.89 or newer, found $$(cargo --version): run rustup update"; exit 1; }
 
-# --clear, and a stamp at the end: an interrupted one is made anew.
+# The stamp comes last, and --clear makes an interrupted environment anew.
 $(VENV)/made.stamp: | prerequisites
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
@@ -141,7 +142,7 @@ $(VENV)/release.stamp: $(VENV)/made.stamp tools/release-requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement tools/release-requirements.txt
 	@touch $@
 
-# The extension is built in place, so that an edited .py needs no install and an edited .rs only this.
+# The extension is built in place, so that an edited .py needs no install. An edited .rs needs this target.
 $(VENV)/%.stamp: $(VENV)/made.stamp pyproject.toml $(RUST) | prerequisites
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
