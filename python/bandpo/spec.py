@@ -37,7 +37,8 @@ spec                                  schedule
 ``cosine(0.1, 0.02, 1000)``           ``Cosine(0.1, 0.02, 1000, hold=True)``
 ``constant(0.05)``                    ``Constant(0.05)``
 ``entropy(0.05, target=0.3,           ``EntropyTargeted(0.05, target=0.3, rate=0.1,
-rate=0.1, least=0.01, greatest=0.2)`` least=0.01, greatest=0.2)``
+rate=0.1, min_value=0.01,             min_value=0.01, max_value=0.2)``
+max_value=0.2)``
 ====================================  ================================================
 
 Every number may have its name. The last number is held after the steps, because the length of a
@@ -229,8 +230,8 @@ _SCHEDULES: dict[str, tuple[Callable[..., Schedule], tuple[str, ...], str]] = {
     "constant": (Constant, ("value",), "constant(0.05)"),
     "entropy": (
         EntropyTargeted,
-        ("start", "target", "rate", "least", "greatest"),
-        "entropy(0.05, target=0.3, rate=0.1, least=0.01, greatest=0.2)",
+        ("start", "target", "rate", "min_value", "max_value"),
+        "entropy(0.05, target=0.3, rate=0.1, min_value=0.01, max_value=0.2)",
     ),
 }
 """Constructors of schedules, the names of their numbers, and an example."""

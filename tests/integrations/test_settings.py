@@ -103,7 +103,7 @@ def test_each_region_has_a_copy_of_a_schedule_that_is_an_object() -> None:
         ({}, "never", False),
         ({"schedule": "constant(0.1)"}, "by step", False),
         (
-            {"schedule": "entropy(0.05, target=0.3, rate=0.1, least=0.01, greatest=0.2)"},
+            {"schedule": "entropy(0.05, target=0.3, rate=0.1, min_value=0.01, max_value=0.2)"},
             "by step",
             True,
         ),

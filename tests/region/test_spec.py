@@ -253,7 +253,7 @@ def test_reading_takes_bounded_time(text: str) -> None:
     assert time.perf_counter() - start < 5.0
 
 
-ENTROPY = "entropy(0.05, target=0.3, rate=0.1, least=0.01, greatest=0.2)"
+ENTROPY = "entropy(0.05, target=0.3, rate=0.1, min_value=0.01, max_value=0.2)"
 
 
 @pytest.mark.parametrize(
@@ -265,10 +265,10 @@ ENTROPY = "entropy(0.05, target=0.3, rate=0.1, least=0.01, greatest=0.2)"
         ("cosine(steps=5, end=0.02, start=0.1)", Cosine(0.1, 0.02, 5, hold=True)),
         ("linear(0.1, steps=5, end=1E-2)", Linear(0.1, 0.01, 5, hold=True)),
         ("constant(0.05)", Constant(0.05)),
-        (ENTROPY, EntropyTargeted(0.05, target=0.3, rate=0.1, least=0.01, greatest=0.2)),
+        (ENTROPY, EntropyTargeted(0.05, target=0.3, rate=0.1, min_value=0.01, max_value=0.2)),
         (
             "entropy(0.05, 0.3, 0.1, 0.01, 0.2)",
-            EntropyTargeted(0.05, target=0.3, rate=0.1, least=0.01, greatest=0.2),
+            EntropyTargeted(0.05, target=0.3, rate=0.1, min_value=0.01, max_value=0.2),
         ),
     ],
 )
