@@ -43,7 +43,7 @@ def test_results_and_metrics_are_tables() -> None:
         region="clip@0.2",
         metrics_by_probability=True,
     )
-    text = result.metrics._repr_html_()  # type: ignore[attr-defined]
+    text = result.metrics._repr_html_()
     assert "clip_fraction_high</td>" in text
     assert "p in 0.1..0.5" in text
     assert result._repr_html_().endswith(text)

@@ -867,15 +867,6 @@ def test_torch_func_gives_the_same_gradient(backend: str) -> None:
     torch.testing.assert_close(gradient, batch.gradient(region=KL, backend=backend))
 
 
-def test_metrics_are_a_mapping_and_pickle_as_a_dict() -> None:
-    metrics = random_batch((6, 8)).loss(region=KL).metrics
-    as_dict = pickle.loads(pickle.dumps(metrics))  # noqa: S301  # made one line above
-    assert type(as_dict) is dict
-    assert {**metrics} == as_dict == dict(metrics.items())
-    assert len(metrics) == len(as_dict)
-    assert repr(metrics) == repr(as_dict)
-
-
 class TestCompile:
     @pytest.fixture(autouse=True)
     def fresh(self) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +16,7 @@ import bandpo
 import bandpo.torch
 from bandpo.correction import Correction
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.loss import GlobalBatch, PolicyLoss, policy_loss
+from bandpo.loss import GlobalBatch, Metrics, PolicyLoss, policy_loss
 from bandpo.presets import PRESETS, preset
 from support.batches import random_batch
 
@@ -218,5 +217,5 @@ if TYPE_CHECKING:
         loss, per_token, metrics = module(tensor, tensor, tensor, tensor)
         assert_type(loss, torch.Tensor)
         assert_type(per_token, torch.Tensor)
-        assert_type(metrics, Mapping[str, torch.Tensor])
+        assert_type(metrics, Metrics)
         module(tensor)  # type: ignore[call-arg]

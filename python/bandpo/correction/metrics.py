@@ -9,44 +9,71 @@ import torch
 
 from bandpo.backends.contract import PROBABILITY_BINS
 from bandpo.backends.plain import probability_bin
+from bandpo.batch.metrics import Statistics, Tensors
 from bandpo.correction.tokens import TwoPolicies
 from bandpo.surrogate import LOG_RATIO_LIMIT
 
 
-def metrics_of(
+def statistics_of(
     batch: TwoPolicies, weight: torch.Tensor, kept: torch.Tensor, outside: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The metrics by name, 0-dim or [bins]; `rollout_correction` defines them."""
+) -> Statistics:
+    """Returns what the metrics are made of."""
     valid = batch.valid
-    count = valid.sum()
-    some, dtype = count.clamp(min=1), weight.dtype
-    total, squares = weight.sum(), weight.square().sum()
+    index = probability_bin(batch.rollout)
+    bins = [valid & (index == k) for k in range(PROBABILITY_BINS)]
+    clamped = batch.log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    nothing = weight.new_full((1,), -math.inf)  # because an empty batch has no max
+    of_valid = torch.where(valid, weight, -math.inf).reshape(-1)
+    return Statistics(
+        {
+            "valid": valid.sum(),
+            "kept": kept.sum(),
+            "outside": outside.sum(),
+            "weight": weight.sum(),
+            "squared_weight": weight.square().sum(),
+            "log_ratio_abs": clamped.abs().sum(),
+            "tokens_by_probability": torch.stack([one.sum() for one in bins]),
+            "kept_by_probability": torch.stack([(kept & one).sum() for one in bins]),
+        },
+        {},
+        {"weight": torch.cat([nothing, of_valid]).amax()},
+        _metrics_of,
+    )
+
+
+def _metrics_of(statistics: Statistics) -> Tensors:
+    """The metrics by name, without quantiles; `rollout_correction` defines them."""
+    sums, weight_max = statistics.sums, statistics.maxima["weight"]
+    count, total, squares = sums["valid"], sums["weight"], sums["squared_weight"]
+    some, dtype = count.clamp(min=1), total.dtype
     share = torch.where(squares == 0.0, 0.0, total.square() / (some * squares))
+    by_bin, kept_by_bin = sums["tokens_by_probability"], sums["kept_by_probability"]
 
     def unless_empty(value: torch.Tensor) -> torch.Tensor:
         return torch.where(count > 0, value, 1.0).to(dtype)
 
-    index = probability_bin(batch.rollout)
-    bins = [valid & (index == k) for k in range(PROBABILITY_BINS)]
-    by_bin = torch.stack([one.sum() for one in bins])
-    kept_by_bin = torch.stack([(kept & one).sum() for one in bins])
-    clamped = batch.log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    quantile = _quantiles(weight, valid, some)
     return {
-        "kept_fraction": unless_empty(kept.sum().to(dtype) / some),
-        "outside_fraction": outside.sum().to(dtype) / some,
+        "kept_fraction": unless_empty(sums["kept"].to(dtype) / some),
+        "outside_fraction": sums["outside"].to(dtype) / some,
         "effective_sample_size": unless_empty(share),
         "weight_mean": unless_empty(total / some),
-        "weight_max": unless_empty(quantile(100)),
-        "weight_p01": unless_empty(quantile(1)),
-        "weight_p50": unless_empty(quantile(50)),
-        "weight_p99": unless_empty(quantile(99)),
-        "log_ratio_abs": clamped.abs().sum() / some,
+        "weight_max": unless_empty(weight_max),
+        "log_ratio_abs": sums["log_ratio_abs"] / some,
         "valid_tokens": count,
         "tokens_by_probability": by_bin,
         "kept_fraction_by_probability": torch.where(
             by_bin > 0, kept_by_bin.to(dtype) / by_bin.clamp(min=1), 1.0
         ).to(dtype),
+    }
+
+
+def quantiles_of(batch: TwoPolicies, weight: torch.Tensor) -> Tensors:
+    """Returns the metrics that no sum gives, and that are of one batch therefore."""
+    count = batch.valid.sum()
+    quantile = _quantiles(weight, batch.valid, count.clamp(min=1))
+    return {
+        f"weight_p{percent:02}": torch.where(count > 0, quantile(percent), 1.0).to(weight.dtype)
+        for percent in (1, 50, 99)
     }
 
 

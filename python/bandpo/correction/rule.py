@@ -17,6 +17,8 @@ from bandpo.spec import region_from_spec
 if TYPE_CHECKING:
     import torch
 
+    from bandpo.batch.metrics import Metrics
+
 Level: TypeAlias = Literal[
     "token",
     "sequence-product",
@@ -239,9 +241,7 @@ class RolloutCorrection:
         metrics: Detached tensors by name; see `rollout_correction`.
     """
 
-    def __init__(
-        self, weights: torch.Tensor, kept: torch.Tensor, metrics: Mapping[str, torch.Tensor]
-    ) -> None:
+    def __init__(self, weights: torch.Tensor, kept: torch.Tensor, metrics: Metrics) -> None:
         self.weights = weights
         self.kept = kept
         self.metrics = metrics

@@ -12,10 +12,10 @@ from bandpo.tensors.check import compute_dtype
 import torch
 
 from bandpo.backends.sides import sides_from
-from bandpo.batch.metrics import Metrics
+from bandpo.batch.metrics import Metrics, Statistics
 from bandpo.batch.tokens import Sequences, shaped, shaped_by_row
 from bandpo.correction.check import check_batch, check_sequences
-from bandpo.correction.metrics import metrics_of
+from bandpo.correction.metrics import quantiles_of, statistics_of
 from bandpo.correction.rule import Correction, RolloutCorrection
 from bandpo.correction.tokens import TwoPolicies
 from bandpo.correction.warning import warn_of_mismatch
@@ -60,13 +60,16 @@ def apply(
 
     warn_of_mismatch("rollout_log_prob", batch.log_ratio, batch.valid)
 
-    def metrics() -> dict[str, torch.Tensor]:
-        return metrics_of(batch, weight, kept, outside)
+    def statistics() -> Statistics:
+        return statistics_of(batch, weight, kept, outside)
 
-    # A compiler computes them in one kernel; otherwise most callers read few of them.
-    found_metrics = metrics() if torch.compiler.is_compiling() else Metrics(metrics)
+    # A compiler computes metrics in one kernel; otherwise most callers read few of them.
+    metrics = Metrics(
+        statistics() if torch.compiler.is_compiling() else statistics,
+        lambda: quantiles_of(batch, weight),
+    )
     given = old_log_prob.shape
-    return RolloutCorrection(shaped(weight, given), shaped(kept, given), found_metrics)
+    return RolloutCorrection(shaped(weight, given), shaped(kept, given), metrics)
 
 
 class _Found(NamedTuple):

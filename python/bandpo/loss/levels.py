@@ -19,7 +19,7 @@ from bandpo.surrogate import GammaWeight
 from bandpo.tensors.bounds import bounds_of, membership_of
 
 Losses: TypeAlias = tuple[TokenLosses, dict[str, torch.Tensor]]
-"""Losses, and the metrics that only some rules have."""
+"""Losses, and sums for the metrics that only some rules have."""
 
 _NO_CLIP = Clip(1.0, math.inf)
 
@@ -236,9 +236,11 @@ def _with_sequences_masked(
     if truncation < math.inf:
         over = valid & ~masked & (ratio.exp() > truncation)
         totals = totals._replace(limited=over.sum())
-    nonempty = (sequences.lengths > 0).sum().clamp(min=1)
-    share = dropped.sum().to(inputs.log_prob.dtype) / nonempty
-    return losses._replace(totals=lambda: totals), {"masked_sequence_fraction": share}
+    of_sequences = {
+        "masked_sequences": dropped.sum(),
+        "sequences": (sequences.lengths > 0).sum(),
+    }
+    return losses._replace(totals=lambda: totals), of_sequences
 
 
 def _of_sequence(values: torch.Tensor, rule: Rule, tokens: Tokens) -> torch.Tensor:

@@ -14,7 +14,7 @@ from bandpo.backends.internals import needs_no_dispatcher, version_of
 from bandpo.backends.native import count_valid
 from bandpo.backends.select import select
 from bandpo.batch.check import check_cu_seqlens, check_tokens
-from bandpo.batch.metrics import Metrics
+from bandpo.batch.metrics import Metrics, Statistics
 from bandpo.batch.tokens import Tokens, shaped, shaped_by_row
 from bandpo.check import check_name
 from bandpo.correction import Correction, RolloutCorrection
@@ -22,7 +22,7 @@ from bandpo.correction.rule import correction_of
 from bandpo.correction.warning import warn_of_first_mismatch
 from bandpo.error import InvalidValueError
 from bandpo.loss.levels import inputs_of, token_losses
-from bandpo.loss.metrics import metrics_of
+from bandpo.loss.metrics import statistics_of
 from bandpo.loss.penalty import check_coefficient
 from bandpo.loss.penalty import log_ratio_penalty as penalty_of
 from bandpo.loss.reduction import Count, GlobalBatch, Reduction
@@ -297,7 +297,7 @@ def policy_loss(
         return PolicyLossResult(
             loss,
             _per_token_later(rule, tokens, chosen, exact, log_prob.shape, given),
-            Metrics(lambda: metrics_of(rule, totals(), dtype)),
+            Metrics(lambda: statistics_of(rule, totals(), dtype, {})),
             corrected,
         )
     losses, more = token_losses(
@@ -307,20 +307,19 @@ def policy_loss(
     if log_ratio_penalty != 0.0:
         penalty = penalty_of(log_ratio_penalty, tokens, losses.totals())
         parts.append(penalty)
-        mean = penalty.total.detach() / losses.totals().valid.clamp(min=1)
-        more = {**more, "log_ratio_penalty": mean.to(dtype)}
+        more = {**more, "log_ratio_penalty": penalty.total.detach()}
     per_token = shaped(reduce(add, (part.per_token for part in parts)), log_prob.shape)
     if loss_agg_mode == "none":
         loss = per_token
     else:
         loss = reduce(add, (reduction.aggregate(part, tokens) for part in parts))
 
-    def metrics() -> dict[str, torch.Tensor]:
-        return {**metrics_of(rule, losses.totals(), dtype), **more}
+    def statistics() -> Statistics:
+        return statistics_of(rule, losses.totals(), dtype, more)
 
-    # A compiler computes them in one kernel; otherwise most callers read few of them.
-    found = metrics() if torch.compiler.is_compiling() else Metrics(metrics)
-    return PolicyLossResult(loss, per_token, found, corrected)
+    # A compiler computes metrics in one kernel; otherwise most callers read few of them.
+    metrics = Metrics(statistics() if torch.compiler.is_compiling() else statistics)
+    return PolicyLossResult(loss, per_token, metrics, corrected)
 
 
 def _weights(

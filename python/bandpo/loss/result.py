@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from bandpo.notebook import html_table
 
 if TYPE_CHECKING:
     # For type checkers a tuple, because only a tuple unpacks to three different types.
-    _Triple = tuple[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]]
+    _Triple = tuple[torch.Tensor, torch.Tensor, Metrics]
 else:
     _Triple = Sequence
 
@@ -30,6 +30,7 @@ class PolicyLossResult(_Triple):
             For tensors of `torch.inference_mode`, which count no changes, it is computed at once.
             loss_agg_mode "none" computes it at once as well.
         metrics: Detached tensors by name, on the device of the loss; see `policy_loss`.
+            `Metrics.merge` joins those of micro-batches and ranks.
         correction: The weights of a correction with its own metrics; None without one.
     """
 
@@ -37,7 +38,7 @@ class PolicyLossResult(_Triple):
         self,
         loss: torch.Tensor,
         per_token: torch.Tensor | Callable[[], torch.Tensor],
-        metrics: Mapping[str, torch.Tensor],
+        metrics: Metrics,
         correction: RolloutCorrection | None = None,
     ) -> None:
         self.loss = loss
@@ -71,9 +72,8 @@ class PolicyLossResult(_Triple):
         return PolicyLossResult, (*self, self.correction)
 
     def _repr_html_(self) -> str:
-        metrics = Metrics(lambda: dict(self.metrics))
         loss = f"{self.loss:.6g}" if self.loss.ndim == 0 else f"shape {tuple(self.loss.shape)}"
-        return html_table(("loss",), [(loss,)]) + metrics._repr_html_()
+        return html_table(("loss",), [(loss,)]) + self.metrics._repr_html_()
 
     def __repr__(self) -> str:
         return f"PolicyLossResult(loss={self.loss!r}, metrics={self.metrics!r})"
