@@ -28,6 +28,7 @@ from bandpo.rule import AGGREGATION_MODES
 from support.processes import Arrays, on_processes
 from support.training import (
     WHOLE,
+    MicroBatches,
     Rollouts,
     Split,
     TinyPolicy,
@@ -72,7 +73,7 @@ At most 6 roundings were seen.
 
 def loss_and_gradient(
     model: torch.nn.Module,
-    micros: list[tuple[Rollouts, torch.Tensor | None]],
+    micros: MicroBatches,
     rule: str,
     mode: str,
     counts: GlobalBatch,

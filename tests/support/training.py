@@ -102,9 +102,11 @@ def loss_of(
     )
 
 
-def micro_batches(
-    rollouts: Rollouts, split: Split, *, packed: bool
-) -> list[tuple[Rollouts, torch.Tensor | None]]:
+MicroBatches = list[tuple[Rollouts, "torch.Tensor | None"]]
+"""Some sequences each, and their offsets if they are packed."""
+
+
+def micro_batches(rollouts: Rollouts, split: Split, *, packed: bool) -> MicroBatches:
     """Returns the micro-batches of this rank, the widths of which differ from those of others."""
     rank = dist.get_rank()
     parts = [rollouts.rows(rows, padding=rank) for rows in split[rank]]
@@ -145,10 +147,18 @@ def synchronised(model: torch.nn.Module, now: bool) -> AbstractContextManager[ob
 
 def gradient_of(model: torch.nn.Module) -> torch.Tensor:
     """Returns all gradients of a model in a row, collected from its shards."""
+    return _in_a_row([parameter.grad for parameter in model.parameters()])
+
+
+def parameters_of(model: torch.nn.Module) -> torch.Tensor:
+    """Returns all parameters of a model, likewise."""
+    return _in_a_row([parameter.detach() for parameter in model.parameters()])
+
+
+def _in_a_row(tensors: list[torch.Tensor | None]) -> torch.Tensor:
     found = []
-    for parameter in model.parameters():
-        gradient = parameter.grad
-        assert gradient is not None
-        whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    for tensor in tensors:
+        assert tensor is not None
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         found.append(whole.reshape(-1))
     return torch.cat(found)

@@ -26,7 +26,9 @@ class Schedule(ABC):
 
         Args:
             entropy: Mean entropy of the policy over the tokens of the batch, finite and at least 0.
-                `EntropyTargeted` needs it, the others ignore it.
+                `EntropyTargeted` needs it, the others ignore it. All ranks have to pass the same
+                number, that of the whole batch. ``Metrics.merge(parts, group=group)["entropy"]`` of
+                `bandpo.loss.Metrics` estimates it.
 
         Raises:
             InvalidTypeError: If the entropy is needed and is not a real number.

@@ -163,7 +163,7 @@ class ScheduledBand(RegionSource):
 
         Args:
             measured: The entropy by position, if it is not given by name.
-            entropy: Mean entropy of the policy over the tokens of the batch.
+            entropy: Mean entropy of the policy over the tokens of the batch, of all ranks.
 
         Raises:
             InvalidTypeError: If a whole number is given by position, as the number of a step is.
