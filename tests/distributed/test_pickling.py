@@ -54,7 +54,7 @@ REGIONS: list[Region] = [
 
 SOURCES: list[RegionSource] = [
     ScheduledBand("kl", Cosine(0.05, 0.005, 1000), cap=10, at_least=(0.1, 0.2)),
-    ScheduledBand("tv", EntropyTargeted(0.05, target=1.0, rate=0.1, least=0.01, greatest=0.1)),
+    ScheduledBand("tv", EntropyTargeted(0.05, target=1.0, rate=0.1, min_value=0.01, max_value=0.1)),
     Bapo(),
     SecondMoment(),
     Quantile(),
