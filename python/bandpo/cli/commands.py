@@ -38,6 +38,12 @@ SAMPLES = 1_000_000
 PICTURE = "bandpo-plot.png"
 """The picture that ``plot`` writes by default."""
 
+REPLAYED = ("ppo", "dapo", "kl@0.01", "kl@0.05", "dppo-tv")
+"""Rules that ``replay`` compares by default."""
+
+MATCHED = ("kl", "reverse-kl", "tv", "hellinger", "pearson-chi2", "jensen-shannon")
+"""Divergences that ``replay --match`` calibrates by default."""
+
 TOGETHER = 3
 """Regions that are drawn over each other unless axes are named; more are hard to tell apart."""
 
@@ -216,6 +222,73 @@ def conform(parsed: argparse.Namespace) -> int:
     lines.append([f"{row['implementation']}: {row['note']}" for row in rows if row["note"]])
     print("\n\n".join("\n".join(block) for block in lines if block))
     return 0 if passed else CHECK_FAILED
+
+
+def replay(parsed: argparse.Namespace) -> int:
+    """Prints what rules would have done to the tokens of a log."""
+    if find_spec("torch") is None:
+        raise MissingExtraError("torch", "torch")
+    import torch
+
+    from bandpo.record import read_tokens
+    from bandpo.replay import compare, complaints_of, match, rows_of
+    from bandpo.replay.table import texts_of
+
+    logged = read_tokens(parsed.paths, columns=dict(map(_column, parsed.column)))
+    dtype = torch.float64 if logged.metadata.dtype == "float64" else torch.float32
+    rules = parsed.rule or list(REPLAYED)
+    complaints = complaints_of(logged)
+    found = compare(logged, rules, dtype=dtype)
+    rows = rows_of(found)
+    matched = None
+    if parsed.match:
+        divergences = parsed.divergence or MATCHED
+        strength, matches = match(logged, rules[0], divergences, by=parsed.match, dtype=dtype)
+        matched = (parsed.match, rules[0], strength, matches)
+    elif parsed.divergence:
+        raise InvalidValueError("--divergence is for --match, which is left out")
+    if parsed.html:
+        from bandpo.replay.cloud import cloud_of
+        from bandpo.replay.report import report
+
+        title = ", ".join(Path(path).name for path in parsed.paths)
+        page = report(found, complaints, cloud_of(logged), title=title, matches=matched)
+        Path(parsed.html).write_text(page, encoding="utf-8")
+    if parsed.json:
+        content: dict[str, Any] = {
+            "tokens": found.sampled,
+            "left_out": found.unknown,
+            "complaints": {each.name: each.text for each in complaints},
+            "rules": rows,
+        }
+        if matched is not None:
+            content["match"] = {
+                "by": parsed.match,
+                "rule": rules[0],
+                "strength": matched[2],
+                "radii": {each.divergence: each.delta for each in matched[3]},
+            }
+        _print_json({**content, "html": parsed.html})
+        return 0
+    for each in complaints:
+        print("\n".join(listing.wrapped("! ", each.text, listing.width())))
+    print("\n".join(listing.table([texts_of(row) for row in rows], listing.width())))
+    if matched is not None:
+        texts = [{"divergence": each.divergence, "region": each.spec} for each in matched[3]]
+        print(f"\nas strong as {rules[0]} ({parsed.match} {matched[2]:.4%}):")
+        print("\n".join(listing.table(texts, listing.width())))
+    if parsed.html:
+        print(f"\nwrote {parsed.html}")
+    return 0
+
+
+def _column(text: str) -> tuple[str, str]:
+    name, separator, other = text.partition("=")
+    if not (name and separator and other):
+        raise InvalidValueError(
+            f"--column must be NAME=OTHER, as in old_log_prob=old_logprobs, got {text!r}"
+        )
+    return name, other
 
 
 def _texts_of(row: Mapping[str, Any]) -> dict[str, str]:

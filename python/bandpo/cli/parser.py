@@ -128,6 +128,7 @@ def _parser() -> tuple[_Parser, dict[str, Sequence[str]]]:
     _add_demo(added)
     _add_doctor(added)
     _add_conform(added)
+    _add_replay(added)
     return parser, {**dict.fromkeys(added.choices, ()), "table": table_actions}
 
 
@@ -283,6 +284,51 @@ def _add_conform(to: _Commands) -> None:
     _add_json(parser, commands.conform)
     parser.notes = (f"The exit code is {CHECK_FAILED} if a backend of bandpo does not agree.",)
     parser.examples = ("bandpo conform", "bandpo conform --backend torch --json")
+
+
+def _add_replay(to: _Commands) -> None:
+    parser = to.add_parser(
+        "replay",
+        help="print what rules would have done to the tokens of a log",
+        description="Prints what each rule would have clipped and removed on the tokens of a log:"
+        " those of bandpo.record.Recorder, or Parquet, JSON lines, CSV, npz or safetensors with"
+        " columns old_log_prob, log_prob and advantages.",
+    )
+    parser.add_argument("paths", nargs="+", type=_path, metavar="LOG", help="files or folders")
+    parser.add_argument(
+        "--rule",
+        action="append",
+        metavar="RULE",
+        help="a preset (dapo), a region (kl@0.05) or a surrogate and a region (mask:kl@0.05); may"
+        f" be repeated ({', '.join(commands.REPLAYED)})",
+    )
+    parser.add_argument(
+        "--match",
+        choices=("clip-fraction", "gradient-removed"),
+        help="print the radius at which each divergence acts as strongly as the first rule",
+    )
+    parser.add_argument(
+        "--divergence",
+        action="append",
+        metavar="NAME",
+        help=f"a divergence to match; may be repeated ({', '.join(commands.MATCHED)})",
+    )
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=OTHER",
+        help="name of a column in the files (old_log_prob=old_logprobs); may be repeated",
+    )
+    parser.add_argument("--html", type=_path, metavar="FILE", help="page to write")
+    _add_json(parser, commands.replay)
+    parser.notes = (
+        "Shares are of the whole run, with intervals of 95 % for another sample of sequences.",
+    )
+    parser.examples = (
+        "bandpo replay run/tokens --rule ppo --rule kl@0.01 --html report.html",
+        "bandpo replay tokens.parquet --rule dapo --match clip-fraction",
+    )
 
 
 def _add_region_options(parser: _Parser) -> None:

@@ -1,0 +1,104 @@
+"""Logged tokens as tensors, in the order of the segments that sums are taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bandpo.backends.contract import PROBABILITY_BINS
+from bandpo.backends.plain import probability_bin
+from bandpo.batch.tokens import Tokens
+from bandpo.check import BoolArray, Float64Array
+from bandpo.record import LoggedTokens
+from bandpo.surrogate import LOG_RATIO_LIMIT
+from bandpo.tensors.divergence import bernoulli_divergence
+
+GROUPS = 32
+"""Groups of sequences, which intervals of confidence come from."""
+
+SIZE = 1 << 16
+"""Tokens that are worked on together, so that their columns stay in the cache."""
+
+SEGMENTS = GROUPS * PROBABILITY_BINS
+
+
+class Chunk(NamedTuple):
+    """Up to `SIZE` tokens, sorted by their segment: a group and a bin of the old probability."""
+
+    tokens: Tokens  # [1, N]
+    rollout_log_prob: torch.Tensor | None  # [1, N]
+    weight: Float64Array  # [N], tokens of the run that each stands for
+    log_ratio: torch.Tensor  # [N], not clamped
+    below: BoolArray  # [N], ratios below 1
+    unclipped: Float64Array  # [N], the gradient without a rule, -A r
+    kl: Float64Array  # [N], KL(old || new) of {this token, everything else}
+    tv: Float64Array
+    starts: NDArray[np.int64]  # first token of each segment that has any
+    segments: NDArray[np.int64]  # their indices
+
+    def sums(self, columns: Float64Array) -> Float64Array:
+        """Returns the weighted sums of columns, [C, N], over each segment, [C, `SEGMENTS`].
+
+        The columns are overwritten.
+        """
+        found = np.zeros((len(columns), SEGMENTS))
+        if len(self.starts):
+            columns *= self.weight
+            found[:, self.segments] = np.add.reduceat(columns, self.starts, axis=1)
+        return found
+
+
+def chunks_of(logged: Iterable[LoggedTokens], dtype: torch.dtype) -> Iterator[Chunk]:
+    """Yields the tokens of a log that have a ratio, in the dtype of the run."""
+    offset = 0
+    for part in logged:
+        known = ~np.isnan(part.log_prob - part.old_log_prob) & ~np.isnan(part.advantages)
+        whole = np.arange(offset, offset + len(known))
+        offset += len(known)
+        for start in range(0, len(known), SIZE):
+            piece = slice(start, start + SIZE)
+            yield _chunk(part, whole, np.flatnonzero(known[piece]) + start, dtype)
+
+
+def _chunk(
+    part: LoggedTokens, place: NDArray[np.int64], chosen: NDArray[np.int64], dtype: torch.dtype
+) -> Chunk:
+    sequence = part.sequence[chosen]
+    # A token without a sequence is one of its own. The multiplication spreads neighbours.
+    of_group = np.where(sequence < 0, place[chosen], sequence).astype(np.uint64)
+    group = (of_group * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(59)).astype(np.int64)
+    old = torch.from_numpy(part.old_log_prob[chosen]).to(dtype)
+    segment = group * PROBABILITY_BINS + probability_bin(old).numpy()
+    order = np.argsort(segment, kind="stable")
+    segment, chosen = segment[order], chosen[order]
+    segments, starts = np.unique(segment, return_index=True)
+
+    def row(column: Float64Array) -> torch.Tensor:
+        return torch.from_numpy(column[chosen]).to(dtype)[None]
+
+    old, new = row(part.old_log_prob), row(part.log_prob)
+    given = part.rollout_log_prob
+    double_old, double_new = (
+        torch.from_numpy(column[chosen]) for column in (part.old_log_prob, part.log_prob)
+    )
+    kl, tv = (
+        bernoulli_divergence(name, double_old, double_new).numpy() for name in ("kl", "tv")
+    )
+    log_ratio, advantages = (new - old)[0], row(part.advantages)
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return Chunk(
+        Tokens(old, new, advantages, torch.ones(old.shape, dtype=torch.bool), None),
+        None if given is None else row(given),
+        part.weight[chosen],
+        log_ratio,
+        (log_ratio < 0.0).numpy(),
+        (-advantages[0] * ratio).double().numpy(),
+        kl,
+        tv,
+        starts,
+        segments,
+    )

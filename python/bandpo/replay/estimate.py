@@ -1,0 +1,41 @@
+"""Estimates from a sample, with intervals of confidence."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from bandpo.check import Float64Array
+
+T_95 = 2.0395
+"""Quantile 0.975 of Student's t with 31 degrees of freedom, for 32 groups."""
+
+
+class Estimate(NamedTuple):
+    """A number and the ends of its interval of confidence, 95 %; NaN where there is no token."""
+
+    value: float
+    low: float
+    high: float
+
+
+def quotient(part: Float64Array, whole: Float64Array) -> Estimate:
+    """Returns the quotient of two sums from their parts in each group, by the jackknife.
+
+    The groups are random sets of sequences, so that the interval holds for another sample of
+    sequences, however alike the tokens of one sequence are (Efron and Stein 1981, eq. 1.3).
+    """
+    total, size = part.sum(), whole.sum()
+    if not size:
+        return Estimate(math.nan, math.nan, math.nan)
+    value = float(total / size)
+    used = whole > 0.0
+    rest = size - whole[used]
+    if used.sum() < 2 or not (rest > 0.0).all():
+        return Estimate(value, -math.inf, math.inf)
+    without = (total - part[used]) / rest
+    count = len(without)
+    deviation = math.sqrt((count - 1) / count * float(np.square(without - without.mean()).sum()))
+    return Estimate(value, value - T_95 * deviation, value + T_95 * deviation)

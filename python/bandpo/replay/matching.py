@@ -1,0 +1,140 @@
+"""`match`: the radius at which each divergence acts as strongly as a rule, on a log's own tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+import torch
+
+from bandpo.check import Float64Array, check_name
+from bandpo.divergence import Divergence
+from bandpo.error import InvalidValueError
+from bandpo.presets import Preset
+from bandpo.record import LoggedTokens
+from bandpo.region import Region
+from bandpo.replay.action import action_of
+from bandpo.replay.chunk import Chunk, chunks_of
+from bandpo.replay.rule import replayed_rule
+
+Strength: TypeAlias = Literal["clip-fraction", "gradient-removed"]
+"""What two rules have alike: the share of tokens clipped, or of the gradient removed."""
+
+STRENGTHS: tuple[str, ...] = get_args(Strength)
+
+SHIFT = 12
+"""Low bits of a float32 that a bin of a divergence leaves out: a radius is exact to 2^-11."""
+
+BINS = 1 << (31 - SHIFT)
+
+
+class Match(NamedTuple):
+    """A band that acts as strongly as a rule does."""
+
+    divergence: str
+    delta: float
+    """Its radius. NaN if none acts so strongly: fewer tokens move outwards than the rule clips; inf
+    if the rule does nothing."""
+
+    @property
+    def is_a_region(self) -> bool:
+        """True if there is such a radius."""
+        return math.isfinite(self.delta) and self.delta > 0.0
+
+    @property
+    def spec(self) -> str:
+        """The band as a spec, with four digits, or a word if there is none."""
+        if self.is_a_region:
+            return f"{self.divergence}@{self.delta:.4g}"
+        return "no limit" if self.delta == math.inf else "none"
+
+
+def match(
+    logged: Iterable[LoggedTokens],
+    rule: str | Region | Preset,
+    divergences: Sequence[str | Divergence],
+    *,
+    by: Strength = "clip-fraction",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[float, list[Match]]:
+    """Returns the strength of a rule, and the radius of each divergence that has it too.
+
+    A band clips, with surrogate min-clip, each token that moves in the direction of its advantage
+    and whose divergence is above the radius. So the radius is a weighted quantile of the
+    divergences of those tokens, and needs no search.
+
+    Args:
+        logged: Parts of a log, as `bandpo.record.read_tokens` yields them.
+        rule: As in `compare`.
+        divergences: Names or objects.
+        by: "clip-fraction" or "gradient-removed".
+        dtype: That of the log-probs in the run.
+
+    Returns:
+        The strength, in [0, 1], and a match for each divergence, whose radius has a relative error
+        of up to 2^-11.
+
+    Raises:
+        InvalidTypeError: If the rule or a divergence has another type.
+        InvalidValueError: If it is not known or cannot be replayed, or the log has no token.
+    """
+    check_name("by", by, STRENGTHS)
+    reference = replayed_rule(rule)
+    solvers = [
+        given if isinstance(given, Divergence) else Divergence(given) for given in divergences
+    ]
+    histograms = np.zeros((len(solvers), BINS))
+    acted = whole = 0.0
+    with torch.no_grad():
+        for chunk in chunks_of(logged, dtype):
+            action = action_of(reference, chunk, exact=False)
+            if by == "clip-fraction":
+                weight = chunk.weight
+                acted += float(weight[action.clipped_low | action.clipped_high].sum())
+            else:
+                weight = chunk.weight * np.abs(chunk.unclipped)
+                removed = np.abs(chunk.unclipped - action.slope)
+                acted += float((chunk.weight * removed).sum())
+            whole += float(weight.sum())
+            outwards = (chunk.tokens.advantages[0] * chunk.log_ratio > 0.0).numpy()
+            for histogram, solver in zip(histograms, solvers, strict=True):
+                _add(histogram, _divergences(solver, chunk, outwards), weight[outwards])
+    if not whole:
+        raise InvalidValueError("the log must have at least one token with a gradient, got none")
+    matches = [
+        Match(solver.spec, _radius(histogram, acted))
+        for solver, histogram in zip(solvers, histograms, strict=True)
+    ]
+    return acted / whole, matches
+
+
+def _divergences(solver: Divergence, chunk: Chunk, chosen: np.ndarray) -> Float64Array:
+    old = chunk.tokens.old_log_prob[0].double().numpy()[chosen]
+    log_ratio = chunk.log_ratio.double().numpy()[chosen]
+    # A log-prob that rounding puts above 0 is in no band.
+    outside = old + log_ratio > 0.0
+    found = solver.solver.divergences(np.minimum(old, 0.0), log_ratio)
+    return np.where(outside, math.inf, found)
+
+
+def _add(histogram: Float64Array, divergence: Float64Array, weight: Float64Array) -> None:
+    with np.errstate(over="ignore"):
+        rounded = divergence.astype(np.float32)
+    index = np.minimum(rounded, np.finfo(np.float32).max).view(np.uint32) >> np.uint32(SHIFT)
+    histogram += np.bincount(index, weight, BINS)
+
+
+def _radius(histogram: Float64Array, acted: float) -> float:
+    """The divergence above which the histogram has the sum that the rule acted on."""
+    if acted == 0.0:
+        return math.inf
+    above = np.cumsum(histogram[::-1])[::-1]  # from the lower edge of each bin on
+    if above[0] < acted:
+        return math.nan
+    index = int(np.flatnonzero(above >= acted)[-1])
+    edges = (np.array([index, index + 1], dtype=np.uint32) << np.uint32(SHIFT)).view(np.float32)
+    inside = (above[index] - acted) / histogram[index]
+    low, high = edges.astype(np.float64)
+    return float(low + inside * (high - low))
