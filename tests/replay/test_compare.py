@@ -18,19 +18,20 @@ from bandpo.loss import policy_loss
 from bandpo.presets import preset
 from bandpo.record import LoggedTokens
 from bandpo.replay import compare, rows_of
-from bandpo.replay.chunk import SIZE
+from bandpo.replay.chunk import SIZE, part_of
 from bandpo.replay.estimate import T_95, quotient
 from bandpo.replay.rule import replayed_rule
 from support.logs import random_log
 
 OF_TOKENS = (
-    "ppo dapo dual-clip bandpo-kl bandpo-tv bandpo-chi2 trgppo dppo-tv dppo-kl ipo prime-rl kpop "
-    "cispo ce-gppo dcpo sapo spo topr gpg icepop tis"
-).split()
+    *("ppo", "dapo", "dual-clip", "bandpo-kl", "bandpo-tv", "bandpo-chi2", "trgppo", "dppo-tv"),
+    *("dppo-kl", "ipo", "prime-rl", "kpop", "cispo", "ce-gppo", "dcpo", "sapo", "spo", "topr"),
+    *("gpg", "icepop", "tis"),
+)
 """Presets of single tokens, each of which must be replayed."""
 
 
-def tensors(log: LoggedTokens, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def tensors(log: LoggedTokens, dtype: torch.dtype) -> dict[str, Any]:
     names = ("old_log_prob", "log_prob", "advantages")
     found = {name: torch.from_numpy(getattr(log, name)).to(dtype)[None] for name in names}
     found["response_mask"] = torch.ones_like(found["log_prob"], dtype=torch.bool)
@@ -59,9 +60,12 @@ def test_replay_has_the_metrics_of_the_loss(name: str, dtype: torch.dtype) -> No
         for place, by in enumerate(row["by_probability"]):
             tokens = metrics["tokens_by_probability"][place].item()
             clipped = sum(
-                metrics[f"clip_fraction_{end}_by_probability"][place].item() for end in ("low", "high")
+                metrics[f"clip_fraction_{end}_by_probability"][place].item()
+                for end in ("low", "high")
             )
-            assert by["clip_fraction"]["value"] * tokens == pytest.approx(clipped * tokens, abs=0.01)
+            assert by["clip_fraction"]["value"] * tokens == pytest.approx(
+                clipped * tokens, abs=0.01
+            )
     assert row["loss"] == pytest.approx(loss.loss.item(), rel=1e-5)
     if rule["correction"] is None:
         removed = metrics["gradient_removed"].item()
@@ -109,18 +113,13 @@ def test_sums_are_those_of_a_loop() -> None:
 def test_parts_and_chunks_add_up() -> None:
     log = random_log(SIZE + 5000, 3)
     cut = SIZE // 2 + 7
-    parts = [LoggedTokens(*(_piece(column, slice(0, cut)) for column in log))]
-    parts.append(LoggedTokens(*(_piece(column, slice(cut, None)) for column in log)))
+    parts = [part_of(log, slice(0, cut)), part_of(log, slice(cut, None))]
     rules = ["ppo", "kl@0.01", "spo"]
     whole, split = rows_of(compare([log], rules)), rows_of(compare(parts, rules))
     for one, other in zip(whole, split, strict=True):
         assert one["clip_fraction"] == pytest.approx(other["clip_fraction"], rel=1e-12)
         assert one["gradient_kept"] == pytest.approx(other["gradient_kept"], rel=1e-9)
         assert one["only_this_rule"] == other["only_this_rule"]
-
-
-def _piece(column: Any, part: slice) -> Any:
-    return None if column is None else column[part]
 
 
 def test_tokens_that_one_rule_alone_clips() -> None:
@@ -153,7 +152,7 @@ def test_intervals_cover_the_truth_as_often_as_they_state() -> None:
 def test_the_quantile_is_that_of_the_groups() -> None:
     from scipy.stats import t
 
-    assert T_95 == pytest.approx(t.ppf(0.975, 31), abs=1e-4)
+    assert pytest.approx(t.ppf(0.975, 31), abs=1e-4) == T_95
 
 
 def test_nan_tokens_are_left_out_and_counted() -> None:
@@ -182,7 +181,9 @@ def test_texts_name_a_preset_a_region_or_a_surrogate_with_a_region() -> None:
     assert (found.name, found.rule.surrogate.name) == ("mask: kl@0.05", "mask")
     assert replayed_rule(Clip(0.2)).name == "clip@0.2"
     assert replayed_rule("price:kl@0.1").rule.surrogate.name == "min-clip"
-    with pytest.raises(InvalidValueError, match=r"rule 'kll@0.1': .*, column 1: .* did you mean 'kl'"):
+    with pytest.raises(
+        InvalidValueError, match=r"rule 'kll@0.1': .*, column 1: .* did you mean 'kl'"
+    ):
         replayed_rule("kll@0.1")
     with pytest.raises(InvalidValueError, match=r"did you mean 'mask'"):
         replayed_rule("masks:kl@0.05")
@@ -198,5 +199,5 @@ def test_bad_arguments_are_refused() -> None:
         compare([log], ["ppo", "ppo"])
     with pytest.raises(InvalidValueError, match="the log must have at least one token, got none"):
         compare([], ["ppo"])
-    with pytest.raises(InvalidValueError, match="'icepop' corrects .* has no rollout_log_prob"):
+    with pytest.raises(InvalidValueError, match=r"'icepop' corrects .* has no rollout_log_prob"):
         compare([log], ["icepop"])

@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 
 from bandpo.record import LoggedTokens
 from bandpo.replay import complaints_of
+from bandpo.replay.chunk import part_of
 from support.logs import random_log
 
 Change = Callable[[LoggedTokens], LoggedTokens]
@@ -36,23 +37,20 @@ def first(log: LoggedTokens, count: int, **values: float) -> LoggedTokens:
     """Other numbers in the first tokens."""
     chosen = np.arange(COUNT) < count
     return log._replace(
-        **{
-            name: np.where(chosen, value, getattr(log, name))
-            for name, value in values.items()
-        }
+        **{name: np.where(chosen, value, getattr(log, name)) for name, value in values.items()}
     )
 
 
 def bfloat16(log: LoggedTokens) -> LoggedTokens:
     def rounded(values: np.ndarray) -> np.ndarray:
         bits = values.astype(np.float32).view(np.uint32) + np.uint32(0x8000)
-        return (bits & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
+        return np.asarray((bits & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64))
 
     return log._replace(old_log_prob=rounded(log.old_log_prob), log_prob=rounded(log.log_prob))
 
 
 def heated(log: LoggedTokens, temperature: float) -> LoggedTokens:
-    """Old and new log-probs of two outcomes at another temperature than the tokens were drawn at."""
+    """Old and new log-probs of two outcomes at another temperature than that of sampling."""
 
     def of(column: np.ndarray) -> np.ndarray:
         logit = (column - np.log(-np.expm1(column))) / temperature
@@ -131,10 +129,7 @@ def test_training_on_the_tokens_causes_none() -> None:
 
 def test_sums_do_not_depend_on_the_parts() -> None:
     log = heated(sampled(), 0.8)
-    parts = [
-        LoggedTokens(*(None if column is None else column[start::2] for column in log))
-        for start in (0, 1)
-    ]
+    parts = [part_of(log, slice(start, None, 2)) for start in (0, 1)]
     assert [found.name for found in complaints_of(parts)] == names(log)
 
 

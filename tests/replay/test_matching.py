@@ -44,7 +44,12 @@ def test_the_radius_of_a_band_is_found_again() -> None:
 def test_a_rule_that_does_nothing_has_no_limit() -> None:
     log = random_log(500, 3, step=0.01)
     strength, [found] = match([log], "clip@0.9", ["kl"])
-    assert (strength, found.delta, found.spec, found.is_a_region) == (0.0, math.inf, "no limit", False)
+    assert (strength, found.delta, found.spec, found.is_a_region) == (
+        0.0,
+        math.inf,
+        "no limit",
+        False,
+    )
 
 
 def test_no_radius_clips_tokens_that_move_inwards() -> None:
@@ -59,7 +64,9 @@ def test_no_radius_clips_tokens_that_move_inwards() -> None:
 
 def test_bad_arguments_are_refused() -> None:
     log = random_log(10)
-    with pytest.raises(InvalidValueError, match="by must be one of clip-fraction, gradient-removed"):
+    with pytest.raises(
+        InvalidValueError, match="by must be one of clip-fraction, gradient-removed"
+    ):
         match([log], "ppo", ["kl"], by="strength")  # type: ignore[arg-type]
     with pytest.raises(InvalidValueError, match="did you mean 'kl'"):
         match([log], "ppo", ["kll"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from bandpo.backends.contract import LossInputs
@@ -50,9 +49,7 @@ def action_of(rule: ReplayedRule, chunk: Chunk, *, exact: bool) -> Action:
     return Action(low, high, loss[0].double().numpy(), slope[0].double().numpy())
 
 
-def _clipped(
-    rule: ReplayedRule, inputs: LossInputs, chunk: Chunk
-) -> tuple[BoolArray, BoolArray]:
+def _clipped(rule: ReplayedRule, inputs: LossInputs, chunk: Chunk) -> tuple[BoolArray, BoolArray]:
     """The tokens beyond their bounds: a mask leaves them, and no other, without a gradient."""
     surrogate = rule.rule.surrogate
     symmetric = surrogate.by_log_ratio(surrogate.parameters)

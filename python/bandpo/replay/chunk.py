@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,24 +52,39 @@ class Chunk(NamedTuple):
         return found
 
 
-def chunks_of(logged: Iterable[LoggedTokens], dtype: torch.dtype) -> Iterator[Chunk]:
-    """Yields the tokens of a log that have a ratio, in the dtype of the run."""
-    offset = 0
+class Piece(NamedTuple):
+    """Up to `SIZE` tokens of a log, as they lie there."""
+
+    part: LoggedTokens
+    start: int  # place of the first token in the log
+
+    def known(self) -> BoolArray:
+        """Returns which tokens have a ratio and an advantage."""
+        part = self.part
+        return ~(np.isnan(part.log_prob - part.old_log_prob) | np.isnan(part.advantages))
+
+
+def part_of(log: LoggedTokens, chosen: slice) -> LoggedTokens:
+    """Returns some tokens of a log."""
+    columns: list[Any] = [None if column is None else column[chosen] for column in log]
+    return LoggedTokens(*columns)
+
+
+def pieces_of(logged: Iterable[LoggedTokens]) -> Iterator[Piece]:
+    """Yields the tokens of a log in pieces."""
+    place = 0
     for part in logged:
-        known = ~np.isnan(part.log_prob - part.old_log_prob) & ~np.isnan(part.advantages)
-        whole = np.arange(offset, offset + len(known))
-        offset += len(known)
-        for start in range(0, len(known), SIZE):
-            piece = slice(start, start + SIZE)
-            yield _chunk(part, whole, np.flatnonzero(known[piece]) + start, dtype)
+        for start in range(0, len(part.old_log_prob), SIZE):
+            yield Piece(part_of(part, slice(start, start + SIZE)), place + start)
+        place += len(part.old_log_prob)
 
 
-def _chunk(
-    part: LoggedTokens, place: NDArray[np.int64], chosen: NDArray[np.int64], dtype: torch.dtype
-) -> Chunk:
+def chunk_of(piece: Piece, dtype: torch.dtype) -> Chunk:
+    """Returns the tokens of a piece that have a ratio and an advantage, in the dtype of the run."""
+    part, chosen = piece.part, np.flatnonzero(piece.known())
     sequence = part.sequence[chosen]
     # A token without a sequence is one of its own. The multiplication spreads neighbours.
-    of_group = np.where(sequence < 0, place[chosen], sequence).astype(np.uint64)
+    of_group = np.where(sequence < 0, piece.start + chosen, sequence).astype(np.uint64)
     group = (of_group * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(59)).astype(np.int64)
     old = torch.from_numpy(part.old_log_prob[chosen]).to(dtype)
     segment = group * PROBABILITY_BINS + probability_bin(old).numpy()
@@ -85,9 +100,7 @@ def _chunk(
     double_old, double_new = (
         torch.from_numpy(column[chosen]) for column in (part.old_log_prob, part.log_prob)
     )
-    kl, tv = (
-        bernoulli_divergence(name, double_old, double_new).numpy() for name in ("kl", "tv")
-    )
+    kl, tv = (bernoulli_divergence(name, double_old, double_new).numpy() for name in ("kl", "tv"))
     log_ratio, advantages = (new - old)[0], row(part.advantages)
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     return Chunk(

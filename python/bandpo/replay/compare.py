@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from bandpo.presets import Preset
 from bandpo.record import LoggedTokens
 from bandpo.region import Region
 from bandpo.replay.action import Action, action_of
-from bandpo.replay.chunk import GROUPS, SEGMENTS, Chunk, chunks_of
+from bandpo.replay.chunk import GROUPS, SEGMENTS, Chunk, Piece, chunk_of, pieces_of
 from bandpo.replay.estimate import Estimate, quotient
 from bandpo.replay.frontier import Frontier
 from bandpo.replay.rule import ReplayedRule, replayed_rule
+from bandpo.replay.threads import in_threads
 
 OF_TOKENS = ("tokens", "gradient", "gradient_squared", "loss", "kl", "tv")
 """Sums over the tokens without a rule: of 1, ``abs(A) r``, its square, ``-A r`` and divergences."""
@@ -35,8 +37,8 @@ OF_RULE = (
     "only",
 )
 """Sums over the tokens under a rule: clipped ones, what it takes from the gradient of tokens with a
-ratio below and above 1, the square of the gradient, the loss, the divergence of the tokens it keeps,
-and the tokens that no other rule clips."""
+ratio below and above 1, the square of the gradient, the loss, the divergence of what it keeps, and
+the tokens that no other rule clips."""
 
 
 @dataclass
@@ -70,13 +72,11 @@ class Comparison:
 
     def share(self, rule: RuleTotals, names: Iterable[str], of: str) -> Estimate:
         """Returns a sum of a rule as a share of a sum over the tokens, of the whole log."""
-        part = sum(rule.sums[name] for name in names)
-        return quotient(_by_group(part), _by_group(self.sums[of]))
+        return quotient(_by_group(_sum(rule, names)), _by_group(self.sums[of]))
 
     def share_by_bin(self, rule: RuleTotals, names: Iterable[str], of: str) -> list[Estimate]:
         """Returns the same for each bin of the old probability."""
-        part = sum(rule.sums[name] for name in names)
-        whole = self.sums[of]
+        part, whole = _sum(rule, names), self.sums[of]
         bins = range(PROBABILITY_BINS)
         return [quotient(_in_bin(part, index), _in_bin(whole, index)) for index in bins]
 
@@ -131,49 +131,77 @@ def compare(
         {name: np.zeros(SEGMENTS) for name in OF_TOKENS},
         Frontier(),
     )
-    with torch.no_grad():
-        for chunk in chunks_of(_counted(logged, found), dtype):
-            _add(found, chunk, exact)
+    for part in in_threads(
+        lambda piece: _part_of(found.rules, piece, dtype, exact), pieces_of(logged)
+    ):
+        _add(found, part)
     if not found.sampled:
         raise InvalidValueError("the log must have at least one token, got none")
     return found
 
 
-def _counted(logged: Iterable[LoggedTokens], found: Comparison) -> Iterator[LoggedTokens]:
-    for part in logged:
-        found.sampled += len(part.old_log_prob)
-        unknown = np.isnan(part.log_prob - part.old_log_prob) | np.isnan(part.advantages)
-        found.unknown += int(unknown.sum())
-        yield part
+class _Part(NamedTuple):
+    """The sums of a chunk, and its columns for the frontier."""
+
+    sampled: int
+    unknown: int
+    of_tokens: Float64Array  # [`OF_TOKENS`, `SEGMENTS`]
+    of_rules: list[Float64Array]  # [`OF_RULE`, `SEGMENTS`] each
+    max_ratios: list[float]
+    max_log_ratio: float
+    divergence: Float64Array
+    gradient: Float64Array
 
 
-def _add(found: Comparison, chunk: Chunk, exact: bool) -> None:
-    if not len(chunk.weight):
-        return
-    actions = [action_of(totals.rule, chunk, exact=exact) for totals in found.rules]
+def _part_of(rules: Sequence[RuleTotals], piece: Piece, dtype: torch.dtype, exact: bool) -> _Part:
+    chunk = chunk_of(piece, dtype)
+    actions = [action_of(totals.rule, chunk, exact=exact) for totals in rules]
     unclipped = np.abs(chunk.unclipped)
     ones = np.ones_like(unclipped)
     columns = np.stack([ones, unclipped, unclipped**2, chunk.unclipped, chunk.kl, chunk.tv])
-    for name, sums in zip(OF_TOKENS, chunk.sums(columns), strict=True):
-        found.sums[name] += sums
-    found.frontier.add(chunk.kl * chunk.weight, unclipped * chunk.weight)
-    found.max_log_ratio = max(found.max_log_ratio, float(chunk.log_ratio.abs().max()))
     clipped = [action.clipped_low | action.clipped_high for action in actions]
-    by_how_many = np.sum(clipped, axis=0, dtype=np.uint16)
-    for totals, action, own in zip(found.rules, actions, clipped, strict=True):
-        columns = _columns(chunk, action, own & (by_how_many == 1))
-        for name, sums in zip(OF_RULE, chunk.sums(columns), strict=True):
+    alone = np.sum(clipped, axis=0, dtype=np.uint16) == 1
+    log_ratio = chunk.log_ratio.numpy()
+    passed = [log_ratio[action.slope != 0.0].max(initial=-np.inf) for action in actions]
+    sampled = len(piece.part.old_log_prob)
+    return _Part(
+        sampled,
+        sampled - len(unclipped),
+        chunk.sums(columns),
+        [
+            chunk.sums(_columns(chunk, action, own & alone))
+            for action, own in zip(actions, clipped, strict=True)
+        ],
+        np.exp(np.array(passed, dtype=np.float64)).tolist(),
+        float(np.abs(log_ratio).max(initial=0.0)),
+        chunk.kl * chunk.weight,
+        unclipped * chunk.weight,
+    )
+
+
+def _add(found: Comparison, part: _Part) -> None:
+    found.sampled += part.sampled
+    found.unknown += part.unknown
+    for name, sums in zip(OF_TOKENS, part.of_tokens, strict=True):
+        found.sums[name] += sums
+    for totals, of_rule, ratio in zip(found.rules, part.of_rules, part.max_ratios, strict=True):
+        for name, sums in zip(OF_RULE, of_rule, strict=True):
             totals.sums[name] += sums
-        passed = chunk.log_ratio.numpy()[action.slope != 0.0]
-        if len(passed):
-            totals.max_ratio = max(totals.max_ratio, float(np.exp(float(passed.max()))))
+        totals.max_ratio = max(totals.max_ratio, ratio)
+    found.frontier.add(part.divergence, part.gradient)
+    found.max_log_ratio = max(found.max_log_ratio, part.max_log_ratio)
 
 
 def _columns(chunk: Chunk, action: Action, only: BoolArray) -> Float64Array:
     """The columns of `OF_RULE`."""
     columns = np.empty((len(OF_RULE), len(only)))
     low, high, removed_low, removed_high, squared, loss, kl, tv, of_only = columns
-    low[:], high[:], of_only[:], loss[:] = action.clipped_low, action.clipped_high, only, action.loss
+    low[:], high[:], of_only[:], loss[:] = (
+        action.clipped_low,
+        action.clipped_high,
+        only,
+        action.loss,
+    )
     np.square(action.slope, out=squared)
     removed = np.abs(np.subtract(chunk.unclipped, action.slope, out=removed_high), out=removed_high)
     np.multiply(removed, chunk.below, out=removed_low)
@@ -189,8 +217,12 @@ def _columns(chunk: Chunk, action: Action, only: BoolArray) -> Float64Array:
     return columns
 
 
+def _sum(rule: RuleTotals, names: Iterable[str]) -> Float64Array:
+    return np.asarray(np.sum([rule.sums[name] for name in names], axis=0))
+
+
 def _by_group(sums: Float64Array) -> Float64Array:
-    return sums.reshape(GROUPS, PROBABILITY_BINS).sum(1)
+    return np.asarray(sums.reshape(GROUPS, PROBABILITY_BINS).sum(1))
 
 
 def _in_bin(sums: Float64Array, index: int) -> Float64Array:

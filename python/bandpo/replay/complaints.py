@@ -66,16 +66,10 @@ class _Facts:
     def add(self, part: LoggedTokens) -> None:
         known = ~np.isnan(part.old_log_prob) & ~np.isnan(part.log_prob) & ~np.isnan(part.advantages)
         self.unknown += int((~known).sum())
-        old, new, advantages, weight, sequence = (
-            column[known]
-            for column in (
-                part.old_log_prob,
-                part.log_prob,
-                part.advantages,
-                part.weight,
-                part.sequence,
-            )
+        old, new, advantages = (
+            column[known] for column in (part.old_log_prob, part.log_prob, part.advantages)
         )
+        weight, sequence = part.weight[known], part.sequence[known]
         self.tokens += len(old)
         self.above_zero += int(((old > 0.05) | (new > 0.05)).sum())
         self.in_unit += int(((old >= 0.0) & (old <= 1.0) & (new >= 0.0) & (new <= 1.0)).sum())
@@ -199,9 +193,9 @@ def _idle(facts: _Facts) -> list[Complaint]:
     return [
         Complaint(
             "ratios-are-1",
-            "All ratios are 1, so no rule can act. There is one optimiser step for each batch: take "
-            "more steps on a batch, or more micro-batches than steps (num_iterations in TRL, "
-            "ppo_epochs or a smaller ppo_mini_batch_size in verl), or record later steps as well.",
+            "All ratios are 1, so no rule can act. Each batch has one optimiser step: take more "
+            "(num_iterations in TRL, ppo_epochs or a smaller ppo_mini_batch_size in verl), or "
+            "record later steps as well.",
         )
     ]
 

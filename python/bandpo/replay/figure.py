@@ -86,9 +86,7 @@ def draw_frontier(found: Comparison, *, dark: bool = False) -> str:
         tokens = found.sums["tokens"].sum()
         spent, kept = found.frontier.curve()
         whole = found.frontier.whole or 1.0
-        axes.plot(
-            spent / tokens, kept / whole, color=theme.ink, linewidth=1.2, label="best mask"
-        )
+        axes.plot(spent / tokens, kept / whole, color=theme.ink, linewidth=1.2, label="best mask")
         places = []
         for rule, marker in zip(found.rules, cycle(MARKERS), strict=False):
             x, y = float(rule.sums["kl"].sum() / tokens), found.kept(rule)

@@ -1,4 +1,4 @@
-"""`match`: the radius at which each divergence acts as strongly as a rule, on a log's own tokens."""
+"""`match`: the radius at which each divergence acts as strongly as a rule, on a log's tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from bandpo.presets import Preset
 from bandpo.record import LoggedTokens
 from bandpo.region import Region
 from bandpo.replay.action import action_of
-from bandpo.replay.chunk import Chunk, chunks_of
-from bandpo.replay.rule import replayed_rule
+from bandpo.replay.chunk import Chunk, Piece, chunk_of, pieces_of
+from bandpo.replay.rule import ReplayedRule, replayed_rule
+from bandpo.replay.threads import in_threads
 
 Strength: TypeAlias = Literal["clip-fraction", "gradient-removed"]
 """What two rules have alike: the share of tokens clipped, or of the gradient removed."""
@@ -87,20 +88,13 @@ def match(
     ]
     histograms = np.zeros((len(solvers), BINS))
     acted = whole = 0.0
-    with torch.no_grad():
-        for chunk in chunks_of(logged, dtype):
-            action = action_of(reference, chunk, exact=False)
-            if by == "clip-fraction":
-                weight = chunk.weight
-                acted += float(weight[action.clipped_low | action.clipped_high].sum())
-            else:
-                weight = chunk.weight * np.abs(chunk.unclipped)
-                removed = np.abs(chunk.unclipped - action.slope)
-                acted += float((chunk.weight * removed).sum())
-            whole += float(weight.sum())
-            outwards = (chunk.tokens.advantages[0] * chunk.log_ratio > 0.0).numpy()
-            for histogram, solver in zip(histograms, solvers, strict=True):
-                _add(histogram, _divergences(solver, chunk, outwards), weight[outwards])
+    for part in in_threads(
+        lambda piece: _part_of(reference, solvers, by, piece, dtype), pieces_of(logged)
+    ):
+        acted += part.acted
+        whole += part.whole
+        for histogram, divergence in zip(histograms, part.divergences, strict=True):
+            _add(histogram, divergence, part.weight)
     if not whole:
         raise InvalidValueError("the log must have at least one token with a gradient, got none")
     matches = [
@@ -108,6 +102,35 @@ def match(
         for solver, histogram in zip(solvers, histograms, strict=True)
     ]
     return acted / whole, matches
+
+
+class _Part(NamedTuple):
+    """What a rule acts on in a chunk, and the tokens that move outwards."""
+
+    acted: float
+    whole: float
+    weight: Float64Array
+    divergences: list[Float64Array]
+
+
+def _part_of(
+    rule: ReplayedRule,
+    solvers: Sequence[Divergence],
+    by: Strength,
+    piece: Piece,
+    dtype: torch.dtype,
+) -> _Part:
+    chunk = chunk_of(piece, dtype)
+    action = action_of(rule, chunk, exact=False)
+    if by == "clip-fraction":
+        weight = chunk.weight
+        acted = weight[action.clipped_low | action.clipped_high].sum()
+    else:
+        weight = chunk.weight * np.abs(chunk.unclipped)
+        acted = chunk.weight @ np.abs(chunk.unclipped - action.slope)
+    outwards = (chunk.tokens.advantages[0] * chunk.log_ratio > 0.0).numpy()
+    divergences = [_divergences(solver, chunk, outwards) for solver in solvers]
+    return _Part(float(acted), float(weight.sum()), weight[outwards], divergences)
 
 
 def _divergences(solver: Divergence, chunk: Chunk, chosen: np.ndarray) -> Float64Array:

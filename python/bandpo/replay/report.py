@@ -15,7 +15,8 @@ from bandpo.replay.rule import ReplayedRule
 from bandpo.replay.table import rows_of, texts_of
 
 _STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --muted: #59636e; --line: #d9dee3 }
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --muted: #59636e;
+  --line: #d9dee3 }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #0d1117; --ink: #e6edf3; --muted: #9198a1; --line: #2d343d }
   .light { display: none }
@@ -106,7 +107,9 @@ def _pictures(name: str, draw: Callable[[bool], str]) -> str:
 
 
 def _matched(by: Strength, rule: str, strength: float, matches: Sequence[Match]) -> str:
-    what = "clips {:.3%} of the tokens" if by == "clip-fraction" else "removes {:.3%} of the gradient"
+    what = (
+        "clips {:.3%} of the tokens" if by == "clip-fraction" else "removes {:.3%} of the gradient"
+    )
     rows = [(match.divergence, match.spec) for match in matches]
     lines = [f"<h2>Radii that act as {escape(rule)} does</h2>"]
     lines.append(f"<p>It {what.format(strength)}. So does a band of each of these radii.</p>")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bandpo.backends.contract import PROBABILITY_EDGES
 from bandpo.replay.compare import Comparison, RuleTotals
 from bandpo.replay.estimate import Estimate
+from bandpo.surrogate import PROBABILITY_EDGES
 
 CLIPPED = ("clipped_low", "clipped_high")
 REMOVED = ("removed_low", "removed_high")
