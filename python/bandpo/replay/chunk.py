@@ -25,6 +25,9 @@ SIZE = 1 << 16
 
 SEGMENTS = GROUPS * PROBABILITY_BINS
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+"""Dtypes that a loss computes in, by name."""
+
 
 class Chunk(NamedTuple):
     """Up to `SIZE` tokens, sorted by their segment: a group and a bin of the old probability."""

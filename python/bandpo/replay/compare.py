@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from bandpo.backends.contract import PROBABILITY_BINS
-from bandpo.check import BoolArray, Float64Array
+from bandpo.check import BoolArray, Float64Array, check_name
 from bandpo.error import InvalidValueError
 from bandpo.presets import Preset
 from bandpo.record import LoggedTokens
 from bandpo.region import Region
 from bandpo.replay.action import Action, action_of
-from bandpo.replay.chunk import GROUPS, SEGMENTS, Chunk, Piece, chunk_of, pieces_of
+from bandpo.replay.chunk import DTYPES, GROUPS, SEGMENTS, Chunk, Piece, chunk_of, pieces_of
 from bandpo.replay.estimate import Estimate, quotient
 from bandpo.replay.frontier import Frontier
 from bandpo.replay.rule import ReplayedRule, replayed_rule
@@ -100,7 +100,7 @@ def compare(
     logged: Iterable[LoggedTokens],
     rules: Sequence[str | Region | Preset],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
     exact: bool = False,
 ) -> Comparison:
     """Returns what each rule would have done to the tokens of a log.
@@ -111,7 +111,7 @@ def compare(
     Args:
         logged: Parts of a log, as `bandpo.record.read_tokens` yields them.
         rules: Texts such as "ppo", "kl@0.05" and "mask:kl@0.05", regions, or presets.
-        dtype: That of the log-probs in the run, because bounds of a table are float32.
+        dtype: Dtype of the loss in the run, "float32" or "float64".
         exact: Take the bounds from the exact solver.
 
     Raises:
@@ -119,6 +119,7 @@ def compare(
         InvalidValueError: If a rule cannot be read or replayed, is given twice, or none is given;
             or if the log has no token.
     """
+    check_name("dtype", dtype, DTYPES)
     replayed = [replayed_rule(rule) for rule in rules]
     names = [rule.name for rule in replayed]
     if not names:
@@ -132,7 +133,7 @@ def compare(
         Frontier(),
     )
     for part in in_threads(
-        lambda piece: _part_of(found.rules, piece, dtype, exact), pieces_of(logged)
+        lambda piece: _part_of(found.rules, piece, DTYPES[dtype], exact), pieces_of(logged)
     ):
         _add(found, part)
     if not found.sampled:

@@ -16,7 +16,7 @@ from bandpo.presets import Preset
 from bandpo.record import LoggedTokens
 from bandpo.region import Region
 from bandpo.replay.action import action_of
-from bandpo.replay.chunk import Chunk, Piece, chunk_of, pieces_of
+from bandpo.replay.chunk import DTYPES, Chunk, Piece, chunk_of, pieces_of
 from bandpo.replay.rule import ReplayedRule, replayed_rule
 from bandpo.replay.threads import in_threads
 
@@ -58,7 +58,7 @@ def match(
     divergences: Sequence[str | Divergence],
     *,
     by: Strength = "clip-fraction",
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
 ) -> tuple[float, list[Match]]:
     """Returns the strength of a rule, and the radius of each divergence that has it too.
 
@@ -71,7 +71,7 @@ def match(
         rule: As in `compare`.
         divergences: Names or objects.
         by: "clip-fraction" or "gradient-removed".
-        dtype: That of the log-probs in the run.
+        dtype: Dtype of the loss in the run, "float32" or "float64".
 
     Returns:
         The strength, in [0, 1], and a match for each divergence, whose radius has a relative error
@@ -82,6 +82,7 @@ def match(
         InvalidValueError: If it is not known or cannot be replayed, or the log has no token.
     """
     check_name("by", by, STRENGTHS)
+    check_name("dtype", dtype, DTYPES)
     reference = replayed_rule(rule)
     solvers = [
         given if isinstance(given, Divergence) else Divergence(given) for given in divergences
@@ -89,7 +90,7 @@ def match(
     histograms = np.zeros((len(solvers), BINS))
     acted = whole = 0.0
     for part in in_threads(
-        lambda piece: _part_of(reference, solvers, by, piece, dtype), pieces_of(logged)
+        lambda piece: _part_of(reference, solvers, by, piece, DTYPES[dtype]), pieces_of(logged)
     ):
         acted += part.acted
         whole += part.whole
