@@ -8,7 +8,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,6 +28,8 @@ from bandpo.table import TARGET, BandTable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from bandpo.record import LoggedTokens
 
 CHECK_FAILED = 1
 """Exit code of a check that failed."""
@@ -229,30 +231,42 @@ def replay(parsed: argparse.Namespace) -> int:
     if find_spec("torch") is None:
         raise MissingExtraError("torch", "torch")
     from bandpo.record import read_tokens
-    from bandpo.replay import compare, complaints_of, match, rows_of
+    from bandpo.replay import cloud_of, compare, complaints_of, match, rows_of
     from bandpo.replay.table import texts_of
+
+    if parsed.divergence and not parsed.match:
+        raise InvalidValueError("--divergence is for --match, which is left out")
+    if parsed.html:
+        from bandpo.replay.report import report
 
     logged = read_tokens(parsed.paths, columns=dict(map(_column, parsed.column)))
     # A loss computes in float32 where the log-probs of the run have fewer digits.
     dtype = "float64" if logged.metadata.dtype == "float64" else "float32"
     rules = parsed.rule or list(REPLAYED)
-    complaints = complaints_of(logged)
-    found = compare(logged, rules, dtype=dtype)
-    rows = rows_of(found)
-    matched = None
-    if parsed.match:
-        divergences = parsed.divergence or MATCHED
-        strength, matches = match(logged, rules[0], divergences, by=parsed.match, dtype=dtype)
-        matched = (parsed.match, rules[0], strength, matches)
-    elif parsed.divergence:
-        raise InvalidValueError("--divergence is for --match, which is left out")
-    if parsed.html:
-        from bandpo.replay.cloud import cloud_of
-        from bandpo.replay.report import report
+    matched, page = None, None
+    with _progress() as progress:
 
-        title = ", ".join(Path(path).name for path in parsed.paths)
-        page = report(found, complaints, cloud_of(logged), title=title, matches=matched)
+        def watched(stage: str) -> Iterator[LoggedTokens]:
+            task = progress.add_task(stage, total=None)
+            for part in logged:
+                yield part
+                progress.advance(task, len(part.step))
+
+        complaints = complaints_of(watched("checking"))
+        found = compare(watched("comparing"), rules, dtype=dtype)
+        if parsed.match:
+            divergences, by = parsed.divergence or MATCHED, parsed.match
+            strength, matches = match(
+                watched("matching"), rules[0], divergences, by=by, dtype=dtype
+            )
+            matched = (by, rules[0], strength, matches)
+        if parsed.html:
+            title = ", ".join(Path(path).name for path in parsed.paths)
+            cloud = cloud_of(watched("drawing"))
+            page = report(found, complaints, cloud, title=title, matches=matched)
+    if page is not None:
         Path(parsed.html).write_text(page, encoding="utf-8")
+    rows = rows_of(found)
     if parsed.json:
         content: dict[str, Any] = {
             "tokens": found.sampled,
