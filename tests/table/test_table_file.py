@@ -164,7 +164,7 @@ def test_regions_are_described_as_documented(text: str, made: str) -> None:
 
 def test_constants_of_the_file_are_in_the_document() -> None:
     header, _ = take_apart(ORIGINALS[0])
-    assert len(REGIONS) == 8
+    assert len(REGIONS) == 9
     for key in ("format", "format_version", "grid"):
         assert f"| `{key}` | `{header['__metadata__'][key]}` |" in DOCUMENT
 
