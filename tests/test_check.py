@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from bandpo import Clip, Mask
-from bandpo.check import check_name, positive_number, real_array, real_number, suggestion
+from bandpo.check import (
+    check_name,
+    nonnegative_number,
+    positive_number,
+    real_array,
+    real_number,
+    suggestion,
+)
 from bandpo.error import InvalidTypeError, InvalidValueError
 
 
@@ -40,6 +47,13 @@ def test_other_types_than_numbers_are_refused(value: Any) -> None:
 def test_a_positive_number_is_finite_and_above_0(value: float) -> None:
     with pytest.raises(InvalidValueError, match="x must be finite and above 0, got"):
         positive_number("x", value)
+
+
+@pytest.mark.parametrize("value", [-1e-300, math.inf, math.nan])
+def test_a_nonnegative_number_is_finite_and_at_least_0(value: float) -> None:
+    assert nonnegative_number("x", 0) == 0.0
+    with pytest.raises(InvalidValueError, match="x must be finite and at least 0, got"):
+        nonnegative_number("x", value)
 
 
 def test_real_array_keeps_the_dtype() -> None:

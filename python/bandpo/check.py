@@ -48,6 +48,19 @@ def positive_number(argument: str, value: object) -> float:
     return number
 
 
+def nonnegative_number(argument: str, value: object) -> float:
+    """Returns a finite real number that is at least 0 as a float.
+
+    Raises:
+        InvalidTypeError: If it is not a real number.
+        InvalidValueError: If it is not finite or below 0.
+    """
+    number = real_number(argument, value)
+    if not 0.0 <= number < math.inf:
+        raise InvalidValueError(f"{argument} must be finite and at least 0, got {value}")
+    return number
+
+
 def real_array(argument: str, values: ArrayLike) -> NDArray[Any]:
     """Returns real numbers as an array of their own dtype.
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
-from bandpo.check import check_name, positive_number, real_number
+from bandpo.check import check_name, nonnegative_number, positive_number, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 
 LOG_RATIO_LIMIT = 20.0
@@ -166,9 +166,7 @@ class GradientPreserving(TokenSurrogate):
 
     def __post_init__(self) -> None:
         for argument in ("beta_low", "beta_high"):
-            value = getattr(self, argument)
-            if not 0.0 <= real_number(argument, value) < math.inf:
-                raise InvalidValueError(f"{argument} must be finite and at least 0, got {value}")
+            nonnegative_number(argument, getattr(self, argument))
 
     @property
     def parameters(self) -> list[float]:
@@ -261,9 +259,7 @@ class GammaWeight(TokenSurrogate):
 
     def __post_init__(self) -> None:
         for argument in ("k_positive", "lambda_positive", "k_negative", "lambda_negative"):
-            value = getattr(self, argument)
-            if not 0.0 <= real_number(argument, value) < math.inf:
-                raise InvalidValueError(f"{argument} must be finite and at least 0, got {value}")
+            nonnegative_number(argument, getattr(self, argument))
 
 
 SurrogateName: TypeAlias = Literal[

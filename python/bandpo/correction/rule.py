@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
-from bandpo.check import check_name, real_number
+from bandpo.check import check_name, nonnegative_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.presets import PRESETS
 from bandpo.region import Clip
@@ -174,11 +173,7 @@ class Correction:
     def _check_statistic(self) -> None:
         check_name("statistic", self.statistic, STATISTICS)
         check_name("level of a statistic", self.level, STATISTIC_LEVELS)
-        threshold = real_number("threshold", self.max_statistic)
-        if not 0.0 <= threshold < math.inf:
-            raise InvalidValueError(
-                f"threshold must be finite and at least 0, got {self.threshold}"
-            )
+        threshold = nonnegative_number("threshold", self.max_statistic)
         object.__setattr__(self, "threshold", threshold)
         if self.action == "truncate":
             raise InvalidValueError(

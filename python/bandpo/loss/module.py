@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bandpo.check import check_name
+from bandpo.check import check_name, nonnegative_number
 from bandpo.correction import Correction, RolloutCorrection
 from bandpo.correction.rule import correction_of
-from bandpo.loss.penalty import check_coefficient
 from bandpo.loss.policy import policy_loss
 from bandpo.loss.reduction import Count, GlobalBatch, Reduction
 from bandpo.loss.region import resolved
@@ -61,7 +60,7 @@ class PolicyLoss(torch.nn.Module):
         super().__init__()
         region = resolved(region)
         Rule.of(region, surrogate, dual_clip, ratio_level)
-        check_coefficient(log_ratio_penalty)
+        nonnegative_number("log_ratio_penalty", log_ratio_penalty)
         check_name("backend", backend, BACKENDS)
         Reduction.of(loss_agg_mode, None, dp_size, None, None, loss_scale_factor)
         self.region = region

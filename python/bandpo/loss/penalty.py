@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from bandpo.backends.contract import TokenLosses, Totals
 from bandpo.batch.tokens import Tokens
-from bandpo.check import real_number
-from bandpo.error import InvalidValueError
 from bandpo.surrogate import LOG_RATIO_LIMIT
 
 
@@ -32,14 +28,3 @@ def log_ratio_penalty(coefficient: float, tokens: Tokens, totals: Totals) -> Tok
     log_ratio = torch.where(log_ratio.detach().abs() > LOG_RATIO_LIMIT, limit, log_ratio)
     per_token = coefficient * log_ratio.square()
     return TokenLosses(per_token, per_token.sum(), lambda: totals)
-
-
-def check_coefficient(value: float) -> None:
-    """Checks the coefficient of the penalty.
-
-    Raises:
-        InvalidTypeError: If it is not a real number.
-        InvalidValueError: If it is out of range.
-    """
-    if not 0.0 <= real_number("log_ratio_penalty", value) < math.inf:
-        raise InvalidValueError(f"log_ratio_penalty must be finite and at least 0, got {value}")

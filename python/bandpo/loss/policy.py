@@ -16,14 +16,13 @@ from bandpo.backends.select import select
 from bandpo.batch.check import check_cu_seqlens, check_tokens
 from bandpo.batch.metrics import Metrics, Statistics
 from bandpo.batch.tokens import Tokens, shaped, shaped_by_row
-from bandpo.check import check_name
+from bandpo.check import check_name, nonnegative_number
 from bandpo.correction import Correction, RolloutCorrection
 from bandpo.correction.rule import correction_of
 from bandpo.correction.warning import warn_of_first_mismatch
 from bandpo.error import InvalidValueError
 from bandpo.loss.levels import inputs_of, token_losses
 from bandpo.loss.metrics import statistics_of
-from bandpo.loss.penalty import check_coefficient
 from bandpo.loss.penalty import log_ratio_penalty as penalty_of
 from bandpo.loss.reduction import Count, GlobalBatch, Reduction
 from bandpo.loss.region import resolved
@@ -213,7 +212,7 @@ def policy_loss(
     """
     rule = Rule.of(resolved(region), surrogate, dual_clip, ratio_level)
     if log_ratio_penalty != 0.0:
-        check_coefficient(log_ratio_penalty)
+        nonnegative_number("log_ratio_penalty", log_ratio_penalty)
     check_name("backend", backend, BACKENDS)
     reduction = Reduction.of(
         loss_agg_mode,

@@ -11,7 +11,7 @@ import torch
 
 from bandpo.backends.contract import TokenLosses
 from bandpo.batch.tokens import Tokens
-from bandpo.check import check_name, positive_number, real_number
+from bandpo.check import check_name, nonnegative_number, positive_number, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.rule import AGGREGATION_MODES, AggregationMode
 
@@ -201,6 +201,4 @@ def _check_counts(dp_size: int, scale: float | None, **counts: Count | None) -> 
                     f"{argument} must be a number or a 0-dim tensor, got shape {tuple(count.shape)}"
                 )
         elif count is not None:
-            real_number(argument, count)
-            if not 0 <= count < math.inf:
-                raise InvalidValueError(f"{argument} must be finite and at least 0, got {count}")
+            nonnegative_number(argument, count)

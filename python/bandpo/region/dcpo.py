@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bandpo.check import Float64Array, float64_array, real_number
-from bandpo.error import InvalidValueError
+from bandpo.check import Float64Array, float64_array, positive_number
 from bandpo.region.base import Curves, Region
 
 _MAX_Y = 600.0
@@ -33,11 +32,8 @@ class Dcpo(Region):
     """
 
     def __init__(self, eps_low: float = 0.16, eps_high: float = 0.20) -> None:
-        self.eps_low = real_number("eps_low", eps_low)
-        self.eps_high = real_number("eps_high", eps_high)
-        for argument, epsilon in (("eps_low", self.eps_low), ("eps_high", self.eps_high)):
-            if not 0.0 < epsilon < math.inf:
-                raise InvalidValueError(f"{argument} must be finite and above 0, got {epsilon}")
+        self.eps_low = positive_number("eps_low", eps_low)
+        self.eps_high = positive_number("eps_high", eps_high)
 
     @property
     def per_token(self) -> bool:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from bandpo.check import positive_number, real_number
+from bandpo.check import nonnegative_number, positive_number, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.schedule.state import entries
 
@@ -213,9 +213,7 @@ class EntropyTargeted(Schedule):
 
     def step(self, entropy: float | None = None) -> None:
         """Moves the number towards the target; see `Schedule.step`."""
-        measured = real_number("entropy", entropy)
-        if not 0.0 <= measured < math.inf:
-            raise InvalidValueError(f"entropy must be finite and at least 0, got {entropy}")
+        measured = nonnegative_number("entropy", entropy)
         shortfall = max((self.target - measured) / self.target, -1.0)
         changed = self._value * math.exp(self.rate * shortfall)
         self._value = min(max(changed, self.min_value), self.max_value)
