@@ -231,14 +231,8 @@ def policy_loss(
         advantages,
         cu_seqlens,
     )
-    shape = check_tokens(
-        old_log_prob,
-        log_prob,
-        advantages,
-        response_mask,
-        weights,
-        anchor_log_prob,
-    )
+    given = (old_log_prob, log_prob, advantages, response_mask, weights, anchor_log_prob)
+    shape = check_tokens(*given)
     _check_sequences(rule, reduction, cu_seqlens, log_prob)
     chosen = select(backend, log_prob.device)
 
@@ -285,14 +279,6 @@ def policy_loss(
         weight = reduction.weight(lambda: count_valid(valid), tokens)
         inputs = inputs_of(rule, tokens, exact=exact, by_probability=metrics_by_probability)
         loss, totals = chosen.weighted_sum(weight, inputs)
-        given = (
-            old_log_prob,
-            log_prob,
-            advantages,
-            response_mask,
-            weights,
-            anchor_log_prob,
-        )
         return PolicyLossResult(
             loss,
             _per_token_later(rule, tokens, chosen, exact, log_prob.shape, given),
