@@ -95,6 +95,12 @@ def broadcast(**arrays: Float64Array) -> list[Float64Array]:
         raise InvalidValueError(f"shapes do not broadcast: {shapes}") from None
 
 
+def check_bool(argument: str, value: object) -> None:
+    """Raises InvalidTypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise InvalidTypeError(f"{argument} must be a bool, got {type(value).__name__}")
+
+
 def check_name(argument: str, name: object, names: Iterable[str]) -> None:
     """Raises InvalidValueError unless ``name`` is one of the names; suggests the nearest."""
     names = tuple(names)

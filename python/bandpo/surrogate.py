@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
-from bandpo.check import check_name, nonnegative_number, positive_number, real_number
-from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.check import check_bool, check_name, nonnegative_number, positive_number, real_number
+from bandpo.error import InvalidValueError
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to plus and minus this before they are exponentiated."""
@@ -110,9 +110,7 @@ class Mask(TokenSurrogate):
     def __post_init__(self) -> None:
         _check_above_1("truncation", self.truncation)
         for argument in ("whole_sequence", "symmetric"):
-            value = getattr(self, argument)
-            if not isinstance(value, bool):
-                raise InvalidTypeError(f"{argument} must be a bool, got {type(value).__name__}")
+            check_bool(argument, getattr(self, argument))
         if self.symmetric and self.whole_sequence:
             raise InvalidValueError(
                 "symmetric must be left out with whole_sequence, which drops on either side, "

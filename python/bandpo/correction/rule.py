@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
-from bandpo.check import check_name, nonnegative_number
+from bandpo.check import check_bool, check_name, nonnegative_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.presets import PRESETS
 from bandpo.region import Clip
@@ -106,9 +106,7 @@ class Correction:
     def __post_init__(self) -> None:
         check_name("action", self.action, ACTIONS)
         for argument in ("negative_only", "outward_only"):
-            value = getattr(self, argument)
-            if not isinstance(value, bool):
-                raise InvalidTypeError(f"{argument} must be a bool, got {type(value).__name__}")
+            check_bool(argument, getattr(self, argument))
         if self.negative_only and self.outward_only:
             raise InvalidValueError(
                 "outward_only must be left out with negative_only, got True for both"
