@@ -250,9 +250,9 @@ _PRESETS: Final = (
         "cppo",
         PrefixBudget(delta=0.15, weight_min=0.8, allowance=(0.02, 0.04)),
         Mask(truncation=None),
-        source="CPPO, arXiv 2606.10968, as its authors coded it (UniRL, cppo.py, 2026-06; verl "
-        "#6731): delta 0.15 (0.2 for a mixture of experts), w_min 0.8, delta_b the 0.9 quantile "
-        "of D in [0.02, 0.04]. The old policy is the rollout policy",
+        source="CPPO, arXiv 2606.10968, as its authors coded it (UniRL, cppo.py, 2026-06, and "
+        "verl #6731): delta 0.15 (0.2 for a mixture of experts), w_min 0.8, delta_b the 0.9 "
+        "quantile of D in [0.02, 0.04]. The old policy is the rollout policy",
     ),
     Preset(
         "m2po",

@@ -148,6 +148,10 @@ def test_presets_are_listed_with_their_sources(capsys: pytest.CaptureFixture[str
     assert by_name["bapo"]["region"] is None
     assert by_name["bandpo-kl"]["surrogate"] == {"name": "min-clip", "dual_clip": 10.0}
     assert by_name["gspo"]["ratio_level"] == "sequence"
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    for name, allowed in (("icepop", "clip@0.5,4"), ("tis", "clip@1"), ("opsm", "k1 0.0001")):
+        assert f"min-clip, corrected: {allowed} " in lines[name]
+    assert text.count("(") == text.count(")")  # no source is cut within them
     stacked = run("presets", COLUMNS="40").stdout
     assert max(map(len, stacked.splitlines())) <= 40
     assert "region     (pearson-chi2@0.05).cap(10)\n" in stacked

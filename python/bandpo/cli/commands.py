@@ -453,8 +453,10 @@ def _surrogate_text(rule: Mapping[str, Any]) -> str:
         texts.append(rule["ratio_level"])
     if rule["log_ratio_penalty"]:
         texts.append(f"penalty {rule['log_ratio_penalty']:g}")
-    if rule["correction"]:
-        texts.append("corrected for the rollout policy")
+    if correction := rule["correction"]:
+        # What it allows; its level and action would take the width of the sources.
+        allowed = correction.get("region") or "{statistic} {threshold:g}".format(**correction)
+        texts.append(f"corrected: {allowed}")
     return ", ".join(texts)
 
 
