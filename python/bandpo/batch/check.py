@@ -97,27 +97,33 @@ def without_last_1(tensor: torch.Tensor) -> tuple[int, ...]:
     return shape[:2] if len(shape) == 3 and shape[2] == 1 else shape
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, log_prob: torch.Tensor) -> None:
-    """Raises unless ``cu_seqlens`` are offsets, [S + 1], of the sequences of packed tensors."""
+def check_cu_seqlens(cu_seqlens: torch.Tensor, name: str, like: torch.Tensor) -> None:
+    """Raises unless ``cu_seqlens`` are offsets, [S + 1], of the sequences of packed tensors.
+
+    Args:
+        cu_seqlens: What a user gave.
+        name: The argument that sets shape and device, as in `check_alike`.
+        like: Its tensor.
+    """
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise InvalidTypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
-    if log_prob.ndim != 1:
+    if like.ndim != 1:
         raise InvalidValueError(
             f"cu_seqlens must be left out unless tensors are packed, [N]: "
-            f"log_prob has shape {tuple(log_prob.shape)}"
+            f"{name} has shape {tuple(like.shape)}"
         )
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise InvalidValueError(
             f"cu_seqlens must have shape [S + 1], got {tuple(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device != log_prob.device:
+    if cu_seqlens.device != like.device:
         raise InvalidValueError(
-            f"cu_seqlens must be on log_prob's device {log_prob.device}, got {cu_seqlens.device}"
+            f"cu_seqlens must be on {name}'s device {like.device}, got {cu_seqlens.device}"
         )
     # On another device, reading the values would make the host wait.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        offsets, tokens = cu_seqlens.numpy(), log_prob.shape[0]
+        offsets, tokens = cu_seqlens.numpy(), like.shape[0]
         if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
             raise InvalidValueError(
                 f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, "

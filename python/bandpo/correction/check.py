@@ -49,7 +49,7 @@ def check_sequences(
 ) -> None:
     """Raises unless ``cu_seqlens`` are offsets, or are not needed and not given."""
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, old_log_prob)
+        check_cu_seqlens(cu_seqlens, "old_log_prob", old_log_prob)
     elif old_log_prob.ndim == 1 and rule.level != "token":
         raise InvalidValueError(
             f"cu_seqlens must be given for level {rule.level!r} with packed tensors: "

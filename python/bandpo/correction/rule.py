@@ -112,9 +112,10 @@ class Correction:
                 "outward_only must be left out with negative_only, got True for both"
             )
         if (self.region is None) == (self.statistic is None):
+            found = "neither" if self.region is None else f"{self.region!r} and {self.statistic!r}"
             raise InvalidValueError(
-                "region or statistic must be given, and not both: a region for ratios, such as "
-                "Clip.between(0.5, 5), or a statistic with its threshold"
+                f"region or statistic must be given, and not both: a region for ratios, such as "
+                f"Clip.between(0.5, 5), or a statistic with its threshold; got {found}"
             )
         if self.region is not None:
             region = self.region

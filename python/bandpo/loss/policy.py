@@ -353,7 +353,7 @@ def _check_sequences(
     """Raises unless the arguments that the rule and the mode need are given."""
     packed = log_prob.ndim == 1
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, log_prob)
+        check_cu_seqlens(cu_seqlens, "log_prob", log_prob)
     elif packed:
         for needs, what in (
             (rule.ratio_level != "token", f"ratio_level {rule.ratio_level!r}"),
