@@ -30,8 +30,17 @@ import torch
 import bandpo
 import bandpo.loss
 from bandpo import _core
+from bandpo.backends import select
 from bandpo.backends.autograd import token_losses
-from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
+from bandpo.backends.contract import (
+    COUNTS,
+    PROBABILITY_BINS,
+    SUMS,
+    Backend,
+    LossInputs,
+    TokenLosses,
+    Totals,
+)
 from bandpo.backends.cuda import kernels
 from bandpo.backends.cuda.availability import kernels_run, obstacle
 from bandpo.backends.cuda.launch import (
@@ -46,7 +55,7 @@ from bandpo.backends.native import token_loss_op
 from bandpo.backends.select import default_backend
 from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
 from bandpo.schedule import Constant, ScheduledBand
-from bandpo.surrogate import NAMES
+from bandpo.surrogate import NAMES, GammaWeight, Mask
 from bandpo.tensors.bounds import _source, bounds_of
 from bandpo.tensors.cached import Cached, upload
 from bandpo.tensors.lookup import read_table
@@ -551,6 +560,36 @@ class TestOperators:
             slopes += torch.autograd.grad(loss.sum(), new)
         assert [slope.dtype for slope in slopes] == [dtype, torch.float32]
         assert equal(slopes[0], slopes[1].to(dtype))
+
+    @pytest.mark.usefixtures("in_place_of_rust")
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"surrogate": GammaWeight()},
+            {"log_ratio_penalty": 0.1},
+            {"surrogate": Mask(whole_sequence=True)},
+            {"ratio_level": "geometric-mean"},
+        ],
+        ids=str,
+    )
+    def test_a_loss_of_half_precision_is_that_of_float32_of_the_same_numbers(
+        self, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def losses(inputs: LossInputs) -> TokenLosses:
+            per_token, _, counts, sums = token_loss_op(*inputs)
+            return TokenLosses(per_token, per_token.sum(), lambda: Totals.of(counts, sums))
+
+        reader = Backend(losses, runs_on="cpu", reads_half=True)
+        monkeypatch.setitem(select._BACKENDS, "native", reader)
+        tokens = random_batch((7, 30), 3, torch.bfloat16)
+        wide = [tensor.float() for tensor in tokens[:3]]
+        options = {"region": bandpo.Clip(0.2), "backend": "native", **options}
+        found = bandpo.policy_loss(*tokens, **options)
+        wanted = bandpo.policy_loss(*wide, tokens.response_mask, **options)
+        assert found.loss.dtype == torch.float32
+        assert torch.equal(found.per_token, wanted.per_token)
+        assert torch.equal(found.loss, wanted.loss)
 
     @pytest.mark.usefixtures("in_place_of_rust")
     @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

@@ -253,6 +253,8 @@ def policy_loss(
         and (anchor_log_prob is None or anchor_log_prob.dtype == log_prob.dtype)
         and ratio_level == "token"
         and rule.surrogate.needs_bounds
+        and not rule.changes_tokens
+        and log_ratio_penalty == 0.0
     )
     stored = log_prob.dtype if narrow else dtype
     tokens = Tokens(
