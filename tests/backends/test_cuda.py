@@ -61,7 +61,7 @@ from bandpo.tensors.cached import Cached, upload
 from bandpo.tensors.lookup import read_table
 from bandpo.torch import clip, clip_ratio
 from conftest import REFERENCE_FILES, SANITIZED, Reference, read_reference
-from support.batches import random_batch
+from support.batches import Batch, random_batch
 from support.emulated import INDEXING_TESTS, SANITIZERS, Emulator, build, missing_compiler
 
 KL = bandpo.Band("kl", 0.05)
@@ -583,10 +583,11 @@ class TestOperators:
         reader = Backend(losses, runs_on="cpu", reads_half=True)
         monkeypatch.setitem(select._BACKENDS, "native", reader)
         tokens = random_batch((7, 30), 3, torch.bfloat16)
-        wide = [tensor.float() for tensor in tokens[:3]]
+        old, new, advantages = (tensor.float() for tensor in tokens[:3])
+        wide = Batch(old, new, advantages, tokens.response_mask)
         options = {"region": bandpo.Clip(0.2), "backend": "native", **options}
         found = bandpo.policy_loss(*tokens, **options)
-        wanted = bandpo.policy_loss(*wide, tokens.response_mask, **options)
+        wanted = bandpo.policy_loss(*wide, **options)
         assert found.loss.dtype == torch.float32
         assert torch.equal(found.per_token, wanted.per_token)
         assert torch.equal(found.loss, wanted.loss)
