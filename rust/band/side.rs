@@ -138,7 +138,7 @@ pub enum Delta<'a> {
 
 impl Delta<'_> {
     /// The deltas of `count` elements from `first` on.
-    pub(super) fn part(self, first: usize, count: usize) -> Self {
+    pub(crate) fn part(self, first: usize, count: usize) -> Self {
         match self {
             Self::Same(_) => self,
             Self::Each(values) => Self::Each(&values[first..first + count]),
@@ -154,7 +154,7 @@ impl Delta<'_> {
     }
 
     /// Refuses a delta that is not a positive finite number, or another number of them than `expected`.
-    pub(super) fn check(&self, argument: &'static str, expected: usize) -> Result<()> {
+    pub(crate) fn check(&self, argument: &'static str, expected: usize) -> Result<()> {
         match self {
             Self::Same(value) => check_delta(*value, None),
             Self::Each(values) => {

@@ -3,9 +3,10 @@
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 
-use super::threads::spread;
+use super::threads::{in_parts, spread};
 use crate::band::{self, Delta, Side};
 use crate::divergence::Divergence;
+use crate::error::Error;
 
 /// A delta for all elements, or one for each.
 #[derive(FromPyObject)]
@@ -82,9 +83,15 @@ pub(super) fn log_bounds<'py>(
     logp: PyReadonlyArray1<'py, f64>,
 ) -> PyResult<(Bound<'py, PyArray1<f64>>, Bound<'py, PyArray1<f64>>)> {
     let (low, high, logp) = (delta_low.as_delta()?, delta_high.as_delta()?, logp.as_slice()?);
+    low.check("delta_low", logp.len())?;
+    high.check("delta_high", logp.len())?;
     let mut lower = vec![0.0; logp.len()];
     let mut upper = vec![0.0; logp.len()];
-    spread(py, || band::log_bounds(&divergence.0, low, high, logp, &mut lower, &mut upper))?;
+    in_parts(py, logp.len(), |part| {
+        let (lower, upper) = (&mut lower[part.clone()], &mut upper[part.clone()]);
+        let (low, high) = (low.part(part.start, part.len()), high.part(part.start, part.len()));
+        Ok(spread(py, || band::log_bounds(&divergence.0, low, high, &logp[part], lower, upper))?)
+    })?;
     Ok((lower.into_pyarray(py), upper.into_pyarray(py)))
 }
 
@@ -101,7 +108,16 @@ pub(super) fn contains<'py>(
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
     let (low, high) = (delta_low.as_delta()?, delta_high.as_delta()?);
     let (logp, log_ratio) = (logp.as_slice()?, log_ratio.as_slice()?);
-    let inside = spread(py, || band::contains(&divergence.0, low, high, logp, log_ratio))?;
+    low.check("delta_low", logp.len())?;
+    high.check("delta_high", logp.len())?;
+    Error::check_length("log_ratio", log_ratio.len(), logp.len())?;
+    let mut inside = Vec::with_capacity(logp.len());
+    in_parts(py, logp.len(), |part| {
+        let (low, high) = (low.part(part.start, part.len()), high.part(part.start, part.len()));
+        let (logp, log_ratio) = (&logp[part.clone()], &log_ratio[part]);
+        inside.extend(spread(py, || band::contains(&divergence.0, low, high, logp, log_ratio))?);
+        Ok(())
+    })?;
     Ok(inside.into_pyarray(py))
 }
 
@@ -122,7 +138,13 @@ pub(super) fn diagnose<'py>(
 )> {
     let side = if upper { Side::Upper } else { Side::Lower };
     let (delta, logp) = (delta.as_delta()?, logp.as_slice()?);
-    let found = spread(py, || band::diagnose(&divergence.0, delta, logp, side))?;
+    delta.check("delta", logp.len())?;
+    let mut found = Vec::with_capacity(logp.len());
+    in_parts(py, logp.len(), |part| {
+        let (delta, logp) = (delta.part(part.start, part.len()), &logp[part]);
+        found.extend(spread(py, || band::diagnose(&divergence.0, delta, logp, side))?);
+        Ok(())
+    })?;
     Ok((
         found.iter().map(|bound| bound.log_ratio).collect::<Vec<_>>().into_pyarray(py),
         found.iter().map(|bound| bound.outside).collect::<Vec<_>>().into_pyarray(py),
@@ -141,6 +163,12 @@ pub(super) fn divergences<'py>(
     log_ratio: PyReadonlyArray1<'py, f64>,
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let (logp, log_ratio) = (logp.as_slice()?, log_ratio.as_slice()?);
-    let values = spread(py, || band::divergences(&divergence.0, logp, log_ratio))?;
+    Error::check_length("log_ratio", log_ratio.len(), logp.len())?;
+    let mut values = Vec::with_capacity(logp.len());
+    in_parts(py, logp.len(), |part| {
+        let (logp, log_ratio) = (&logp[part.clone()], &log_ratio[part]);
+        values.extend(spread(py, || band::divergences(&divergence.0, logp, log_ratio))?);
+        Ok(())
+    })?;
     Ok(values.into_pyarray(py))
 }

@@ -1,0 +1,102 @@
+"""Long exact calls: a signal stops them, and parts change no bit."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from bandpo import Band, Divergence, PriceBand
+from bandpo.check import Float64Array
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals of Unix")
+
+MINUTES = 40_000_000
+"""Tokens of a call that takes minutes."""
+
+
+class Stop(Exception):  # noqa: N818 -- no error: the signal that a test sent
+    """Raised by the signal's handler."""
+
+
+@contextmanager
+def signal_soon() -> Iterator[None]:
+    """Raises `Stop` in the main thread after 0.2 s."""
+
+    def handler(*_: object) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def tokens(count: int) -> Float64Array:
+    return -np.random.default_rng(0).exponential(3.0, count)
+
+
+def square(u: Float64Array) -> Float64Array:
+    return np.asarray((u - 1.0) ** 2)
+
+
+CALLS: dict[str, Callable[[Float64Array], object]] = {
+    "bounds": lambda logp: Band("vajda:1.37", 0.05).log_bounds(logp),
+    "bounds by vectors": lambda logp: Band("jensen-shannon", 0.05).log_bounds(logp),
+    "bounds of an expression": lambda logp: Band(
+        Divergence.from_expression("(u - 1)^2"), 0.05
+    ).log_bounds(logp),
+    "bounds of a function": lambda logp: Band(Divergence.from_callable(square), 0.05).log_bounds(
+        logp
+    ),
+    "membership": lambda logp: Band("vajda:1.37", 0.05).contains(logp, logp / 64.0),
+    "prices": lambda logp: PriceBand("kl", 0.1).log_bounds(logp),
+    "membership of a price": lambda logp: PriceBand("kl", 0.1).contains(logp, logp / 64.0),
+    "diagnosis": lambda logp: Band("kl", 0.05).diagnose(logp),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_signal_stops_a_call_that_would_take_minutes(name: str) -> None:
+    call = CALLS[name]
+    before = call(tokens(100))
+    logp = tokens(MINUTES)
+    with pytest.raises(Stop), signal_soon():
+        call(logp)
+    assert repr(call(tokens(100))) == repr(before)
+
+
+def test_another_thread_is_not_stopped() -> None:
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(Band("kl", 0.05).log_bounds(tokens(10**6)))
+    )
+    thread.start()
+    with pytest.raises(Stop), signal_soon():
+        signal.pause()
+    thread.join()
+    assert len(found[0][0]) == 10**6
+
+
+@pytest.mark.parametrize("name", ["bounds", "bounds by vectors", "membership", "prices"])
+def test_parts_change_no_bit(name: str) -> None:
+    logp = tokens(50_000)
+    whole = np.atleast_2d(np.asarray(CALLS[name](logp)))
+    pieces = [np.atleast_2d(np.asarray(CALLS[name](logp[start:]))) for start in (1, 2047, 10_241)]
+    for start, piece in zip((1, 2047, 10_241), pieces, strict=True):
+        assert np.array_equal(whole[:, start:], piece, equal_nan=True)
+
+
+def test_deltas_go_with_their_tokens() -> None:
+    logp, deltas = tokens(20_000), np.random.default_rng(1).uniform(0.01, 0.2, 20_000)
+    whole = np.array(Band("kl", deltas).log_bounds(logp))
+    for part in (slice(0, 3000), slice(9000, 20_000)):
+        found = np.array(Band("kl", deltas[part]).log_bounds(logp[part]))
+        assert np.array_equal(whole[:, part], found)
