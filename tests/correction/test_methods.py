@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -18,6 +19,7 @@ import bandpo.correction
 from bandpo import Band, Clip
 from bandpo.check import BoolArray, Float64Array
 from bandpo.correction import Correction
+from bandpo.presets import PRESETS
 
 LINES = {
     name: " ".join(code.split())
@@ -211,6 +213,19 @@ def by_formula(engine: Engine, formula: Callable[[Sequence], Weights]) -> Float6
 
 def test_the_table_has_every_formula() -> None:
     assert LINES.keys() == FORMULAS.keys()
+
+
+def test_options_of_trainers_lead_to_lines_and_presets() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "mismatch.md").read_text()
+    section = text.split("## By the option of a trainer")[1].split("\n## ")[0]
+    methods = [row.split("|")[3].strip() for row in section.splitlines() if row.startswith("| ")]
+    assert len(methods) > 10
+    for method in methods[1:]:  # after the head
+        if method != "none":
+            quoted = re.findall(r'"(.+?)"', method)
+            named = [] if quoted else method.split(" to ")
+            assert set(quoted) <= set(PRESETS)
+            assert set(named) <= LINES.keys()
 
 
 @pytest.mark.parametrize("name", LINES)
