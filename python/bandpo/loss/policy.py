@@ -191,7 +191,8 @@ def policy_loss(
             tensors if the kernel can run (otherwise a `bandpo.error.BackendWarning` gives the
             reason once), else torch.
         exact: Take the bounds from the exact solver instead of a table. It runs on the CPU, but
-            for CUDA tensors on the device if the kernels can run and the divergence has a name.
+            for CUDA tensors on the device if the kernels can run and the divergence has a name. A
+            table of a band without a cap has no upper bound below a probability of e^-128.
         dp_size: Number of data-parallel ranks whose gradients are averaged.
         batch_num_tokens: Tokens that count in the global batch, a number or a 0-dim tensor, for
             token-mean; by default those of this batch.
