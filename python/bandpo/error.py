@@ -63,6 +63,10 @@ class MismatchWarning(UserWarning):
     """Two policies' log-probabilities of the same tokens are far apart; the message has causes."""
 
 
+class ResumeWarning(UserWarning):
+    """A schedule goes on from the steps that an optimiser took in an earlier process."""
+
+
 class VersionWarning(UserWarning):
     """A trainer's version is not one that its adapter was tested with; the message has both."""
 

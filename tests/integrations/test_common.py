@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import pickle
 import warnings
 from importlib import metadata
 from types import SimpleNamespace
@@ -13,9 +15,16 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from bandpo import Band, Clip, by_sign, policy_loss, region_from_spec
-from bandpo.error import InvalidTypeError, InvalidValueError, MissingHookError, VersionWarning
+from bandpo.error import (
+    InvalidTypeError,
+    InvalidValueError,
+    MissingHookError,
+    ResumeWarning,
+    VersionWarning,
+)
 from bandpo.integrations import version
 from bandpo.integrations.epsilons import epsilons
 from bandpo.integrations.loss import TrainerLoss
@@ -165,6 +174,72 @@ def test_the_loss_of_settings_follows_its_own_region() -> None:
         )
         assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
         loss.region.step()
+
+
+def counting(deltas: str = "linear(0.5, 0.25, 4)") -> TrainerLoss:
+    return TrainerLoss(LossSettings(region="kl@1", schedule=deltas), count_steps=True)
+
+
+def train(loss: TrainerLoss, optimiser: torch.optim.Optimizer, steps: int) -> list[float]:
+    """The delta in each step, of two micro-batches each."""
+    (weight,) = optimiser.param_groups[0]["params"]
+    old, new, advantages, mask = batch()
+    assert isinstance(loss.region, ScheduledBand)
+    seen = []
+    for _ in range(steps):
+        for _ in range(2):
+            result = loss(old, new.detach() + weight, advantages, mask, loss_agg_mode="token-sum")
+            result.loss.backward()
+        seen.append(loss.region.schedule.value)
+        optimiser.step()
+    return seen
+
+
+def adam() -> torch.optim.Optimizer:
+    return torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
+
+
+def test_a_schedule_follows_the_steps_of_an_optimiser() -> None:
+    assert train(counting(), adam(), 6) == [0.5, 0.4375, 0.375, 0.3125, 0.25, 0.25]
+    assert train(counting("constant(0.1)"), adam(), 2) == [0.1, 0.1]
+    uncounted = TrainerLoss(LossSettings(region="kl@1", schedule="linear(0.5, 0.25, 4)"))
+    assert train(uncounted, adam(), 2) == [0.5, 0.5]
+
+
+def test_a_step_without_a_call_of_the_loss_does_not_count() -> None:
+    loss, optimiser, critic = counting(), adam(), adam()
+    critic.step()
+    assert train(loss, optimiser, 1) == [0.5]
+    critic.step()
+    with torch.no_grad():  # an evaluation
+        old, new, advantages, mask = batch()
+        loss(old, new.detach(), advantages, mask, loss_agg_mode="token-sum")
+    critic.step()
+    assert train(loss, optimiser, 1) == [0.4375]
+
+
+def test_a_resumed_schedule_goes_on_from_the_optimisers_own_count() -> None:
+    before = adam()
+    train(counting(), before, 2)
+    after, loss = adam(), counting()
+    after.load_state_dict(before.state_dict())
+    with pytest.warns(ResumeWarning, match=r"has taken 3 steps.*the first delta, 0.5$"):
+        assert train(loss, after, 2) == [0.5, 0.3125]
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)  # has no count
+    assert train(counting(), sgd, 2) == [0.5, 0.4375]
+
+
+def test_a_copy_of_a_counting_loss_counts_on_its_own() -> None:
+    loss = counting()
+    train(loss, adam(), 1)
+    copied = pickle.loads(pickle.dumps(loss))  # noqa: S301 -- our own bytes
+    assert train(copied, adam(), 2) == [0.4375, 0.375]
+    assert train(loss, adam(), 1) == [0.4375]
+    gc.collect()  # losses of other tests
+    assert len(_global_optimizer_post_hooks) == 2
+    del loss, copied
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) == 0
 
 
 def test_metrics_become_numbers_at_once() -> None:

@@ -6,8 +6,10 @@ import torch
 
 from bandpo.error import InvalidValueError
 from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.steps import OptimizerSteps
 from bandpo.loss import GlobalBatch, PolicyLossResult, policy_loss
-from bandpo.rule import AggregationMode
+from bandpo.rule import AggregationMode, RuleRegion
+from bandpo.schedule import ScheduledBand
 
 
 class TrainerLoss:
@@ -15,15 +17,22 @@ class TrainerLoss:
 
     Args:
         settings: The rule.
+        count_steps: Advance the schedule of the band after each step of the optimiser, for a
+            trainer that tells its loss of none; see `bandpo.integrations.steps.OptimizerSteps`.
 
     Attributes:
         region: The region. ``step`` of a `bandpo.schedule.ScheduledBand` advances its schedule.
     """
 
-    def __init__(self, settings: LossSettings) -> None:
+    def __init__(self, settings: LossSettings, *, count_steps: bool = False) -> None:
         self.settings = settings
         self._arguments = settings.arguments()
-        self.region = self._arguments["region"]
+        self.region: RuleRegion = self._arguments["region"]
+        self._steps = (
+            OptimizerSteps(self.region)
+            if count_steps and isinstance(self.region, ScheduledBand)
+            else None
+        )
 
     def __call__(
         self,
@@ -45,6 +54,8 @@ class TrainerLoss:
         Raises:
             InvalidValueError: If the rule reads it and it is None, or as `policy_loss` does.
         """
+        if self._steps is not None and log_prob.requires_grad:
+            self._steps.loss_is_called()
         anchored = self.settings.anchor == "rollout"
         corrected = self._arguments["correction"] is not None
         if rollout_log_prob is None and (anchored or corrected):

@@ -143,7 +143,7 @@ class LossSettings:
 
         Args:
             trainer: Name of the trainer, for the message.
-            but_steps: True if the adapter calls ``step`` after each optimiser step.
+            but_steps: True if the adapter counts optimiser steps.
         """
         if self.changes == "by batch":
             raise InvalidValueError(
