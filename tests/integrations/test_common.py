@@ -1,4 +1,4 @@
-"""What several adapters share: epsilons, the loss of settings, numbers, versions and hooks."""
+"""What several adapters share: epsilons, the loss of settings, steps, versions and hooks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from bandpo.error import (
 from bandpo.integrations import version
 from bandpo.integrations.epsilons import epsilons
 from bandpo.integrations.loss import TrainerLoss
-from bandpo.integrations.numbers import numbers
 from bandpo.integrations.settings import LossSettings
 from bandpo.integrations.version import check_version, missing_hook, require, require_reads
 from bandpo.loss import GlobalBatch
@@ -189,7 +188,7 @@ def train(loss: TrainerLoss, optimiser: torch.optim.Optimizer, steps: int) -> li
     for _ in range(steps):
         for _ in range(2):
             result = loss(old, new.detach() + weight, advantages, mask, loss_agg_mode="token-sum")
-            result.loss.backward()
+            result.loss.backward()  # type: ignore[no-untyped-call]
         seen.append(loss.region.schedule.value)
         optimiser.step()
     return seen
@@ -240,21 +239,6 @@ def test_a_copy_of_a_counting_loss_counts_on_its_own() -> None:
     del loss, copied
     gc.collect()
     assert len(_global_optimizer_post_hooks) == 0
-
-
-def test_metrics_become_numbers_at_once() -> None:
-    found = numbers(
-        {
-            "a": torch.tensor(0.25),
-            "count": torch.tensor(2**40 + 1),
-            "flag": torch.tensor(True),
-            "bins": torch.zeros(3),
-        },
-        "band/",
-    )
-    assert found == {"band/a": 0.25, "band/count": 2**40 + 1, "band/flag": 1.0}
-    assert all(type(value) is float for value in found.values())
-    assert numbers({}) == {}
 
 
 @pytest.mark.parametrize(

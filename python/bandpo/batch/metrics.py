@@ -143,19 +143,21 @@ class Metrics(Mapping[str, torch.Tensor]):
         """Returns the metrics as floats, for a logger.
 
         Those by probability become one for each bin, with its edges in the name, such as
-        ``tokens_by_probability/0.001-0.01``. The host waits for the device, once for each dtype.
+        ``tokens_by_probability/0.001-0.01``. The host waits for the device, once.
 
         Args:
             prefix: Begins every name, such as ``"actor/"``.
         """
-        found = {}
-        for name, value in _on_cpu(self._all()).items():
-            names = [name]
-            if value.ndim == 1:
-                names = [f"{name}/{low:g}-{high:g}" for low, high in pairwise(PROBABILITY_EDGES)]
-            for key, number in zip(names, value.reshape(-1).tolist(), strict=True):
-                found[prefix + key] = float(number)
-        return found
+        names: list[str] = []
+        for name, value in self._all().items():
+            bins = [f"/{low:g}-{high:g}" for low, high in pairwise(PROBABILITY_EDGES)]
+            names += [prefix + name + end for end in (bins if value.ndim == 1 else [""])]
+        # One copy, because each waits. Float64 holds every count; MPS does not have it.
+        parts = [value.reshape(-1) for value in self._all().values()]
+        on_mps = any(part.device.type == "mps" for part in parts)
+        dtype = torch.float32 if on_mps else torch.float64
+        row = torch.cat([part.to(dtype) for part in parts]).tolist() if parts else []
+        return dict(zip(names, row, strict=True))
 
     def _all(self) -> Tensors:
         if self._values is None:
