@@ -13,7 +13,7 @@ ON_GPU := $(VENV)/test.stamp $(VENV)/cuda$(CUDA).stamp
 ON_GPU_PYTHON := $(BIN)/python
 endif
 
-.PHONY: check test test-nvrtc test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results \
+.PHONY: check test test-nvrtc test-verl test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results \
   gate gate-update prerequisites clean
 check: test test-nvrtc lint
 
@@ -24,6 +24,16 @@ test: $(VENV)/test.stamp
 # The kernels under NVIDIA's compiler, without a GPU. A target of its own, because compiler and CuPy take 550 MB.
 test-nvrtc: $(VENV)/nvrtc.stamp
 	$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal tests/backends/test_nvrtc.py
+
+# The adapter to verl against verl itself, which is in an environment of its own, because versions of trainers conflict.
+test-verl: build/envs/verl.stamp
+	build/envs/verl/bin/python -m pytest --quiet -W default tests/integrations/test_verl.py tests/integrations/test_verl_hook.py
+
+# bandpo is installed as well, because verl finds its adapter by an entry point.
+build/envs/verl.stamp: tests/integrations/requirements/verl.txt pyproject.toml $(RUST) | prerequisites
+	$(PYTHON) -m venv --clear build/envs/verl
+	build/envs/verl/bin/python -m pip install --quiet --requirement $< --editable .
+	@touch $@
 
 # The tests of the kernels on a GPU. `make test-gpu CUDA=12` is for an older driver or torch. On a machine without a
 # registry, `make test-gpu WHEELS=folder` needs neither Rust nor a compiler. It takes all wheels in the folder, with

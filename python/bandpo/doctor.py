@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import subprocess
 import sys
 from importlib import metadata
 from typing import Any
@@ -23,13 +25,36 @@ _PACKAGES = {
 """Packages of interest, each with the names of its distributions."""
 
 
-def report() -> dict[str, Any]:
+_VERL_ADAPTER = "bandpo.integrations.verl"
+
+_VERL_PROBE = f"""
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+assert get_policy_loss_fn("bandpo").__module__ == "{_VERL_ADAPTER}"
+"""
+
+_VERL_PLUGINS = "verl.plugins"
+"""Group of entry points that verl imports since 0.9."""
+
+
+def report(*, verl: bool = False) -> dict[str, Any]:
     """Returns findings by name, as JSON takes them.
 
     A version is None where the package is not installed, ``gpu`` where torch can use none, a
     backend where it has no use. ``problems`` are what keeps the loss, or the kernels for a GPU that
     is there, from running.
+
+    Args:
+        verl: Look up verl's loss bandpo in a new process, which takes seconds: ``verl_loss``.
     """
+    found = _report()
+    if not verl:
+        return found
+    problem = _verl_problem()
+    problems = [*found["problems"], *([] if problem is None else [problem])]
+    return {**found, "verl_loss": problem is None, "problems": problems}
+
+
+def _report() -> dict[str, Any]:
     gpus, cuda_driver = _driver()
     return {
         "bandpo": _core.__version__,
@@ -53,6 +78,11 @@ def as_text(report: dict[str, Any]) -> dict[str, str]:
         "backend on a CPU": report["backend_cpu"] or "none",
         "GPU": gpu + driver,
         **({"backend on a GPU": report["backend_gpu"]} if report["backend_gpu"] else {}),
+        **(
+            {"verl's loss bandpo": "registered" if report["verl_loss"] else "not registered"}
+            if "verl_loss" in report
+            else {}
+        ),
         "problems": "; ".join(report["problems"]) or "none",
         "vector instructions": report["simd"],
         "threads": str(report["threads"]),
@@ -104,3 +134,40 @@ def _backends(gpus: int) -> dict[str, Any]:
     if hindrance is not None:
         found["problems"] = [f"the kernels for the GPU cannot run: {hindrance}"]
     return found
+
+
+def _verl_problem() -> str | None:
+    """The reason why verl has no loss bandpo in a new process, where verl itself hides it."""
+    version = _version(("verl",))
+    if version is None:
+        return "verl is not installed"
+    lookup = _error_of(_VERL_PROBE)
+    if lookup is None:
+        return None
+    adapter = _error_of(f"import {_VERL_ADAPTER}")
+    if adapter is not None:
+        return f"the adapter to verl {version} cannot be imported: {adapter}"
+    by_variable = f"set VERL_USE_EXTERNAL_MODULES={_VERL_ADAPTER}"
+    if not metadata.entry_points(group=_VERL_PLUGINS, name="bandpo"):
+        return (
+            f"verl cannot find bandpo, because no distribution of it with an entry point is "
+            f"installed: run pip install, or {by_variable}"
+        )
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
+    if policy not in ("auto", "bandpo"):
+        return (
+            f"VERL_USE_EXTERNAL_PLUGINS is {policy!r}, which may leave bandpo out: let it be "
+            f"'auto' or name bandpo, or {by_variable}"
+        )
+    return f"verl {version} does not load bandpo, as versions before 0.9: {by_variable} ({lookup})"
+
+
+def _error_of(code: str) -> str | None:
+    """The last line of the error that a new process prints; None if there is no error."""
+    done = subprocess.run(  # noqa: S603 -- our own code
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"

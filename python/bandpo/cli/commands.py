@@ -190,7 +190,7 @@ def doctor(parsed: argparse.Namespace) -> int:
     """Prints what is installed; the code may be `CHECK_FAILED` with ``--check``."""
     from bandpo.doctor import as_text, report
 
-    found = report()
+    found = report(verl=parsed.verl)
     if parsed.json:
         _print_json(found)
     else:

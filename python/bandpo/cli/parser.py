@@ -263,8 +263,13 @@ def _add_doctor(to: _Commands) -> None:
     parser.add_argument(
         "--check", action="store_true", help=f"exit with {CHECK_FAILED} if there is a problem"
     )
+    parser.add_argument(
+        "--verl",
+        action="store_true",
+        help="try in a new process whether verl has the loss bandpo, and say why not",
+    )
     _add_json(parser, commands.doctor)
-    parser.examples = ("bandpo doctor", "bandpo doctor --check --json")
+    parser.examples = ("bandpo doctor", "bandpo doctor --verl", "bandpo doctor --check --json")
 
 
 def _add_conform(to: _Commands) -> None:
