@@ -61,6 +61,20 @@ def nonnegative_number(argument: str, value: object) -> float:
     return number
 
 
+def whole_number(argument: str, value: object, minimum: int) -> int:
+    """Returns a whole number of Python or numpy, which is not below a minimum, as an int.
+
+    Raises:
+        InvalidTypeError: If it is none.
+        InvalidValueError: If it is below ``minimum``.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise InvalidTypeError(f"{argument} must be a whole number, got {type(value).__name__}")
+    if value < minimum:
+        raise InvalidValueError(f"{argument} must be at least {minimum}, got {value}")
+    return int(value)
+
+
 def real_array(argument: str, values: ArrayLike) -> NDArray[Any]:
     """Returns real numbers as an array of their own dtype.
 

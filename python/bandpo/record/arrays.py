@@ -1,14 +1,18 @@
-"""Files of arrays: npz, read with numpy alone and piece by piece."""
+"""Files of arrays, npz and safetensors, read piece by piece with numpy alone."""
 
 from __future__ import annotations
 
+import json
+import lzma
 import math
+import os
+import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,140 +22,194 @@ from bandpo.record.layout import LONGEST_ROW, Block, Column
 from bandpo.record.tokens import LogMetadata
 
 _DAMAGE = (
-    *(zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, TypeError),
-    *(NotImplementedError, RuntimeError, OverflowError, SyntaxError, RecursionError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError),
+    *(NotImplementedError, RuntimeError),  # unknown compression, encryption
 )
-"""Errors of zipfile and numpy on content that is damaged, encrypted or of another kind."""
+"""Errors of zipfile, its decompressors and numpy's headers on content that they cannot read."""
+
+_LONGEST_HEADER = 2**26
+"""Max bytes of the header of a safetensors file."""
+
+_DTYPES = {
+    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "|b1"},
+    **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1"},
+    **{"U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1"},
+}
+"""Dtypes of safetensors; BF16 is the upper half of a float32."""
 
 
 class _Array(NamedTuple):
-    """An array in a file."""
+    """An array of a file, whose data has the size of its shape."""
 
+    name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Read: TypeAlias = Callable[[str, int, int], NDArray[Any]]
+"""Elements of the array of a field: the field, the first one, and their number."""
+
 
 class NpzFile:
-    """An npz file: arrays [N] or [], or [B, T] with others [B], [B, 1] or []."""
+    """An npz file, with arrays [N], or [B, T] and others [B], [B, 1] or []."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata = LogMetadata()
-        with self._opened() as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            self._members = {name: info.filename for name, info in members.items()}
+        with self._archive() as archive:
+            files = [info.filename for info in archive.infolist()]
+        self._members = {file.removesuffix(".npy"): file for file in files}
         self.names = tuple(self._members)
 
     def blocks(self, columns: Mapping[str, str], tokens: int) -> Iterator[Block]:
         """Yields all rows; see `bandpo.record.layout.TokenFile`."""
-        with self._opened() as archive, ExitStack() as stack:
+        with self._archive() as archive, ExitStack() as stack:
             streams: dict[str, IO[bytes]] = {}
             arrays: dict[str, _Array] = {}
             for field, name in columns.items():
-                size = archive.getinfo(self._members[name]).file_size
-                streams[field] = stack.enter_context(archive.open(self._members[name]))
-                arrays[field] = self._header(streams[field], name, size)
-            yield from blocks_of(self.path, columns, arrays, _reader(streams, arrays), tokens)
+                info = archive.getinfo(self._members[name])
+                streams[field] = stack.enter_context(archive.open(info))
+                arrays[field] = self._header(streams[field], name, info.file_size)
+
+            def read(field: str, first: int, count: int) -> NDArray[Any]:
+                # The elements before the first have been read, because a stream is in order.
+                return _elements(streams[field], arrays[field], count)
+
+            yield from _blocks(self.path, arrays, read, tokens)
 
     def _header(self, stream: IO[bytes], name: str, size: int) -> _Array:
-        """The shape and dtype of an array, whose data must have the size that they say."""
+        """The array that a member of so many bytes begins."""
         version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read is None:
-            raise self._error(name, f"has version {version} of the format npy, not 1.0 or 2.0")
-        shape, in_fortran_order, dtype = read(stream)
+        if version == (1, 0):
+            shape, in_fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, in_fortran_order, dtype = np.lib.format.read_array_header_2_0(stream)
+        else:
+            raise ValueError(f"array {name!r} has version {version} of npy, not 1.0 or 2.0")
+        array = _Array(name, shape, dtype)
         if dtype.kind not in "fiub":
-            raise self._error(name, f"must hold bool, int or float, got dtype {dtype}")
+            raise ValueError(f"array {name!r} must hold bool, int or float, got dtype {dtype}")
         if in_fortran_order and len(shape) > 1:
-            raise self._error(name, "is in Fortran order: save numpy.ascontiguousarray(it)")
-        if stream.tell() + math.prod(shape) * dtype.itemsize != size:
-            raise self._error(name, f"has shape {shape}, dtype {dtype} and not their size in bytes")
-        return _Array(shape, dtype)
-
-    def _error(self, name: str, message: str) -> TokenFileError:
-        return TokenFileError(f"{self.path}: array {name!r} {message}")
+            raise ValueError(f"array {name!r} must be in C order, as ascontiguousarray makes it")
+        if any(length < 0 for length in shape) or stream.tell() + array.size != size:
+            raise ValueError(f"array {name!r} has another size than its shape {shape}")
+        return array
 
     @contextmanager
-    def _opened(self) -> Iterator[zipfile.ZipFile]:
+    def _archive(self) -> Iterator[zipfile.ZipFile]:
+        with _damage_named(self.path, "npz"), zipfile.ZipFile(self.path) as archive:
+            yield archive
+
+
+class SafetensorsFile:
+    """A safetensors file, with tensors [N], or [B, T] and others [B], [B, 1] or []."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata = LogMetadata()
+        with _damage_named(path, "safetensors"), path.open("rb") as file:
+            self._tensors = dict(self._header(file))
+        self.names = tuple(self._tensors)
+
+    def blocks(self, columns: Mapping[str, str], tokens: int) -> Iterator[Block]:
+        """Yields all rows; see `bandpo.record.layout.TokenFile`."""
+        wanted = {field: self._tensors[name] for field, name in columns.items()}
+        arrays = {
+            field: _Array(columns[field], shape, np.dtype(_DTYPES[dtype]))
+            for field, (dtype, shape, _) in wanted.items()
+        }
+        with _damage_named(self.path, "safetensors"), self.path.open("rb") as file:
+
+            def read(field: str, first: int, count: int) -> NDArray[Any]:
+                dtype, _, start = wanted[field]
+                file.seek(start + first * arrays[field].dtype.itemsize)
+                values = _elements(file, arrays[field], count)
+                if dtype == "BF16":
+                    return (values.astype(np.uint32) << 16).view(np.float32)
+                return values
+
+            yield from _blocks(self.path, arrays, read, tokens)
+
+    def _header(self, file: IO[bytes]) -> Iterator[tuple[str, tuple[str, tuple[int, ...], int]]]:
+        """Dtype, shape and place of each tensor by name."""
+        bytes_of_file = os.fstat(file.fileno()).st_size
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(bytes_of_file - 8, _LONGEST_HEADER):
+            raise ValueError(f"its header has {size} bytes, and the file {bytes_of_file}")
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                yield archive
-        except TokenFileError:
-            raise
-        except _DAMAGE as error:
-            raise TokenFileError(f"{self.path}: is no whole npz file: {error}") from None
+            header = json.loads(file.read(size))
+        except RecursionError:
+            raise ValueError("its header is nested too deeply") from None
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            try:
+                dtype, shape = entry["dtype"], tuple(entry["shape"])
+                start, end = entry["data_offsets"]
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(f"tensor {name!r} lacks dtype, shape or data_offsets") from None
+            numbers = (*shape, start, end)
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise ValueError(f"tensor {name!r} has a shape or offsets that are no sizes")
+            if dtype in _DTYPES:  # other tensors may be there, and are not read
+                array = _Array(name, shape, np.dtype(_DTYPES[dtype]))
+                if array.size != end - start or 8 + size + end > bytes_of_file:
+                    raise ValueError(f"tensor {name!r} has other bytes than its shape {shape}")
+                yield name, (dtype, shape, 8 + size + start)
 
 
-class _Reader:
-    """Reads the next elements of an array."""
-
-    def __init__(self, streams: Mapping[str, IO[bytes]], arrays: Mapping[str, _Array]) -> None:
-        self._streams, self._arrays = streams, arrays
-
-    def __call__(self, field: str, start: int, count: int) -> NDArray[Any]:
-        dtype = self._arrays[field].dtype
-        content = self._streams[field].read(count * dtype.itemsize)
-        if len(content) != count * dtype.itemsize:
-            raise EOFError("an array ends before its size")
-        return np.frombuffer(content, dtype)
+def _elements(stream: IO[bytes], array: _Array, count: int) -> NDArray[Any]:
+    """The next elements of a stream."""
+    content = stream.read(count * array.dtype.itemsize)
+    if len(content) != count * array.dtype.itemsize:
+        raise EOFError(f"array {array.name!r} ends too early")
+    return np.frombuffer(content, array.dtype)
 
 
-def _reader(streams: Mapping[str, IO[bytes]], arrays: Mapping[str, _Array]) -> _Reader:
-    return _Reader(streams, arrays)
-
-
-def blocks_of(
-    path: Path,
-    columns: Mapping[str, str],
-    arrays: Mapping[str, _Array],
-    read: _Reader,
-    tokens: int,
-) -> Iterator[Block]:
-    """Yields the rows of arrays.
-
-    Args:
-        path: The file.
-        columns: Name of the array of each field.
-        arrays: The array of each field.
-        read: Returns elements of an array in one dimension: those of a field, from a start on.
-        tokens: Size of a block.
-
-    Raises:
-        TokenFileError: If shapes do not fit together.
-    """
-    shape = arrays["log_prob"].shape
-    if not 1 <= len(shape) <= 2:
-        raise TokenFileError(
-            f"{path}: array {columns['log_prob']!r} must have shape [N] or [B, T], got {shape}"
-        )
-    width = shape[1] if len(shape) == 2 else 1
+def _blocks(path: Path, arrays: Mapping[str, _Array], read: Read, tokens: int) -> Iterator[Block]:
+    """Yields the rows of arrays, whose shapes are checked."""
+    name, shape, _ = arrays["log_prob"]
+    if len(shape) not in (1, 2):
+        raise ValueError(f"array {name!r} must have shape [N] or [B, T], got {shape}")
+    rows, width = shape if len(shape) == 2 else (shape[0], 1)
     if width > LONGEST_ROW:
-        raise TokenFileError(
-            f"{path}: array {columns['log_prob']!r} has rows of {width} tokens, above {LONGEST_ROW}"
-        )
-    rows = shape[0]
-    widths = {}
-    for field, array in arrays.items():
-        allowed = {(): 0, (rows,): 1, (rows, 1): 1, shape: width}
-        if array.shape not in allowed:
-            raise TokenFileError(
-                f"{path}: array {columns[field]!r} must have shape {shape}, {(rows,)} or (), "
-                f"like {columns['log_prob']!r}, got {array.shape}"
+        raise ValueError(f"array {name!r} has {width} tokens a row, above {LONGEST_ROW}")
+    # Numbers a row, or 0 where all rows have the same one.
+    sizes = {(): 0, (1,): 0, (rows,): 1, (rows, 1): 1, shape: width}
+    for array in arrays.values():
+        if array.shape not in sizes:
+            raise ValueError(
+                f"array {array.name!r} must have shape {shape}, ({rows},), ({rows}, 1) or (), "
+                f"because {name!r} has {shape}, got {array.shape}"
             )
-        widths[field] = allowed[array.shape]
-    constants = {field: read(field, 0, 1) for field, size in widths.items() if size == 0}
-    step = max(1, tokens // max(width, 1))
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
+    same = {f: read(f, 0, 1) for f, array in arrays.items() if sizes[array.shape] == 0 < rows}
+    many = max(1, tokens // max(width, 1))
+    for first in range(0, rows, many):
+        count = min(many, rows - first)
         block = {}
-        for field, size in widths.items():
-            if size == 0:
-                block[field] = Column(np.repeat(constants[field], count))
-            else:
-                values = read(field, start * size, count * size)
-                lists = len(arrays[field].shape) == 2 and size == width and len(shape) == 2
-                block[field] = Column(values, np.full(count, width) if lists else None)
+        for field, array in arrays.items():
+            if field in same:
+                block[field] = Column(np.repeat(same[field], count))
+                continue
+            size = sizes[array.shape]
+            lists = len(shape) == 2 and array.shape == shape
+            values = read(field, first * size, count * size)
+            block[field] = Column(values, np.full(count, width) if lists else None)
         yield block
+
+
+@contextmanager
+def _damage_named(path: Path, form: str) -> Iterator[None]:
+    """Turns errors of damaged content into those of the file."""
+    try:
+        yield
+    except TokenFileError:
+        raise
+    except _DAMAGE as error:
+        raise TokenFileError(f"{path}: cannot be read as {form}: {error}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,12 +14,18 @@ from bandpo.error import TokenFileError
 from bandpo.record.tokens import UNKNOWN, Int64Array, LoggedTokens, LogMetadata
 
 REQUIRED = ("old_log_prob", "log_prob", "advantages")
-OPTIONAL = ("rollout_log_prob", "reward", "response_mask", "step", "sequence", "position", "weight")
-FIELDS = (*REQUIRED, *OPTIONAL)
+SHARED = ("rollout_log_prob", "reward")
+"""Optional fields that files which are read together all have, or none."""
+WHOLE = ("step", "sequence", "position")
+"""Fields of whole numbers."""
+FIELDS = (*REQUIRED, *SHARED, *WHOLE, "weight", "response_mask")
 """Columns that are read, by the names that they have unless an option names others."""
 
 LONGEST_ROW = 2**26
-"""Max tokens of one row, so that no row takes more than gigabytes."""
+"""Max tokens of a row: one row is in memory as a whole."""
+
+_OF_TOKENS = ("old_log_prob", "rollout_log_prob", "response_mask")
+"""Fields that have one number a token, never one a row."""
 
 
 class Column(NamedTuple):
@@ -34,11 +40,19 @@ Block = Mapping[str, Column]
 
 
 class TokenFile(Protocol):
-    """A file of one format; the columns are those of its header."""
+    """A file of one format, whose header was read."""
 
-    path: Path
-    metadata: LogMetadata
-    names: tuple[str, ...]  # of its columns
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def metadata(self) -> LogMetadata:
+        """Its metadata."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its columns."""
 
     def blocks(self, columns: Mapping[str, str], tokens: int) -> Iterator[Block]:
         """Yields all rows, in blocks of about so many tokens.
@@ -49,6 +63,7 @@ class TokenFile(Protocol):
 
         Raises:
             TokenFileError: If the content is damaged.
+            OSError: If it cannot be read.
         """
 
 
@@ -61,6 +76,31 @@ class Place(NamedTuple):
     def error(self, field: str, message: str) -> TokenFileError:
         """Returns an error of the column of a field."""
         return TokenFileError(f"{self.path}: column {self.columns[field]!r} {message}")
+
+    @classmethod
+    def of(cls, file: TokenFile, wanted: Mapping[str, str]) -> Place:
+        """Returns a file with the columns that it has.
+
+        Args:
+            file: The file.
+            wanted: Name of the column of some fields; others have the name of their field.
+
+        Raises:
+            TokenFileError: If a column is missing that is required, or that has a name in
+                ``wanted``.
+        """
+        found = {}
+        for field in FIELDS:
+            name = wanted.get(field, field)
+            if name in file.names:
+                found[field] = name
+            elif field in REQUIRED or field in wanted:
+                option = "" if field in wanted else f"; columns={{{field!r}: name}} gives another"
+                raise TokenFileError(
+                    f"{file.path}: has no column {name!r} for {field}, only "
+                    f"{_listed(file.names)}{suggestion(name, file.names)}{option}"
+                )
+        return cls(file.path, found)
 
 
 def tokens_of(block: Block, place: Place, first_row: int) -> tuple[LoggedTokens, int]:
@@ -78,36 +118,35 @@ def tokens_of(block: Block, place: Place, first_row: int) -> tuple[LoggedTokens,
     rows = len(block["log_prob"].values if lengths is None else lengths)
     for field, column in block.items():
         _check_shape(field, column, rows, lengths, place)
-    spread = _spread(lengths)
-    flat = {field: spread(column) for field, column in block.items()}
-    total = len(flat["log_prob"])
+    flat = {field: _of_each_token(column, lengths) for field, column in block.items()}
+    if "response_mask" in flat:
+        valid = _valid(flat.pop("response_mask"), place)
+        flat = {field: values[valid] for field, values in flat.items()}
+    else:
+        valid = np.ones(len(flat["log_prob"]), np.bool_)
 
-    row = np.arange(first_row, first_row + rows)
-    within = np.full(total, UNKNOWN)
-    if lengths is not None:
+    if lengths is None:
+        sequence = position = np.full(int(valid.sum()), UNKNOWN)
+    else:
         starts = np.cumsum(lengths) - lengths
-        within = np.arange(total) - np.repeat(starts, lengths)
-    numbers = {
-        "step": np.zeros(total, np.int64),
-        "sequence": np.full(total, UNKNOWN) if lengths is None else np.repeat(row, lengths),
-        "position": within,
+        sequence = np.repeat(np.arange(first_row, first_row + rows), lengths)[valid]
+        position = (np.arange(len(valid)) - np.repeat(starts, lengths))[valid]
+    defaults = {"step": np.zeros_like(sequence), "sequence": sequence, "position": position}
+    whole = {
+        field: _whole(field, flat[field], place) if field in flat else defaults[field]
+        for field in WHOLE
     }
-    for field, default in numbers.items():
-        numbers[field] = _whole(field, flat[field], place) if field in flat else default
-    reals = {
+    real = {
         field: flat[field].astype(np.float64, copy=False) if field in flat else None
-        for field in ("old_log_prob", "log_prob", "advantages", "rollout_log_prob", "reward")
+        for field in (*REQUIRED, *SHARED)
     }
-    weight = flat["weight"].astype(np.float64) if "weight" in flat else np.ones(total)
+    weight = flat.get("weight", np.ones(len(sequence))).astype(np.float64, copy=False)
     if not ((weight > 0) & (weight < np.inf)).all():
         raise place.error("weight", "must be finite and above 0")
-    tokens = LoggedTokens(**numbers, **reals, weight=weight)  # type: ignore[arg-type]
-    if "response_mask" in flat:
-        tokens = select(tokens, _valid(flat["response_mask"], place))
-    return tokens, rows
+    return LoggedTokens(**whole, **real, weight=weight), rows  # type: ignore[arg-type]
 
 
-def select(tokens: LoggedTokens, which: BoolArray | slice) -> LoggedTokens:
+def select(tokens: LoggedTokens, which: slice) -> LoggedTokens:
     """Returns some of the tokens."""
     return LoggedTokens(*(None if field is None else field[which] for field in tokens))  # type: ignore[arg-type]
 
@@ -130,66 +169,38 @@ def _check_shape(
         raise place.error(field, f"has {found} rows, and {name!r} has {rows}")
     if column.lengths is None:
         if lengths is not None and field in _OF_TOKENS:
-            raise place.error(field, f"must have lists, as {name!r} has")
-    elif lengths is None or not np.array_equal(column.lengths, lengths):
-        raise place.error(field, f"must have lists as long as those of {name!r}, or one number")
+            raise place.error(field, f"must have a list in each row, as {name!r} has")
+    elif lengths is None:
+        raise place.error(field, f"must have one number in each row, as {name!r} has")
+    elif not np.array_equal(column.lengths, lengths):
+        raise place.error(field, f"must have lists as long as those of {name!r}")
 
 
-_OF_TOKENS = ("old_log_prob", "rollout_log_prob", "response_mask")
-
-
-def _spread(lengths: Int64Array | None) -> Callable[[Column], NDArray[Any]]:
-    """Returns the function that gives a number of a row to each of its tokens."""
-
-    def spread(column: Column) -> NDArray[Any]:
-        if lengths is None or column.lengths is not None:
-            return column.values
-        return np.repeat(column.values, lengths)
-
-    return spread
+def _of_each_token(column: Column, lengths: Int64Array | None) -> NDArray[Any]:
+    """Returns one number a token, where a row may have one for all of its tokens."""
+    if lengths is None or column.lengths is not None:
+        return column.values
+    return np.repeat(column.values, lengths)
 
 
 def _whole(field: str, values: NDArray[Any], place: Place) -> Int64Array:
     """Returns whole numbers as int64."""
     if values.dtype.kind == "f":
         if not ((np.abs(values) <= 2.0**53) & (values == np.floor(values))).all():
-            raise place.error(field, "must hold whole numbers, at most 2^53 if they are floats")
-    elif values.dtype.kind == "u" and values.dtype.itemsize == 8 and (values >> 63).any():
+            raise place.error(field, "must hold whole numbers, as floats at most 2^53")
+    elif values.dtype.kind == "u" and (values > np.iinfo(np.int64).max).any():
         raise place.error(field, "must hold numbers below 2^63")
     return values.astype(np.int64, copy=False)
 
 
 def _valid(values: NDArray[Any], place: Place) -> BoolArray:
     """Returns which tokens count."""
-    if values.dtype == np.bool_:
-        return values
     if values.dtype.kind == "f" and np.isnan(values).any():
-        raise place.error("response_mask", "must have a number for each token: 0 is not counted")
+        raise place.error("response_mask", "must have a number for each token, 0 if masked")
     return np.asarray(values != 0)
 
 
-def columns_of(
-    path: Path, names: tuple[str, ...], wanted: Mapping[str, str] | None
-) -> dict[str, str]:
-    """Returns the name of the column of each field that a file has.
-
-    Raises:
-        TokenFileError: If a column is missing.
-    """
-    wanted = wanted or {}
-    found = {}
-    for field in FIELDS:
-        name = wanted.get(field, field)
-        if name in names:
-            found[field] = name
-        elif field in REQUIRED or field in wanted:
-            raise TokenFileError(
-                f"{path}: has no column {name!r} for {field}; it has {_listed(names)}"
-                f"{suggestion(name, names)} Give columns={{{field!r}: ...}} for another name"
-            )
-    return found
-
-
-def _listed(names: tuple[str, ...], most: int = 30) -> str:
-    listed = ", ".join(name[:60] for name in names[:most]) or "no columns"
-    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
+def _listed(names: tuple[str, ...]) -> str:
+    """The names of the columns, cut where a file has absurd ones."""
+    listed = ", ".join(name[:60] for name in names[:30]) or "no columns"
+    return listed if len(names) <= 30 else f"{listed} and {len(names) - 30} more"
