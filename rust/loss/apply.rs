@@ -5,6 +5,7 @@
 
 use crate::loss::collect::clamp;
 use crate::loss::columns::{Columns, load, numbers};
+use crate::loss::nan::count_nonfinite;
 use crate::loss::scratch::{Candidates, Column};
 use crate::loss::surrogate::{MIN_WIDTH, Outcome, Rule, TokenVector};
 use crate::loss::totals::sum;
@@ -182,14 +183,9 @@ impl<L: Lanes<Scalar: Float>> Sums<L> {
         totals.clipped_high += self.counts.clipped_high();
         totals.limited += self.counts.limited();
         if !loss.is_finite() {
-            totals.nonfinite += nonfinite(losses);
+            totals.nonfinite += count_nonfinite(losses);
         }
     }
-}
-
-#[cold]
-fn nonfinite<T: Float>(losses: &[T]) -> u64 {
-    losses.iter().filter(|loss| !loss.to_f64().is_finite()).count() as u64
 }
 
 /// Counts of a block in one word, 16 bits each. Compilers turn separate counts into table lookups.

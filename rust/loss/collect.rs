@@ -7,9 +7,10 @@ use std::marker::PhantomData;
 
 use crate::loss::bounds::Bounds;
 use crate::loss::columns::{Columns, load};
+use crate::loss::nan::{min_or_nan, sides, with_nan_of};
 use crate::loss::scratch::{Candidates, Column};
 use crate::loss::surrogate::Rule;
-use crate::loss::totals::{min_or_nan, reduce, sum};
+use crate::loss::totals::{reduce, sum};
 use crate::loss::{Float, LOG_RATIO_LIMIT, Totals};
 use crate::simd::lanes::Lanes;
 use crate::simd::{LossLanes, WithLanes};
@@ -95,21 +96,17 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B,
                     Some(_) => lanes.sub(log_ratio, lanes.sub(anchor, old_log_prob)),
                     None => lanes.sub(column(columns.log_prob), anchor),
                 };
-                // A NaN here compares false, so it must reach the loss another way.
-                let unknown = lanes.is_nan(compared);
-                let neg_advantage = lanes.select(unknown, compared, neg_advantage);
-                (anchor, compared, neg_advantage)
+                (anchor, compared, with_nan_of(lanes, compared, neg_advantage))
             }
             _ => (old_log_prob, log_ratio, neg_advantage),
         };
         lanes.store(log_ratio, &mut self.log_ratio[index..]);
         lanes.store(neg_advantage, &mut self.neg_advantage[index..]);
 
-        // A NaN advantage is on neither side, so its token is never clipped and its loss is NaN.
         let (upper, lower) = if R::BY_LOG_RATIO {
             (lanes.less(zero, compared), lanes.less(compared, zero))
         } else {
-            (lanes.less(neg_advantage, zero), lanes.less(zero, neg_advantage))
+            sides(lanes, neg_advantage)
         };
         // SAFETY: required of the caller.
         let keys = unsafe {

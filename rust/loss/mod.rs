@@ -39,6 +39,7 @@ mod bounds;
 mod clip;
 mod collect;
 mod columns;
+mod nan;
 mod read;
 mod scratch;
 pub mod surrogate;

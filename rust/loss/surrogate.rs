@@ -28,6 +28,7 @@
 #![allow(clippy::inline_always)]
 
 use crate::error::{Error, Result};
+use crate::loss::nan::dropped;
 use crate::simd::LossLanes;
 use crate::simd::lanes::Lanes;
 
@@ -240,9 +241,8 @@ impl<const SYMMETRIC: bool> Rule for Mask<SYMMETRIC> {
     fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
         let &TokenVector { log_prob, neg_advantage, ratio, beyond, .. } = tokens;
         let zero = lanes.splat(0.0);
-        // A NaN advantage has no side, so only here it can be that of a token beyond; it must not be dropped.
-        let beyond =
-            if SYMMETRIC { lanes.and_not(beyond, lanes.is_nan(neg_advantage)) } else { beyond };
+        // Without symmetry a token beyond has a side, and so no NaN.
+        let beyond = if SYMMETRIC { dropped(lanes, beyond, neg_advantage) } else { beyond };
         let (limited, weight) = match self.truncation {
             None => (lanes.and_not(beyond, beyond), ratio),
             Some(c) => {

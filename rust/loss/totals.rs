@@ -5,6 +5,7 @@
 
 use crate::loss::Float;
 use crate::loss::columns::numbers;
+use crate::loss::nan::min_or_nan;
 use crate::simd::Number;
 use crate::simd::lanes::Lanes;
 
@@ -104,11 +105,6 @@ impl Totals {
         }
         self
     }
-}
-
-/// The smaller of both, NaN if either is. `f64::min` would lose the NaN.
-pub(super) fn min_or_nan(a: f64, b: f64) -> f64 {
-    if b < a || b.is_nan() { b } else { a }
 }
 
 /// Combines all lanes of a vector, in pairs.
