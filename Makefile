@@ -32,7 +32,7 @@ test-verl: build/envs/verl.stamp
 # bandpo is installed as well, because verl finds its adapter by an entry point.
 build/envs/verl.stamp: tests/integrations/requirements/verl.txt pyproject.toml $(RUST) | prerequisites
 	$(PYTHON) -m venv --clear build/envs/verl
-	build/envs/verl/bin/python -m pip install --quiet --requirement $< --editable .
+	build/envs/verl/bin/python -m pip install --quiet --no-compile --requirement $< --editable .
 	@touch $@
 
 # The tests of the kernels on a GPU. `make test-gpu CUDA=12` is for an older driver or torch. On a machine without a

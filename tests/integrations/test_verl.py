@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils import tensordict_utils
-from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.metric import Metric
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
@@ -41,6 +41,8 @@ from bandpo.integrations.verl import BandPOPolicyLossConfig
 from bandpo.loss import GlobalBatch
 from bandpo.presets import PRESETS
 from support.trainer_batch import REGION, TrainerBatch, assert_same, trainer_batch
+
+ROOT = Path(__file__).parents[2]
 
 MODES = (
     "token-mean",
@@ -282,6 +284,47 @@ def test_the_configuration_of_the_trainer_reaches_the_loss() -> None:
         assert len(module.dumps(found.policy_loss)) < 4000
 
 
+def test_the_launch_script_has_a_configuration_that_verl_accepts(tmp_path: Path) -> None:
+    # Instead of verl, the script starts a program that writes its arguments down.
+    python, arguments = tmp_path / "python", tmp_path / "arguments"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || printf "%s\\n" "$@" > {arguments}\n')
+    python.chmod(0o755)
+    subprocess.run(
+        [str(ROOT / "examples" / "verl" / "train.sh"), "trainer.total_epochs=1"],
+        check=True,
+        env={**os.environ, "PYTHON": str(python), "GPUS": "4"},
+    )
+    module, *overrides = arguments.read_text().splitlines()[1:]
+    assert module == "verl.trainer.main_ppo"
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides)
+    assert (config.trainer.n_gpus_per_node, config.trainer.total_epochs) == (4, 1)
+    validate_config(config, use_reference_policy=False, use_critic=False)
+    found = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    settings = found.policy_loss.band.settings
+    assert (settings.preset, settings.schedule) == ("bandpo-kl", "linear(0.05, 0.01, 400)")
+    assert (found.strategy, found.loss_agg_mode) == ("fsdp2", "token-mean")
+
+
+def test_verls_worker_trains_with_a_band_whose_delta_follows_its_updates() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "verl" / "update_on_cpu.py"), "3", "4"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    rows = re.findall(
+        r"^batch .* reward (.*), clipped in the 4 updates (.*), delta (.*)$",
+        done.stdout,
+        re.MULTILINE,
+    )
+    assert [delta for *_, delta in rows] == ["0.050", "0.037", "0.023"], done.stderr
+    shares = [[float(share.rstrip("%")) for share in row[1].split(", ")] for row in rows]
+    assert [first for first, *_ in shares] == [0.0] * 3  # where all ratios are 1
+    assert shares[-1][-1] > 0.0
+    assert float(rows[-1][0]) > float(rows[0][0])
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -324,6 +367,10 @@ def test_fields_that_no_class_reads_are_refused() -> None:
         )  # fmt: skip
     with pytest.raises(InvalidValueError, match="batch_num_tokens must be given"):
         called("bandpo", actor(counts={"dp_size": 2}), batch, "token-mean")
+    # verl's own losses take the width of a micro-batch, and depend on the split.
+    counts = {**COUNTS, "loss_scale_factor": None}
+    with pytest.raises(InvalidValueError, match="loss_scale_factor must be given"):
+        called("bandpo", actor(counts=counts), batch, "seq-mean-token-sum-norm")
 
 
 def test_a_schedule_follows_the_optimiser_of_the_actor_alone() -> None:
@@ -359,7 +406,7 @@ def test_a_schedule_follows_the_optimiser_of_the_actor_alone() -> None:
 
 
 def test_verls_losses_agree_with_as_many_vectors_as_documented() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
     documented = re.search(r"with verl ([0-9.]+), run here: (\d+) of (\d+)\nvectors agree", text)
     assert documented
     found = framework_report("verl", read_vectors(FILE))

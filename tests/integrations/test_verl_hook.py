@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import warnings
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,9 @@ import torch
 from bandpo import doctor, policy_loss, preset
 from bandpo.error import InvalidTypeError, MissingHookError, VersionWarning
 from bandpo.integrations import version
+from bandpo.integrations.settings import LossSettings
+
+ROOT = Path(__file__).parents[2]
 
 REGISTRY = """
 POLICY_LOSS_REGISTRY = {}
@@ -153,6 +158,24 @@ def test_another_version_warns_once_where_the_loss_is_taken(verl: FakeVerl) -> N
         ):
             adapter.policy_loss(*batch())
         adapter.policy_loss(*batch())
+
+
+def test_every_field_and_metric_is_documented(verl: FakeVerl) -> None:
+    verl.install("0.9.1")
+    adapter = verl.adapter()
+    page = (ROOT / "docs" / "integrations" / "verl.md").read_text(encoding="utf-8")
+    assert {field.name for field in fields(LossSettings)} <= set(re.findall(r"`(\w+)", page))
+    rules: list[dict[str, Any]] = [
+        {"schedule": "constant(0.05)"},
+        {"surrogate": "mask", "log_ratio_penalty": 0.1},
+        {"surrogate": {"name": "mask", "whole_sequence": True}},
+    ]
+    named = set(re.findall(r"`(actor/[a-z_0-9/]+)`", page))
+    found = set()
+    for rule in rules:
+        config = {"policy_loss": adapter.BandPOPolicyLossConfig(**rule)}
+        found |= set(adapter.policy_loss(*batch(), config=config)[1])
+    assert found == named
 
 
 def test_doctor_has_the_error_that_verl_hides(verl: FakeVerl) -> None:

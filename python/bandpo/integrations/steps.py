@@ -16,8 +16,10 @@ from bandpo.schedule import Cosine, Linear, ScheduledBand
 class OptimizerSteps:
     """Moves the schedule of a band after each optimiser step that follows a call of the loss.
 
-    The micro-batches of a step and a step that a trainer leaves out count once, and optimisers
-    that step without a call of the loss between, such as that of a critic, not at all.
+    The micro-batches of a step count once. A step that a trainer leaves out does not count, nor
+    does an optimiser that steps without a call of the loss between, such as that of a critic;
+    only a critic's step after one that was left out counts in its place. Optimisers have to be
+    subclasses of torch's.
 
     A trainer's checkpoint has no state of the loss, but Adam's count of steps. So after the first
     step in a process the schedule goes on from there, with a `bandpo.error.ResumeWarning`: the step

@@ -107,8 +107,8 @@ def policy_loss(
             f"adapter does not know"
         )
     config = {} if config is None else config
-    loss = _chosen(config.get("policy_loss", {}))
-    counts = config.get("global_batch_info", {})
+    loss = _chosen(config.get("policy_loss", None) or {})
+    counts = config.get("global_batch_info", None) or {}
     result = loss(
         old_log_prob,
         log_prob,
