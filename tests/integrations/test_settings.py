@@ -259,3 +259,30 @@ def test_settings_and_their_regions_have_pickles() -> None:
     source.step()
     assert copied.region == source.region
     assert len(pickle.dumps(source)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        ({"anchor": "rollout"}, "anchor"),
+        ({"correction": "tis"}, "correction"),
+        ({"preset": "icepop"}, "preset"),
+    ],
+)
+def test_a_rule_that_needs_a_third_policy_is_refused_where_there_is_none(
+    rule: dict[str, Any], name: str
+) -> None:
+    settings = LossSettings(**rule)
+    with pytest.raises(InvalidValueError, match=f"{name} must be left out with Frame"):
+        settings.refuse_rollout("Frame")
+    if name != "anchor":
+        with pytest.raises(
+            InvalidValueError, match=f"{name} must be left out with Frame.* its own"
+        ):
+            settings.refuse_correction("Frame", "it has its own")
+
+
+def test_a_rule_without_a_third_policy_is_refused_nowhere() -> None:
+    settings = LossSettings(preset="dppo-kl")
+    settings.refuse_rollout("Frame")
+    settings.refuse_correction("Frame", "it has its own")

@@ -172,6 +172,26 @@ class LossSettings:
                     f"{name} must be left out with {trainer}, got {value!r}; {instead}"
                 )
 
+    def refuse_correction(self, trainer: str, instead: str) -> None:
+        """Raises InvalidValueError if the rule has a correction, of its own or of its preset.
+
+        Args:
+            trainer: Name of the trainer that cannot take it.
+            instead: Sentence that ends the message.
+        """
+        if self.arguments()["correction"] is not None:
+            self.refuse(trainer, instead, "correction", "preset")
+
+    def refuse_rollout(self, trainer: str) -> None:
+        """Raises InvalidValueError if the rule needs the log-probabilities of a third policy.
+
+        Args:
+            trainer: Name of the trainer whose loss does not get them.
+        """
+        reason = "its loss gets the log-probabilities of one older policy"
+        self.refuse(trainer, reason, "anchor")
+        self.refuse_correction(trainer, reason)
+
     def clamp_region(self, trainer: str, *, dual_clip: bool = False) -> AnyRegion:
         """Returns the region for a trainer that clamps the ratio of each token by itself.
 
