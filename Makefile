@@ -13,7 +13,7 @@ ON_GPU := $(VENV)/test.stamp $(VENV)/cuda$(CUDA).stamp
 ON_GPU_PYTHON := $(BIN)/python
 endif
 
-.PHONY: check test test-nvrtc test-verl test-torchrl test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results \
+.PHONY: check test test-nvrtc test-verl test-torchrl test-trainers test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results \
   gate gate-update prerequisites clean
 check: test test-nvrtc lint
 
@@ -35,13 +35,18 @@ build/envs/verl.stamp: tests/integrations/requirements/verl.txt pyproject.toml $
 	build/envs/verl/bin/python -m pip install --quiet --no-compile --requirement $< --editable .
 	@touch $@
 
-# Trainers' own losses with a band, likewise.
+# Other trainers' losses with a band, likewise. Packages in NAME-alone.txt go without their dependencies, which need a
+# GPU, and their losses load alone.
 test-torchrl: $(VENV)/test.stamp build/envs/torchrl.stamp
 	PYTHONPATH=python build/envs/torchrl/bin/python -m pytest --quiet -W default tests/integrations/test_torchrl.py
+
+test-trainers: $(VENV)/test.stamp build/envs/trainers.stamp
+	PYTHONPATH=python build/envs/trainers/bin/python -m pytest --quiet -rs -W default tests/integrations
 
 build/envs/%.stamp: tests/integrations/requirements/%.txt | prerequisites
 	$(PYTHON) -m venv --clear build/envs/$*
 	build/envs/$*/bin/python -m pip install --quiet --no-compile --requirement $<
+	alone=$(basename $<)-alone.txt; ! test -f $$alone || build/envs/$*/bin/python -m pip install --quiet --no-compile --no-deps --requirement $$alone
 	@touch $@
 
 # The tests of the kernels on a GPU. `make test-gpu CUDA=12` is for an older driver or torch. On a machine without a
