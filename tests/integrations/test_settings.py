@@ -286,3 +286,11 @@ def test_a_rule_without_a_third_policy_is_refused_nowhere() -> None:
     settings = LossSettings(preset="dppo-kl")
     settings.refuse_rollout("Frame")
     settings.refuse_correction("Frame", "it has its own")
+
+
+def test_settings_of_a_mapping_have_its_fields() -> None:
+    assert LossSettings.of({"region": "kl@0.05"}) == LossSettings("kl@0.05")
+    with pytest.raises(InvalidValueError, match=r"regoin.*did you mean 'region'"):
+        LossSettings.of({"regoin": "kl@0.05"})
+    with pytest.raises(InvalidTypeError, match=r"fields by name.* got str"):
+        LossSettings.of("kl@0.05")  # type: ignore[arg-type]

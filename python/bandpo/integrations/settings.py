@@ -74,6 +74,22 @@ class LossSettings:
                 f"log_ratio_penalty must be finite and at least 0, got {penalty}"
             )
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> LossSettings:
+        """Returns the settings of a mapping, as JSON, YAML or TOML has them.
+
+        Raises:
+            InvalidTypeError: If it is no mapping, or a field has the wrong type.
+            InvalidValueError: If it has a field that is not known, or one is out of range.
+        """
+        if not isinstance(given, Mapping):
+            raise InvalidTypeError(
+                f"settings must have fields by name, such as region, got {type(given).__name__}"
+            )
+        for name in given:
+            check_name("setting", name, [field.name for field in fields(cls)])
+        return cls(**given)
+
     def arguments(self) -> dict[str, Any]:
         """Returns keyword arguments for `bandpo.loss.policy_loss` and `bandpo.loss.PolicyLoss`.
 
