@@ -13,7 +13,7 @@ MODULES = ROOT / "python/bandpo/integrations"
 PAGES = ROOT / "docs/integrations"
 README = (PAGES / "README.md").read_text(encoding="utf-8")
 
-SHARED = {"__init__", "epsilons", "loss", "numbers", "settings", "version"}
+SHARED = {"__init__", "epsilons", "loss", "numbers", "ray_workers", "settings", "steps", "version"}
 ADAPTERS = sorted(file.stem for file in MODULES.glob("*.py") if file.stem not in SHARED)
 
 PARTS = ("Old log-probs.", "Refused.", "Metrics.")

@@ -1,0 +1,9 @@
+#!/bin/sh
+# GRPO with a band by OpenRLHF 0.11.2. Not run here: it needs GPUs and vLLM.
+# Arguments go to OpenRLHF: the model, the data, the batch sizes.
+export RAY_RUNTIME_ENV_HOOK=bandpo.integrations.ray_workers.runtime_env
+export BANDPO_TRAINER=openrlhf
+export BANDPO_RULE='{"region": "(kl@0.05).cap(10)"}'
+
+# Without a second update on a batch every ratio is 1, and no clip acts.
+exec python -m openrlhf.cli.train_ppo_ray --train.max_epochs 2 "$@"
