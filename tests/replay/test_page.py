@@ -29,8 +29,9 @@ def log_file(tmp_path: Path) -> Path:
 
 
 def test_the_command_prints_a_row_for_each_rule(
-    log_file: Path, capsys: pytest.CaptureFixture[str]
+    log_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["replay", str(log_file)]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split("  ")[-1].strip() == "clipped by it alone"

@@ -17,7 +17,6 @@ from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry, reduc
 
 from bandpo.error import InvalidValueError
 from bandpo.integrations.loss import TrainerLoss
-from bandpo.integrations.numbers import numbers
 from bandpo.integrations.settings import LossSettings
 from bandpo.integrations.version import check_version
 
@@ -82,7 +81,7 @@ class BandPolicyLoss:
         losses, mask, corrected = apply_off_policy_correction(
             result.loss, old_log_probs, rollout_logprobs, mask, theirs
         )
-        found = numbers(result.metrics, "band/")
+        found = result.metrics.scalars("band/")
         clipped = found["band/clip_fraction_low"] + found["band/clip_fraction_high"]
         return reduce_loss(losses, mask), {"clip_ratio": clipped, **found, **corrected}
 

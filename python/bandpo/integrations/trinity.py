@@ -13,9 +13,9 @@ from trinity.algorithm.policy_loss_fn.policy_loss_fn import PolicyLossFn
 from trinity.algorithm.utils import aggregate_loss
 
 from bandpo.integrations.loss import TrainerLoss
-from bandpo.integrations.numbers import numbers
 from bandpo.integrations.settings import DEFAULT_PRESET, LossSettings
 from bandpo.integrations.version import check_version
+from bandpo.loss import Metrics
 
 check_version("trinity-rft", "0.6.0")
 
@@ -56,8 +56,8 @@ class BandPolicyLossFn(PolicyLossFn):  # type: ignore[misc]
         """Returns the loss and metrics as numbers; Trinity reads the names of the arguments."""
         result = self.band_loss(old_logprob, logprob, advantages, action_mask, loss_agg_mode="none")
         loss = aggregate_loss(result.loss, action_mask, loss_agg_mode=self.loss_agg_mode)
-        metrics = {**result.metrics, "pg_loss": loss}
-        found = numbers(metrics, "band/")
+        metrics = Metrics({**result.metrics, "pg_loss": loss.detach()})
+        found = metrics.scalars("band/")  # one wait for all of them
         clipped = found["band/clip_fraction_low"] + found["band/clip_fraction_high"]
         named = {"pg_loss": found.pop("band/pg_loss"), "ppo_kl": found["band/approx_kl"]}
         return loss, {"pg_clipfrac": clipped, **named, **found}
