@@ -63,6 +63,10 @@ class MismatchWarning(UserWarning):
     """Two policies' log-probabilities of the same tokens are far apart; the message has causes."""
 
 
+class RecordWarning(UserWarning):
+    """A recorder lost tokens of a run, which goes on; the message gives the reason."""
+
+
 class ResumeWarning(UserWarning):
     """A schedule goes on from the steps that an optimiser took in an earlier process."""
 
