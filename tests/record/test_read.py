@@ -23,9 +23,8 @@ from bandpo.error import (
     MissingExtraError,
     TokenFileError,
 )
-from bandpo.record import LoggedTokens, read_tokens
+from bandpo.record import LoggedTokens, read_tokens, text
 from bandpo.record.layout import concatenate
-from bandpo.record.text import LONGEST_LINE
 from bandpo.record.tokens import LogMetadata
 from support.token_files import (
     TOKENS,
@@ -40,8 +39,8 @@ from support.token_files import (
     write_safetensors,
 )
 
-for _module in ("pyarrow", "safetensors"):
-    pytest.importorskip(_module)
+pytest.importorskip("pyarrow")
+pytest.importorskip("safetensors")
 
 FORMATS = list(WRITERS)
 FEW = {"old_log_prob": np.full(3, -1.0), "log_prob": np.full(3, -2.0), "advantages": np.ones(3)}
@@ -400,8 +399,8 @@ def test_a_line_without_end_is_refused_before_it_is_in_memory(tmp_path: Path) ->
     path = tmp_path / "log.csv"
     with path.open("wb") as file:
         file.write(b"old_log_prob,log_prob,advantages\n" + 1000 * b"1,2,3\n")
-        file.truncate(4 * LONGEST_LINE)  # a hole, which takes no space
-    with pytest.raises(TokenFileError, match=f"has more than {LONGEST_LINE} bytes"):
+        file.truncate(4 * text.LONGEST_LINE)  # a hole, which takes no space
+    with pytest.raises(TokenFileError, match=f"has more than {text.LONGEST_LINE} bytes"):
         read(path)
 
 
@@ -741,8 +740,12 @@ def test_memory_is_bounded_for_ten_million_tokens(
 
 
 @pytest.mark.parametrize("write", [write_csv, write_json_lines])
-def test_memory_is_bounded_for_lines(write: Any, tmp_path: Path) -> None:
+def test_memory_is_bounded_for_lines(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import tracemalloc
+
+    monkeypatch.setattr(text, "BYTES_OF_BLOCK", 2**14)
 
     def peak(tokens: int) -> int:
         values = np.linspace(-9, 0, tokens)
