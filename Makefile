@@ -13,7 +13,7 @@ ON_GPU := $(VENV)/test.stamp $(VENV)/cuda$(CUDA).stamp
 ON_GPU_PYTHON := $(BIN)/python
 endif
 
-.PHONY: check test test-nvrtc test-verl test-torchrl test-trainers test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results \
+.PHONY: check test test-nvrtc test-trl test-verl test-torchrl test-trainers test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results \
   gate gate-update prerequisites clean
 check: test test-nvrtc lint
 
@@ -25,14 +25,17 @@ test: $(VENV)/test.stamp
 test-nvrtc: $(VENV)/nvrtc.stamp
 	$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal tests/backends/test_nvrtc.py
 
-# The adapter to verl against verl itself, which is in an environment of its own, because versions of trainers conflict.
+# The adapters to trainers against the trainers themselves. Each has an environment of its own, because versions conflict.
+test-trl: build/envs/trl.stamp
+	build/envs/trl/bin/python -m pytest --quiet -W default tests/integrations/test_trl.py
+
 test-verl: build/envs/verl.stamp
 	build/envs/verl/bin/python -m pytest --quiet -W default tests/integrations/test_verl.py tests/integrations/test_verl_hook.py
 
 # bandpo is installed as well, because verl finds its adapter by an entry point.
-build/envs/verl.stamp: tests/integrations/requirements/verl.txt pyproject.toml $(RUST) | prerequisites
-	$(PYTHON) -m venv --clear build/envs/verl
-	build/envs/verl/bin/python -m pip install --quiet --no-compile --requirement $< --editable .
+build/envs/trl.stamp build/envs/verl.stamp: build/envs/%.stamp: tests/integrations/requirements/%.txt pyproject.toml $(RUST) | prerequisites
+	$(PYTHON) -m venv --clear build/envs/$*
+	build/envs/$*/bin/python -m pip install --quiet --no-compile --requirement $< --editable .
 	@touch $@
 
 # Other trainers' losses with a band, likewise. Packages in NAME-alone.txt go without their dependencies, which need a
