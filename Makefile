@@ -30,7 +30,8 @@ test-trl: build/envs/trl.stamp
 	build/envs/trl/bin/python -m pytest --quiet -W default tests/integrations/test_trl.py
 
 test-verl: build/envs/verl.stamp
-	build/envs/verl/bin/python -m pytest --quiet -W default tests/integrations/test_verl.py tests/integrations/test_verl_hook.py
+	build/envs/verl/bin/python -m pytest --quiet --numprocesses auto --dist worksteal -W default \
+	  tests/integrations/test_verl.py tests/integrations/test_verl_hook.py
 
 # bandpo is installed as well, because verl finds its adapter by an entry point.
 build/envs/trl.stamp build/envs/verl.stamp: build/envs/%.stamp: tests/integrations/requirements/%.txt pyproject.toml $(RUST) | prerequisites

@@ -450,42 +450,27 @@ def test_every_rule_that_verl_can_have_agrees_with_the_vectors() -> None:
     assert presets == {vector.preset for vector in read_vectors(FILE)} - refused - {"m2po", "bapo"}
 
 
-PROBE = """
-import verl
+@pytest.mark.parametrize(
+    "code",
+    ["import verl", "import bandpo.integrations.verl"],
+    ids=["verl first", "the adapter first"],
+)
+def test_a_process_with_the_variable_has_the_loss(code: str) -> None:
+    code += """
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 print(get_policy_loss_fn("bandpo").__module__)
 """
-
-
-def fresh(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    variables = {
+        "VERL_USE_EXTERNAL_PLUGINS": "none",
+        "VERL_USE_EXTERNAL_MODULES": "bandpo.integrations.verl",
+    }
+    done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **environment},
+        env={**os.environ, **variables},
     )
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {},
-        {
-            "VERL_USE_EXTERNAL_PLUGINS": "none",
-            "VERL_USE_EXTERNAL_MODULES": "bandpo.integrations.verl",
-        },
-    ],
-    ids=["entry point", "variable"],
-)
-def test_a_new_process_has_the_loss(environment: dict[str, str]) -> None:
-    assert metadata.entry_points(group="verl.plugins", name="bandpo")
-    done = fresh(PROBE, **environment)
-    assert done.stdout.strip() == "bandpo.integrations.verl", done.stderr
-
-
-def test_a_process_that_imports_the_adapter_first_has_the_loss() -> None:
-    done = fresh("import bandpo.integrations.verl" + PROBE)
     assert done.stdout.strip() == "bandpo.integrations.verl", done.stderr
 
 
@@ -513,12 +498,7 @@ def test_a_ray_worker_has_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loss == pytest.approx(policy_loss(*tensors, region=REGION).loss.item(), rel=1e-6)
 
 
-def test_doctor_finds_the_loss_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_finds_the_loss_by_the_entry_point() -> None:
+    assert metadata.entry_points(group="verl.plugins", name="bandpo")
     found = doctor.report(verl=True)
     assert (found["verl_loss"], found["problems"]) == (True, [])
-    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
-    found = doctor.report(verl=True)
-    assert found["verl_loss"] is False
-    [problem] = found["problems"]
-    assert "VERL_USE_EXTERNAL_PLUGINS is 'none'" in problem
-    assert "VERL_USE_EXTERNAL_MODULES=bandpo.integrations.verl" in problem
