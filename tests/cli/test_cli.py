@@ -132,7 +132,10 @@ def test_no_number_is_cut_however_narrow_the_terminal(columns: int) -> None:
         assert lines == [header, *rows]
 
 
-def test_presets_are_listed_with_their_sources(capsys: pytest.CaptureFixture[str]) -> None:
+def test_presets_are_listed_with_their_sources(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
     assert main(["presets"]) == 0
     text = capsys.readouterr().out
     rules = printed(capsys, "presets")

@@ -14,7 +14,10 @@ PAGES = ROOT / "docs/integrations"
 README = (PAGES / "README.md").read_text(encoding="utf-8")
 
 SHARED = {"__init__", "epsilons", "loss", "ray_workers", "settings", "steps", "version"}
-ADAPTERS = sorted(file.stem for file in MODULES.glob("*.py") if file.stem not in SHARED)
+OF_OTHERS = {"trl_async", "trl_run"}
+"""Modules that the page of another one describes."""
+
+ADAPTERS = sorted(file.stem for file in MODULES.glob("*.py") if file.stem not in SHARED | OF_OTHERS)
 
 PARTS = ("Old log-probs.", "Refused.", "Metrics.")
 """What every page states."""

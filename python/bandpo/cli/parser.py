@@ -269,7 +269,7 @@ def _add_doctor(to: _Commands) -> None:
         help="try in a new process whether verl has the loss bandpo, and say why not",
     )
     _add_json(parser, commands.doctor)
-    parser.examples = ("bandpo doctor", "bandpo doctor --verl", "bandpo doctor --check --json")
+    parser.examples = ("bandpo doctor --verl", "bandpo doctor --check --json")
 
 
 def _add_conform(to: _Commands) -> None:
