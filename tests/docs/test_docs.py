@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 import bandpo
+from bandpo.cli import main
+from bandpo.conform import vectors
 from bandpo.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -24,9 +27,18 @@ def blocks(document: Path) -> list[tuple[str, str]]:
     return FENCE.findall(document.read_text(encoding="utf-8"))
 
 
+def commands() -> list[list[str]]:
+    """The words of each command in a block of shell."""
+    shell = [text for d in DOCUMENTS for language, text in blocks(d) if language == "sh"]
+    found = [line.split("#")[0].split() for text in shell for line in text.splitlines()]
+    return list(filter(None, found))
+
+
 def test_every_block_has_a_language_that_a_test_executes() -> None:
     for document in DOCUMENTS:
         assert {language for language, _ in blocks(document)} <= {"python", "sh", "text"}, document
+        for language, text in blocks(document):
+            assert language != "text" or not re.search(r"^\$ ", text, re.MULTILINE), document
 
 
 @pytest.mark.parametrize(
@@ -48,16 +60,38 @@ def test_python_of_a_document_prints_what_it_shows(document: Path) -> None:
 
 def test_commands_of_the_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    shell = [text for d in DOCUMENTS for language, text in blocks(d) if language == "sh"]
-    commands = [line.split("#")[0].split() for text in shell for line in text.splitlines()]
-    assert commands
-    for command in filter(None, commands):
+    for command in commands():
         if command[0] == "make":
             assert set(command[1:]) <= targets, command
-        else:
+        elif command[0] != "bandpo":
             assert command[:2] == ["pip", "install"], command
             extras = re.findall(r"\[(\w+)\]", " ".join(command))
             assert all(f"\n{extra} = " in (ROOT / "pyproject.toml").read_text() for extra in extras)
+
+
+def test_bandpo_commands_of_the_documents_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    # The vectors of one preset, because tests/test_conform.py runs those of all.
+    few = {
+        name: tensor
+        for name, tensor in safetensors.load_file(vectors.FILE).items()
+        if name.startswith(("inputs/", "gpg/"))
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vectors, "FILE", tmp_path / "other.safetensors")
+    safetensors.save_file(few, vectors.FILE, {"format": vectors.FORMAT})
+    documented = [command for command in commands() if command[0] == "bandpo"]
+    assert documented
+    for command in documented:
+        assert main(command[1:]) == 0, command
+        output = capsys.readouterr().out
+        if "--json" in command:
+            assert json.loads(output)["passed"]
+        else:
+            assert re.search(r"^\s*bandpo native +1 +45 +45 ", output, re.MULTILINE), output
 
 
 def test_the_readme_has_a_row_for_every_preset() -> None:
