@@ -6,6 +6,7 @@ import doctest
 import importlib
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import bandpo
 from bandpo.cli import main
 from bandpo.conform import vectors
 from bandpo.presets import PRESETS
+from support.logs import random_log
+from support.token_files import write_json_lines, write_npz
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,29 +72,43 @@ def test_commands_of_the_documents_exist() -> None:
             assert all(f"\n{extra} = " in (ROOT / "pyproject.toml").read_text() for extra in extras)
 
 
-def test_bandpo_commands_of_the_documents_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("torch")
+@pytest.fixture
+def files_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder with small files in place of those that the documents name."""
     safetensors = pytest.importorskip("safetensors.numpy")
-    # The vectors of one preset, because tests/test_conform.py runs those of all.
+    monkeypatch.chdir(tmp_path)
+    # The vectors of one preset, because tests/conform/test_conform.py runs those of all.
     few = {
         name: tensor
         for name, tensor in safetensors.load_file(vectors.FILE).items()
         if name.startswith(("inputs/", "gpg/"))
     }
-    monkeypatch.chdir(tmp_path)
+    safetensors.save_file(few, "other.safetensors", {"format": vectors.FORMAT})
     monkeypatch.setattr(vectors, "FILE", tmp_path / "other.safetensors")
-    safetensors.save_file(few, vectors.FILE, {"format": vectors.FORMAT})
-    documented = [command for command in commands() if command[0] == "bandpo"]
-    assert documented
-    for command in documented:
-        assert main(command[1:]) == 0, command
-        output = capsys.readouterr().out
-        if "--json" in command:
-            assert json.loads(output)["passed"]
-        else:
-            assert re.search(r"^\s*bandpo native +1 +45 +45 ", output, re.MULTILINE), output
+    log = random_log(2000)
+    columns = {name: getattr(log, name) for name in ("log_prob", "advantages")}
+    Path("run/tokens").mkdir(parents=True)
+    write_npz(Path("run/tokens/part.npz"), {"old_log_prob": log.old_log_prob, **columns})
+    write_json_lines(Path("tokens.jsonl"), {"old_logprobs": log.old_log_prob, **columns})
+
+
+@pytest.mark.usefixtures("files_of_commands")
+@pytest.mark.parametrize("command", [c for c in commands() if c[0] == "bandpo"], ids=" ".join)
+def test_a_bandpo_command_of_the_documents_runs(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    if "--html" in command:
+        pytest.importorskip("matplotlib")
+    assert main(command[1:]) == 0
+    output = capsys.readouterr().out
+    if "--json" in command:
+        assert json.loads(output)["passed"]
+    elif command[1] == "conform":
+        assert re.search(r"^ *bandpo native +1 +45 +45 ", output, re.MULTILINE), output
+    else:
+        assert [v for o, v in pairwise(command) if o == "--rule" and v not in output.split()] == []
+        assert all(Path(v).exists() for o, v in pairwise(command) if o == "--html")
 
 
 def test_the_readme_has_a_row_for_every_preset() -> None:
@@ -99,6 +116,13 @@ def test_the_readme_has_a_row_for_every_preset() -> None:
     cells = re.findall(r"^\| (`.*?) \|", section.partition("\n## ")[0], re.MULTILINE)
     listed = [name for cell in cells for name in re.findall(r"`(.+?)`", cell)]
     assert sorted(listed) == sorted(PRESETS)
+
+
+def test_the_readme_lists_every_document() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Develop\n")[2]
+    for document in (*(ROOT / "docs").glob("*.md"), *ROOT.glob("[A-Z]*.md")):
+        path = document.relative_to(ROOT).as_posix()
+        assert path in ("README.md", "THIRD-PARTY-LICENSES.md") or f"]({path})" in section, path
 
 
 def modules_with_sessions() -> list[str]:
