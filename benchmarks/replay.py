@@ -1,4 +1,4 @@
-"""The replay of rules on a log, beside the loss of the same tokens."""
+"""Times of the replay of rules on a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RULES = ("ppo", "dapo", "kl@0.01", "kl@0.05", "reverse-kl@0.01", "tv@0.05", "dpp
 
 
 def logged(count: int, seed: int = 0) -> LoggedTokens:
-    """Returns tokens of sequences of 200, from rare to sure."""
+    """Returns tokens of sequences of 200, from rare to likely."""
     rng = np.random.default_rng(seed)
     logit = rng.normal(1.0, 2.5, count)
     place = np.arange(count)
@@ -30,12 +30,12 @@ def logged(count: int, seed: int = 0) -> LoggedTokens:
 
 
 class Replay:
-    """Rules on a log that lies in memory."""
+    """Times of a replay of a log in memory."""
 
     timeout = 300
 
     def setup(self) -> None:
-        """Makes the log."""
+        """Prepares the log."""
         self.log = logged(SIZE)
 
     def time_compare_8_rules(self) -> None:
@@ -51,7 +51,7 @@ class Replay:
         match([self.log], "ppo", ["kl"])
 
     def time_complaints(self) -> None:
-        """Times the search for what is wrong with the log."""
+        """Times the search for faults of the log."""
         from bandpo.replay import complaints_of
 
         complaints_of([self.log])
