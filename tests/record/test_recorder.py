@@ -393,8 +393,9 @@ def test_nothing_waits_for_the_disk_on_a_recorded_step(
         begun.wait()
         for step in range(2, 1 + writer.MOST_WAITING):
             record(**batch(step), step=step)
-        assert list(tmp_path.iterdir()) == []
+        files = list(tmp_path.iterdir())
         go_on.set()
+    assert files == []
     assert set(read(tmp_path).step.tolist()) == set(range(1 + writer.MOST_WAITING))
 
 
@@ -413,11 +414,12 @@ def test_batches_that_wait_are_bounded(tmp_path: Path, monkeypatch: pytest.Monke
     loop = threading.Thread(target=train)
     loop.start()
     loop.join(timeout=1.0)
-    assert loop.is_alive()
-    assert len(calls) <= writer.MOST_WAITING
+    waits, count = loop.is_alive(), len(calls)
     go_on.set()
     loop.join()
     record.close()
+    assert waits
+    assert count <= writer.MOST_WAITING
 
 
 def test_the_graph_of_a_batch_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,8 +436,9 @@ def test_the_graph_of_a_batch_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mo
         record(**given, step=0)
         del given, hidden
         gc.collect()
-        assert [reference() for reference in alive] == [None, None]
+        kept = [reference() for reference in alive]
         go_on.set()
+    assert kept == [None, None]
     assert len(read(tmp_path).step) > 0
 
 
