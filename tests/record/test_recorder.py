@@ -391,12 +391,12 @@ def test_nothing_waits_for_the_disk_on_a_recorded_step(
         record(**batch(0), step=0)
         record(**batch(1), step=1)
         begun.wait()
-        for step in range(2, 1 + writer.MOST_WAITING):
+        for step in range(2, 1 + writer.MAX_WAITING):
             record(**batch(step), step=step)
         files = list(tmp_path.iterdir())
         go_on.set()
     assert files == []
-    assert set(read(tmp_path).step.tolist()) == set(range(1 + writer.MOST_WAITING))
+    assert set(read(tmp_path).step.tolist()) == set(range(1 + writer.MAX_WAITING))
 
 
 def test_batches_that_wait_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +419,7 @@ def test_batches_that_wait_are_bounded(tmp_path: Path, monkeypatch: pytest.Monke
     loop.join()
     record.close()
     assert waits
-    assert count <= writer.MOST_WAITING
+    assert count <= writer.MAX_WAITING
 
 
 def test_the_graph_of_a_batch_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,7 +538,7 @@ def test_what_was_written_before_a_kill_at_any_time_is_read(seconds: float, tmp_
     output, _ = process.communicate()
     calls = output.count("\n") + 10
     # The last call's step is under way, some wait, and one may be in a write.
-    assert calls - writer.MOST_WAITING - 3 <= check_steps(tmp_path, 1000) <= calls
+    assert calls - writer.MAX_WAITING - 3 <= check_steps(tmp_path, 1000) <= calls
 
 
 def test_a_process_that_ends_without_close_writes_everything(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.loss import policy_loss
 from bandpo.presets import preset
 from bandpo.record import LoggedTokens
+from bandpo.record.layout import select
 from bandpo.replay import compare, rows_of
-from bandpo.replay.chunk import SIZE, part_of
+from bandpo.replay.chunk import SIZE
 from bandpo.replay.estimate import T_95, quotient
 from bandpo.replay.rule import replayed_rule
 from support.logs import random_log
@@ -113,7 +114,7 @@ def test_sums_are_those_of_a_loop() -> None:
 def test_parts_and_chunks_add_up() -> None:
     log = random_log(SIZE + 5000, 3)
     cut = SIZE // 2 + 7
-    parts = [part_of(log, slice(0, cut)), part_of(log, slice(cut, None))]
+    parts = [select(log, slice(0, cut)), select(log, slice(cut, None))]
     rules = ["ppo", "kl@0.01", "spo"]
     whole, split = rows_of(compare([log], rules)), rows_of(compare(parts, rules))
     for one, other in zip(whole, split, strict=True):

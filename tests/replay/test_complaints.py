@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("torch")
 
 from bandpo.record import LoggedTokens
+from bandpo.record.layout import select
 from bandpo.replay import complaints_of
-from bandpo.replay.chunk import part_of
 from support.logs import random_log
 
 Change = Callable[[LoggedTokens], LoggedTokens]
@@ -129,7 +129,7 @@ def test_training_on_the_tokens_causes_none() -> None:
 
 def test_sums_do_not_depend_on_the_parts() -> None:
     log = heated(sampled(), 0.8)
-    parts = [part_of(log, slice(start, None, 2)) for start in (0, 1)]
+    parts = [select(log, slice(start, None, 2)) for start in (0, 1)]
     assert [found.name for found in complaints_of(parts)] == names(log)
 
 

@@ -231,7 +231,9 @@ def replay(parsed: argparse.Namespace) -> int:
     if find_spec("torch") is None:
         raise MissingExtraError("torch", "torch")
     from bandpo.record import read_tokens
-    from bandpo.replay import cloud_of, compare, complaints_of, match, rows_of
+    from bandpo.replay import compare, match, rows_of
+    from bandpo.replay.cloud import Cloud
+    from bandpo.replay.complaints import Facts
     from bandpo.replay.table import texts_of
 
     if parsed.divergence and not parsed.match:
@@ -244,6 +246,7 @@ def replay(parsed: argparse.Namespace) -> int:
     dtype = "float64" if logged.metadata.dtype == "float64" else "float32"
     rules = parsed.rule or list(REPLAYED)
     matched, page = None, None
+    facts, cloud = Facts(), Cloud()
     with _progress() as progress:
 
         def watched(stage: str) -> Iterator[LoggedTokens]:
@@ -252,8 +255,16 @@ def replay(parsed: argparse.Namespace) -> int:
                 yield part
                 progress.advance(task, len(part.step))
 
-        complaints = complaints_of(watched("checking"))
-        found = compare(watched("comparing"), rules, dtype=dtype)
+        def seen_once() -> Iterator[LoggedTokens]:
+            """The log for a comparison; what else needs each token gets it in the same pass."""
+            for part in watched("comparing"):
+                facts.add(part)
+                if parsed.html:
+                    cloud.add(part)
+                yield part
+
+        found = compare(seen_once(), rules, dtype=dtype)
+        complaints = facts.complaints()
         if parsed.match:
             divergences, by = parsed.divergence or MATCHED, parsed.match
             strength, matches = match(
@@ -262,7 +273,6 @@ def replay(parsed: argparse.Namespace) -> int:
             matched = (by, rules[0], strength, matches)
         if parsed.html:
             title = ", ".join(Path(path).name for path in parsed.paths)
-            cloud = cloud_of(watched("drawing"))
             page = report(found, complaints, cloud, title=title, matches=matched)
     if page is not None:
         Path(parsed.html).write_text(page, encoding="utf-8")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from bandpo.check import check_name, real_number
+from bandpo.check import check_name, nonnegative_number
 from bandpo.correction import Correction
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.presets import PRESETS, Preset, preset
@@ -68,11 +68,7 @@ class LossSettings:
         check_name("anchor", self.anchor, ANCHORS)
         rule = self.arguments()
         Rule.of(rule["region"], rule["surrogate"], rule["dual_clip"], rule["ratio_level"])
-        penalty = real_number("log_ratio_penalty", rule["log_ratio_penalty"])
-        if not 0.0 <= penalty < math.inf:
-            raise InvalidValueError(
-                f"log_ratio_penalty must be finite and at least 0, got {penalty}"
-            )
+        nonnegative_number("log_ratio_penalty", rule["log_ratio_penalty"])
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> LossSettings:

@@ -98,9 +98,8 @@ def shares(counts: Int64Array, size: int) -> Int64Array:
     room = np.zeros_like(counts)
     left = size
     order = np.argsort(counts, kind="stable")
-    for place, stratum in enumerate(
-        order
-    ):  # the smallest first, so that the room it leaves is known
+    # The smallest first, so that the room it leaves is known.
+    for place, stratum in enumerate(order):
         room[stratum] = min(counts[stratum], left // (len(counts) - place))
         left -= room[stratum]
     return room

@@ -17,7 +17,7 @@ from bandpo.record.parts import Parts
 from bandpo.record.reservoir import Columns, Reservoir
 from bandpo.record.tokens import LoggedTokens, LogMetadata
 
-MOST_WAITING = 4
+MAX_WAITING = 4
 """Max batches that wait for the thread; another call waits, otherwise memory had no bound."""
 
 TOKENS_OF_PART = 2**18
@@ -61,7 +61,7 @@ class Writer:
         self._problems: SimpleQueue[str] = SimpleQueue()
         self._told: set[str] = set()
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._room = threading.Semaphore(MOST_WAITING)
+        self._room = threading.Semaphore(MAX_WAITING)
         self._thread = threading.Thread(target=self._run, name="bandpo-record", daemon=True)
         self._thread.start()
 

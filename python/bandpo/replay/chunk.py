@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +14,10 @@ from bandpo.backends.plain import probability_bin
 from bandpo.batch.tokens import Tokens
 from bandpo.check import BoolArray, Float64Array
 from bandpo.record import LoggedTokens
+from bandpo.record.layout import select
+from bandpo.replay.estimate import GROUPS, group_of
 from bandpo.surrogate import LOG_RATIO_LIMIT
 from bandpo.tensors.divergence import bernoulli_divergence
-
-GROUPS = 32
-"""Groups of sequences, which intervals of confidence come from."""
 
 SIZE = 1 << 16
 """Tokens that are worked on together, so that their columns stay in the cache."""
@@ -67,28 +66,19 @@ class Piece(NamedTuple):
         return ~(np.isnan(part.log_prob - part.old_log_prob) | np.isnan(part.advantages))
 
 
-def part_of(log: LoggedTokens, chosen: slice) -> LoggedTokens:
-    """Returns some tokens of a log."""
-    columns: list[Any] = [None if column is None else column[chosen] for column in log]
-    return LoggedTokens(*columns)
-
-
 def pieces_of(logged: Iterable[LoggedTokens]) -> Iterator[Piece]:
     """Yields the tokens of a log in pieces."""
     place = 0
     for part in logged:
         for start in range(0, len(part.old_log_prob), SIZE):
-            yield Piece(part_of(part, slice(start, start + SIZE)), place + start)
+            yield Piece(select(part, slice(start, start + SIZE)), place + start)
         place += len(part.old_log_prob)
 
 
 def chunk_of(piece: Piece, dtype: torch.dtype) -> Chunk:
     """Returns the tokens of a piece that have a ratio and an advantage, in the dtype of the run."""
     part, chosen = piece.part, np.flatnonzero(piece.known())
-    sequence = part.sequence[chosen]
-    # A token without a sequence is one of its own. The multiplication spreads neighbours.
-    of_group = np.where(sequence < 0, piece.start + chosen, sequence).astype(np.uint64)
-    group = (of_group * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(59)).astype(np.int64)
+    group = group_of(part.sequence, piece.start)[chosen]
     old = torch.from_numpy(part.old_log_prob[chosen]).to(dtype)
     segment = group * PROBABILITY_BINS + probability_bin(old).numpy()
     order = np.argsort(segment, kind="stable")

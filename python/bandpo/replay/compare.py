@@ -16,8 +16,8 @@ from bandpo.presets import Preset
 from bandpo.record import LoggedTokens
 from bandpo.region import Region
 from bandpo.replay.action import Action, action_of
-from bandpo.replay.chunk import DTYPES, GROUPS, SEGMENTS, Chunk, Piece, chunk_of, pieces_of
-from bandpo.replay.estimate import Estimate, quotient
+from bandpo.replay.chunk import DTYPES, SEGMENTS, Chunk, Piece, chunk_of, pieces_of
+from bandpo.replay.estimate import GROUPS, Estimate, quotient
 from bandpo.replay.frontier import Frontier
 from bandpo.replay.rule import ReplayedRule, replayed_rule
 from bandpo.replay.threads import in_threads
@@ -57,7 +57,7 @@ class RuleTotals:
 class Comparison:
     """Sums over the tokens of a log, without a rule and under each.
 
-    `rows` has them as shares with intervals of confidence.
+    `rows_of` has them as shares with intervals of confidence.
     """
 
     rules: list[RuleTotals]
@@ -67,8 +67,6 @@ class Comparison:
     """Tokens of the log."""
     unknown: int = 0
     """Tokens left out because a log-prob or the advantage is NaN."""
-    max_log_ratio: float = 0.0
-    """Max of ``abs(ln r)``."""
 
     def share(self, rule: RuleTotals, names: Iterable[str], of: str) -> Estimate:
         """Returns a sum of a rule as a share of a sum over the tokens, of the whole log."""
@@ -149,7 +147,6 @@ class _Part(NamedTuple):
     of_tokens: Float64Array  # [`OF_TOKENS`, `SEGMENTS`]
     of_rules: list[Float64Array]  # [`OF_RULE`, `SEGMENTS`] each
     max_ratios: list[float]
-    max_log_ratio: float
     divergence: Float64Array
     gradient: Float64Array
 
@@ -174,7 +171,6 @@ def _part_of(rules: Sequence[RuleTotals], piece: Piece, dtype: torch.dtype, exac
             for action, own in zip(actions, clipped, strict=True)
         ],
         np.exp(np.array(passed, dtype=np.float64)).tolist(),
-        float(np.abs(log_ratio).max(initial=0.0)),
         chunk.kl * chunk.weight,
         unclipped * chunk.weight,
     )
@@ -190,7 +186,6 @@ def _add(found: Comparison, part: _Part) -> None:
             totals.sums[name] += sums
         totals.max_ratio = max(totals.max_ratio, ratio)
     found.frontier.add(part.divergence, part.gradient)
-    found.max_log_ratio = max(found.max_log_ratio, part.max_log_ratio)
 
 
 def _columns(chunk: Chunk, action: Action, only: BoolArray) -> Float64Array:

@@ -10,15 +10,13 @@ import numpy as np
 
 from bandpo.check import Float64Array
 from bandpo.record import LoggedTokens
-from bandpo.replay.estimate import Estimate, quotient
-
-GROUPS = 32
+from bandpo.replay.estimate import GROUPS, Estimate, group_of, quotient
 
 SURE = 1e-3
 """Share of log-probs above 0.05 from which they are no rounding errors."""
 
 PADDING = 0.02
-"""Share of tokens with all of probability 1, ratio 1 and the advantage of padding."""
+"""Share of tokens whose log-probs are both exactly 0, from which they are padding."""
 
 BFLOAT16_STEP = 2.0**-8
 """Relative distance of neighbouring bfloat16 numbers."""
@@ -45,8 +43,8 @@ class Complaint(NamedTuple):
     text: str
 
 
-class _Facts:
-    """Sums over a log, taken in one pass."""
+class Facts:
+    """Sums over a log, from which its complaints follow."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -54,7 +52,6 @@ class _Facts:
         self.above_zero = 0
         self.in_unit = 0
         self.certain = 0
-        self.certain_without_advantage = 0
         self.bfloat16 = 0
         self.moved = 0
         self.far = 0
@@ -63,19 +60,34 @@ class _Facts:
         self.log_ratio = np.zeros(GROUPS)
         self.count = np.zeros(GROUPS)
 
-    def add(self, part: LoggedTokens) -> None:
-        known = ~np.isnan(part.old_log_prob) & ~np.isnan(part.log_prob) & ~np.isnan(part.advantages)
-        self.unknown += int((~known).sum())
-        old, new, advantages = (
-            column[known] for column in (part.old_log_prob, part.log_prob, part.advantages)
+    def complaints(self) -> list[Complaint]:
+        """Returns what is wrong with the parts so far; see `complaints_of`."""
+        if not self.tokens:
+            return [Complaint("empty", "The log has no token with numbers for its log-probs.")]
+        checks = (
+            _unknown,
+            _probabilities,
+            _above_zero,
+            _padding,
+            _idle,
+            _bfloat16,
+            _swapped,
+            _temperature,
+            _heavy_tail,
         )
-        weight, sequence = part.weight[known], part.sequence[known]
+        return [found for check in checks for found in check(self)]
+
+    def add(self, part: LoggedTokens) -> None:
+        """Adds a part of the log."""
+        known = ~np.isnan(part.old_log_prob) & ~np.isnan(part.log_prob) & ~np.isnan(part.advantages)
+        old, new, weight = part.old_log_prob[known], part.log_prob[known], part.weight[known]
+        group = group_of(part.sequence, self.tokens + self.unknown)[known]
+        self.unknown += int((~known).sum())
         self.tokens += len(old)
         self.above_zero += int(((old > 0.05) | (new > 0.05)).sum())
         self.in_unit += int(((old >= 0.0) & (old <= 1.0) & (new >= 0.0) & (new <= 1.0)).sum())
         certain = (old == 0.0) & (new == 0.0)
         self.certain += int(certain.sum())
-        self.certain_without_advantage += int((certain & (advantages == 0.0)).sum())
         self.bfloat16 += int((_is_bfloat16(old) & _is_bfloat16(new)).sum())
         self.moved += int((old != new).sum())
         if part.rollout_log_prob is not None:
@@ -85,7 +97,6 @@ class _Facts:
             self.odds += _moments(_log_odds(old), _log_odds(rollout))
         with np.errstate(invalid="ignore"):
             log_ratio = np.clip(new - old, -20.0, 20.0)
-        group = _groups(sequence)
         for sums, column in (
             (self.log_ratio, log_ratio),
             (self.count, np.ones_like(log_ratio)),
@@ -105,10 +116,6 @@ def _moments(old: Float64Array, rollout: Float64Array) -> Float64Array:
     return np.array([len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y])
 
 
-def _groups(sequence: np.ndarray) -> np.ndarray:
-    return np.asarray(np.where(sequence < 0, np.arange(len(sequence)), sequence) % GROUPS)
-
-
 def complaints_of(logged: Iterable[LoggedTokens]) -> list[Complaint]:
     """Returns what is wrong with a log, the gravest first; an empty list if nothing was found.
 
@@ -116,23 +123,10 @@ def complaints_of(logged: Iterable[LoggedTokens]) -> list[Complaint]:
     judged by an interval of 95 % over groups of sequences. A temperature scales log-odds, exactly
     between two tokens and nearly between more.
     """
-    facts = _Facts()
+    facts = Facts()
     for part in logged:
         facts.add(part)
-    if not facts.tokens:
-        return [Complaint("empty", "The log has no token with numbers for its log-probs.")]
-    checks = (
-        _unknown,
-        _probabilities,
-        _above_zero,
-        _padding,
-        _idle,
-        _bfloat16,
-        _swapped,
-        _temperature,
-        _heavy_tail,
-    )
-    return [found for check in checks for found in check(facts)]
+    return facts.complaints()
 
 
 def _is_bfloat16(values: Float64Array) -> np.ndarray:
@@ -140,7 +134,7 @@ def _is_bfloat16(values: Float64Array) -> np.ndarray:
     return np.asarray((bits & np.uint32(0xFFFF)) == 0)
 
 
-def _unknown(facts: _Facts) -> list[Complaint]:
+def _unknown(facts: Facts) -> list[Complaint]:
     if not facts.unknown:
         return []
     return [
@@ -152,7 +146,7 @@ def _unknown(facts: _Facts) -> list[Complaint]:
     ]
 
 
-def _probabilities(facts: _Facts) -> list[Complaint]:
+def _probabilities(facts: Facts) -> list[Complaint]:
     if facts.in_unit < facts.tokens or facts.certain == facts.tokens:
         return []
     return [
@@ -163,7 +157,7 @@ def _probabilities(facts: _Facts) -> list[Complaint]:
     ]
 
 
-def _above_zero(facts: _Facts) -> list[Complaint]:
+def _above_zero(facts: Facts) -> list[Complaint]:
     if facts.above_zero <= SURE * facts.tokens or _probabilities(facts):
         return []
     return [
@@ -175,7 +169,7 @@ def _above_zero(facts: _Facts) -> list[Complaint]:
     ]
 
 
-def _padding(facts: _Facts) -> list[Complaint]:
+def _padding(facts: Facts) -> list[Complaint]:
     if facts.certain <= PADDING * facts.tokens or facts.certain == facts.tokens:
         return []
     return [
@@ -187,7 +181,7 @@ def _padding(facts: _Facts) -> list[Complaint]:
     ]
 
 
-def _idle(facts: _Facts) -> list[Complaint]:
+def _idle(facts: Facts) -> list[Complaint]:
     if facts.moved:
         return []
     return [
@@ -200,7 +194,7 @@ def _idle(facts: _Facts) -> list[Complaint]:
     ]
 
 
-def _bfloat16(facts: _Facts) -> list[Complaint]:
+def _bfloat16(facts: Facts) -> list[Complaint]:
     if facts.bfloat16 < facts.tokens or facts.certain == facts.tokens:
         return []
     return [
@@ -213,7 +207,7 @@ def _bfloat16(facts: _Facts) -> list[Complaint]:
     ]
 
 
-def _swapped(facts: _Facts) -> list[Complaint]:
+def _swapped(facts: Facts) -> list[Complaint]:
     mean = quotient(facts.log_ratio, facts.count)
     if not mean.low > RISEN or _probabilities(facts):
         return []
@@ -226,7 +220,7 @@ def _swapped(facts: _Facts) -> list[Complaint]:
     ]
 
 
-def _temperature(facts: _Facts) -> list[Complaint]:
+def _temperature(facts: Facts) -> list[Complaint]:
     count, old, rollout, old_squared, rollout_squared, product = facts.odds
     if count < 2:
         return []
@@ -247,7 +241,7 @@ def _temperature(facts: _Facts) -> list[Complaint]:
     ]
 
 
-def _heavy_tail(facts: _Facts) -> list[Complaint]:
+def _heavy_tail(facts: Facts) -> list[Complaint]:
     if facts.far <= TAIL * facts.rollout:
         return []
     return [

@@ -8,6 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from bandpo.check import Float64Array
+from bandpo.record.tokens import Int64Array
+
+GROUPS = 32
+"""Groups of sequences, which intervals of confidence come from."""
 
 T_95 = 2.0395
 """Quantile 0.975 of Student's t with 31 degrees of freedom, for 32 groups."""
@@ -19,6 +23,19 @@ class Estimate(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def group_of(sequence: Int64Array, start: int) -> Int64Array:
+    """Returns the group of each token, [N], which tokens of a sequence share.
+
+    Args:
+        sequence: Sequence of each token. A token without one is a sequence of its own.
+        start: Place of the first token in the log.
+    """
+    place = start + np.arange(len(sequence))
+    number = np.where(sequence < 0, place, sequence).astype(np.uint64)
+    # The multiplication spreads neighbours; the highest bits are the group.
+    return np.asarray((number * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(59)).astype(np.int64))
 
 
 def quotient(part: Float64Array, whole: Float64Array) -> Estimate:

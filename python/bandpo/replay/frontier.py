@@ -5,11 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bandpo.check import Float64Array
-
-SHIFT = 12
-"""Low bits of a float32 that a bin of the price leaves out: bins are 2^-11 wide, relatively."""
-
-BINS = 1 << (31 - SHIFT)
+from bandpo.replay.bins import BINS, bin_of
 
 
 class Frontier:
@@ -31,8 +27,7 @@ class Frontier:
         self.whole += float(gradient.sum())
         worth = (gradient > 0.0) & np.isfinite(divergence)
         with np.errstate(over="ignore"):
-            price = (divergence[worth] / gradient[worth]).astype(np.float32)
-        index = np.minimum(price, np.finfo(np.float32).max).view(np.uint32) >> np.uint32(SHIFT)
+            index = bin_of(divergence[worth] / gradient[worth])
         self.divergence += np.bincount(index, divergence[worth], BINS)
         self.gradient += np.bincount(index, gradient[worth], BINS)
 

@@ -16,6 +16,7 @@ from bandpo.presets import Preset
 from bandpo.record import LoggedTokens
 from bandpo.region import Region
 from bandpo.replay.action import action_of
+from bandpo.replay.bins import BINS, bin_of, edges_of
 from bandpo.replay.chunk import DTYPES, Chunk, Piece, chunk_of, pieces_of
 from bandpo.replay.rule import ReplayedRule, replayed_rule
 from bandpo.replay.threads import in_threads
@@ -24,11 +25,6 @@ Strength: TypeAlias = Literal["clip-fraction", "gradient-removed"]
 """What two rules have alike: the share of tokens clipped, or of the gradient removed."""
 
 STRENGTHS: tuple[str, ...] = get_args(Strength)
-
-SHIFT = 12
-"""Low bits of a float32 that a bin of a divergence leaves out: a radius is exact to 2^-11."""
-
-BINS = 1 << (31 - SHIFT)
 
 
 class Match(NamedTuple):
@@ -95,7 +91,7 @@ def match(
         acted += part.acted
         whole += part.whole
         for histogram, divergence in zip(histograms, part.divergences, strict=True):
-            _add(histogram, divergence, part.weight)
+            histogram += np.bincount(bin_of(divergence), part.weight, BINS)
     if not whole:
         raise InvalidValueError("the log must have at least one token with a gradient, got none")
     matches = [
@@ -143,13 +139,6 @@ def _divergences(solver: Divergence, chunk: Chunk, chosen: np.ndarray) -> Float6
     return np.where(outside, math.inf, found)
 
 
-def _add(histogram: Float64Array, divergence: Float64Array, weight: Float64Array) -> None:
-    with np.errstate(over="ignore"):
-        rounded = divergence.astype(np.float32)
-    index = np.minimum(rounded, np.finfo(np.float32).max).view(np.uint32) >> np.uint32(SHIFT)
-    histogram += np.bincount(index, weight, BINS)
-
-
 def _radius(histogram: Float64Array, acted: float) -> float:
     """The divergence above which the histogram has the sum that the rule acted on."""
     if acted == 0.0:
@@ -158,7 +147,5 @@ def _radius(histogram: Float64Array, acted: float) -> float:
     if above[0] < acted:
         return math.nan
     index = int(np.flatnonzero(above >= acted)[-1])
-    edges = (np.array([index, index + 1], dtype=np.uint32) << np.uint32(SHIFT)).view(np.float32)
-    inside = (above[index] - acted) / histogram[index]
-    low, high = edges.astype(np.float64)
-    return float(low + inside * (high - low))
+    low, high = edges_of(index)
+    return float(low + (above[index] - acted) / histogram[index] * (high - low))
