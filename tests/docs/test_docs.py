@@ -100,8 +100,9 @@ def files_of_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("files_of_commands")
 @pytest.mark.parametrize("command", [c for c in commands() if c[0] == "bandpo"], ids=" ".join)
 def test_a_bandpo_command_of_the_documents_runs(
-    command: list[str], capsys: pytest.CaptureFixture[str]
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # a narrow terminal gets a record a row, no table
     pytest.importorskip("torch")
     if "--html" in command:
         pytest.importorskip("matplotlib")
