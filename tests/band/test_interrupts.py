@@ -19,8 +19,8 @@ MINUTES = 40_000_000
 """Tokens of a call that takes minutes."""
 
 
-class Stop(Exception):  # noqa: N818 -- no error: the signal that a test sent
-    """Raised by the signal's handler."""
+class Stop(KeyboardInterrupt):
+    """Raised by the signal's handler. No ``except Exception`` of a callable takes it."""
 
 
 @contextmanager
