@@ -189,3 +189,14 @@ def test_the_head_in_front_of_our_loss_has_the_values_of_a_plain_one() -> None:
         return policy_loss(*tensors, region=REGION).loss
 
     assert_same(head.gradients(loss), head.wanted(region=REGION))
+
+
+def test_the_example_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    import runpy
+    from pathlib import Path
+
+    example = Path(__file__).parents[2] / "examples/liger/grpo.py"
+    rewards = runpy.run_path(str(example))["main"](steps=10, region="clip@0.05")
+    assert sum(rewards[-3:]) > sum(rewards[:3])
+    shares = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert max(shares) > 0
