@@ -17,7 +17,7 @@ from bandpo.check import check_name
 from bandpo.error import InvalidValueError
 from bandpo.integrations.settings import LossSettings
 
-TRAINERS = ("openrlhf",)
+TRAINERS = ("openrlhf", "open_instruct")
 
 
 def runtime_env(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -45,8 +45,11 @@ def runtime_env(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def install() -> None:
     """Installs the loss of the variables in this process."""
-    _, fields = _variables()
-    from bandpo.integrations.openrlhf import install as install_loss
+    trainer, fields = _variables()
+    if trainer == "openrlhf":
+        from bandpo.integrations.openrlhf import install as install_loss
+    else:
+        from bandpo.integrations.open_instruct import install as install_loss
 
     install_loss(**fields)
 
