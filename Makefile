@@ -13,7 +13,7 @@ ON_GPU := $(VENV)/test.stamp $(VENV)/cuda$(CUDA).stamp
 ON_GPU_PYTHON := $(BIN)/python
 endif
 
-.PHONY: check test test-nvrtc test-trl test-verl test-torchrl test-trainers test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results \
+.PHONY: check test test-nvrtc test-trl test-verl test-torchrl test-ms-swift test-trainers test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results \
   gate gate-update prerequisites clean
 check: test test-nvrtc lint
 
@@ -43,6 +43,9 @@ build/envs/trl.stamp build/envs/verl.stamp: build/envs/%.stamp: tests/integratio
 # GPU, and their losses load alone.
 test-torchrl: $(VENV)/test.stamp build/envs/torchrl.stamp
 	PYTHONPATH=python build/envs/torchrl/bin/python -m pytest --quiet -W default tests/integrations/test_torchrl.py
+
+test-ms-swift: $(VENV)/test.stamp build/envs/ms-swift.stamp
+	PYTHONPATH=python build/envs/ms-swift/bin/python -m pytest --quiet -W default tests/integrations/test_ms_swift.py
 
 test-trainers: $(VENV)/test.stamp build/envs/trainers.stamp
 	PYTHONPATH=python build/envs/trainers/bin/python -m pytest --quiet -rs -W default tests/integrations
