@@ -25,33 +25,32 @@ test: $(VENV)/test.stamp
 test-nvrtc: $(VENV)/nvrtc.stamp
 	$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal tests/backends/test_nvrtc.py
 
-# The adapters to trainers against the trainers themselves. Each has an environment of its own, because versions conflict.
+# The adapters to trainers against the trainers themselves. Versions conflict, so that each trainer has an environment of
+# its own, which has the packages of .venv that it does not replace: PyTorch alone is most of the size. Verl finds its
+# adapter by the entry point there.
 test-trl: build/envs/trl.stamp
-	build/envs/trl/bin/python -m pytest --quiet -W default tests/integrations/test_trl.py
+	$(IN_ENV)/trl/bin/python -m pytest --quiet -W default tests/integrations/test_trl.py
 
 test-verl: build/envs/verl.stamp
-	build/envs/verl/bin/python -m pytest --quiet --numprocesses auto --dist worksteal -W default \
+	$(IN_ENV)/verl/bin/python -m pytest --quiet --numprocesses auto --dist worksteal -W default \
 	  tests/integrations/test_verl.py tests/integrations/test_verl_hook.py
 
-# bandpo is installed as well, because verl finds its adapter by an entry point.
-build/envs/trl.stamp build/envs/verl.stamp: build/envs/%.stamp: tests/integrations/requirements/%.txt pyproject.toml $(RUST) | prerequisites
+test-torchrl: build/envs/torchrl.stamp
+	$(IN_ENV)/torchrl/bin/python -m pytest --quiet -W default tests/integrations/test_torchrl.py
+
+test-ms-swift: build/envs/ms-swift.stamp
+	$(IN_ENV)/ms-swift/bin/python -m pytest --quiet -W default tests/integrations/test_ms_swift.py
+
+# Packages in trainers-alone.txt go without their dependencies, which need a GPU, and their losses load alone.
+test-trainers: build/envs/trainers.stamp
+	$(IN_ENV)/trainers/bin/python -m pytest --quiet -rs -W default tests/integrations
+
+IN_ENV := PYTHONPATH=python build/envs
+
+build/envs/%.stamp: tests/integrations/requirements/%.txt $(VENV)/test.stamp
 	$(PYTHON) -m venv --clear build/envs/$*
-	build/envs/$*/bin/python -m pip install --quiet --no-compile --requirement $< --editable .
-	@touch $@
-
-# Other trainers' losses with a band, likewise. Packages in NAME-alone.txt go without their dependencies, which need a
-# GPU, and their losses load alone.
-test-torchrl: $(VENV)/test.stamp build/envs/torchrl.stamp
-	PYTHONPATH=python build/envs/torchrl/bin/python -m pytest --quiet -W default tests/integrations/test_torchrl.py
-
-test-ms-swift: $(VENV)/test.stamp build/envs/ms-swift.stamp
-	PYTHONPATH=python build/envs/ms-swift/bin/python -m pytest --quiet -W default tests/integrations/test_ms_swift.py
-
-test-trainers: $(VENV)/test.stamp build/envs/trainers.stamp
-	PYTHONPATH=python build/envs/trainers/bin/python -m pytest --quiet -rs -W default tests/integrations
-
-build/envs/%.stamp: tests/integrations/requirements/%.txt | prerequisites
-	$(PYTHON) -m venv --clear build/envs/$*
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > build/envs/$*/packages.pth
+	mv build/envs/$*/packages.pth "$$(build/envs/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	build/envs/$*/bin/python -m pip install --quiet --no-compile --requirement $<
 	alone=$(basename $<)-alone.txt; ! test -f $$alone || build/envs/$*/bin/python -m pip install --quiet --no-compile --no-deps --requirement $$alone
 	@touch $@
