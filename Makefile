@@ -36,7 +36,7 @@ test-verl: build/envs/verl.stamp
 	  tests/integrations/test_verl.py tests/integrations/test_verl_hook.py
 
 test-torchrl: build/envs/torchrl.stamp
-	$(IN_ENV)/torchrl/bin/python -m pytest --quiet -W default tests/integrations/test_torchrl.py
+	$(IN_ENV)/torchrl/bin/python -m pytest --quiet -W default tests/integrations/test_torchrl.py tests/integrations/test_conformance.py
 
 test-ms-swift: build/envs/ms-swift.stamp
 	$(IN_ENV)/ms-swift/bin/python -m pytest --quiet -W default tests/integrations/test_ms_swift.py

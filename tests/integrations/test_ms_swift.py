@@ -24,6 +24,14 @@ INSTALLED = is_installed("swift")
 class GRPOTrainer:
     """ms-swift's trainer as it is documented: arguments, the method that clips, and its callers."""
 
+    args: Any
+    loss_type: str
+    max_completion_length: int
+    rollout_importance_sampling_mode: str | None
+    epsilon_low: Any
+    epsilon_high: Any
+    _get_per_token_logps_and_entropies: Any
+
     def __init__(self, model: Any = None, *, args: Any) -> None: ...
 
     def _compute_loss_and_metrics(self, model: Any, model_inputs: Any, grpo_batch: Any) -> Any:

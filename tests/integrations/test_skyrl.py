@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import pickle
 import typing
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+import typing_extensions
 
 from bandpo.error import InvalidValueError
 from bandpo.integrations.settings import LossSettings
@@ -77,9 +79,8 @@ def skyrl(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The adapter and SkyRL's module of losses, whose registry is empty of ours."""
     if INSTALLED:
         # Its configuration needs the one of Python 3.12.
-        extensions = pytest.importorskip("typing_extensions")
-        monkeypatch.setattr(typing, "TypedDict", extensions.TypedDict)
-        utils = pytest.importorskip(f"{UTILS}.ppo_utils")
+        monkeypatch.setattr(typing, "TypedDict", typing_extensions.TypedDict)
+        utils = importlib.import_module(f"{UTILS}.ppo_utils")
     else:
         version_of(monkeypatch, "0.3.0")
         utils = fake(

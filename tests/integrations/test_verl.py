@@ -407,7 +407,9 @@ def test_a_schedule_follows_the_optimiser_of_the_actor_alone() -> None:
 
 def test_verls_losses_agree_with_as_many_vectors_as_documented() -> None:
     text = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
-    documented = re.search(r"with verl ([0-9.]+) shows [a-z ]+: (\d+) of\s(\d+) vectors agree", text)
+    documented = re.search(
+        r"with verl ([0-9.]+) shows [a-z ]+: (\d+) of\s(\d+) vectors agree", text
+    )
     assert documented
     found = framework_report("verl", read_vectors(FILE))
     agreeing = sum(verdict.agrees for verdict in found.verdicts)

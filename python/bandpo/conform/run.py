@@ -8,7 +8,7 @@ from typing import Any
 
 from bandpo.conform.batch import HALF
 from bandpo.conform.compare import HALF_ULP, MAX_ULP, Report, Verdict, report
-from bandpo.conform.frameworks import ADAPTERS, OTHERS, framework_report
+from bandpo.conform.frameworks import ADAPTERS, framework_report
 from bandpo.conform.ours import DEVICES, KNOWN, backends, loss_of
 from bandpo.conform.vectors import FILE, read_vectors
 
@@ -33,7 +33,7 @@ def reports(
         )
         for name in chosen or backends()
     ]
-    others = [] if chosen else [framework_report(name, vectors) for name in (*ADAPTERS, *OTHERS)]
+    others = [] if chosen else [framework_report(name, vectors) for name in ADAPTERS]
     return ours, others
 
 

@@ -14,11 +14,8 @@ from importlib.util import find_spec
 from bandpo.conform.compare import Report, report
 from bandpo.conform.vectors import Vector
 
-ADAPTERS = ("verl", "trl")
+ADAPTERS = ("verl", "trl", "torchrl", "skyrl", "openrlhf", "liger_kernel")
 """Packages with an adapter here, by the name that they are imported by."""
-
-OTHERS = ("torchrl", "skyrl", "openrlhf", "liger_kernel")
-"""Packages whose losses need more than a batch, such as a model or a GPU; they are named alone."""
 
 
 def framework_report(name: str, vectors: list[Vector]) -> Report:
@@ -30,8 +27,6 @@ def framework_report(name: str, vectors: list[Vector]) -> Report:
     except PackageNotFoundError:
         installed = "of an unknown version"
     title = f"{name} {installed}"
-    if name not in ADAPTERS:
-        return Report(title, [], "installed, no adapter")
     try:
         adapter = import_module(f"bandpo.conform.frameworks.{name}_losses")
     except Exception as error:  # code of others may raise anything

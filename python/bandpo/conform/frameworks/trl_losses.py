@@ -4,49 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from bandpo.conform.batch import SPLIT, Loss, LossOf, MicroBatch
+from bandpo.conform.frameworks.loss_types import settings_of
 from bandpo.conform.vectors import Vector
-
-_AGGREGATIONS = {
-    "token-mean": "dapo",
-    "seq-mean-token-sum": "luspo",
-    "seq-mean-token-mean": "grpo",
-    "seq-mean-token-sum-norm": "dr_grpo",
-}
-"""The loss type of TRL with the min of two products that is aggregated as a mode says."""
-
-_CLIPS: dict[str, dict[str, Any]] = {
-    "ppo": {"epsilon_low": 0.2, "epsilon_high": 0.2},
-    "dapo": {"epsilon_low": 0.2, "epsilon_high": 0.28},
-    "dual-clip": {"epsilon_low": 0.2, "epsilon_high": 0.2, "delta": 3.0},
-    "gspo": {"epsilon_low": 3e-4, "epsilon_high": 4e-4, "level": "sequence"},
-    "luspo": {"epsilon_low": 2e-3, "epsilon_high": 2.5e-3, "level": "sequence"},
-}
-"""Numbers of the presets that are a clip, in every aggregation."""
-
-_OTHERS: dict[tuple[str, str], dict[str, Any]] = {
-    ("cispo", "token-mean"): {"epsilon_high": 5.0},
-    ("sapo", "seq-mean-token-mean"): {},
-    ("vespo", "token-mean"): {},
-}
-"""Presets that have a loss type of their own, which has one aggregation."""
 
 
 def loss_of(vector: Vector) -> LossOf | None:
     """Returns TRL's loss of a vector's preset and mode, or None where it has none."""
-    numbers = _OTHERS.get((vector.preset, vector.mode))
-    loss_type = vector.preset
-    if numbers is None:
-        numbers, loss_type = _CLIPS.get(vector.preset), _AGGREGATIONS.get(vector.mode, "")
-    if numbers is None or not loss_type:
+    settings = settings_of(vector.preset, vector.mode)
+    if settings is None:
         return None
     parts = 2 if vector.case == SPLIT else 1
-    return lambda batch: _loss(batch, parts, loss_type=loss_type, **numbers)
+    return lambda batch: _loss(batch, parts, **settings)
 
 
 def _loss(
