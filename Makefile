@@ -33,7 +33,7 @@ test-trl: build/envs/trl.stamp
 
 test-verl: build/envs/verl.stamp
 	$(IN_ENV)/verl/bin/python -m pytest --quiet --numprocesses auto --dist worksteal -W default \
-	  tests/integrations/test_verl.py tests/integrations/test_verl_hook.py
+	  tests/integrations/test_verl.py tests/integrations/test_verl_hook.py tests/integrations/test_heads.py
 
 test-torchrl: build/envs/torchrl.stamp
 	$(IN_ENV)/torchrl/bin/python -m pytest --quiet -W default tests/integrations/test_torchrl.py tests/integrations/test_conformance.py

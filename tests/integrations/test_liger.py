@@ -1,4 +1,4 @@
-"""Liger's chunked GRPO loss with a band, and its head in front of our loss (make test-trainers)."""
+"""Liger's chunked GRPO loss with a band (make test-trainers)."""
 
 from __future__ import annotations
 
@@ -18,66 +18,27 @@ from bandpo.error import InvalidValueError, MissingHookError
 from bandpo.integrations.liger import LOSS_TYPES, BandGRPOLoss
 from bandpo.integrations.settings import LossSettings
 from bandpo.loss import policy_loss
+from support.linear_head import TEMPERATURE, LinearHead
 from support.packages import fresh
-from support.trainer_batch import REGION, assert_same, trainer_batch
+from support.trainer_batch import REGION, assert_same
 
 RULE = LossSettings(REGION)
-SEQUENCES, WORDS, HIDDEN = 4, 11, 8
-TEMPERATURE = 0.7
-
 MODES: dict[str, dict[str, Any]] = {
-    "grpo": {"loss_agg_mode": "seq-mean-token-mean", "global_batch_size": SEQUENCES},
+    "grpo": {"loss_agg_mode": "seq-mean-token-mean", "global_batch_size": 4},
     "bnpo": {"loss_agg_mode": "token-mean"},
     "dapo": {"loss_agg_mode": "token-mean"},
     "dr_grpo": {
         "loss_agg_mode": "seq-mean-token-sum-norm",
         "loss_scale_factor": 10,
-        "global_batch_size": SEQUENCES,
+        "global_batch_size": 4,
     },
 }
 
 
-class Head:
-    """Hidden states and a head whose log-probs are near those of the batch."""
-
-    def __init__(self) -> None:
-        make = torch.Generator().manual_seed(0)
-        batch = trainer_batch()
-        shape = batch.log_prob.shape
-        self.weight = torch.randn(WORDS, HIDDEN, generator=make)
-        self.hidden = torch.randn(*shape, HIDDEN, generator=make)
-        self.words = torch.randint(WORDS, shape, generator=make)
-        self.mask = batch.response_mask
-        self.advantages = batch.advantages[:, 0]
-        now = self.log_prob(self.hidden, self.weight)
-        self.old_log_prob = now - (batch.log_prob - batch.old_log_prob)
-
-    def log_prob(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The log-probs of the words by softmax over all logits."""
-        logits = hidden @ weight.T / TEMPERATURE
-        return logits.log_softmax(-1).gather(-1, self.words[..., None])[..., 0]
-
-    def gradients(self, loss: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The value of a loss of hidden states and weight, and its gradients in one vector."""
-        leaves = [tensor.clone().requires_grad_() for tensor in (self.hidden, self.weight)]
-        value = loss(*leaves)
-        found = torch.autograd.grad(value, leaves)
-        return value.detach(), torch.cat([gradient.reshape(-1) for gradient in found])
-
-    def wanted(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and gradients of `policy_loss` behind the plain head."""
-        return self.gradients(
-            lambda *leaves: (
-                policy_loss(
-                    self.old_log_prob, self.log_prob(*leaves), self.advantages, self.mask, **options
-                ).loss
-            )
-        )
-
-    def of(self, loss_fn: Any, old: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and gradients of Liger's loss."""
-        others = (self.words, self.mask.float(), self.advantages)
-        return self.gradients(lambda *leaves: loss_fn(*leaves, *others, old_per_token_logps=old)[0])
+def of(head: LinearHead, loss_fn: Any, old: torch.Tensor | None) -> Any:
+    """Loss and gradients of Liger's loss."""
+    others = (head.words, head.mask.float(), head.advantages)
+    return head.gradients(lambda *leaves: loss_fn(*leaves, *others, old_per_token_logps=old)[0])
 
 
 def chunked(loss_type: str = "dapo", **options: Any) -> Any:
@@ -89,42 +50,42 @@ def chunked(loss_type: str = "dapo", **options: Any) -> Any:
 @pytest.mark.parametrize("chunk_size", [1, 3, 4])
 @pytest.mark.parametrize("loss_type", MODES)
 def test_loss_and_gradients_are_those_of_policy_loss(loss_type: str, chunk_size: int) -> None:
-    head = Head()
+    head = LinearHead()
     loss_fn = chunked(loss_type, settings=RULE, chunk_size=chunk_size)
-    found = head.of(loss_fn, head.old_log_prob)
+    found = of(head, loss_fn, head.old_log_prob)
     assert_same(found, head.wanted(region=REGION, **MODES[loss_type]))
 
 
 def test_luspo_weighs_sequences_by_their_lengths() -> None:
-    head = Head()
+    head = LinearHead()
     head.mask = torch.ones_like(head.mask)  # Liger's mean is over padding as well
-    found = head.of(chunked("luspo", settings=RULE), head.old_log_prob)
+    found = of(head, chunked("luspo", settings=RULE), head.old_log_prob)
     value, gradient = head.wanted(region=REGION)
     assert_same(found, (value * head.mask.shape[1], gradient * head.mask.shape[1]))
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_fixed_clip_is_that_of_liger(loss_type: str) -> None:
-    head = Head()
+    head = LinearHead()
     theirs = chunked(loss_type, epsilon_low=0.2, epsilon_high=0.28, beta=0.1, delta=3.0)
     ours = chunked(loss_type, settings=LossSettings("clip@0.2,0.28"), beta=0.1, delta=3.0)
-    assert_same(head.of(ours, head.old_log_prob), head.of(theirs, head.old_log_prob))
+    assert_same(of(head, ours, head.old_log_prob), of(head, theirs, head.old_log_prob))
 
 
 def test_without_old_log_probs_nothing_clips() -> None:
-    head = Head()
-    assert_same(head.of(chunked(settings=RULE), None), head.of(chunked(), None))
+    head = LinearHead()
+    assert_same(of(head, chunked(settings=RULE), None), of(head, chunked(), None))
 
 
 def test_it_compiles() -> None:
-    head = Head()
+    head = LinearHead()
     torch.compiler.reset()
-    found = head.of(chunked(settings=RULE, compiled=True), head.old_log_prob)
+    found = of(head, chunked(settings=RULE, compiled=True), head.old_log_prob)
     assert_same(found, head.wanted(region=REGION))
 
 
 def test_metrics_are_those_of_the_band() -> None:
-    head = Head()
+    head = LinearHead()
     others = (head.words, head.mask.float(), head.advantages)
     _, (clipped,) = chunked(settings=RULE)(
         head.hidden, head.weight, *others, old_per_token_logps=head.old_log_prob
@@ -140,9 +101,9 @@ def test_metrics_are_those_of_the_band() -> None:
 
 
 def test_a_loss_pickles() -> None:
-    head = Head()
+    head = LinearHead()
     copied = pickle.loads(pickle.dumps(chunked(settings=RULE)))  # noqa: S301 -- our own bytes
-    assert_same(head.of(copied, head.old_log_prob), head.wanted(region=REGION))
+    assert_same(of(head, copied, head.old_log_prob), head.wanted(region=REGION))
 
 
 @pytest.mark.parametrize(
@@ -176,19 +137,6 @@ def test_an_argument_that_the_module_does_not_keep_is_an_import_error(
     monkeypatch.setattr(LigerFusedLinearGRPOFunction, "forward", forward)
     with pytest.raises(MissingHookError, match="has no temper in LigerFusedLinearGRPOLoss"):
         chunked(settings=RULE)
-
-
-def test_the_head_in_front_of_our_loss_has_the_values_of_a_plain_one() -> None:
-    head = Head()
-
-    def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        now = LigerFusedLinearPPOBase.chunk_forward(
-            hidden, weight, head.words, temperature=TEMPERATURE
-        )
-        tensors = (head.old_log_prob, now, head.advantages, head.mask)
-        return policy_loss(*tensors, region=REGION).loss
-
-    assert_same(head.gradients(loss), head.wanted(region=REGION))
 
 
 def test_the_example_trains(capsys: pytest.CaptureFixture[str]) -> None:
