@@ -19,7 +19,7 @@ from bandpo.presets import preset
 from bandpo.record import LoggedTokens
 from bandpo.record.layout import select
 from bandpo.replay import compare, rows_of
-from bandpo.replay.chunk import SIZE
+from bandpo.replay.chunk import SIZE, Piece, chunk_of
 from bandpo.replay.estimate import T_95, quotient
 from bandpo.replay.rule import replayed_rule
 from support.logs import random_log
@@ -109,6 +109,36 @@ def test_sums_are_those_of_a_loop() -> None:
         assert row[name]["value"] == pytest.approx(sums[part] / sums[of], rel=1e-9)
     assert row["gradient_norm"] == pytest.approx(math.sqrt(sums["norm"] / sums["all"]), rel=1e-9)
     assert row["ratio_max"] == pytest.approx(largest, rel=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "certain"), [("float32", 2.0**-25), ("float64", 2.0**-40)])
+def test_a_token_that_rounding_makes_certain_has_a_finite_divergence(
+    dtype: str, certain: float
+) -> None:
+    """A float32 softmax returns exactly 0 for most tokens of a sure policy."""
+    at = np.full(100, -1.25e-7)
+    log = random_log(100)._replace(old_log_prob=at, log_prob=np.zeros(100))
+    [row] = rows_of(compare([log], ["ppo"], dtype=dtype))
+    p, rest = math.exp(-1.25e-7), -math.expm1(-1.25e-7)
+    expected = p * (-1.25e-7 - math.log1p(-certain)) + rest * math.log(rest / certain)
+    assert row["kl"]["value"] == pytest.approx(expected, rel=1e-6)
+    assert row["tv"]["value"] == pytest.approx(rest - certain, rel=1e-6)
+    assert row["gradient_kept"] == 1.0
+    assert row["gradient_kept_optimum"] == pytest.approx(1.0, rel=1e-12)
+
+
+def test_infinite_log_probs_give_the_limits_of_the_divergences() -> None:
+    from bandpo.tensors.divergence import bernoulli_divergence
+
+    old = np.array([-math.inf, -math.inf, -800.0, -1.0, -1.0])
+    new = np.array([-1.0, -700.0, -1.0, -math.inf, -1.0])
+    log = random_log(5, length=1)._replace(old_log_prob=old, log_prob=new)
+    for place in range(5):
+        chunk = chunk_of(Piece(select(log, slice(place, place + 1)), 0), torch.float64)
+        both = (torch.from_numpy(column[place : place + 1]) for column in (old, new))
+        at, to = (tensor.clamp(min=-700.0) for tensor in both) if place != 3 else both
+        assert chunk.kl == pytest.approx(bernoulli_divergence("kl", at, to).numpy(), rel=1e-9)
+        assert chunk.tv == pytest.approx(bernoulli_divergence("tv", at, to).numpy(), rel=1e-9)
 
 
 def test_parts_and_chunks_add_up() -> None:

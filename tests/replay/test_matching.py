@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -39,6 +40,19 @@ def test_the_radius_of_a_band_is_found_again() -> None:
     _, [found] = match([log], "kl@0.0123", ["kl"])
     assert found.delta == pytest.approx(0.0123, rel=2e-3)
     assert found.spec.startswith("kl@0.0123") or found.spec.startswith("kl@0.0122")
+
+
+def test_tokens_that_rounding_makes_certain_are_inside_a_band() -> None:
+    log = random_log(40_000, 5, step=0.6)
+    sure = np.arange(40_000) % 2 == 0
+    log = log._replace(
+        old_log_prob=np.where(sure, -1.2e-7, log.old_log_prob),
+        log_prob=np.where(sure, 0.0, log.log_prob),
+    )
+    strength, [found] = match([log], "ppo", ["kl"])
+    [row] = rows_of(compare([log], [found.spec]))
+    assert 0.0 < strength < 0.1
+    assert row["clip_fraction"]["value"] == pytest.approx(strength, rel=5e-3)
 
 
 def test_a_rule_that_does_nothing_has_no_limit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -13,11 +14,11 @@ from bandpo.backends.contract import PROBABILITY_BINS
 from bandpo.backends.plain import probability_bin
 from bandpo.batch.tokens import Tokens
 from bandpo.check import BoolArray, Float64Array
+from bandpo.divergence import Divergence
 from bandpo.record import LoggedTokens
 from bandpo.record.layout import select
 from bandpo.replay.estimate import GROUPS, group_of
 from bandpo.surrogate import LOG_RATIO_LIMIT
-from bandpo.tensors.divergence import bernoulli_divergence
 
 SIZE = 1 << 16
 """Tokens that are worked on together, so that their columns stay in the cache."""
@@ -27,6 +28,16 @@ SEGMENTS = GROUPS * PROBABILITY_BINS
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 """Dtypes that a loss computes in, by name."""
 
+_CERTAIN = {torch.float32: math.log1p(-(2.0**-25)), torch.float64: math.log1p(-(2.0**-40))}
+"""Max log-prob of a divergence. One nearer to 0 has lost its last digits in the softmax of a model.
+With a new probability of exactly 1, the divergence would be infinite.
+"""
+
+_NEVER = -700.0
+"""Min old log-prob of a divergence; below it, probabilities lose their digits, and then are 0."""
+
+_KL = Divergence("kl")
+
 
 class Chunk(NamedTuple):
     """Up to `SIZE` tokens, sorted by their segment: a group and a bin of the old probability."""
@@ -34,7 +45,9 @@ class Chunk(NamedTuple):
     tokens: Tokens  # [1, N]
     rollout_log_prob: torch.Tensor | None  # [1, N]
     weight: Float64Array  # [N], tokens of the run that each stands for
-    log_ratio: torch.Tensor  # [N], not clamped
+    old: Float64Array  # [N], log-probs, less than certain
+    moved: Float64Array  # [N], log-ratios from there to the new ones, which are likewise
+    log_ratio: torch.Tensor  # [N], as the loss has them, not clamped
     below: BoolArray  # [N], ratios below 1
     unclipped: Float64Array  # [N], the gradient without a rule, -A r
     kl: Float64Array  # [N], KL(old || new) of {this token, everything else}
@@ -79,32 +92,42 @@ def chunk_of(piece: Piece, dtype: torch.dtype) -> Chunk:
     """Returns the tokens of a piece that have a ratio and an advantage, in the dtype of the run."""
     part, chosen = piece.part, np.flatnonzero(piece.known())
     group = group_of(part.sequence, piece.start)[chosen]
-    old = torch.from_numpy(part.old_log_prob[chosen]).to(dtype)
-    segment = group * PROBABILITY_BINS + probability_bin(old).numpy()
+    old_bin = probability_bin(torch.from_numpy(part.old_log_prob[chosen]).to(dtype)).numpy()
+    # Integers of 16 bits are sorted by their digits, in a fifth of the time of wider ones.
+    segment = (group * PROBABILITY_BINS + old_bin).astype(np.uint16)
     order = np.argsort(segment, kind="stable")
     segment, chosen = segment[order], chosen[order]
-    segments, starts = np.unique(segment, return_index=True)
+    starts = np.flatnonzero(np.diff(segment, prepend=SEGMENTS))
 
     def row(column: Float64Array) -> torch.Tensor:
         return torch.from_numpy(column[chosen]).to(dtype)[None]
 
     old, new = row(part.old_log_prob), row(part.log_prob)
     given = part.rollout_log_prob
-    double_old, double_new = (
-        torch.from_numpy(column[chosen]) for column in (part.old_log_prob, part.log_prob)
-    )
-    kl, tv = (bernoulli_divergence(name, double_old, double_new).numpy() for name in ("kl", "tv"))
     log_ratio, advantages = (new - old)[0], row(part.advantages)
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    at, moved = _moves(part.old_log_prob[chosen], part.log_prob[chosen], _CERTAIN[dtype])
     return Chunk(
         Tokens(old, new, advantages, torch.ones(old.shape, dtype=torch.bool), None),
         None if given is None else row(given),
         part.weight[chosen],
+        at,
+        moved,
         log_ratio,
         (log_ratio < 0.0).numpy(),
         (-advantages[0] * ratio).double().numpy(),
-        kl,
-        tv,
+        _KL.solver.divergences(at, moved),
+        # abs(p - q), in which nothing cancels.
+        np.exp(at + np.maximum(moved, 0.0)) * -np.expm1(-np.abs(moved)),
         starts,
-        segments,
+        segment[starts].astype(np.int64),
     )
+
+
+def _moves(
+    old: Float64Array, new: Float64Array, certain: float
+) -> tuple[Float64Array, Float64Array]:
+    """Old log-probs and log-ratios from there, with both log-probs limited."""
+    same = old == new  # two infinite ones as well
+    old, new = np.clip(old, _NEVER, certain), np.minimum(new, certain)
+    return old, np.where(same, 0.0, new - old)

@@ -131,12 +131,9 @@ def _part_of(
 
 
 def _divergences(solver: Divergence, chunk: Chunk, chosen: np.ndarray) -> Float64Array:
-    old = chunk.tokens.old_log_prob[0].double().numpy()[chosen]
-    log_ratio = chunk.log_ratio.double().numpy()[chosen]
+    found = solver.solver.divergences(chunk.old[chosen], chunk.moved[chosen])
     # A log-prob that rounding puts above 0 is in no band.
-    outside = old + log_ratio > 0.0
-    found = solver.solver.divergences(np.minimum(old, 0.0), log_ratio)
-    return np.where(outside, math.inf, found)
+    return np.where((chunk.tokens.log_prob[0] > 0.0).numpy()[chosen], math.inf, found)
 
 
 def _radius(histogram: Float64Array, acted: float) -> float:
