@@ -169,8 +169,15 @@ def test_a_sample_with_room_for_all_tokens_has_them_in_order_with_weight_1() -> 
         reservoir.add({"old_log_prob": OLD_LOG_PROB[batch], "index": batch})
     sample = reservoir.sample()
     assert (sample["weight"] == 1.0).all()
-    expected = np.concatenate([ORDER[STRATUM[ORDER] == stratum] for stratum in range(STRATA)])
-    np.testing.assert_array_equal(sample["index"], expected)
+    np.testing.assert_array_equal(sample["index"], ORDER)
+
+
+def test_a_sample_is_in_the_order_in_which_its_tokens_came() -> None:
+    reservoir = Reservoir(SIZE, np.random.default_rng(SEED))
+    for batch in micro_batches():
+        reservoir.add({"old_log_prob": OLD_LOG_PROB[batch], "index": batch})
+    places = np.argsort(ORDER)[reservoir.sample()["index"]]
+    assert (np.diff(places) > 0).all()
 
 
 def test_no_tokens_give_no_sample() -> None:

@@ -67,7 +67,7 @@ def test_columns_of_other_names_are_read(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rule", "gspo"], "rule 'gspo' has ratio_level 'sequence', and cannot be replayed"),
+        (["--rule", "bapo"], "rule 'bapo' has a region that changes with the batch"),
         (["--rule", "kll@1"], "did you mean 'kl'"),
         (["--column", "old"], "--column must be NAME=OTHER, as in old_log_prob=old_logprobs"),
         (["--divergence", "kl"], "--divergence is for --match, which is left out"),

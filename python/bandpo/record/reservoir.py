@@ -15,6 +15,9 @@ from bandpo.surrogate import PROBABILITY_EDGES
 Columns: TypeAlias = dict[str, NDArray[Any]]
 """Tokens, [N] in each column, by field of `bandpo.record.LoggedTokens`."""
 
+_ARRIVAL = "arrival"
+"""Column with the number of the tokens that came before."""
+
 STRATA = len(PROBABILITY_EDGES) - 1
 """The strata are the bins of the old probability."""
 
@@ -44,6 +47,9 @@ class Reservoir:
         """Adds tokens, whose columns are the same in each call."""
         strata = stratum_of(tokens["old_log_prob"])
         keys = self._generator.random(len(strata))
+        # So that the tokens of a sequence are next to each other in the sample.
+        arrival = self._counts.sum() + np.arange(len(strata))
+        tokens = {**tokens, _ARRIVAL: arrival}
         for stratum in range(STRATA):
             place = np.flatnonzero(strata == stratum)
             self._counts[stratum] += len(place)
@@ -53,19 +59,24 @@ class Reservoir:
                 self._merge(stratum, keys[place], {f: v[place] for f, v in tokens.items()})
 
     def sample(self) -> Columns:
-        """Returns the sample, with the column weight; the weights' sum is the number of tokens."""
+        """Returns the sample in the order of the calls, with the column weight.
+
+        The sum of the weights is the number of tokens.
+        """
         room = shares(self._counts, self._size)
         drawn = []
         for kept, keys, count, share in zip(
             self._kept, self._keys, self._counts, room, strict=True
         ):
             if share:
-                first = np.sort(np.argsort(keys)[:share])
+                first = np.argsort(keys)[:share]
                 weight = np.full(share, count / share)
                 drawn.append({f: v[first] for f, v in kept.items()} | {"weight": weight})
         if not drawn:
             return {}
-        return {field: np.concatenate([part[field] for part in drawn]) for field in drawn[0]}
+        sample = {field: np.concatenate([part[field] for part in drawn]) for field in drawn[0]}
+        order = np.argsort(sample.pop(_ARRIVAL))
+        return {field: values[order] for field, values in sample.items()}
 
     def _merge(self, stratum: int, keys: NDArray[np.float64], tokens: Columns) -> None:
         kept = self._kept[stratum]
@@ -73,7 +84,7 @@ class Reservoir:
         if kept:
             tokens = {f: np.concatenate([kept[f], v]) for f, v in tokens.items()}
         if len(keys) > self._size:
-            smallest = np.sort(np.argpartition(keys, self._size)[: self._size])
+            smallest = np.argpartition(keys, self._size)[: self._size]
             keys, tokens = keys[smallest], {f: v[smallest] for f, v in tokens.items()}
         self._keys[stratum], self._kept[stratum] = keys, tokens
 

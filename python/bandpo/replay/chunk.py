@@ -17,6 +17,7 @@ from bandpo.check import BoolArray, Float64Array
 from bandpo.divergence import Divergence
 from bandpo.record import LoggedTokens
 from bandpo.record.layout import select
+from bandpo.record.tokens import Int64Array
 from bandpo.replay.estimate import GROUPS, group_of
 from bandpo.surrogate import LOG_RATIO_LIMIT
 
@@ -39,6 +40,14 @@ _NEVER = -700.0
 _KL = Divergence("kl")
 
 
+class Sequences(NamedTuple):
+    """The tokens of a chunk in the order of the log, packed."""
+
+    tokens: Tokens  # [1, N], with the offsets of its sequences
+    rollout_log_prob: torch.Tensor | None  # [1, N]
+    order: NDArray[np.int64]  # place of each token of the chunk here
+
+
 class Chunk(NamedTuple):
     """Up to `SIZE` tokens, sorted by their segment: a group and a bin of the old probability."""
 
@@ -54,6 +63,7 @@ class Chunk(NamedTuple):
     tv: Float64Array
     starts: NDArray[np.int64]  # first token of each segment that has any
     segments: NDArray[np.int64]  # their indices
+    sequences: Sequences | None  # if the piece has whole ones
 
     def sums(self, columns: Float64Array) -> Float64Array:
         """Returns the weighted sums of columns, [C, N], over each segment, [C, `SEGMENTS`].
@@ -72,6 +82,7 @@ class Piece(NamedTuple):
 
     part: LoggedTokens
     start: int  # place of the first token in the log
+    sequences: Int64Array | None = None  # first token of each, if all are whole
 
     def known(self) -> BoolArray:
         """Returns which tokens have a ratio and an advantage."""
@@ -96,6 +107,7 @@ def chunk_of(piece: Piece, dtype: torch.dtype) -> Chunk:
     # Integers of 16 bits are sorted by their digits, in a fifth of the time of wider ones.
     segment = (group * PROBABILITY_BINS + old_bin).astype(np.uint16)
     order = np.argsort(segment, kind="stable")
+    sequences = _sequences(piece, chosen, order, dtype)
     segment, chosen = segment[order], chosen[order]
     starts = np.flatnonzero(np.diff(segment, prepend=SEGMENTS))
 
@@ -121,6 +133,28 @@ def chunk_of(piece: Piece, dtype: torch.dtype) -> Chunk:
         np.exp(at + np.maximum(moved, 0.0)) * -np.expm1(-np.abs(moved)),
         starts,
         segment[starts].astype(np.int64),
+        sequences,
+    )
+
+
+def _sequences(
+    piece: Piece, chosen: NDArray[np.int64], order: NDArray[np.int64], dtype: torch.dtype
+) -> Sequences | None:
+    if piece.sequences is None:
+        return None
+    part = piece.part
+
+    def row(column: Float64Array) -> torch.Tensor:
+        return torch.from_numpy(column[chosen]).to(dtype)[None]
+
+    offsets = np.searchsorted(chosen, np.append(piece.sequences, len(part.step)))
+    old = row(part.old_log_prob)
+    valid = torch.ones(old.shape, dtype=torch.bool)
+    given = part.rollout_log_prob
+    return Sequences(
+        Tokens(old, row(part.log_prob), row(part.advantages), valid, torch.from_numpy(offsets)),
+        None if given is None else row(given),
+        order,
     )
 
 

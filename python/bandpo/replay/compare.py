@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,10 +17,11 @@ from bandpo.presets import Preset
 from bandpo.record import LoggedTokens
 from bandpo.region import Region
 from bandpo.replay.action import Action, action_of
-from bandpo.replay.chunk import DTYPES, SEGMENTS, Chunk, Piece, chunk_of, pieces_of
+from bandpo.replay.chunk import DTYPES, SEGMENTS, Chunk, Piece, chunk_of
 from bandpo.replay.estimate import GROUPS, Estimate, quotient
 from bandpo.replay.frontier import Frontier
 from bandpo.replay.rule import ReplayedRule, replayed_rule
+from bandpo.replay.sequences import pieces_for
 from bandpo.replay.threads import in_threads
 
 OF_TOKENS = ("tokens", "gradient", "gradient_squared", "loss", "kl", "tv")
@@ -46,9 +48,10 @@ class RuleTotals:
     """Sums of one rule over the segments of a log, each [`SEGMENTS`]."""
 
     rule: ReplayedRule
-    sums: dict[str, Float64Array] = field(
-        default_factory=lambda: {name: np.zeros(SEGMENTS) for name in OF_RULE}
-    )
+    unclipped: dict[str, Float64Array]
+    """The sums without the rule's clip: those of the log, or, if the rule has another ratio than
+    that of the token, sums with that ratio."""
+    sums: dict[str, Float64Array] = field(default_factory=lambda: _zeros(OF_RULE))
     max_ratio: float = 0.0
     """Max ratio of a token with a gradient."""
 
@@ -70,27 +73,32 @@ class Comparison:
 
     def share(self, rule: RuleTotals, names: Iterable[str], of: str) -> Estimate:
         """Returns a sum of a rule as a share of a sum over the tokens, of the whole log."""
-        return quotient(_by_group(_sum(rule, names)), _by_group(self.sums[of]))
+        return quotient(_by_group(_sum(rule, names)), _by_group(rule.unclipped[of]))
 
     def share_by_bin(self, rule: RuleTotals, names: Iterable[str], of: str) -> list[Estimate]:
         """Returns the same for each bin of the old probability."""
-        part, whole = _sum(rule, names), self.sums[of]
+        part, whole = _sum(rule, names), rule.unclipped[of]
         bins = range(PROBABILITY_BINS)
         return [quotient(_in_bin(part, index), _in_bin(whole, index)) for index in bins]
 
     def gradient_norm(self, rule: RuleTotals) -> float:
         """Returns the norm of the gradient to the log-probs, as a share of that without a rule."""
-        whole = self.sums["gradient_squared"].sum()
+        whole = rule.unclipped["gradient_squared"].sum()
         return float(np.sqrt(rule.sums["gradient_squared"].sum() / whole)) if whole else 1.0
 
     def kept(self, rule: RuleTotals) -> float:
         """Returns the share of the gradient that the rule keeps."""
-        whole = self.sums["gradient"].sum()
+        whole = rule.unclipped["gradient"].sum()
         removed = rule.sums["removed_low"].sum() + rule.sums["removed_high"].sum()
         return float(1.0 - removed / whole) if whole else 1.0
 
     def optimum(self, rule: RuleTotals) -> float:
-        """Returns the share of the gradient that the best mask of the same KL keeps."""
+        """Returns the share of the gradient that the best mask of the same KL keeps.
+
+        It is NaN for a ratio of sequences, whose gradient no mask of tokens has.
+        """
+        if rule.rule.has_own_ratio:
+            return math.nan
         return self.frontier.share_at(rule.sums["kl"].sum())
 
 
@@ -115,7 +123,7 @@ def compare(
     Raises:
         InvalidTypeError: If a rule has another type.
         InvalidValueError: If a rule cannot be read or replayed, is given twice, or none is given;
-            or if the log has no token.
+            or if the log has no token, or not all tokens of its sequences and a rule takes these.
     """
     check_name("dtype", dtype, DTYPES)
     replayed = [replayed_rule(rule) for rule in rules]
@@ -125,13 +133,14 @@ def compare(
     for name in names:
         if names.count(name) > 1:
             raise InvalidValueError(f"rules must differ, got {name!r} twice")
+    sums = _zeros(OF_TOKENS)
     found = Comparison(
-        [RuleTotals(rule) for rule in replayed],
-        {name: np.zeros(SEGMENTS) for name in OF_TOKENS},
+        [RuleTotals(rule, _zeros(OF_TOKENS) if rule.has_own_ratio else sums) for rule in replayed],
+        sums,
         Frontier(),
     )
     for part in in_threads(
-        lambda piece: _part_of(found.rules, piece, DTYPES[dtype], exact), pieces_of(logged)
+        lambda piece: _part_of(replayed, piece, DTYPES[dtype], exact), pieces_for(replayed, logged)
     ):
         _add(found, part)
     if not found.sampled:
@@ -145,66 +154,81 @@ class _Part(NamedTuple):
     sampled: int
     unknown: int
     of_tokens: Float64Array  # [`OF_TOKENS`, `SEGMENTS`]
+    unclipped: list[Float64Array | None]  # likewise, for each rule with a ratio of its own
     of_rules: list[Float64Array]  # [`OF_RULE`, `SEGMENTS`] each
     max_ratios: list[float]
     divergence: Float64Array
     gradient: Float64Array
 
 
-def _part_of(rules: Sequence[RuleTotals], piece: Piece, dtype: torch.dtype, exact: bool) -> _Part:
+def _part_of(rules: Sequence[ReplayedRule], piece: Piece, dtype: torch.dtype, exact: bool) -> _Part:
     chunk = chunk_of(piece, dtype)
-    actions = [action_of(totals.rule, chunk, exact=exact) for totals in rules]
-    unclipped = np.abs(chunk.unclipped)
-    ones = np.ones_like(unclipped)
-    columns = np.stack([ones, unclipped, unclipped**2, chunk.unclipped, chunk.kl, chunk.tv])
-    clipped = [action.clipped_low | action.clipped_high for action in actions]
-    alone = np.sum(clipped, axis=0, dtype=np.uint16) == 1
-    log_ratio = chunk.log_ratio.numpy()
-    passed = [log_ratio[action.slope != 0.0].max(initial=-np.inf) for action in actions]
-    sampled = len(piece.part.old_log_prob)
+    actions = [action_of(rule, chunk, exact=exact) for rule in rules]
+    alone = np.sum([action.clipped for action in actions], axis=0, dtype=np.uint16) == 1
+    passed = [action.log_ratio[action.slope != 0.0].max(initial=-np.inf) for action in actions]
+    sampled, known = len(piece.part.old_log_prob), len(chunk.weight)
     return _Part(
         sampled,
-        sampled - len(unclipped),
-        chunk.sums(columns),
+        sampled - known,
+        _of_tokens(chunk, chunk.unclipped),
         [
-            chunk.sums(_columns(chunk, action, own & alone))
-            for action, own in zip(actions, clipped, strict=True)
+            _of_tokens(chunk, action.unclipped) if rule.has_own_ratio else None
+            for rule, action in zip(rules, actions, strict=True)
         ],
+        [chunk.sums(_columns(chunk, action, action.clipped & alone)) for action in actions],
         np.exp(np.array(passed, dtype=np.float64)).tolist(),
         chunk.kl * chunk.weight,
-        unclipped * chunk.weight,
+        np.abs(chunk.unclipped) * chunk.weight,
     )
+
+
+def _of_tokens(chunk: Chunk, unclipped: Float64Array) -> Float64Array:
+    """The sums of `OF_TOKENS`."""
+    gradient = np.abs(unclipped)
+    ones = np.ones_like(gradient)
+    return chunk.sums(np.stack([ones, gradient, gradient**2, unclipped, chunk.kl, chunk.tv]))
 
 
 def _add(found: Comparison, part: _Part) -> None:
     found.sampled += part.sampled
     found.unknown += part.unknown
-    for name, sums in zip(OF_TOKENS, part.of_tokens, strict=True):
-        found.sums[name] += sums
-    for totals, of_rule, ratio in zip(found.rules, part.of_rules, part.max_ratios, strict=True):
-        for name, sums in zip(OF_RULE, of_rule, strict=True):
-            totals.sums[name] += sums
+    _add_up(found.sums, part.of_tokens)
+    for totals, unclipped, of_rule, ratio in zip(
+        found.rules, part.unclipped, part.of_rules, part.max_ratios, strict=True
+    ):
+        if unclipped is not None:
+            _add_up(totals.unclipped, unclipped)
+        _add_up(totals.sums, of_rule)
         totals.max_ratio = max(totals.max_ratio, ratio)
     found.frontier.add(part.divergence, part.gradient)
+
+
+def _zeros(names: Iterable[str]) -> dict[str, Float64Array]:
+    return {name: np.zeros(SEGMENTS) for name in names}
+
+
+def _add_up(sums: dict[str, Float64Array], more: Float64Array) -> None:
+    """Adds sums in the order of the names."""
+    for name, each in zip(sums, more, strict=True):
+        sums[name] += each
 
 
 def _columns(chunk: Chunk, action: Action, only: BoolArray) -> Float64Array:
     """The columns of `OF_RULE`."""
     columns = np.empty((len(OF_RULE), len(only)))
     low, high, removed_low, removed_high, squared, loss, kl, tv, of_only = columns
-    low[:], high[:], of_only[:], loss[:] = (
-        action.clipped_low,
-        action.clipped_high,
-        only,
-        action.loss,
-    )
+    np.logical_and(action.clipped, action.below, out=low)
+    np.subtract(action.clipped, low, out=high)
+    of_only[:], loss[:] = only, action.loss
     np.square(action.slope, out=squared)
-    removed = np.abs(np.subtract(chunk.unclipped, action.slope, out=removed_high), out=removed_high)
-    np.multiply(removed, chunk.below, out=removed_low)
+    removed = np.abs(
+        np.subtract(action.unclipped, action.slope, out=removed_high), out=removed_high
+    )
+    np.multiply(removed, action.below, out=removed_low)
     removed_high -= removed_low
     # The share of its gradient that a token keeps; all of it where there is none to keep.
     kept = np.ones_like(removed)
-    np.divide(action.slope, chunk.unclipped, out=kept, where=chunk.unclipped != 0.0)
+    np.divide(action.slope, action.unclipped, out=kept, where=action.unclipped != 0.0)
     np.clip(kept, 0.0, 1.0, out=kept)
     # A divergence may be infinite where nothing is kept.
     np.multiply(chunk.kl, kept, out=kl)

@@ -79,7 +79,10 @@ def draw_cloud(cloud: Cloud, rules: Sequence[ReplayedRule], *, dark: bool = Fals
 
 
 def draw_frontier(found: Comparison, *, dark: bool = False) -> str:
-    """Returns a picture of gradient kept against KL spent, all rules and the optimum, as SVG."""
+    """Returns a picture of gradient kept against KL spent, as SVG.
+
+    It shows the optimum and all rules with ratios of tokens.
+    """
     with drawing(dark=dark) as theme:
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         axes = figure.subplots()
@@ -88,7 +91,8 @@ def draw_frontier(found: Comparison, *, dark: bool = False) -> str:
         whole = found.frontier.whole or 1.0
         axes.plot(spent / tokens, kept / whole, color=theme.ink, linewidth=1.2, label="best mask")
         places = []
-        for rule, marker in zip(found.rules, cycle(MARKERS), strict=False):
+        masks = [rule for rule in found.rules if not rule.rule.has_own_ratio]
+        for rule, marker in zip(masks, cycle(MARKERS), strict=False):
             x, y = float(rule.sums["kl"].sum() / tokens), found.kept(rule)
             places.append((x, y))
             colour = look_of(rule.rule.name, dark=dark)["color"]

@@ -17,14 +17,19 @@ from bandpo.record import LoggedTokens
 from bandpo.region import Region
 from bandpo.replay.action import action_of
 from bandpo.replay.bins import BINS, bin_of, edges_of
-from bandpo.replay.chunk import DTYPES, Chunk, Piece, chunk_of, pieces_of
+from bandpo.replay.chunk import DTYPES, Chunk, Piece, chunk_of
 from bandpo.replay.rule import ReplayedRule, replayed_rule
+from bandpo.replay.sequences import pieces_for
 from bandpo.replay.threads import in_threads
 
 Strength: TypeAlias = Literal["clip-fraction", "gradient-removed"]
 """What two rules have alike: the share of tokens clipped, or of the gradient removed."""
 
 STRENGTHS: tuple[str, ...] = get_args(Strength)
+
+
+_ROUNDING = 1e-12
+"""Relative difference of two sums of the same numbers."""
 
 
 class Match(NamedTuple):
@@ -84,28 +89,32 @@ def match(
         given if isinstance(given, Divergence) else Divergence(given) for given in divergences
     ]
     histograms = np.zeros((len(solvers), BINS))
-    acted = whole = 0.0
+    acted = of_rule = whole = 0.0
     for part in in_threads(
-        lambda piece: _part_of(reference, solvers, by, piece, DTYPES[dtype]), pieces_of(logged)
+        lambda piece: _part_of(reference, solvers, by, piece, DTYPES[dtype]),
+        pieces_for([reference], logged),
     ):
         acted += part.acted
+        of_rule += part.of_rule
         whole += part.whole
         for histogram, divergence in zip(histograms, part.divergences, strict=True):
             histogram += np.bincount(bin_of(divergence), part.weight, BINS)
-    if not whole:
+    if not (whole and of_rule):
         raise InvalidValueError("the log must have at least one token with a gradient, got none")
+    strength = acted / of_rule
     matches = [
-        Match(solver.spec, _radius(histogram, acted))
+        Match(solver.spec, _radius(histogram, strength * whole))
         for solver, histogram in zip(solvers, histograms, strict=True)
     ]
-    return acted / whole, matches
+    return strength, matches
 
 
 class _Part(NamedTuple):
     """What a rule acts on in a chunk, and the tokens that move outwards."""
 
     acted: float
-    whole: float
+    of_rule: float  # what it could act on, with its own ratio
+    whole: float  # the same with the ratios of tokens
     weight: Float64Array
     divergences: list[Float64Array]
 
@@ -121,13 +130,14 @@ def _part_of(
     action = action_of(rule, chunk, exact=False)
     if by == "clip-fraction":
         weight = chunk.weight
-        acted = weight[action.clipped_low | action.clipped_high].sum()
+        acted, of_rule = weight[action.clipped].sum(), weight.sum()
     else:
         weight = chunk.weight * np.abs(chunk.unclipped)
-        acted = chunk.weight @ np.abs(chunk.unclipped - action.slope)
+        acted = chunk.weight @ np.abs(action.unclipped - action.slope)
+        of_rule = chunk.weight @ np.abs(action.unclipped)
     outwards = (chunk.tokens.advantages[0] * chunk.log_ratio > 0.0).numpy()
     divergences = [_divergences(solver, chunk, outwards) for solver in solvers]
-    return _Part(float(acted), float(weight.sum()), weight[outwards], divergences)
+    return _Part(float(acted), float(of_rule), float(weight.sum()), weight[outwards], divergences)
 
 
 def _divergences(solver: Divergence, chunk: Chunk, chosen: np.ndarray) -> Float64Array:
@@ -141,8 +151,9 @@ def _radius(histogram: Float64Array, acted: float) -> float:
     if acted == 0.0:
         return math.inf
     above = np.cumsum(histogram[::-1])[::-1]  # from the lower edge of each bin on
-    if above[0] < acted:
+    if above[0] < acted * (1.0 - _ROUNDING):
         return math.nan
+    acted = min(acted, float(above[0]))
     index = int(np.flatnonzero(above >= acted)[-1])
     low, high = edges_of(index)
     return float(low + (above[index] - acted) / histogram[index] * (high - low))

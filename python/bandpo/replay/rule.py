@@ -12,15 +12,30 @@ from bandpo.region import PrefixBudget, Region, TensorBand
 from bandpo.rule import Rule, RuleRegion
 from bandpo.schedule import RegionSource
 from bandpo.spec import region_from_spec, spec_from_region
-from bandpo.surrogate import BY_NAME, GammaWeight, Surrogate
+from bandpo.surrogate import BY_NAME, Surrogate
 
 
 class ReplayedRule(NamedTuple):
-    """A rule of single tokens."""
+    """A rule whose region is the same for every batch."""
 
     name: str
     rule: Rule
     correction: Correction | None
+
+    @property
+    def has_own_ratio(self) -> bool:
+        """True if the ratio is that of a sequence, not of the token."""
+        return self.rule.ratio_level != "token"
+
+    @property
+    def takes_sequences(self) -> bool:
+        """True if other tokens of a sequence decide with a token."""
+        return (
+            self.has_own_ratio
+            or self.rule.surrogate.whole_sequence
+            or isinstance(self.rule.region, PrefixBudget)
+            or (self.correction is not None and self.correction.level != "token")
+        )
 
 
 def replayed_rule(given: str | Region | Preset) -> ReplayedRule:
@@ -32,8 +47,8 @@ def replayed_rule(given: str | Region | Preset) -> ReplayedRule:
 
     Raises:
         InvalidTypeError: If ``given`` has another type.
-        InvalidValueError: If a text cannot be read, or if the rule takes more than single tokens: a
-            level of sequences, a budget along a prefix, or a region that changes with the batch.
+        InvalidValueError: If a text cannot be read, or if the region changes with the batch, or
+            has no bounds and no text.
     """
     if isinstance(given, Preset):
         return _of_preset(given)
@@ -68,8 +83,6 @@ def _name_of(region: Region) -> str:
 
 def _of_preset(given: Preset) -> ReplayedRule:
     correction = None if given.correction is None else Correction(**given.correction)
-    if correction is not None and correction.level != "token":
-        raise _needs_more(given.name, f"a correction of level {correction.level!r}")
     return _checked(
         given.name,
         given.region,
@@ -90,21 +103,13 @@ def _checked(
     correction: Correction | None = None,
 ) -> ReplayedRule:
     rule = Rule.of(region, surrogate, dual_clip, ratio_level)  # type: ignore[arg-type]
-    if rule.ratio_level != "token":
-        raise _needs_more(name, f"ratio_level {rule.ratio_level!r}")
-    if rule.surrogate.whole_sequence:
-        raise _needs_more(name, "a mask of whole sequences")
-    if isinstance(rule.surrogate, GammaWeight):
-        raise _needs_more(name, f"surrogate {rule.surrogate.name!r}")
     if isinstance(region, RegionSource):
-        raise _needs_more(name, f"{type(region).__name__}, whose region changes with the batch")
-    if isinstance(region, (PrefixBudget, TensorBand)):
-        raise _needs_more(name, f"{type(region).__name__}, which has no bounds")
+        raise InvalidValueError(
+            f"rule {name!r} has a region that changes with the batch, and cannot be replayed: a "
+            f"log has some of the steps alone. Replay one of its regions, as in clip@0.2,0.28"
+        )
+    if isinstance(region, TensorBand):
+        raise InvalidValueError(
+            f"rule {name!r} has a delta for each token of one batch, and cannot be replayed"
+        )
     return ReplayedRule(name, rule, correction)
-
-
-def _needs_more(name: str, part: str) -> InvalidValueError:
-    return InvalidValueError(
-        f"rule {name!r} has {part}, and cannot be replayed: a log holds single tokens, so a rule "
-        f"must decide by a token's own old probability, ratio and advantage"
-    )

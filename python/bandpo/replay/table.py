@@ -20,7 +20,7 @@ def rows_of(found: Comparison) -> list[dict[str, Any]]:
 
 def _row(found: Comparison, rule: RuleTotals) -> dict[str, Any]:
     tokens = found.sums["tokens"].sum()
-    whole_loss = found.sums["loss"].sum()
+    whole_loss = rule.unclipped["loss"].sum()
     return {
         "rule": rule.rule.name,
         "clip_fraction": _share(found.share(rule, CLIPPED, "tokens")),
@@ -86,7 +86,7 @@ def _text(name: str, value: Any) -> str:
         of_tokens = name in ("kl", "tv")
         return _number(value["value"]) if of_tokens else _percent_with_interval(value)
     if name in ("gradient_kept", "gradient_kept_optimum"):
-        return f"{value:.2%}"
+        return "-" if math.isnan(value) else f"{value:.2%}"
     return f"{value:.0f}" if name == "only_this_rule" else _number(value)
 
 
