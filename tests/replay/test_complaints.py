@@ -90,6 +90,10 @@ CASES: dict[str, tuple[Change, Change]] = {
         lambda log: log._replace(log_prob=log.old_log_prob),
         lambda log: first(log._replace(log_prob=log.old_log_prob), 1, log_prob=-1.0),
     ),
+    "no-advantage": (
+        lambda log: first(log, COUNT, advantages=0.0),
+        lambda log: first(log, COUNT - 1, advantages=0.0),
+    ),
     "bfloat16": (bfloat16, lambda log: first(bfloat16(log), 1, log_prob=-1.2345678)),
     "swapped": (
         lambda log: log._replace(old_log_prob=log.log_prob, log_prob=log.old_log_prob),

@@ -111,6 +111,56 @@ def test_the_page_stands_alone(log_file: Path, tmp_path: Path) -> None:
         assert used in ids
 
 
+@pytest.mark.parametrize("name", ["missing/r.html", "folder.html", "file/r.html", "r.txt"])
+def test_a_page_that_cannot_be_written_is_refused_before_the_log_is_read(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["replay", "nowhere.npz", "--html", str(tmp_path / name)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"cannot write {tmp_path / name}: " in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_failed_write_leaves_the_page_that_was_there(
+    log_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = tmp_path / "report.html"
+    page.write_text("before")
+    before = sorted(tmp_path.iterdir())
+
+    def fail(self: Path, target: Path) -> Path:
+        assert self.stat().st_size > 10_000
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    assert main(["replay", str(log_file), "--html", str(page)]) == 2
+    assert "report.html: No space left on device" in capsys.readouterr().err
+    assert page.read_text() == "before"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_json_of_a_log_without_gradients_is_strict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = random_log(200)
+    path = tmp_path / "zero.npz"
+    np.savez(path, old_log_prob=log.old_log_prob, log_prob=log.log_prob, advantages=np.zeros(200))
+    assert main(["replay", str(path), "--json"]) == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found["complaints"]["no-advantage"].startswith("All advantages are 0")
+    assert found["rules"][0]["gradient_removed"]["value"] == "nan"
+
+
 def test_the_page_shows_what_is_wrong(tmp_path: Path) -> None:
     log = random_log(500)
     path, page = tmp_path / "idle.npz", tmp_path / "report.html"

@@ -239,7 +239,10 @@ def replay(parsed: argparse.Namespace) -> int:
     if parsed.divergence and not parsed.match:
         raise InvalidValueError("--divergence is for --match, which is left out")
     if parsed.html:
-        from bandpo.replay.report import report
+        from bandpo.plot import check_output
+        from bandpo.replay.report import SUFFIXES, report, save
+
+        check_output(parsed.html, SUFFIXES)  # before the minutes that a long log takes
 
     logged = read_tokens(parsed.paths, columns=dict(map(_column, parsed.column)))
     # A loss computes in float32 where the log-probs of the run have fewer digits.
@@ -275,7 +278,7 @@ def replay(parsed: argparse.Namespace) -> int:
             title = ", ".join(Path(path).name for path in parsed.paths)
             page = report(found, complaints, cloud, title=title, matches=matched)
     if page is not None:
-        Path(parsed.html).write_text(page, encoding="utf-8")
+        save(page, parsed.html)
     rows = rows_of(found)
     if parsed.json:
         content: dict[str, Any] = {

@@ -1,11 +1,13 @@
-"""The file that a picture is written to."""
+"""The file that a picture, or a page of pictures, is written to."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -21,16 +23,20 @@ _METADATA: dict[str, dict[str, Any]] = {
 SUFFIXES = tuple(_METADATA)
 
 
-def check_output(path: str | os.PathLike[str]) -> Path:
-    """Returns where a picture will be written, with links followed, after trying the folder.
+def check_output(path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES) -> Path:
+    """Returns where a file will be written, with links followed, after trying the folder.
+
+    Args:
+        path: The file, by default a picture.
+        suffixes: Those that it may have.
 
     Raises:
-        OutputPathError: If no picture can be written there.
+        OutputPathError: If it cannot be written there.
     """
     try:
         target = Path(path).resolve()
-        if target.suffix.lower() not in SUFFIXES:
-            raise OutputPathError(f"cannot write {path}: use one of {', '.join(SUFFIXES)}")
+        if target.suffix.lower() not in suffixes:
+            raise OutputPathError(f"cannot write {path}: use one of {', '.join(suffixes)}")
         if target.exists() and not target.is_file():
             raise OutputPathError(f"cannot write {path}: it is not a regular file")
         with tempfile.TemporaryFile(dir=target.parent):
@@ -43,20 +49,33 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         raise OutputPathError(f"cannot write {path!r}: {error}") from None
 
 
+@contextmanager
+def whole_file(
+    path: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES
+) -> Iterator[IO[bytes]]:
+    """Gives a file to write, which appears under its name whole or not at all.
+
+    Raises:
+        OutputPathError: If it cannot be written.
+    """
+    target = check_output(path, suffixes)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with partial.open("xb") as file:
+            yield file
+        partial.replace(target)
+    except OSError as error:
+        raise OutputPathError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes a figure in the format that the suffix names; the file appears whole or not at all.
 
     Raises:
         OutputPathError: If it cannot be written.
     """
-    target = check_output(path)
-    suffix = target.suffix.lower()
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with partial.open("xb") as file, rc_context({"svg.hashsalt": "bandpo"}):
-            figure.savefig(file, format=suffix[1:], metadata=_METADATA[suffix])
-        partial.replace(target)
-    except OSError as error:
-        raise OutputPathError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    suffix = Path(path).resolve().suffix.lower()
+    with whole_file(path) as file, rc_context({"svg.hashsalt": "bandpo"}):
+        figure.savefig(file, format=suffix[1:], metadata=_METADATA[suffix])

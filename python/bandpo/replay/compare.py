@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bandpo.backends.contract import PROBABILITY_BINS
-from bandpo.check import BoolArray, Float64Array, check_name
+from bandpo.check import Float64Array, check_name
 from bandpo.error import InvalidValueError
 from bandpo.presets import Preset
 from bandpo.record import LoggedTokens
@@ -163,20 +163,28 @@ class _Part(NamedTuple):
 
 def _part_of(rules: Sequence[ReplayedRule], piece: Piece, dtype: torch.dtype, exact: bool) -> _Part:
     chunk = chunk_of(piece, dtype)
-    actions = [action_of(rule, chunk, exact=exact) for rule in rules]
-    alone = np.sum([action.clipped for action in actions], axis=0, dtype=np.uint16) == 1
-    passed = [action.log_ratio[action.slope != 0.0].max(initial=-np.inf) for action in actions]
     sampled, known = len(piece.part.old_log_prob), len(chunk.weight)
+    unclipped: list[Float64Array | None] = []
+    of_rules, clipped, max_ratios = [], [], []
+    columns = np.empty((len(OF_RULE), known))  # one memory for all rules, which stays in the cache
+    for rule in rules:
+        action = action_of(rule, chunk, exact=exact)
+        unclipped.append(_of_tokens(chunk, action.unclipped) if rule.has_own_ratio else None)
+        passed = np.where(action.slope != 0.0, action.log_ratio, -np.inf)
+        max_ratios.append(math.exp(passed.max(initial=-np.inf)))
+        clipped.append(action.clipped)
+        _fill(columns, chunk, action)
+        of_rules.append(chunk.sums(columns))
+    alone = np.sum(clipped, axis=0, dtype=np.uint16) == 1
+    for sums, own in zip(of_rules, clipped, strict=True):
+        [sums[OF_RULE.index("only")]] = chunk.sums((own & alone)[None].astype(np.float64))
     return _Part(
         sampled,
         sampled - known,
         _of_tokens(chunk, chunk.unclipped),
-        [
-            _of_tokens(chunk, action.unclipped) if rule.has_own_ratio else None
-            for rule, action in zip(rules, actions, strict=True)
-        ],
-        [chunk.sums(_columns(chunk, action, action.clipped & alone)) for action in actions],
-        np.exp(np.array(passed, dtype=np.float64)).tolist(),
+        unclipped,
+        of_rules,
+        max_ratios,
         chunk.kl * chunk.weight,
         np.abs(chunk.unclipped) * chunk.weight,
     )
@@ -213,13 +221,12 @@ def _add_up(sums: dict[str, Float64Array], more: Float64Array) -> None:
         sums[name] += each
 
 
-def _columns(chunk: Chunk, action: Action, only: BoolArray) -> Float64Array:
-    """The columns of `OF_RULE`."""
-    columns = np.empty((len(OF_RULE), len(only)))
-    low, high, removed_low, removed_high, squared, loss, kl, tv, of_only = columns
+def _fill(columns: Float64Array, chunk: Chunk, action: Action) -> None:
+    """Fills the columns of `OF_RULE` but for the last, which takes all rules."""
+    low, high, removed_low, removed_high, squared, loss, kl, tv, only = columns
     np.logical_and(action.clipped, action.below, out=low)
     np.subtract(action.clipped, low, out=high)
-    of_only[:], loss[:] = only, action.loss
+    loss[:], only[:] = action.loss, 0.0
     np.square(action.slope, out=squared)
     removed = np.abs(
         np.subtract(action.unclipped, action.slope, out=removed_high), out=removed_high
@@ -227,14 +234,14 @@ def _columns(chunk: Chunk, action: Action, only: BoolArray) -> Float64Array:
     np.multiply(removed, action.below, out=removed_low)
     removed_high -= removed_low
     # The share of its gradient that a token keeps; all of it where there is none to keep.
-    kept = np.ones_like(removed)
+    kept = tv
+    kept[:] = 1.0
     np.divide(action.slope, action.unclipped, out=kept, where=action.unclipped != 0.0)
     np.clip(kept, 0.0, 1.0, out=kept)
-    # A divergence may be infinite where nothing is kept.
-    np.multiply(chunk.kl, kept, out=kl)
-    np.multiply(chunk.tv, kept, out=tv)
+    with np.errstate(invalid="ignore"):  # a divergence may be infinite where nothing is kept
+        np.multiply(chunk.kl, kept, out=kl)
     kl[kept == 0.0] = 0.0
-    return columns
+    kept *= chunk.tv
 
 
 def _sum(rule: RuleTotals, names: Iterable[str]) -> Float64Array:

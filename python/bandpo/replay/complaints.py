@@ -54,6 +54,7 @@ class Facts:
         self.certain = 0
         self.bfloat16 = 0
         self.moved = 0
+        self.advantages = 0
         self.far = 0
         self.rollout = 0
         self.odds = np.zeros(6)  # of log-odds: count, sums, squares and product of old and rollout
@@ -70,6 +71,7 @@ class Facts:
             _above_zero,
             _padding,
             _idle,
+            _no_advantage,
             _bfloat16,
             _swapped,
             _temperature,
@@ -90,6 +92,7 @@ class Facts:
         self.certain += int(certain.sum())
         self.bfloat16 += int((_is_bfloat16(old) & _is_bfloat16(new)).sum())
         self.moved += int((old != new).sum())
+        self.advantages += int(np.count_nonzero(part.advantages[known]))
         if part.rollout_log_prob is not None:
             rollout = part.rollout_log_prob[known]
             self.rollout += int((~np.isnan(rollout)).sum())
@@ -190,6 +193,18 @@ def _idle(facts: Facts) -> list[Complaint]:
             "All ratios are 1, so no rule can act. Each batch has one optimiser step: take more "
             "(num_iterations in TRL, ppo_epochs or a smaller ppo_mini_batch_size in verl), or "
             "record later steps as well.",
+        )
+    ]
+
+
+def _no_advantage(facts: Facts) -> list[Complaint]:
+    if facts.advantages:
+        return []
+    return [
+        Complaint(
+            "no-advantage",
+            "All advantages are 0, so no token has a gradient. In GRPO, groups whose rewards are "
+            "all the same have that: check the rewards, or filter such groups.",
         )
     ]
 

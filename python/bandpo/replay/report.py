@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from html import escape
 
 from bandpo.notebook import html_table
+from bandpo.plot.output import whole_file
 from bandpo.replay.cloud import Cloud
 from bandpo.replay.compare import Comparison
 from bandpo.replay.complaints import Complaint
@@ -81,6 +83,20 @@ def report(
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n"
         "</body></html>\n"
     )
+
+
+SUFFIXES = (".html", ".htm")
+"""Suffixes of a page."""
+
+
+def save(page: str, path: str | os.PathLike[str]) -> None:
+    """Writes a page; the file appears whole or not at all.
+
+    Raises:
+        OutputPathError: If it cannot be written.
+    """
+    with whole_file(path, SUFFIXES) as file:
+        file.write(page.encode())
 
 
 def _summary(found: Comparison) -> str:
