@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,11 +16,13 @@ import pytest
 from rich.console import Console
 
 import bandpo
-from bandpo import demo
+from bandpo import cli, demo
 from bandpo.demo.report import conclusion, headline
 from bandpo.demo.result import BIN_NAMES
 from bandpo.demo.rule import BAND, CONSTANT, FIXED, NO_CLIP, band_table, regions
 from bandpo.error import InvalidTypeError, InvalidValueError, OutputPathError
+from bandpo.record import read_tokens
+from bandpo.spec import spec_from_region
 
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
@@ -106,6 +109,41 @@ def report(result: demo.Result, width: int) -> str:
     written = StringIO()
     demo.print_report(result, Console(file=written, width=width))
     return written.getvalue()
+
+
+def test_a_demo_records_its_first_run_and_offers_its_replay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.chdir(tmp_path)
+    result = demo.run(None, tokens="a demo-tokens", **SMALL)
+    log = read_tokens("a demo-tokens")
+    [tokens] = log
+    # One inner step of each batch, in which only later ones have other ratios than 1.
+    assert len(tokens.step) == 3 * 8 * 16
+    assert len(set(tokens.step.tolist())) == 3
+    assert (tokens.weight == 1.0).all()
+    assert log.metadata.rule == {"region": "clip@0.2,0.28", "surrogate": "min-clip"}
+    assert spec_from_region(regions(band_table(0.05))[FIXED]) == "clip@0.2,0.28"
+    *_, sentence, command = report(result, 80).splitlines()
+    assert sentence == "Other rules on these tokens:"
+    program, *words = shlex.split(command)
+    assert program == "bandpo"
+    assert cli.main(words) == 0
+    assert "dapo" in capsys.readouterr().out
+    assert Path("a demo.html").exists()
+
+
+def test_a_demo_replaces_the_tokens_of_another_and_gives_the_same_numbers(
+    small: demo.Result, tmp_path: Path
+) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "notes.txt").touch()
+    for _ in range(2):
+        result = demo.run(None, tokens=tmp_path, **SMALL)
+    assert sum(len(part.step) for part in read_tokens(tmp_path)) == 3 * 8 * 16
+    assert (tmp_path / "notes.txt").exists()
+    assert result.runs == small.runs
 
 
 def test_the_report_begins_with_the_conclusion(small: demo.Result) -> None:

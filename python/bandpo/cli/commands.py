@@ -175,8 +175,10 @@ def demo(parsed: argparse.Namespace) -> int:
     from bandpo.demo import print_report, run
 
     chosen = {name: getattr(parsed, name) for name in ("seeds", "batches")}
+    picture = Path(parsed.output)
     result = run(
-        Path(parsed.output),
+        picture,
+        tokens=picture.with_name(f"{picture.stem}-tokens"),
         **{name: value for name, value in chosen.items() if value is not None},
     )
     if parsed.json:

@@ -255,6 +255,10 @@ def _add_demo(to: _Commands) -> None:
     parser.add_argument("--seeds", type=int, help="runs for each rule")
     parser.add_argument("--batches", type=int, help="rollout batches a run")
     _add_json(parser, commands.demo)
+    parser.notes = (
+        "Tokens of one run are recorded into a folder beside the picture (bandpo-demo-tokens), and"
+        " the last line is the command that replays them.",
+    )
     parser.examples = ("bandpo demo", "bandpo demo --seeds 1 --batches 20 --json")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bandpo.demo.progress import Progress, bars
@@ -19,6 +20,7 @@ from bandpo.demo.result import Result, Run
 from bandpo.demo.rule import band_table, regions
 from bandpo.demo.settings import Settings
 from bandpo.error import MissingExtraError
+from bandpo.record import Recorder
 
 __all__ = ["Progress", "Result", "Run", "Settings", "print_report", "run"]
 
@@ -26,6 +28,7 @@ __all__ = ["Progress", "Result", "Run", "Settings", "print_report", "run"]
 def run(
     output: str | os.PathLike[str] | None = "bandpo-demo.png",
     *,
+    tokens: str | os.PathLike[str] | None = None,
     quiet: bool = False,
     progress: Progress | None = None,
     **settings: Any,
@@ -38,14 +41,18 @@ def run(
     Args:
         output: The picture to write, .png, .svg or .pdf; None for none. That it can be written is
             checked before any training.
+        tokens: The folder that a `bandpo.record.Recorder` writes tokens of the fixed clip into, on
+            the first seed; None for none. Those of an earlier demo are replaced.
         quiet: True leaves out the progress bars on stderr.
         progress: Called with a stage, its steps done and its steps in all; replaces the bars.
         **settings: Any field of `Settings`.
 
     Raises:
         InvalidValueError: If a setting is out of range.
-        MissingExtraError: If torch, or matplotlib for a picture, is not installed.
-        OutputPathError: If the picture cannot be written; nothing half-written is left.
+        MissingExtraError: If torch, matplotlib for a picture, or pyarrow for tokens is not
+            installed.
+        OutputPathError: If the picture or the folder cannot be written; nothing half-written is
+            left.
     """
     chosen = Settings(**settings)
     table = band_table(chosen.delta)
@@ -57,13 +64,37 @@ def run(
             plot.check_output(output)
         import bandpo.tensors  # noqa: F401  # reports a missing torch
         from bandpo.demo import experiment
+
+        recorder = None if tokens is None else _recorder(tokens, chosen)
     except MissingExtraError as missing:
         raise MissingExtraError(missing.module, "demo") from None
 
-    with bars(quiet=quiet) if progress is None else nullcontext(progress) as report:
-        result = experiment.run_all(chosen, table, report)
+    with (
+        recorder or nullcontext() as record,
+        bars(quiet=quiet) if progress is None else nullcontext(progress) as report,
+    ):
+        result = experiment.run_all(chosen, table, report, record)
     result = replace(result, conclusion=conclusion(result))
+    if tokens is not None:
+        result = replace(result, tokens=os.fspath(tokens))
     if output is not None:
         result = replace(result, picture=os.fspath(output))
         plot.save(demo_figure(result, regions(table)), output)
     return result
+
+
+def _recorder(folder: str | os.PathLike[str], settings: Settings) -> Recorder:
+    """A recorder of all tokens of one inner step of each batch."""
+    # A folder of an earlier demo would make two runs of one.
+    for part in Path(folder).glob("rank-00000-*.parquet"):
+        part.unlink()
+    return Recorder(
+        folder,
+        every=settings.inner_steps,
+        tokens_per_step=max(4096, settings.prompts_per_batch * settings.group),
+        temperature=1.0,
+        old_policy="trainer",
+        rule={"region": "clip@0.2,0.28", "surrogate": "min-clip"},
+        rank=0,
+        world_size=1,
+    )

@@ -13,13 +13,19 @@ from bandpo.demo.grpo import train
 from bandpo.demo.policy import Policy, pretrain
 from bandpo.demo.progress import Progress
 from bandpo.demo.result import Result, Run
-from bandpo.demo.rule import regions
+from bandpo.demo.rule import FIXED, regions
 from bandpo.demo.settings import Settings
 from bandpo.demo.task import Task, make_task
+from bandpo.record import Recorder
 
 
-def run_all(settings: Settings, table: BandTable, progress: Progress) -> Result:
-    """Pre-trains a policy for every seed, then trains a copy of it under every rule."""
+def run_all(
+    settings: Settings, table: BandTable, progress: Progress, record: Recorder | None = None
+) -> Result:
+    """Pre-trains a policy for every seed, then trains a copy of it under every rule.
+
+    The recorder gets the tokens of the fixed clip on the first seed.
+    """
     rules = regions(table)
     totals = {
         "pre-training": settings.seeds * settings.pretrain_steps,
@@ -54,6 +60,7 @@ def run_all(settings: Settings, table: BandTable, progress: Progress) -> Result:
                     region,
                     seed=seed,
                     settings=settings,
+                    record=record if (seed, rule) == (0, FIXED) else None,
                     on_batch=step_of(rule),
                 )
                 runs.append(run)

@@ -13,6 +13,7 @@ from bandpo.demo.result import BIN_NAMES, Run
 from bandpo.demo.settings import Settings
 from bandpo.demo.task import Task, reward
 from bandpo.loss import policy_loss
+from bandpo.record import Recorder
 
 MAX_GRADIENT_NORM = 1.0
 
@@ -25,6 +26,7 @@ def train(
     *,
     seed: int,
     settings: Settings,
+    record: Recorder | None = None,
     on_batch: Callable[[], object],
 ) -> Run:
     """Trains a copy of the policy under one region and returns its run.
@@ -63,6 +65,8 @@ def train(
             # One pass a prompt serves its whole group, since the answers are one token long.
             log_prob = policy(prompts).gather(1, answers).reshape(-1, 1)
             result = policy_loss(old_log_prob, log_prob, advantages, response_mask, region=region)
+            if record is not None:
+                record(old_log_prob, log_prob, advantages, response_mask)
             optimizer.zero_grad()
             result.loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRADIENT_NORM)

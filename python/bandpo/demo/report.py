@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,21 @@ def print_report(result: Result, console: Console | None = None) -> None:
     )
     if result.picture is not None:
         console.print(f"Picture: {result.picture}", highlight=False, markup=False, soft_wrap=True)
+    if result.tokens is not None:
+        console.print(
+            f"Tokens of the {FIXED}, seed 0: {result.tokens}\n\nOther rules on these tokens:\n  "
+            f"{replay_command(result.tokens)}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def replay_command(tokens: str) -> str:
+    """Returns the command that replays the tokens of a demo."""
+    words = ["bandpo", "replay", tokens, "--rule", "dapo", "--rule", "bandpo-kl"]
+    page = f"{tokens.removesuffix('-tokens')}.html"
+    return shlex.join([*words, "--match", "clip-fraction", "--html", page])
 
 
 def _print_rows(table: Table, console: Console) -> None:

@@ -55,6 +55,7 @@ class Result:
         runs: One for each rule and seed.
         conclusion: The comparison of the rules, in words.
         picture: Path of the picture, None for none.
+        tokens: Path of the recorded tokens, None for none.
     """
 
     settings: Settings
@@ -64,6 +65,7 @@ class Result:
     runs: tuple[Run, ...]
     conclusion: str = ""
     picture: str | None = None
+    tokens: str | None = None
 
     @property
     def rules(self) -> tuple[str, ...]:
