@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 pytest.importorskip("matplotlib")
 
-from make_pictures import FOLDER, pictures
+from make_pictures import FOLDER, pictures, replay_pictures
 
 from bandpo import plot
 
@@ -48,3 +48,16 @@ def test_a_picture_is_what_the_tool_draws(tmp_path: Path, name: str) -> None:
     for part in names:
         np.testing.assert_allclose(ours[part], new[part], rtol=0, atol=PLACES)
     assert len(committed) < MAX_BYTES
+
+
+@pytest.mark.parametrize("page", ["light", "dark"])
+def test_the_picture_of_a_replay_has_what_the_tool_draws(page: str) -> None:
+    """Its tokens are those of a long training, so a short one has the same rules and labels."""
+    pytest.importorskip("torch")
+    pytest.importorskip("pyarrow")
+    committed = (FOLDER / f"replay-{page}.svg").read_text(encoding="utf-8")
+    drawn = replay_pictures(batches=2, pretrain_steps=5)[f"replay-{page}.svg"]
+    labels = {"dapo", "bandpo-kl", "old probability", "ln(new/old)"}
+    assert labels <= set(texts(committed)) & set(texts(drawn))
+    assert "data:image/png" in committed
+    assert len(committed) < 3 * MAX_BYTES

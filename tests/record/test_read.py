@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from bandpo.error import (
     MissingExtraError,
     TokenFileError,
 )
-from bandpo.record import LoggedTokens, read_tokens, text
+from bandpo.record import LoggedTokens, Recorder, read_tokens, text
 from bandpo.record.layout import concatenate
 from bandpo.record.tokens import LogMetadata
 from support.token_files import (
@@ -759,3 +760,23 @@ def test_memory_is_bounded_for_lines(
 
     peak(100)  # imports
     assert peak(40_000) < 1.5 * peak(4_000)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokens.npz")
+    with pytest.raises(InputPathError, match=r"tokens\.npz: it is not a regular file"):
+        read_tokens(tmp_path / "tokens.npz")
+
+
+def test_a_changed_byte_of_a_recorded_number_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    numbers = -np.random.default_rng(0).random((20, 50))
+    with Recorder(tmp_path, every=1) as record:
+        record(numbers, numbers, np.ones(20), np.ones((20, 50)))
+    [path] = tmp_path.glob("*.parquet")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(TokenFileError, match="cannot be read as Parquet"):
+        list(read_tokens(path))

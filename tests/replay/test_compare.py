@@ -192,9 +192,11 @@ def test_nan_tokens_are_left_out_and_counted() -> None:
         log_prob=np.where(np.arange(200) < 3, math.nan, log.log_prob),
         advantages=np.where(np.arange(200) == 9, math.nan, log.advantages),
     )
+    wrong.advantages[20:22] = math.inf, 1e30
+    wrong.old_log_prob[30] = wrong.log_prob[30] = -math.inf
     found = compare([wrong], ["ppo"])
-    assert (found.sampled, found.unknown) == (200, 4)
-    assert found.sums["tokens"].sum() == 196
+    assert (found.sampled, found.unknown) == (200, 7)
+    assert found.sums["tokens"].sum() == 193
     [row] = rows_of(found)
     assert math.isfinite(row["loss"])
 
@@ -230,7 +232,10 @@ def test_bad_arguments_are_refused() -> None:
         compare([log], [])
     with pytest.raises(InvalidValueError, match="rules must differ, got 'ppo' twice"):
         compare([log], ["ppo", "ppo"])
-    with pytest.raises(InvalidValueError, match="the log must have at least one token, got none"):
+    with pytest.raises(InvalidValueError, match=r"log must have at least one token .* in 0 tokens"):
         compare([], ["ppo"])
+    nothing = log._replace(log_prob=np.full(10, math.nan))
+    with pytest.raises(InvalidValueError, match=r"numbers for both .* got none in 10 tokens"):
+        compare([nothing], ["ppo"])
     with pytest.raises(InvalidValueError, match=r"'icepop' corrects .* has no rollout_log_prob"):
         compare([log], ["icepop"])

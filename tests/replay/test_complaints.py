@@ -72,6 +72,10 @@ def noisy_rollout(log: LoggedTokens, share: float, size: float) -> LoggedTokens:
 
 CASES: dict[str, tuple[Change, Change]] = {
     "nan": (lambda log: first(log, 1, log_prob=math.nan), lambda log: first(log, 1, log_prob=-700)),
+    "infinite": (
+        lambda log: first(log, 1, log_prob=-math.inf),
+        lambda log: first(log, 1, log_prob=-1e30),
+    ),
     "probabilities": (
         lambda log: log._replace(
             old_log_prob=np.exp(log.old_log_prob), log_prob=np.exp(log.log_prob)

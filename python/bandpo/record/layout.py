@@ -95,10 +95,15 @@ class Place(NamedTuple):
             if name in file.names:
                 found[field] = name
             elif field in REQUIRED or field in wanted:
-                option = "" if field in wanted else f"; columns={{{field!r}: name}} gives another"
+                option = (
+                    ""
+                    if field in wanted
+                    else f"; another is given by columns={{{field!r}: name}}, or in the command by "
+                    f"--column {field}=name"
+                )
                 raise TokenFileError(
                     f"{file.path}: has no column {name!r} for {field}, only "
-                    f"{_listed(file.names)}{suggestion(name, file.names)}{option}"
+                    f"{_listed(file.names)}{option}{suggestion(name, file.names)}"
                 )
         return cls(file.path, found)
 

@@ -55,7 +55,10 @@ def encoded(columns: Mapping[str, NDArray[Any]], metadata: LogMetadata) -> bytes
     content = json.dumps(asdict(metadata)).encode()
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(
-        table.replace_schema_metadata({_KEY: content}), sink, compression="zstd"
+        table.replace_schema_metadata({_KEY: content}),
+        sink,
+        compression="zstd",
+        write_page_checksum=True,
     )
     return bytes(sink.getvalue())
 
@@ -121,6 +124,7 @@ class ParquetFile:
                 self.path,
                 buffer_size=_BUFFER,
                 pre_buffer=False,
+                page_checksum_verification=True,  # of files that have them
                 thrift_string_size_limit=_LONGEST_FOOTER,
                 thrift_container_size_limit=_LONGEST_FOOTER,
             ) as file:
@@ -130,8 +134,9 @@ class ParquetFile:
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
+            reason = str(error).rstrip(".")
             raise TokenFileError(
-                f"{self.path}: cannot be read as Parquet: {error}. A writer that was stopped "
+                f"{self.path}: cannot be read as Parquet: {reason}. A writer that was stopped "
                 f"leaves a file without its end"
             ) from None
 

@@ -147,6 +147,8 @@ def _files_of(path: Path) -> list[Path]:
 
 def _opened(path: Path) -> TokenFile:
     """The file in the format of its content."""
+    if path.exists() and not path.is_file():  # a pipe would wait, and can be read once alone
+        raise InputPathError(f"cannot read {path}: it is not a regular file")
     try:
         with path.open("rb") as file:
             start = file.read(4096)

@@ -24,6 +24,9 @@ from bandpo.surrogate import LOG_RATIO_LIMIT
 SIZE = 1 << 16
 """Tokens that are worked on together, so that their columns stay in the cache."""
 
+MAX_ADVANTAGE = 1e29
+"""Max size of an advantage; times a ratio of `e^20`, a larger one is infinite in float32."""
+
 SEGMENTS = GROUPS * PROBABILITY_BINS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -73,7 +76,8 @@ class Chunk(NamedTuple):
         found = np.zeros((len(columns), SEGMENTS))
         if len(self.starts):
             columns *= self.weight
-            found[:, self.segments] = np.add.reduceat(columns, self.starts, axis=1)
+            with np.errstate(invalid="ignore"):  # a divergence may be infinite
+                found[:, self.segments] = np.add.reduceat(columns, self.starts, axis=1)
         return found
 
 
@@ -84,10 +88,12 @@ class Piece(NamedTuple):
     start: int  # place of the first token in the log
     sequences: Int64Array | None = None  # first token of each, if all are whole
 
-    def known(self) -> BoolArray:
-        """Returns which tokens have a ratio and an advantage."""
-        part = self.part
-        return ~(np.isnan(part.log_prob - part.old_log_prob) | np.isnan(part.advantages))
+
+def known_tokens(part: LoggedTokens) -> BoolArray:
+    """Returns which tokens have a ratio, and an advantage with which a loss is finite."""
+    with np.errstate(invalid="ignore"):  # two infinite log-probs have no ratio
+        unknown = np.isnan(part.log_prob - part.old_log_prob)
+    return ~unknown & (np.abs(part.advantages) <= MAX_ADVANTAGE)
 
 
 def pieces_of(logged: Iterable[LoggedTokens]) -> Iterator[Piece]:
@@ -101,7 +107,7 @@ def pieces_of(logged: Iterable[LoggedTokens]) -> Iterator[Piece]:
 
 def chunk_of(piece: Piece, dtype: torch.dtype) -> Chunk:
     """Returns the tokens of a piece that have a ratio and an advantage, in the dtype of the run."""
-    part, chosen = piece.part, np.flatnonzero(piece.known())
+    part, chosen = piece.part, np.flatnonzero(known_tokens(piece.part))
     group = group_of(part.sequence, piece.start)[chosen]
     old_bin = probability_bin(torch.from_numpy(part.old_log_prob[chosen]).to(dtype)).numpy()
     # Integers of 16 bits are sorted by their digits, in a fifth of the time of wider ones.

@@ -8,6 +8,7 @@ import numpy as np
 
 from bandpo.check import Float64Array
 from bandpo.record import LoggedTokens
+from bandpo.replay.chunk import known_tokens
 
 SIZE = 8000
 
@@ -28,9 +29,10 @@ class Cloud:
         """Adds the tokens of a part of a log."""
         with np.errstate(divide="ignore"):
             keys = np.log(self._random.random(len(part.weight))) / part.weight
-        log_ratio = part.log_prob - part.old_log_prob
+        known = known_tokens(part)
+        with np.errstate(invalid="ignore"):
+            log_ratio = part.log_prob - part.old_log_prob
         columns = np.stack([part.old_log_prob, log_ratio, part.advantages])
-        known = ~np.isnan(columns).any(0)
         self._keys = np.concatenate([self._keys, keys[known]])
         self._columns = np.concatenate([self._columns, columns[:, known]], axis=1)
         if len(self._keys) > SIZE:

@@ -69,7 +69,7 @@ class Comparison:
     sampled: int = 0
     """Tokens of the log."""
     unknown: int = 0
-    """Tokens left out because a log-prob or the advantage is NaN."""
+    """Tokens left out because a log-prob or the advantage is no number, or the latter infinite."""
 
     def share(self, rule: RuleTotals, names: Iterable[str], of: str) -> Estimate:
         """Returns a sum of a rule as a share of a sum over the tokens, of the whole log."""
@@ -143,8 +143,11 @@ def compare(
         lambda piece: _part_of(replayed, piece, DTYPES[dtype], exact), pieces_for(replayed, logged)
     ):
         _add(found, part)
-    if not found.sampled:
-        raise InvalidValueError("the log must have at least one token, got none")
+    if found.sampled == found.unknown:
+        raise InvalidValueError(
+            f"the log must have at least one token with numbers for both log-probs and the "
+            f"advantage, got none in {found.sampled} tokens"
+        )
     return found
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from bandpo.check import Float64Array
 from bandpo.record import LoggedTokens
+from bandpo.replay.chunk import known_tokens
 from bandpo.replay.estimate import GROUPS, Estimate, group_of, quotient
 
 SURE = 1e-3
@@ -53,6 +54,7 @@ class Facts:
         self.in_unit = 0
         self.certain = 0
         self.bfloat16 = 0
+        self.infinite = 0
         self.moved = 0
         self.advantages = 0
         self.far = 0
@@ -67,6 +69,7 @@ class Facts:
             return [Complaint("empty", "The log has no token with numbers for its log-probs.")]
         checks = (
             _unknown,
+            _infinite,
             _probabilities,
             _above_zero,
             _padding,
@@ -81,7 +84,7 @@ class Facts:
 
     def add(self, part: LoggedTokens) -> None:
         """Adds a part of the log."""
-        known = ~np.isnan(part.old_log_prob) & ~np.isnan(part.log_prob) & ~np.isnan(part.advantages)
+        known = known_tokens(part)
         old, new, weight = part.old_log_prob[known], part.log_prob[known], part.weight[known]
         group = group_of(part.sequence, self.tokens + self.unknown)[known]
         self.unknown += int((~known).sum())
@@ -91,6 +94,7 @@ class Facts:
         certain = (old == 0.0) & (new == 0.0)
         self.certain += int(certain.sum())
         self.bfloat16 += int((_is_bfloat16(old) & _is_bfloat16(new)).sum())
+        self.infinite += int((np.isinf(old) | np.isinf(new)).sum())
         self.moved += int((old != new).sum())
         self.advantages += int(np.count_nonzero(part.advantages[known]))
         if part.rollout_log_prob is not None:
@@ -133,7 +137,8 @@ def complaints_of(logged: Iterable[LoggedTokens]) -> list[Complaint]:
 
 
 def _is_bfloat16(values: Float64Array) -> np.ndarray:
-    bits = values.astype(np.float32).view(np.uint32)
+    with np.errstate(over="ignore"):
+        bits = values.astype(np.float32).view(np.uint32)
     return np.asarray((bits & np.uint32(0xFFFF)) == 0)
 
 
@@ -143,8 +148,22 @@ def _unknown(facts: Facts) -> list[Complaint]:
     return [
         Complaint(
             "nan",
-            f"{facts.unknown} tokens have NaN as a log-prob or advantage. They are left out here, "
-            f"and make a loss NaN. Mask them, or find where they come from.",
+            f"{facts.unknown} tokens have NaN as a log-prob or advantage, an infinite advantage or "
+            f"two infinite log-probs. They are left out here, and make a loss NaN. Mask them, "
+            f"or find where they come from.",
+        )
+    ]
+
+
+def _infinite(facts: Facts) -> list[Complaint]:
+    if not facts.infinite:
+        return []
+    return [
+        Complaint(
+            "infinite",
+            f"{facts.infinite} tokens have an infinite log-prob in one of the two policies. The KL "
+            f"of a rule that keeps them is infinite. A sampled token has that if top-k or top-p "
+            f"cut it off in the other policy alone.",
         )
     ]
 

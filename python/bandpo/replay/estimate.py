@@ -52,6 +52,8 @@ def quotient(part: Float64Array, whole: Float64Array) -> Estimate:
     rest = size - whole[used]
     if used.sum() < 2 or not (rest > 0.0).all():
         return Estimate(value, -math.inf, math.inf)
+    if not math.isfinite(value):
+        return Estimate(value, math.nan, math.nan)
     without = (total - part[used]) / rest
     count = len(without)
     deviation = math.sqrt((count - 1) / count * float(np.square(without - without.mean()).sum()))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import cycle
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -31,7 +32,7 @@ TICKS = (1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 def draw_cloud(cloud: Cloud, rules: Sequence[ReplayedRule], *, dark: bool = False) -> str:
     """Returns a picture of tokens, their log-ratio against their old probability, as SVG.
 
-    The edges of each rule's region are drawn over them.
+    The edges of the regions are drawn over them, of rules with ratios of tokens.
     """
     with drawing(dark=dark) as theme:
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -49,15 +50,17 @@ def draw_cloud(cloud: Cloud, rules: Sequence[ReplayedRule], *, dark: bool = Fals
             axes.scatter(
                 x[chosen],
                 log_ratio[chosen],
-                s=3.0,
+                s=5.0,
                 color=colour[dark],
-                alpha=0.35,
+                alpha=0.45,
                 linewidths=0,
                 rasterized=True,
             )
         grid = np.linspace(*axes.get_xlim(), 400)
         log_p = -np.logaddexp(0.0, -grid)
         for rule in rules:
+            if rule.has_own_ratio:  # its bounds are not those of a token
+                continue
             region = rule.rule.region
             for part in parts_of(region) if isinstance(region, (Region, BySign)) else ():
                 lower, upper = part.log_bounds(log_p)
@@ -118,9 +121,10 @@ def _name_rules(axes: Axes, theme: Theme) -> None:
     axes.legend(
         unique.values(),
         unique.keys(),
-        loc="upper left",
-        bbox_to_anchor=(1.01, 1.0),
-        borderaxespad=0.0,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        borderaxespad=0.3,
+        ncols=4,  # above the axes, so that a phone shows them without scrolling
         frameon=False,
         labelcolor=theme.ink,
         fontsize=8.0,
@@ -130,6 +134,7 @@ def _name_rules(axes: Axes, theme: Theme) -> None:
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     metadata = {"Date": None, "Creator": None}
-    figure.savefig(buffer, format="svg", dpi=160, metadata=metadata, transparent=True)
+    with rc_context({"svg.hashsalt": "bandpo"}):  # so that the same picture has the same ids
+        figure.savefig(buffer, format="svg", dpi=160, metadata=metadata, transparent=True)
     text = buffer.getvalue()
     return text[text.index("<svg") :]

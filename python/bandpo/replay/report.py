@@ -32,7 +32,7 @@ p { max-width: 44rem } .muted { color: var(--muted) }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { color: var(--muted); font-weight: 500 }
-figure { margin: 1rem 0; overflow-x: auto } svg { width: 100%; min-width: 36rem; height: auto }
+figure { margin: 1rem 0; overflow-x: auto } svg { width: 100%; min-width: 27rem; height: auto }
 pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--line); font-size: 13px }
 li { margin: .4rem 0; max-width: 44rem }
 """
@@ -72,7 +72,8 @@ def report(
         "<h2>How far each rule is from the best mask</h2>",
         _pictures("frontier", lambda dark: draw_frontier(found, dark=dark)),
         '<p class="muted">The line is the max share of the gradient that a mask can keep for a sum '
-        "of divergences. No mask of tokens is above it.</p>",
+        "of divergences. No mask of tokens is above it. Rules with a ratio of sequences are in no "
+        "picture.</p>",
     ]
     if matches is not None:
         parts.append(_matched(*matches))
