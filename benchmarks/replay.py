@@ -9,6 +9,11 @@ from benchmarks.tokens import SIZE
 
 RULES = ("ppo", "dapo", "kl@0.01", "kl@0.05", "reverse-kl@0.01", "tv@0.05", "dppo-tv", "ipo")
 
+MORE_RULES = (
+    *("bandpo-kl", "bandpo-chi2", "mask:kl@0.05", "hellinger@0.02"),
+    *("cispo", "sapo", "jensen-shannon@0.01", "clip@0.1"),
+)
+
 
 def logged(count: int, seed: int = 0) -> LoggedTokens:
     """Returns tokens of sequences of 200, from rare to likely."""
@@ -43,6 +48,12 @@ class Replay:
         from bandpo.replay import compare
 
         compare([self.log], RULES)
+
+    def time_compare_16_rules(self) -> None:
+        """Times the comparison of sixteen rules."""
+        from bandpo.replay import compare
+
+        compare([self.log], RULES + MORE_RULES)
 
     def time_match_kl(self) -> None:
         """Times the radius of a KL band that acts as PPO's clip does."""

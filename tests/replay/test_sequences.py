@@ -217,3 +217,11 @@ def test_inner_steps_on_the_same_sequences_are_different_sequences(tmp_path: Pat
     found = row["clip_fraction_low"]["value"] + row["clip_fraction_high"]["value"]
     expected = sum(loss.metrics[f"clip_fraction_{side}"].item() for side in ("low", "high"))
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_steps_part_sequences_that_have_no_positions() -> None:
+    log = random_log(60, 8, step=0.6, length=30)
+    unplaced = log._replace(position=np.full(60, -1))
+    same = unplaced._replace(sequence=np.zeros(60, np.int64), step=log.sequence)
+    one, other = (rows_of(compare([each], ["gspo"]))[0] for each in (unplaced, same))
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-12)
