@@ -13,7 +13,16 @@ MODULES = ROOT / "python/bandpo/integrations"
 PAGES = ROOT / "docs/integrations"
 README = (PAGES / "README.md").read_text(encoding="utf-8")
 
-SHARED = {"__init__", "epsilons", "loss", "ray_workers", "settings", "steps", "version"}
+SHARED = {
+    "__init__",
+    "epsilons",
+    "loss",
+    "ray_workers",
+    "recording",
+    "settings",
+    "steps",
+    "version",
+}
 OF_OTHERS = {"trl_async", "trl_run"}
 """Modules that the page of another one describes."""
 

@@ -47,6 +47,7 @@ from bandpo.integrations import version
 from bandpo.integrations.trl import LOSS_TYPES, BandPOConfig, BandPOTrainer
 from bandpo.loss import PROBABILITY_EDGES, policy_loss
 from bandpo.presets import preset
+from bandpo.record import read_tokens
 from examples.trl import grpo as example
 from support.trainer_batch import REGION, TrainerBatch, assert_same, trainer_batch
 
@@ -735,6 +736,39 @@ def test_the_asynchronous_trainer_has_the_loss_of_policy_loss(
         float(wanted.metrics["gradient_removed"]), rel=1e-5
     )
     assert trainer.epsilon_low == trainer.epsilon_high == config.epsilon
+
+
+# The record
+
+
+def test_a_record_has_the_tokens_of_the_training_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "tokens"
+    config = BandPOConfig(
+        **settings(
+            tmp_path, region=REGION, record=str(folder), max_steps=20, report_to=[], beta=0.0
+        )
+    )
+    trainer = trainer_of(Recorder, config)
+    trainer.train()
+    logs = list(read_tokens(folder))
+    steps = sorted({int(step) for log in logs for step in log.step})
+    assert len(steps) == 2  # one in each run of ten, of an optimiser step's two micro-batches
+    seen = [trainer.steps[2 * step + part] for step in steps for part in (0, 1)]
+    for name, column in (("old", "old_log_prob"), ("log_prob", "log_prob")):
+        wanted = torch.cat([batch[name][batch["mask"] == 1] for batch in seen])
+        found = torch.cat([torch.as_tensor(getattr(log, column)) for log in logs])
+        torch.testing.assert_close(found.float().sort()[0], wanted.sort()[0], rtol=0, atol=0)
+    metadata = read_tokens(folder).metadata
+    assert (metadata.temperature, metadata.old_policy) == (config.temperature, "trainer")
+    assert metadata.rule == {"region": REGION, "surrogate": "min-clip"}
+
+
+@pytest.mark.parametrize("record", ["", " ", 3, True])
+def test_a_record_that_is_no_folder_is_refused_in_the_configuration(
+    tmp_path: Path, record: Any
+) -> None:
+    with pytest.raises(InvalidTypeError, match="record must be the path of a folder, got"):
+        BandPOConfig(**settings(tmp_path, record=record))
 
 
 # Heads

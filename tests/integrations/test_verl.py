@@ -40,6 +40,7 @@ from bandpo.integrations.epsilons import epsilons
 from bandpo.integrations.verl import BandPOPolicyLossConfig
 from bandpo.loss import GlobalBatch
 from bandpo.presets import PRESETS
+from bandpo.record import read_tokens
 from support.trainer_batch import REGION, TrainerBatch, assert_same, trainer_batch
 
 ROOT = Path(__file__).parents[2]
@@ -282,6 +283,31 @@ def test_the_configuration_of_the_trainer_reaches_the_loss() -> None:
         sent = module.loads(module.dumps(found.policy_loss))
         assert_same(called("bandpo", actor(sent), batch, "seq-mean-token-sum")[0], wanted)
         assert len(module.dumps(found.policy_loss)) < 4000
+
+
+def test_a_record_has_the_tokens_of_losses_with_a_gradient(tmp_path: Path) -> None:
+    batch = trainer_batch()
+    policy = BandPOPolicyLossConfig(region=REGION, record=str(tmp_path / "tokens"))
+    sent = pickle.loads(pickle.dumps(policy))  # noqa: S301 -- our own bytes
+    for _ in range(10):
+        called("bandpo", actor(sent), batch, "token-mean")
+    with torch.no_grad():
+        get_policy_loss_fn("bandpo")(
+            *(batch.old_log_prob, batch.log_prob, batch.advantages, batch.response_mask),
+            config=actor(sent),
+        )
+    del sent  # which writes the rest
+    (log,) = read_tokens(tmp_path / "tokens")
+    mask = batch.response_mask
+    wanted = torch.stack([batch.old_log_prob[mask], batch.log_prob[mask]])
+    found = torch.stack([torch.as_tensor(log.old_log_prob), torch.as_tensor(log.log_prob)])
+    assert torch.equal(found.float(), wanted)
+
+
+@pytest.mark.parametrize("record", ["", 3, True])
+def test_a_record_that_is_no_folder_is_refused(record: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="record must be the path of a folder, got"):
+        BandPOPolicyLossConfig(record=record)
 
 
 def test_the_launch_script_has_a_configuration_that_verl_accepts(tmp_path: Path) -> None:

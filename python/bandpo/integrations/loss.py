@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bandpo.error import InvalidValueError
+from bandpo.integrations.recording import Recording
 from bandpo.integrations.settings import LossSettings
 from bandpo.integrations.steps import OptimizerSteps
 from bandpo.loss import GlobalBatch, PolicyLossResult, policy_loss
@@ -20,12 +21,21 @@ class TrainerLoss:
         count_steps: Advance the schedule of the band after each step of the optimiser, for a
             trainer that tells its loss of none; see `bandpo.integrations.steps.OptimizerSteps`.
 
+        recording: Record of the batches whose loss has a gradient.
+
     Attributes:
         region: The region. ``step`` of a `bandpo.schedule.ScheduledBand` advances its schedule.
     """
 
-    def __init__(self, settings: LossSettings, *, count_steps: bool = False) -> None:
+    def __init__(
+        self,
+        settings: LossSettings,
+        *,
+        count_steps: bool = False,
+        recording: Recording | None = None,
+    ) -> None:
         self.settings = settings
+        self._recording = recording
         self._arguments = settings.arguments()
         self.region: RuleRegion = self._arguments["region"]
         self._steps = (
@@ -63,6 +73,12 @@ class TrainerLoss:
             raise InvalidValueError(
                 f"rollout_log_prob must be given with {reader}: the log-probabilities that the "
                 f"rollout engine returned with the tokens"
+            )
+        if self._recording is not None and log_prob.requires_grad:
+            self._recording(
+                *(old_log_prob, log_prob, advantages, response_mask),
+                rollout_log_prob=rollout_log_prob,
+                cu_seqlens=cu_seqlens,
             )
         return policy_loss(
             old_log_prob,

@@ -46,6 +46,7 @@ class BandPOConfig(BandFields, GRPOConfig):  # type: ignore[misc]
     Args:
         region: Bounds of the ratio: a spec (see `bandpo.spec`), or a `bandpo.Region` that has one.
         schedule: Delta by optimiser step, as text; see `bandpo.spec.schedule_from_spec`.
+        record: Folder for a sample of the tokens of the run; see `bandpo.record.Recorder`.
         anchor: Policy at which the region stands: "old", the denominator of the ratio, or
             "rollout", the engine that sampled.
         correction: Name of a preset whose correction takes the place of TRL's importance sampling
@@ -101,6 +102,7 @@ class BandPOTrainer(BandRun, GRPOTrainer):  # type: ignore[misc]
     """`GRPOTrainer` that clips each token's ratio to its band; ``args`` is a `BandPOConfig`."""
 
     _config = BandPOConfig
+    _old_policy = "trainer"
     _log_prob: torch.Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -126,7 +128,10 @@ class BandPOTrainer(BandRun, GRPOTrainer):  # type: ignore[misc]
             inputs, anchor = self._with_rollout(inputs, old, mask)
             with self._band_at(old, anchor):
                 loss = super()._compute_loss(model, inputs)
-        self._count(old, self._log_prob, inputs["advantages"], mask, anchor)
+        self._count(
+            *(old, self._log_prob, inputs["advantages"], mask, anchor),
+            rollout_log_prob=inputs.get("sampling_per_token_logps"),
+        )
         del self._log_prob
         return loss
 

@@ -32,6 +32,7 @@ class AsyncBandPOConfig(BandFields, AsyncGRPOConfig):  # type: ignore[misc]
     Args:
         region: Bounds of the ratio: a spec (see `bandpo.spec`), or a `bandpo.Region` that has one.
         schedule: Delta by optimiser step, as text; see `bandpo.spec.schedule_from_spec`.
+        record: Folder for a sample of the tokens of the run; see `bandpo.record.Recorder`.
     """
 
 
@@ -39,6 +40,7 @@ class AsyncBandPOTrainer(BandRun, AsyncGRPOTrainer):  # type: ignore[misc]
     """`AsyncGRPOTrainer` that clips each token's ratio; ``args`` is an `AsyncBandPOConfig`."""
 
     _config = AsyncBandPOConfig
+    _old_policy = "rollout"
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], *others: Any, **named: Any

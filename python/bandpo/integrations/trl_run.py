@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.epsilons import epsilons
+from bandpo.integrations.recording import Recording
 from bandpo.integrations.settings import LossSettings
 from bandpo.integrations.version import check_version
 from bandpo.loss import Metrics, policy_loss
@@ -47,6 +48,10 @@ class BandFields:
             "'cosine(0.05, 0.005, 1000)'."
         },
     )
+    record: str | None = field(
+        default=None,
+        metadata={"help": "Folder for a sample of the tokens of the run, for bandpo replay."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
@@ -57,6 +62,7 @@ class BandFields:
         settings = self.settings
         settings.clamp_region("TRL", dual_clip=True)
         settings.refuse_changes("TRL", but_steps=True)
+        self.recording()
         defaults = {own.name: own.default for own in fields(self)}
         for name in ("epsilon", "epsilon_high"):
             if getattr(self, name) != defaults[name]:
@@ -75,6 +81,10 @@ class BandFields:
         """The rule of these fields."""
         return LossSettings(region=self.region, schedule=self.schedule)
 
+    def recording(self, **metadata: Any) -> Recording | None:
+        """Returns the recorder of the run, if there is to be one."""
+        return None if self.record is None else Recording(self.record, **metadata)
+
 
 class BandRun:
     """Part of a trainer with a region, which is stepped, logged and kept in checkpoints.
@@ -84,6 +94,7 @@ class BandRun:
     """
 
     _config: type[BandFields]
+    _old_policy: str
     epsilon_low: Any
     epsilon_high: Any
 
@@ -99,6 +110,14 @@ class BandRun:
         self.region = given.settings.clamp_region("TRL", dual_clip=True)
         self._rule = given.settings.arguments()
         self._band: dict[str, Metrics] = {}
+        rule = {"region": given.region, "surrogate": "min-clip", "schedule": given.schedule}
+        self._recording = given.recording(
+            temperature=self.temperature,  # type: ignore[attr-defined]
+            old_policy=self._old_policy,
+            rule={name: value for name, value in rule.items() if value is not None},
+        )
+        if self._recording is not None:
+            self.add_callback(_Flusher(self._recording))  # type: ignore[attr-defined]
         if isinstance(self.region, ScheduledBand):
             self.add_callback(_Stepper(self, self.region))  # type: ignore[attr-defined]
 
@@ -126,8 +145,18 @@ class BandRun:
         advantages: torch.Tensor,
         response_mask: torch.Tensor,
         anchor_log_prob: torch.Tensor | None = None,
+        **recorded: torch.Tensor | None,
     ) -> None:
-        """Adds a micro-batch to the metrics, without waiting for the device."""
+        """Adds a micro-batch to the metrics and to the record, without waiting for the device."""
+        if self._recording is not None and self._mode == "train":
+            self._recording(
+                old_log_prob,
+                log_prob,
+                advantages,
+                response_mask,
+                step=self.state.global_step,  # type: ignore[attr-defined]
+                **recorded,
+            )
         found = policy_loss(
             *(old_log_prob, log_prob, advantages, response_mask),
             region=self.region,
@@ -149,6 +178,16 @@ class BandRun:
             if isinstance(self.region, ScheduledBand):
                 logs[f"{prefix}delta"] = self.region.schedule.value
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+class _Flusher(TrainerCallback):  # type: ignore[misc]
+    """Writes the rest of a record when training ends."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._recording.flush()
 
 
 class _Stepper(TrainerCallback):  # type: ignore[misc]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.loss import TrainerLoss
+from bandpo.integrations.recording import Recording
 from bandpo.integrations.settings import LossSettings
 from bandpo.integrations.version import check_version, installed, missing_hook
 from bandpo.loss import GlobalBatch
@@ -41,6 +42,8 @@ _FIELDS = [field.name for field in fields(LossSettings)]
 class BandPOPolicyLossConfig(PolicyLossConfig):  # type: ignore[misc]
     """verl's configuration of a policy loss, with the fields of `LossSettings`, which it describes.
 
+    ``record`` is a folder for a sample of the tokens of the run; see `bandpo.record.Recorder`.
+
     Raises:
         InvalidTypeError: If a field has the wrong type.
         InvalidValueError: If it is out of range or unknown, or the rule needs what verl gives to no
@@ -57,6 +60,7 @@ class BandPOPolicyLossConfig(PolicyLossConfig):  # type: ignore[misc]
     anchor: str = "old"
     correction: Any = None
     log_ratio_penalty: float | None = None
+    record: str | None = None
 
     def __post_init__(self) -> None:
         if self.loss_mode != NAME:
@@ -82,7 +86,8 @@ class BandPOPolicyLossConfig(PolicyLossConfig):  # type: ignore[misc]
     @cached_property
     def band(self) -> TrainerLoss:
         """The loss of this configuration, with the state of its schedule."""
-        return _loss(LossSettings(**{name: getattr(self, name) for name in _FIELDS}))
+        settings = LossSettings(**{name: getattr(self, name) for name in _FIELDS})
+        return _loss(settings, None if self.record is None else Recording(self.record))
 
 
 @register_policy_loss(NAME)  # type: ignore[untyped-decorator]
@@ -138,7 +143,7 @@ def _chosen(config: Any) -> TrainerLoss:
     """The loss of a configuration; without fields of ours it is the default."""
     if isinstance(config, BandPOPolicyLossConfig):
         return config.band
-    ignored = [name for name in _FIELDS if config.get(name, None) is not None]
+    ignored = [name for name in (*_FIELDS, "record") if config.get(name, None) is not None]
     if ignored:
         raise InvalidTypeError(
             f"policy_loss must be a BandPOPolicyLossConfig to have {', '.join(ignored)}, got "
@@ -152,6 +157,6 @@ def _default() -> TrainerLoss:
     return _loss(LossSettings())
 
 
-def _loss(settings: LossSettings) -> TrainerLoss:
+def _loss(settings: LossSettings, recording: Recording | None = None) -> TrainerLoss:
     check_version("verl", "0.7.1", "0.9.1")
-    return TrainerLoss(settings, count_steps=True)
+    return TrainerLoss(settings, count_steps=True, recording=recording)

@@ -1,0 +1,53 @@
+"""`Recording`: a recorder of a trainer's run, which is named in its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from bandpo.error import InvalidTypeError
+from bandpo.record import Recorder
+
+
+class Recording:
+    """A `bandpo.record.Recorder`, made at the first batch in the process that trains.
+
+    A configuration goes to other processes before that, and a recorder does not.
+
+    Args:
+        path: The folder.
+        **metadata: Arguments of the recorder, such as its temperature.
+
+    Raises:
+        InvalidTypeError: If ``path`` is no text, or empty.
+    """
+
+    def __init__(self, path: str, **metadata: Any) -> None:
+        if not isinstance(path, str) or not path.strip():
+            raise InvalidTypeError(f"record must be the path of a folder, got {path!r}")
+        self._path = path
+        self._metadata: Mapping[str, Any] = metadata
+        self._recorder: Recorder | None = None
+
+    def __call__(
+        self,
+        old_log_prob: torch.Tensor,
+        log_prob: torch.Tensor,
+        advantages: torch.Tensor,
+        response_mask: torch.Tensor,
+        **others: Any,
+    ) -> None:
+        """Records a micro-batch; `bandpo.record.Recorder` describes the arguments."""
+        if self._recorder is None:
+            self._recorder = Recorder(self._path, **self._metadata)
+        self._recorder(old_log_prob, log_prob, advantages, response_mask, **others)
+
+    def flush(self) -> None:
+        """Waits until all tokens that were recorded are written."""
+        if self._recorder is not None:
+            self._recorder.flush()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recorder": None}
