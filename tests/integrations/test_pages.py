@@ -23,7 +23,7 @@ SHARED = {
     "steps",
     "version",
 }
-OF_OTHERS = {"trl_async", "trl_run"}
+OF_OTHERS = {"trl_async", "trl_config", "trl_run", "verl_config"}
 """Modules that the page of another one describes."""
 
 ADAPTERS = sorted(file.stem for file in MODULES.glob("*.py") if file.stem not in SHARED | OF_OTHERS)
@@ -40,7 +40,11 @@ def defined(module: str) -> set[str]:
     """Names of the classes and functions of an adapter, or of a module that adapters share."""
     tree = ast.parse((MODULES / f"{module}.py").read_text(encoding="utf-8"))
     kinds = (ast.ClassDef, ast.FunctionDef)
-    return {node.name for node in tree.body if isinstance(node, kinds)}
+    found = {node.name for node in tree.body if isinstance(node, kinds)}
+    for node in tree.body:  # names of the other modules of an adapter
+        if isinstance(node, ast.ImportFrom) and f"{module}_" in str(node.module):
+            found |= {alias.name for alias in node.names}
+    return found
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

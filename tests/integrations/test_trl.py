@@ -44,7 +44,8 @@ from bandpo.error import (
 )
 from bandpo.integrations import trl as adapter
 from bandpo.integrations import version
-from bandpo.integrations.trl import LOSS_TYPES, BandPOConfig, BandPOTrainer
+from bandpo.integrations.trl import BandPOConfig, BandPOTrainer
+from bandpo.integrations.trl_config import LOSS_TYPES
 from bandpo.loss import PROBABILITY_EDGES, policy_loss
 from bandpo.presets import preset
 from bandpo.record import read_tokens

@@ -297,7 +297,9 @@ def test_a_record_has_the_tokens_of_losses_with_a_gradient(tmp_path: Path) -> No
             config=actor(sent),
         )
     del sent  # which writes the rest
-    (log,) = read_tokens(tmp_path / "tokens")
+    logs = read_tokens(tmp_path / "tokens")
+    assert logs.metadata.rule == {"region": REGION}
+    (log,) = logs
     mask = batch.response_mask
     wanted = torch.stack([batch.old_log_prob[mask], batch.log_prob[mask]])
     found = torch.stack([torch.as_tensor(log.old_log_prob), torch.as_tensor(log.log_prob)])

@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from bandpo import doctor, policy_loss, preset
+from bandpo import doctor, integrations, policy_loss, preset
 from bandpo.error import InvalidTypeError, MissingHookError, VersionWarning
 from bandpo.integrations import version
 from bandpo.integrations.settings import LossSettings
@@ -58,8 +58,10 @@ class FakeVerl:
         paths = [str(folder), *sys.path]
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
         for name in list(sys.modules):
-            if name == ADAPTER or name.split(".")[0] == "verl":
+            if name.startswith(ADAPTER) or name.split(".")[0] == "verl":
                 monkeypatch.delitem(sys.modules, name)
+            if name.startswith(ADAPTER):  # hydra finds it as an attribute
+                monkeypatch.delattr(integrations, name.rpartition(".")[2])
         monkeypatch.setattr(version, "_WARNED", set())
 
     def install(
@@ -81,8 +83,9 @@ class FakeVerl:
 
     def adapter(self) -> ModuleType:
         module = importlib.import_module(ADAPTER)
-        # So that it is dropped at the end of the test, where it was not there before.
-        self._monkeypatch.setitem(sys.modules, ADAPTER, module)
+        # So that they are dropped at the end of the test, where they were not there before.
+        for name in [name for name in sys.modules if name.startswith(ADAPTER)]:
+            self._monkeypatch.setitem(sys.modules, name, sys.modules[name])
         return module
 
 

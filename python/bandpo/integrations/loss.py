@@ -20,7 +20,6 @@ class TrainerLoss:
         settings: The rule.
         count_steps: Advance the schedule of the band after each step of the optimiser, for a
             trainer that tells its loss of none; see `bandpo.integrations.steps.OptimizerSteps`.
-
         recording: Record of the batches whose loss has a gradient.
 
     Attributes:

@@ -22,11 +22,14 @@ class Recording:
 
     Raises:
         InvalidTypeError: If ``path`` is no text, or empty.
+        MissingExtraError: If pyarrow is not installed.
     """
 
     def __init__(self, path: str, **metadata: Any) -> None:
         if not isinstance(path, str) or not path.strip():
             raise InvalidTypeError(f"record must be the path of a folder, got {path!r}")
+        import bandpo.record.parquet  # noqa: F401 -- which tells now that pyarrow is missing
+
         self._path = path
         self._metadata: Mapping[str, Any] = metadata
         self._recorder: Recorder | None = None
