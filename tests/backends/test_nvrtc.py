@@ -5,12 +5,7 @@ Registers and spills come from the log of its assembler.
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import re
-from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -22,13 +17,11 @@ from bandpo import _core
 from bandpo.backends.cuda.launch import COMPILER_OPTIONS, THREADS, cupy_module
 from bandpo.tensors.bounds import MAX_TABLE_WORDS
 from support.emulated import KERNELS
+from support.nvrtc import ADDED_BY_CUPY, compiler
 
 ARCHITECTURES = {12: (70, 90, 120), 13: (75, 80, 86, 89, 90, 100, 120)}
 """By the major version of CUDA, what users have; the last line of compilers with sm_70 is 12, of
 which the oldest, the newest and one between are compiled."""
-
-ADDED_BY_CUPY = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space")
-"""Options that CuPy 14 adds to `COMPILER_OPTIONS`, without folders of headers, not used here."""
 
 REGISTERS_OF_AN_SM = 65536
 THREADS_THAT_HIDE_MEMORY = {False: 768, True: 512}
@@ -38,68 +31,6 @@ extended kernels, True, have 68 bytes of an anchor's loss on their way, 35 KB.""
 
 SHARED_BYTES = 48 * 1024
 """Of a block, without asking for more: those of the kernel and a table of the largest size."""
-
-
-class Compiled(NamedTuple):
-    """Kernels in a binary."""
-
-    log: str
-    names: list[str]  # in the binary
-    ptx: str
-
-
-class Nvrtc:
-    """The compiler of one major version of CUDA, from the library in its wheel."""
-
-    def __init__(self, library: Path) -> None:
-        # It finds its builtins, a library beside it, where they are loaded already.
-        for builtins in library.parent.glob("libnvrtc-builtins.so*"):
-            ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-        self._library = ctypes.CDLL(str(library))
-
-    def compile(self, source: str, kernels: Sequence[str], options: list[str]) -> Compiled:
-        """Compiles kernels to a binary."""
-        program = ctypes.c_void_p()
-        given = ctypes.byref(program), source.encode(), b"bandpo.cu", 0, None, None
-        self._call("nvrtcCreateProgram", *given)
-        try:
-            for kernel in kernels:
-                self._call("nvrtcAddNameExpression", program, kernel.encode())
-            strings = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-            status = self._library.nvrtcCompileProgram(program, len(options), strings)
-            size = ctypes.c_size_t()
-            self._call("nvrtcGetProgramLogSize", program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(size.value)
-            self._call("nvrtcGetProgramLog", program, log)
-            assert status == 0, log.value.decode()
-            self._call("nvrtcGetCUBINSize", program, ctypes.byref(size))
-            assert size.value > 1000
-            names = []
-            for kernel in kernels:
-                name = ctypes.c_char_p()
-                self._call("nvrtcGetLoweredName", program, kernel.encode(), ctypes.byref(name))
-                assert name.value is not None
-                names.append(name.value.decode())
-            self._call("nvrtcGetPTXSize", program, ctypes.byref(size))
-            ptx = ctypes.create_string_buffer(size.value)
-            self._call("nvrtcGetPTX", program, ptx)
-            return Compiled(log.value.decode(), names, ptx.value.decode())
-        finally:
-            self._call("nvrtcDestroyProgram", ctypes.byref(program))
-
-    def _call(self, name: str, *arguments: object) -> None:
-        status = getattr(self._library, name)(*arguments)
-        assert status == 0, f"{name} returned {status}"
-
-
-@cache
-def compiler(major: int) -> Nvrtc | None:
-    """The compiler of a wheel, which installs into the namespace package ``nvidia``."""
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        for library in Path(folder).glob(f"*/lib/libnvrtc.so.{major}"):
-            return Nvrtc(library)
-    return None
 
 
 class Resources(NamedTuple):
@@ -138,7 +69,7 @@ def test_every_kernel_compiles_everywhere_without_spills(major: int, architectur
     options = [
         *COMPILER_OPTIONS, *ADDED_BY_CUPY, f"-arch=sm_{architecture}", "--ptxas-options=-v",
     ]  # fmt: skip
-    log, names, _ = nvrtc.compile(_core.KERNEL_SOURCE, KERNELS, options)
+    log, names, *_ = nvrtc.compile(_core.KERNEL_SOURCE, KERNELS, options)
     warned = [line for line in log.splitlines() if "warning" in line]
     # NVRTC 12 warns that sm_70 is deprecated.
     assert [line for line in warned if "deprecated" not in line] == []
@@ -162,7 +93,7 @@ def test_a_spill_is_reported() -> None:
     one, eight = (f"__launch_bounds__(THREADS, {blocks}) band_solve" for blocks in (1, 8))
     assert one in _core.KERNEL_SOURCE
     source = _core.KERNEL_SOURCE.replace(one, eight)  # so that a thread has 32 registers
-    log, [name], _ = nvrtc.compile(source, ["bandpo::band_solve<double>"], options)
+    log, [name], *_ = nvrtc.compile(source, ["bandpo::band_solve<double>"], options)
     assert max(resources(log)[name].spilled) > 0
 
 
