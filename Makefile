@@ -14,7 +14,7 @@ ON_GPU_PYTHON := $(BIN)/python
 endif
 
 .PHONY: check test test-nvrtc test-trl test-verl test-torchrl test-ms-swift test-trainers test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results \
-  gate gate-update prerequisites clean
+  gate gate-update gate-gpu gate-gpu-update prerequisites clean
 check: test test-nvrtc lint
 
 test: $(VENV)/test.stamp
@@ -24,6 +24,7 @@ test: $(VENV)/test.stamp
 # The kernels under NVIDIA's compiler, without a GPU. A target of its own, because compiler and CuPy take 550 MB.
 test-nvrtc: $(VENV)/nvrtc.stamp
 	$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal tests/backends/test_nvrtc.py
+	$(BIN)/python tools/count_sass.py
 
 # The adapters to trainers against the trainers themselves. Versions conflict, so that each trainer has an environment of
 # its own, which has the packages of .venv that it does not replace: PyTorch alone is most of the size. Verl finds its
@@ -148,6 +149,13 @@ gate:
 
 gate-update:
 	$(PYTHON) tools/count_instructions.py --update
+
+# The same of the kernel of the loss on a GPU, run without one, compared with benchmarks/sass.json.
+gate-gpu: $(VENV)/nvrtc.stamp
+	$(BIN)/python tools/count_sass.py
+
+gate-gpu-update: $(VENV)/nvrtc.stamp
+	$(BIN)/python tools/count_sass.py --update
 
 prerequisites:
 	@command -v $(PYTHON) >/dev/null || \

@@ -56,14 +56,16 @@ def count() -> dict[str, float]:
     return counts
 
 
-def broken(stored: Mapping[str, float], counted: Mapping[str, float]) -> list[str]:
-    """Returns a line for each routine whose count exceeds the stored one by more than ALLOWED."""
+def broken(
+    stored: Mapping[str, float], counted: Mapping[str, float], allowed: float = ALLOWED
+) -> list[str]:
+    """Returns a line for each routine whose count exceeds the stored one by more than allowed."""
     lines = []
     for name in sorted(stored.keys() | counted.keys()):
         if name not in stored or name not in counted:
             where = "stored" if name in counted else "counted"
             lines.append(f"{name}: is not among the {where} ones")
-        elif counted[name] > stored[name] * (1.0 + ALLOWED):
+        elif counted[name] > stored[name] * (1.0 + allowed):
             growth = counted[name] / stored[name] - 1.0
             lines.append(
                 f"{name}: {counted[name]:.2f} a token, {growth:+.1%} over {stored[name]:.2f}"
