@@ -19,7 +19,7 @@
 //! | 98, 99 | f32 | value of each side for `y >= 128` |
 //! | 100..104 | f32 | `log_upper` is at least this times `y`, for `y` in each of [`REACH_RANGES`] |
 //! | 104..108 | f32 | `ln lower` is at most this, in the same ranges |
-//! | 108..112 | | 0 |
+//! | 108..112 | f32 | slope, bend, floor and end of saturation of [`NEAR`] |
 //!
 //! Unused pieces repeat the grid of the last used one, so a lookup may take any lane.
 //!
@@ -60,6 +60,9 @@ pub(crate) const AT_FAR: usize = ENDS + 2;
 pub(crate) const UPPER_REACH: usize = ENDS + 4;
 /// `ln lower` is at most this, in each of [`REACH_RANGES`].
 pub(crate) const LOWER_REACH: usize = ENDS + 8;
+
+/// Four numbers for readers that skip whole groups of tokens, see `docs/table-format.md`.
+pub(crate) const NEAR: usize = ENDS + 12;
 
 /// First octave entry.
 pub(crate) const ENTRIES: usize = 7 * ROW;

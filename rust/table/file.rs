@@ -11,12 +11,15 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use sha2::{Digest, Sha256};
 
 use super::verify::MaxError;
+use super::write::write_near;
 use super::{BandTable, Verification};
 use crate::error::{Error, Result};
-use crate::image::Image;
+use crate::image::{ENTRIES, Image, NEAR};
 
 pub(super) const FORMAT: &str = "bandpo-table";
-pub(super) const VERSION: &str = "1";
+pub(super) const VERSION: &str = "2";
+/// The version before, whose images have zeros in place of the words from [`NEAR`] on.
+pub(super) const VERSION_WITHOUT_NEAR: &str = "1";
 pub(super) const TENSOR: &str = "words";
 
 impl BandTable {
@@ -25,8 +28,13 @@ impl BandTable {
     /// # Errors
     /// [`Error::TableFile`] if safetensors cannot serialize the table.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        self.to_bytes_of(VERSION)
+    }
+
+    /// The bytes of a file of a version of the format.
+    fn to_bytes_of(&self, version: &str) -> Result<Vec<u8>> {
         let data: Vec<u8> = self.words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let mut metadata = self.metadata();
+        let mut metadata = self.metadata_of(version);
         let digest = checksum(&metadata, &data);
         metadata.push(("checksum", digest));
         let metadata: HashMap<String, String> =
@@ -42,9 +50,13 @@ impl BandTable {
     /// Everything but the words and the checksum, in the order in which the checksum covers it.
     #[must_use]
     pub fn metadata(&self) -> Vec<(&'static str, String)> {
+        self.metadata_of(VERSION)
+    }
+
+    fn metadata_of(&self, version: &str) -> Vec<(&'static str, String)> {
         vec![
             ("format", FORMAT.to_owned()),
-            ("format_version", VERSION.to_owned()),
+            ("format_version", version.to_owned()),
             ("region", self.region.clone()),
             ("grid", "cubic Hermite, octaves of float32 -log p".to_owned()),
             ("max_error_log_upper", format!("{:?}", self.max_error.log_upper)),
@@ -60,7 +72,8 @@ impl BandTable {
         ]
     }
 
-    /// The table of a file's bytes. Only bytes that [`Self::to_bytes`] would write are accepted.
+    /// The table of a file's bytes. Only bytes that [`Self::to_bytes`] would write, or would have written in version 1
+    /// of the format, are accepted.
     ///
     /// # Errors
     /// [`Error::TableFile`] with the reason.
@@ -76,9 +89,9 @@ impl BandTable {
         let text =
             |key: &str| metadata.get(key).ok_or_else(|| refuse(&format!("metadata has no {key}")));
         let version = text("format_version")?;
-        if version != VERSION {
+        if version != VERSION && version != VERSION_WITHOUT_NEAR {
             return Err(refuse(&format!(
-                "format version {version:?}, this version of bandpo reads {VERSION:?}"
+                "format version {version:?}, this version of bandpo reads {VERSION_WITHOUT_NEAR:?} and {VERSION:?}"
             )));
         }
         let tensors =
@@ -93,7 +106,7 @@ impl BandTable {
                 .parse::<f64>()
                 .map_err(|_| refuse(&format!("metadata {key} is not a number")))
         };
-        let table = Self {
+        let mut table = Self {
             words: tensor
                 .data()
                 .chunks_exact(4)
@@ -110,14 +123,20 @@ impl BandTable {
                 _ => return Err(refuse("metadata verification is unknown")),
             },
         };
-        if text("checksum")? != &checksum(&table.metadata(), tensor.data()) {
+        if text("checksum")? != &checksum(&table.metadata_of(version), tensor.data()) {
             return Err(refuse("its checksum does not match: the file was altered"));
         }
         // The checksum does not cover padding, the order of keys, and white space.
-        if table.to_bytes()? != bytes {
-            return Err(refuse("it is not byte for byte as this version writes it"));
+        if table.to_bytes_of(version)? != bytes {
+            return Err(refuse("it is not byte for byte as its version is written"));
         }
         Image::new(&table.words)?;
+        if version == VERSION_WITHOUT_NEAR {
+            if table.words[NEAR..ENTRIES].iter().any(|word| *word != 0) {
+                return Err(refuse("its image has words that version 1 leaves 0"));
+            }
+            write_near(&mut table.words);
+        }
         Ok(table)
     }
 

@@ -195,10 +195,10 @@ fn foreign_and_newer_files_are_refused_with_their_reason() {
     assert!(refused(&foreign).contains("not of a bandpo table"));
     let metadata = HashMap::from([
         ("format".to_owned(), FORMAT.to_owned()),
-        ("format_version".to_owned(), "2".to_owned()),
+        ("format_version".to_owned(), "3".to_owned()),
     ]);
     let newer = safetensors::serialize([(TENSOR, view())], Some(metadata)).unwrap();
-    assert!(refused(&newer).contains("format version \"2\""));
+    assert!(refused(&newer).contains("format version \"3\""));
 }
 
 /// Forged files have a right checksum but an index that leads outside.

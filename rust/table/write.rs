@@ -1,10 +1,10 @@
 //! Writes the words of an image from the plans of both sides.
 
 use super::plan::{Content, Piece, SidePlan};
-use super::reach::reaches;
+use super::reach::{near, reaches};
 use crate::image::{
     AT_FAR, AT_ZERO, ENDS, ENTRIES, ENTRY_BASE, Entry, Image, MANTISSA, MANTISSA_BITS, MAX_BITS,
-    MAX_PIECES, MIN_BITS, ONE, ORIGIN, ROW, SCALE, START, UPPER_REACH,
+    MAX_PIECES, MIN_BITS, NEAR, ONE, ORIGIN, ROW, SCALE, START, UPPER_REACH,
 };
 
 /// The words of an image whose cells meet a tolerance.
@@ -24,7 +24,14 @@ pub(super) fn image_words(plans: &[SidePlan<'_>; 2], tolerance: f64) -> Vec<u32>
     }
     let reaches = reaches(Image::trusted(&words)).map(f32::to_bits);
     words[UPPER_REACH..UPPER_REACH + reaches.len()].copy_from_slice(&reaches);
+    write_near(&mut words);
     words
+}
+
+/// Writes the row of [`NEAR`], which images of format version 1 lack.
+pub(super) fn write_near(words: &mut [u32]) {
+    let numbers = near(Image::trusted(words)).map(f32::to_bits);
+    words[NEAR..NEAR + numbers.len()].copy_from_slice(&numbers);
 }
 
 fn entries_of(piece: &Piece<'_>) -> usize {

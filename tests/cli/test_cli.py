@@ -170,7 +170,7 @@ def test_a_table_is_built_inspected_and_verified(
     content = json.loads(capsys.readouterr().out)
     assert content["region"] == {"band": {"divergence": "tv", "delta": [0.1, 0.1]}}
     assert content["spec"] == "tv@0.1"
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2
     assert content["path"] == path
     assert main(["table", "verify", path, "--samples", "20000", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)

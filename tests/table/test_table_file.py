@@ -138,7 +138,7 @@ def test_a_file_is_laid_out_as_documented(file: bytes) -> None:
     metadata = header["__metadata__"]
     assert sorted(metadata) == sorted(KEYS)
     assert metadata["format"] == "bandpo-table"
-    assert metadata["format_version"] == "1"
+    assert metadata["format_version"] == "2"
     assert metadata["checksum"] == checksum(metadata, image)
     assert metadata["verification"] == "sampled"
     table = BandTable(CoreTable.from_bytes(file))
@@ -148,7 +148,6 @@ def test_a_file_is_laid_out_as_documented(file: bytes) -> None:
     assert image == table.words.tobytes()
     # The part of the header that holds nothing, and the pieces that are not used.
     words = struct.unpack(f"<{count}I", image)
-    assert not any(words[108:112])
     for first in 0, 8:
         used = sum(word != bits_of(math.inf) for word in words[first : first + 8])
         for row in range(16 + first, 96, 16):
@@ -214,7 +213,7 @@ def test_reading_and_writing_gives_the_same_bytes(file: bytes) -> None:
     assert CoreTable.from_bytes(file).to_bytes() == file
 
 
-@pytest.mark.parametrize("version", ["2", "10", "1.0", "", "0"])
+@pytest.mark.parametrize("version", ["3", "10", "1.0", "", "0"])
 def test_another_format_version_is_refused_and_both_are_named(version: str) -> None:
     header, image = take_apart(ORIGINALS[0])
     metadata = header["__metadata__"]
@@ -222,16 +221,62 @@ def test_another_format_version_is_refused_and_both_are_named(version: str) -> N
     metadata["checksum"] = checksum(metadata, image)
     message = refusal(put_together(header, image))
     assert f'format version "{version}"' in message
-    assert 'reads "1"' in message
+    assert 'reads "1" and "2"' in message
+
+
+@pytest.mark.parametrize("file", ORIGINALS)
+def test_a_file_of_version_1_gives_the_same_table(file: bytes) -> None:
+    header, image = take_apart(file)
+    old = image[: 4 * 108] + bytes(16) + image[4 * 112 :]
+    metadata = {**header["__metadata__"], "format_version": "1"}
+    metadata["checksum"] = checksum(metadata, old)
+    header["__metadata__"] = metadata
+    assert CoreTable.from_bytes(put_together(header, old)).to_bytes() == file
+    # What version 1 left 0 has to be 0.
+    metadata["checksum"] = checksum(metadata, image)
+    assert "version 1 leaves 0" in refusal(put_together(header, image))
+
+
+@pytest.mark.parametrize("file", ORIGINALS)
+def test_log_ratios_that_are_near_are_inside_both_bounds(file: bytes) -> None:
+    """As the document describes them, at values of either sign next to the limit."""
+    _, image = take_apart(file)
+    slope, bend, floor, end = np.frombuffer(image, "<f4")[108:112].astype(np.float64)
+    rng = np.random.default_rng(SEED)
+    y = np.concatenate([rng.exponential(1.0, 2000), 2.0 ** rng.uniform(-140.0, 8.0, 6000), [0.0]])
+    y = y.astype(np.float32).astype(np.float64)
+    nearer = np.minimum(y, 1.5)
+    reach = nearer * (slope - bend * nearer)
+    assert reach.max() < math.log(2.0) / 2.0
+    log_lower, log_upper = BandTable(CoreTable.from_bytes(file)).log_bounds(-y)
+    assert (reach <= log_upper).all()
+    # Compared as ratios, in float32, which the kernels do.
+    lower = np.exp(log_lower).astype(np.float32)
+    assert (np.exp(-reach).astype(np.float32) >= lower).all()
+    next_to_zero = y < end
+    assert next_to_zero.any() or end == 0.0
+    assert (log_upper[next_to_zero] == y[next_to_zero]).all()
+    assert np.float32(math.exp(-floor)) >= lower[next_to_zero].max(initial=0.0)
+
+
+def test_near_reaches_as_far_as_bounds_let_it() -> None:
+    """Steps of the logit by 0.3 are near, for bounds of which 0.35 is the closest."""
+    words = Band("kl", 0.05).table().words.view(np.float32)
+    slope, bend, floor, end = (float(word) for word in words[108:112])
+    y = 2.0 ** np.arange(-20.0, 6.0, 0.25)
+    nearer = np.minimum(y, 1.5)
+    assert (nearer * (slope - bend * nearer) >= 0.3 * -np.expm1(-y)).all()
+    assert floor > 0.04
+    assert 1e-3 < end < 1e-2
 
 
 def test_a_newer_file_is_refused_by_its_version_whatever_else_changed() -> None:
     header, image = take_apart(ORIGINALS[0])
-    header["__metadata__"] = {"format": "bandpo-table", "format_version": "2", "novel": "key"}
+    header["__metadata__"] = {"format": "bandpo-table", "format_version": "3", "novel": "key"}
     header["more"] = {"data_offsets": [len(image), len(image) + 8], "dtype": "F64", "shape": [1]}
     message = refusal(put_together(header, image + bytes(8)))
-    assert 'format version "2"' in message
-    assert 'reads "1"' in message
+    assert 'format version "3"' in message
+    assert 'reads "1" and "2"' in message
 
 
 def test_an_unknown_key_is_refused_even_with_a_right_checksum() -> None:
