@@ -2,7 +2,6 @@
 
 namespace bandpo {
 
-const int WIDTH = 4;    // tokens in a vector, which a thread loads at a time
 const int VECTORS = 8;  // vectors of a thread in a chunk: 32 tokens, below the 64 at which packed counts overflow
 const int CHUNK = THREADS * WIDTH * VECTORS;  // tokens that a block adds up to one partial result
 
@@ -11,41 +10,48 @@ struct alignas(sizeof(T) * WIDTH < 16 ? sizeof(T) * WIDTH : 16) AlignedVector {
   T item[WIDTH];
 };
 
-// An array of shape [rows, row_length]. It is `vectorised` if it is contiguous and aligned for vectors.
+// An array of shape [rows, row_length].
 template <class Stored>
 struct Strided {
   const Stored* data;
   Index row_stride, column_stride;
-  bool vectorised;
 };
 
-// Loads `count` tokens, in the order of rows, of which the first has index `first`.
+// Loads whole vectors of a contiguous, aligned array.
 template <class Stored, class T>
-BAND_FUNCTION void load(const Strided<Stored>& from, Index first, int count, Index row_length, T (&to)[WIDTH]) {
-  if (from.vectorised && count == WIDTH) {
-    const AlignedVector<Stored> vector = *reinterpret_cast<const AlignedVector<Stored>*>(from.data + first);
+BAND_FUNCTION void load_vector(const Stored* from, T (&to)[WIDTH]) {
+  const AlignedVector<Stored> vector = *reinterpret_cast<const AlignedVector<Stored>*>(from);
 #pragma unroll
-    for (int k = 0; k < WIDTH; ++k) to[k] = static_cast<T>(widened(vector.item[k]));
-    return;
-  }
-  // One division for all of them, though they may lie in several rows; in 32 bits if it can be.
+  for (int k = 0; k < WIDTH; ++k) to[k] = static_cast<T>(widened(vector.item[k]));
+}
+
+// The place of a token in the order of rows.
+struct Place {
   Index row, column;
-  if (((first | row_length) >> 32) == 0) {
-    row = static_cast<unsigned>(first) / static_cast<unsigned>(row_length);
-    column = static_cast<unsigned>(first) % static_cast<unsigned>(row_length);
-  } else {
-    row = first / row_length;
-    column = first % row_length;
-  }
-#pragma unroll
-  for (int k = 0; k < WIDTH; ++k) {
-    if (k >= count) break;
-    to[k] = static_cast<T>(widened(from.data[row * from.row_stride + column * from.column_stride]));
+  BAND_FUNCTION void advance(Index row_length) {
     if (++column == row_length) {
       column = 0;
       ++row;
     }
   }
+};
+
+// In 32 bits if it can be.
+BAND_FUNCTION Place place_of(Index token, Index row_length) {
+  Place place;
+  if (((token | row_length) >> 32) == 0) {
+    place.row = static_cast<unsigned>(token) / static_cast<unsigned>(row_length);
+    place.column = static_cast<unsigned>(token) % static_cast<unsigned>(row_length);
+  } else {
+    place.row = token / row_length;
+    place.column = token % row_length;
+  }
+  return place;
+}
+
+template <class Stored>
+BAND_FUNCTION typename Computed<Stored>::Type item(const Strided<Stored>& from, const Place& place) {
+  return widened(from.data[place.row * from.row_stride + place.column * from.column_stride]);
 }
 
 // In assembly, because the compiler splits the store of an AlignedVector, and of its own float4, into scalars.
@@ -69,18 +75,6 @@ BAND_FUNCTION void store_vector(double* to, const double (&from)[WIDTH]) {
 #else
   *reinterpret_cast<AlignedVector<double>*>(to) = {{from[0], from[1], from[2], from[3]}};
 #endif
-}
-
-template <class T>
-BAND_FUNCTION void store(T* to, Index first, int count, bool vectorised, const T (&from)[WIDTH]) {
-  if (vectorised && count == WIDTH) {
-    store_vector(to + first, from);
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < WIDTH; ++k) {
-    if (k < count) to[first + k] = from[k];
-  }
 }
 
 }  // namespace bandpo

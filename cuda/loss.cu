@@ -6,13 +6,18 @@
 namespace bandpo {
 
 const int BLOCKS = 3;           // blocks of policy_loss on a multiprocessor: a fourth would spill registers
-const int EXTENDED_BLOCKS = 2;  // likewise, where it is EXTENDED
+const int EXTENDED_BLOCKS = 2;  // likewise, where rules are EXTENDED
 
-// Bits of `vectorised`: arrays that may be read or written in vectors.
-enum Vectorised : unsigned {
-  OLD_LOG_PROB = 1, NEW_LOG_PROB = 2, LOG_RATIO = 4, ADVANTAGES = 8, VALID_TOKENS = 16, ANCHOR = 32, LOSS = 64,
-  GRADIENT = 128
+// Bits of `layout`.
+enum Layout : unsigned {
+  WHOLE = 1,           // every input can be read in vectors
+  ROW_ADVANTAGES = 2,  // but a row, of whole vectors, has one advantage
+  GIVEN = 4,           // log-ratios are given
+  NEAR_PATH = 8        // set by the kernel, where tokens may take it
 };
+
+const Index MAX_PLACE = (1ll << 32) - 2 * CHUNK;
+const unsigned EVERY_BYTE = 0x01010101u;  // a mask whose tokens all count
 
 // Loss and gradient of every token, and the totals of each chunk.
 //
@@ -20,65 +25,143 @@ enum Vectorised : unsigned {
 // log_lower and log_upper, to a table of `table_words`, or to all lower and then all upper log bounds. first,
 // second and log_first are those of Rule.
 // `sums` is [SUMS, chunks]; `counts` is [COUNTS, chunks], or [MAX_COUNTS, chunks] with by_probability.
-template <class Stored, template <class> class Bounds, bool EXTENDED>
-__global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8 ? 1 : EXTENDED ? EXTENDED_BLOCKS : BLOCKS) policy_loss(
+template <class Stored, template <class> class Bounds, Family FAMILY>
+__global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
+                                           : FAMILY == EXTENDED ? EXTENDED_BLOCKS
+                                                                : BLOCKS) policy_loss(
     const Stored* old_log_prob, Index old_row, Index old_column,
     const Stored* log_prob, Index new_row, Index new_column,
     const typename Computed<Stored>::Type* log_ratio, Index ratio_row, Index ratio_column,
     const typename Computed<Stored>::Type* advantages, Index advantage_row, Index advantage_column,
     const unsigned char* valid, Index valid_row, Index valid_column,
     const Stored* anchor_log_prob, Index anchor_row, Index anchor_column,
-    Index count, Index row_length, unsigned vectorised,
+    Index count, Index row_length, unsigned layout,
     const void* bounds, int table_words,
-    int surrogate, double first, double second, double log_first, int by_probability,
+    int surrogate, typename Computed<Stored>::Type first, typename Computed<Stored>::Type second,
+    typename Computed<Stored>::Type log_first, int by_probability,
     typename Computed<Stored>::Type* loss, typename Computed<Stored>::Type* gradient,
     double* sums, int* counts) {
   typedef typename Computed<Stored>::Type T;
   BAND_TABLE_IN_SHARED_MEMORY(table);
   copy_table(bounds, table_words, table);
   const Bounds<T> token_bounds = Bounds<T>::make(bounds, table, count);
-  const Rule<T, EXTENDED> rule = {surrogate, static_cast<T>(first), static_cast<T>(second), static_cast<T>(log_first)};
-  const Strided<Stored> old_view = {old_log_prob, old_row, old_column, (vectorised & OLD_LOG_PROB) != 0};
-  const Strided<Stored> new_view = {log_prob, new_row, new_column, (vectorised & NEW_LOG_PROB) != 0};
-  const Strided<T> ratio_view = {log_ratio, ratio_row, ratio_column, (vectorised & LOG_RATIO) != 0};
-  const Strided<T> advantage_view = {advantages, advantage_row, advantage_column, (vectorised & ADVANTAGES) != 0};
-  const Strided<Stored> anchor_view = {anchor_log_prob, anchor_row, anchor_column, (vectorised & ANCHOR) != 0};
-  const Strided<unsigned char> valid_view = {valid, valid_row, valid_column, (vectorised & VALID_TOKENS) != 0};
+  const Rule<T, FAMILY> rule = {surrogate, first, second, log_first};
+  const Strided<Stored> old_view = {old_log_prob, old_row, old_column};
+  const Strided<Stored> new_view = {log_prob, new_row, new_column};
+  const Strided<T> ratio_view = {log_ratio, ratio_row, ratio_column};
+  const Strided<T> advantage_view = {advantages, advantage_row, advantage_column};
+  const Strided<Stored> anchor_view = {anchor_log_prob, anchor_row, anchor_column};
+  const bool anchored = FAMILY == EXTENDED && anchor_log_prob;
+  constexpr bool HAS_NEAR_PATH = FAMILY != EXTENDED && sizeof(T) == 4;
+  if (HAS_NEAR_PATH && rule.leaves_near_ratios() && !by_probability) layout |= NEAR_PATH;
+  keep_in_register(layout);
 
   const int thread = threadIdx.x;
   const Index chunks = (count + CHUNK - 1) / CHUNK;
   for (Index chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Totals<T> totals;
     totals.clear();
-    for (int vector = 0; vector < VECTORS; ++vector) {
-      const Index start = chunk * CHUNK + (vector * THREADS + thread) * WIDTH;
-      if (start >= count) break;
-      const int tokens = count - start < WIDTH ? static_cast<int>(count - start) : WIDTH;
-      T old_logp[WIDTH], new_logp[WIDTH], anchor_logp[WIDTH], advantage[WIDTH], given_log_ratio[WIDTH];
-      T losses[WIDTH], slopes[WIDTH];
-      unsigned char is_valid[WIDTH];
-      load(valid_view, start, tokens, row_length, is_valid);
-      load(old_view, start, tokens, row_length, old_logp);
-      load(new_view, start, tokens, row_length, new_logp);
-      load(advantage_view, start, tokens, row_length, advantage);
-      if (EXTENDED && anchor_log_prob) load(anchor_view, start, tokens, row_length, anchor_logp);
-      if (log_ratio) load(ratio_view, start, tokens, row_length, given_log_ratio);
+    const Index begin = chunk * CHUNK;
+    const int length = count - begin < CHUNK ? static_cast<int>(count - begin) : CHUNK;
+    // Vectors have places of 32 bits, because those of 64 take twice the instructions.
+    int whole_length = (layout & WHOLE) != 0u && begin <= MAX_PLACE ? length : 0;
+    keep_in_register(whole_length);
+    // The same turns in all threads, because warps vote.
+#pragma unroll 1
+    for (int at = thread * WIDTH; at < length + thread * WIDTH; at += THREADS * WIDTH) {
+      const bool is_whole = at + WIDTH <= whole_length;
+      const unsigned first_token = static_cast<unsigned>(begin) + static_cast<unsigned>(at);
+      T old_logp[WIDTH], new_logp[WIDTH], anchor_logp[WIDTH], advantage[WIDTH], unclamped[WIDTH];
+      unsigned is_valid;  // a byte for each token
+      if (is_whole) {
+        is_valid = *reinterpret_cast<const unsigned*>(valid + first_token);
+        load_vector(old_log_prob + first_token, old_logp);
+        load_vector(log_prob + first_token, new_logp);
+        if ((layout & ROW_ADVANTAGES) != 0u) {
+          const T of_row = advantages[place_of(begin + at, row_length).row * advantage_row];
 #pragma unroll
-      for (int k = 0; k < WIDTH; ++k) {
-        Outcome<T> token = {};  // zeros for a masked token, whatever it holds
-        if (k < tokens && is_valid[k]) {
-          const T unclamped = log_ratio ? given_log_ratio[k] : new_logp[k] - old_logp[k];
-          const bool anchored = EXTENDED && anchor_log_prob;
-          const Anchor<T, EXTENDED> anchor = {anchored, anchored ? anchor_logp[k] : T(0)};
-          token = outcome(rule, token_bounds, start + k, old_logp[k], new_logp[k], unclamped, log_ratio != nullptr,
-                          advantage[k], anchor);
-          totals.add(token, old_logp[k], by_probability != 0);
+          for (int k = 0; k < WIDTH; ++k) advantage[k] = of_row;
+        } else {
+          load_vector(advantages + first_token, advantage);
         }
-        losses[k] = token.loss;
-        slopes[k] = token.slope;
+        if (anchored) load_vector(anchor_log_prob + first_token, anchor_logp);
+        if ((layout & GIVEN) != 0u) load_vector(log_ratio + first_token, unclamped);
+      } else {
+        is_valid = 0u;
+        Place place = place_of(begin + at, row_length);
+#pragma unroll
+        for (int k = 0; k < WIDTH; ++k) {
+          old_logp[k] = new_logp[k] = anchor_logp[k] = advantage[k] = unclamped[k] = T(0);
+          if (at + k >= length) continue;
+          if (valid[place.row * valid_row + place.column * valid_column]) is_valid |= 1u << 8 * k;
+          old_logp[k] = item(old_view, place);
+          new_logp[k] = item(new_view, place);
+          advantage[k] = item(advantage_view, place);
+          if (anchored) anchor_logp[k] = item(anchor_view, place);
+          if ((layout & GIVEN) != 0u) unclamped[k] = item(ratio_view, place);
+          place.advance(row_length);
+        }
       }
-      store(loss, start, tokens, (vectorised & LOSS) != 0, losses);
-      store(gradient, start, tokens, (vectorised & GRADIENT) != 0, slopes);
+      if ((layout & GIVEN) == 0u) {
+#pragma unroll
+        for (int k = 0; k < WIDTH; ++k) unclamped[k] = new_logp[k] - old_logp[k];
+      }
+
+      T losses[WIDTH], slopes[WIDTH];
+      // One way for the warp, because lanes of several would take the time of all.
+      bool done = false;
+      if constexpr (HAS_NEAR_PATH) {
+        if ((layout & NEAR_PATH) != 0u) {
+          const bool all_count = __all_sync(0xffffffffu, is_valid == EVERY_BYTE);
+          if (!all_count) {
+#pragma unroll
+            for (int k = 0; k < WIDTH; ++k) {
+              if ((is_valid & 0xffu << 8 * k) == 0u) {
+                old_logp[k] = new_logp[k] = advantage[k] = unclamped[k] = T(0);
+              }
+            }
+          }
+          done = __all_sync(0xffffffffu, token_bounds.surely_hold(begin + at, old_logp, unclamped));
+          if (done) {
+            if (all_count) {
+              near_outcomes<true>(rule, is_valid, old_logp, new_logp, unclamped, advantage, losses, slopes, totals);
+            } else {
+              near_outcomes<false>(rule, is_valid, old_logp, new_logp, unclamped, advantage, losses, slopes, totals);
+            }
+          } else if constexpr (FAMILY == MIN_CLIP_ALONE) {
+            done = all_count && __all_sync(0xffffffffu, token_bounds.are_ordinary(old_logp, unclamped));
+            if (done) {
+              ordinary_outcomes(rule, token_bounds, begin + at, old_logp, unclamped, advantage, losses, slopes, totals);
+            }
+          }
+        }
+      }
+      if (!done) {
+#pragma unroll
+        for (int k = 0; k < WIDTH; ++k) {
+          Outcome<T> token = {};  // zeros for a masked token, whatever it holds
+          if ((is_valid & 0xffu << 8 * k) != 0u) {
+            const Anchor<T, FAMILY> anchor = {anchored, anchored ? anchor_logp[k] : T(0)};
+            token = outcome(rule, token_bounds, begin + at + k, old_logp[k], new_logp[k], unclamped[k],
+                            (layout & GIVEN) != 0u, advantage[k], anchor);
+            totals.add(token, old_logp[k], by_probability != 0);
+          }
+          losses[k] = token.loss;
+          slopes[k] = token.slope;
+        }
+      }
+      if (is_whole) {
+        store_vector(loss + first_token, losses);
+        store_vector(gradient + first_token, slopes);
+      } else {
+#pragma unroll
+        for (int k = 0; k < WIDTH; ++k) {
+          if (at + k < length) {
+            loss[begin + at + k] = losses[k];
+            gradient[begin + at + k] = slopes[k];
+          }
+        }
+      }
     }
     store_totals(totals, by_probability != 0, chunk, chunks, sums, counts);
   }

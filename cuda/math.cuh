@@ -2,11 +2,31 @@
 
 namespace bandpo {
 
+const double LOG_RATIO_LIMIT = 20;  // log-ratios are clamped to plus and minus this
+
 // e^x, and e^x - 1 - x without cancellation.
 template <class T>
 struct Exponentials {
   T exp, gap;
 };
+
+// (e^t - 1 - t)/t^2 for t up to ln(2)/2 on either side.
+BAND_FUNCTION float gap_series(float t) {
+  float series = static_cast<float>(0.0001989107404369874);
+  series = series * t + static_cast<float>(0.0013933725422248244);
+  series = series * t + static_cast<float>(0.00833331048488617);
+  series = series * t + static_cast<float>(0.041666463017463684);
+  series = series * t + static_cast<float>(0.1666666716337204);
+  return series * t + 0.5f;
+}
+
+// The same as `exponentials` for x below ln(2)/2 on either side, with its bits.
+BAND_FUNCTION Exponentials<float> near_exponentials(float x) {
+  Exponentials<float> result;
+  result.gap = (x * x) * gap_series(x);
+  result.exp = (result.gap + x) + 1.0f;
+  return result;
+}
 
 // For x in [-80, 20] or NaN: e^x within 1.2 ulp, the gap within a relative 1e-6. The polynomial and the order
 // of operations are those of rust/simd/exp_log.rs, so that the bits are equal.
@@ -14,20 +34,14 @@ BAND_FUNCTION Exponentials<float> exponentials(float x) {
   const float rounding = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
   const float shifted = x * static_cast<float>(1.4426950408889634) + rounding;
   const float k = shifted - rounding;  // x = k ln 2 + t
-  const float t = (x - k * 0.693359375f) - k * static_cast<float>(-2.1219444005469058e-4);
-  float series = static_cast<float>(0.0001989107404369874);
-  series = series * t + static_cast<float>(0.0013933725422248244);
-  series = series * t + static_cast<float>(0.00833331048488617);
-  series = series * t + static_cast<float>(0.041666463017463684);
-  series = series * t + static_cast<float>(0.1666666716337204);
-  series = series * t + 0.5f;
-  const float gap = (t * t) * series;
+  // A product that is exact may be part of a fused multiply-add.
+  const float t = fmaf(k, -0.693359375f, x) - k * static_cast<float>(-2.1219444005469058e-4);
+  const float gap = (t * t) * gap_series(t);
   const float minus_one = gap + t;
-  const float scale = float_of((bits_of(shifted) + 127u) << 23);  // 2^k
-  const float scaled = scale * minus_one;
-  const float far = (scaled + (scale - 1.0f)) - x;
+  const float scale = float_of((bits_of(shifted) << 23) + ONE_BITS);  // 2^k
+  const float far = fmaf(scale, minus_one, scale - 1.0f) - x;
   Exponentials<float> result;
-  result.exp = scaled + scale;
+  result.exp = fmaf(scale, minus_one, scale);
   result.gap = fabsf(k) < 0.5f ? gap : far;
   return result;
 }
@@ -55,5 +69,20 @@ template <class T>
 BAND_FUNCTION T maximum(T a, T b) {
   return -minimum(-a, -b);
 }
+
+// In one instruction, which the compiler takes for the comparisons above at some places alone.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+BAND_FUNCTION float minimum(float a, float b) {
+  float result;
+  asm("min.NaN.ftz.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+BAND_FUNCTION float maximum(float a, float b) {
+  float result;
+  asm("max.NaN.ftz.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+#endif
 
 }  // namespace bandpo

@@ -2,7 +2,6 @@
 
 namespace bandpo {
 
-const double LOG_RATIO_LIMIT = 20;  // log-ratios are clamped to plus and minus this
 const double MIN_WIDTH = 1e-6;      // of a region, for rules that divide by it
 const double MIN_RATIO = 2.061153622438558e-9;  // e^-20, the min of the ratios that the clamp leaves
 const double MIN_EXPONENT = -80;    // log-ratio below which a ratio is below every lower bound that is not 0
@@ -12,33 +11,47 @@ const double CLOSED = 40;           // argument from which a soft gate is closed
 // Of PPO, DPPO, CISPO, CE-GPPO, SAPO and SPO.
 enum Surrogate { MIN_CLIP = 0, MASK = 1, WEIGHT = 2, GRADIENT_PRESERVING = 3, SOFT_GATE = 4, QUADRATIC = 5 };
 
-// A rule with a width, or with an anchor, is EXTENDED. The others are compiled without what only those need.
-template <class T, bool EXTENDED>
+// Rules that a kernel is compiled for, without what only others need.
+enum Family {
+  MIN_CLIP_ALONE,
+  PLAIN,    // any rule without a width or an anchor
+  EXTENDED  // any
+};
+
+template <class T, Family FAMILY>
 struct Rule {
-  int surrogate;
+  int number;
   T first;      // dual clip of min-clip or truncation of mask, infinite for none; beta_low; tau_positive
   T second;     // of mask: 1 if it is symmetric; beta_high; tau_negative
   T log_first;  // logarithm of the dual clip
-  BAND_FUNCTION bool needs_width() const { return EXTENDED && (surrogate == SOFT_GATE || surrogate == QUADRATIC); }
+  BAND_FUNCTION bool is(Surrogate surrogate) const {
+    return FAMILY == MIN_CLIP_ALONE ? surrogate == MIN_CLIP : number == surrogate;
+  }
+  BAND_FUNCTION bool needs_width() const { return FAMILY == EXTENDED && (is(SOFT_GATE) || is(QUADRATIC)); }
+  // True if no ratio of up to sqrt(2) is limited by the dual clip or truncated.
+  BAND_FUNCTION bool leaves_near_ratios() const {
+    return T(1.5) < first || !(is(MIN_CLIP) || is(MASK));
+  }
+  // True if the loss of a token inside its bounds is its gradient, not that times the log-prob.
+  BAND_FUNCTION bool loss_is_ratio() const { return is(MIN_CLIP) || is(GRADIENT_PRESERVING); }
   // True if the sign of the log-ratio selects the bound, not that of the advantage.
   BAND_FUNCTION bool by_log_ratio() const {
-    return surrogate == WEIGHT || needs_width() || (surrogate == MASK && second == T(1));
+    return is(WEIGHT) || needs_width() || (is(MASK) && second == T(1));
   }
 };
 
-// Comparisons, unlike fmin and fmax, keep a NaN.
 template <class T>
 BAND_FUNCTION T clamp_log_ratio(T log_ratio) {
   const T limit = LOG_RATIO_LIMIT;
-  return limit < log_ratio ? limit : log_ratio < -limit ? -limit : log_ratio;
+  return maximum(-limit, minimum(limit, log_ratio));
 }
 
 // A policy in place of the old one, at which the bounds stand.
-template <class T, bool EXTENDED>
+template <class T, Family FAMILY>
 struct Anchor {
   bool is_given;
   T log_prob;
-  BAND_FUNCTION bool given() const { return EXTENDED && is_given; }
+  BAND_FUNCTION bool given() const { return FAMILY == EXTENDED && is_given; }
 };
 
 // Counts of a loss, in the order of its output.
@@ -54,14 +67,14 @@ template <class T>
 struct Outcome {
   T loss, slope;  // the slope is the gradient with respect to the log-prob
   T log_ratio, kl_k3, gradient_unclipped, gradient_removed;
-  unsigned counts;  // packed: 1 for each Count that includes the token
+  bool clipped_low, clipped_high, limited;
 };
 
 // A valid token under a rule. `unclamped` is its log-ratio, or one that is given in its place.
-template <class T, bool EXTENDED, class Bounds>
-BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bounds, Index index, T old_log_prob,
-                                 T log_prob, T unclamped, bool is_given, T advantage, Anchor<T, EXTENDED> anchor) {
-  T minus_advantage = T(0) - advantage;
+template <class T, Family FAMILY, class Bounds>
+BAND_FUNCTION Outcome<T> outcome(const Rule<T, FAMILY>& rule, const Bounds& bounds, Index index, T old_log_prob,
+                                 T log_prob, T unclamped, bool is_given, T advantage, Anchor<T, FAMILY> anchor) {
+  T minus_advantage = -advantage;
   const bool clamped = static_cast<T>(LOG_RATIO_LIMIT) < magnitude(unclamped);
   const T log_ratio = clamp_log_ratio(unclamped);
   const Exponentials<T> exponential = exponentials(log_ratio);
@@ -82,13 +95,14 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
   }
   const bool by_upper = rule.by_log_ratio() ? T(0) < limited_log_ratio : minus_advantage < T(0);
   const bool by_lower = rule.by_log_ratio() ? limited_log_ratio < T(0) : T(0) < minus_advantage;
-  const T stored_bound = bounds.at(index, anchor.given() ? anchor.log_prob : old_log_prob, by_lower);
+  const T log_prob_of_bounds = anchor.given() ? anchor.log_prob : old_log_prob;
   const bool bound_is_ratio = Bounds::LOWER_IS_RATIO && by_lower;
 
-  bool clipped_low, clipped_high;
+  bool clipped_low = false, clipped_high = false;
   T bound = 0;              // as a ratio to the old policy, of a token beyond it
   T width = 0, excess = 0;  // of the region and of the ratio that it limits, for rules that need them
   if (rule.needs_width()) {
+    const T stored_bound = bounds.at(index, log_prob_of_bounds, by_lower);
     if (bound_is_ratio) {
       width = T(1) - stored_bound;
     } else {
@@ -102,7 +116,8 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
     excess = limited_exponential.gap + limited_log_ratio;
     clipped_low = by_lower && width < magnitude(excess);
     clipped_high = by_upper && width < magnitude(excess);
-  } else {
+  } else if (!bounds.surely_holds(index, log_prob_of_bounds, compared)) {
+    const T stored_bound = bounds.at(index, log_prob_of_bounds, by_lower);
     if (bound_is_ratio) {
       T exp = limited_exponential.exp;
       if (compared < limited_log_ratio) {  // the clamp acts
@@ -128,22 +143,22 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
 
   Outcome<T> result;
   bool limited = false;
-  if (rule.surrogate == MIN_CLIP) {
+  if (rule.is(MIN_CLIP)) {
     limited = by_lower && rule.log_first <= log_ratio;
     const T kept_ratio = limited ? rule.first : beyond ? bound : ratio;
     result.loss = minus_advantage * kept_ratio;
     result.slope = clamped || beyond || limited ? T(0) : result.loss;
-  } else if (rule.surrogate == MASK) {
+  } else if (rule.is(MASK)) {
     // Only in a symmetric mask the advantage of a token beyond can be NaN; it must not be dropped.
     const bool dropped = beyond && !is_nan(minus_advantage);
     limited = rule.first < ratio && !dropped;
     const T slope = minus_advantage * (limited ? rule.first : ratio);
     result.loss = dropped ? T(0) : slope * log_prob;
     result.slope = dropped ? T(0) : slope;
-  } else if (rule.surrogate == WEIGHT) {
+  } else if (rule.is(WEIGHT)) {
     result.slope = minus_advantage * (beyond ? bound : ratio);
     result.loss = result.slope * log_prob;
-  } else if (rule.surrogate == GRADIENT_PRESERVING) {
+  } else if (rule.is(GRADIENT_PRESERVING)) {
     const T beta = by_lower ? rule.first : rule.second;
     result.loss = minus_advantage * (beyond ? beta * bound : ratio);
     result.slope = clamped && !beyond ? T(0) : result.loss;
@@ -151,7 +166,7 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
     const bool gains = minus_advantage < T(0);
     const T loss_scale = anchor.given() ? ratio / limited_exponential.exp : T(1);
     T factor;
-    if (rule.surrogate == SOFT_GATE) {
+    if (rule.is(SOFT_GATE)) {
       const T tau = gains ? rule.first : rule.second;
       const T size = magnitude(tau * excess / width);
       const T closed = CLOSED;
@@ -174,12 +189,9 @@ BAND_FUNCTION Outcome<T> outcome(const Rule<T, EXTENDED>& rule, const Bounds& bo
   result.kl_k3 = exponential.gap;
   result.gradient_unclipped = magnitude(unclipped);
   result.gradient_removed = magnitude(unclipped - result.slope);
-  const bool finite = magnitude(result.loss) < infinity(T());
-  result.counts = packed_one(VALID);
-  if (!finite) result.counts |= packed_one(NONFINITE);
-  if (clipped_low) result.counts |= packed_one(CLIPPED_LOW);
-  if (clipped_high) result.counts |= packed_one(CLIPPED_HIGH);
-  if (limited) result.counts |= packed_one(LIMITED);
+  result.clipped_low = clipped_low;
+  result.clipped_high = clipped_high;
+  result.limited = limited;
   return result;
 }
 

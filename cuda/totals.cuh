@@ -42,6 +42,15 @@ struct Totals {
     counts = valid_by_bin = clipped_low_by_bin = clipped_high_by_bin = 0u;
   }
 
+  // Counts the losses that are not finite; there are none where their sum of sizes is finite.
+  BAND_FUNCTION void count_nonfinite(T size, const T (&loss)[WIDTH]) {
+    if (size < infinity(T())) return;
+#pragma unroll
+    for (int k = 0; k < WIDTH; ++k) {
+      if (!(magnitude(loss[k]) < infinity(T()))) counts += packed_one(NONFINITE);
+    }
+  }
+
   BAND_FUNCTION void add(const Outcome<T>& token, T old_log_prob, bool by_probability) {
     kl -= token.log_ratio;
     kl_k3 += token.kl_k3;
@@ -50,15 +59,92 @@ struct Totals {
     gradient_removed += token.gradient_removed;
     log_ratio_min = minimum(log_ratio_min, token.log_ratio);
     log_ratio_max = maximum(log_ratio_max, token.log_ratio);
-    counts += token.counts;
+    counts += packed_one(VALID);
+    if (!(magnitude(token.loss) < infinity(T()))) counts += packed_one(NONFINITE);
+    if (token.clipped_low) counts += packed_one(CLIPPED_LOW);
+    if (token.clipped_high) counts += packed_one(CLIPPED_HIGH);
+    if (token.limited) counts += packed_one(LIMITED);
     if (by_probability) {
       const unsigned one = packed_one(probability_bin(old_log_prob));
       valid_by_bin += one;
-      if (token.counts & packed_one(CLIPPED_LOW)) clipped_low_by_bin += one;
-      if (token.counts & packed_one(CLIPPED_HIGH)) clipped_high_by_bin += one;
+      if (token.clipped_low) clipped_low_by_bin += one;
+      if (token.clipped_high) clipped_high_by_bin += one;
     }
   }
 };
+
+// Tokens, all of which are near: bounds and clamp change nothing. The operations on a token are those of `outcome`.
+// Those that do not count hold zeros; with ALL_COUNT there are none.
+template <bool ALL_COUNT, class Rule>
+BAND_FUNCTION void near_outcomes(const Rule& rule, unsigned is_valid, const float (&old_log_prob)[WIDTH],
+                                 const float (&log_prob)[WIDTH], const float (&log_ratio)[WIDTH],
+                                 const float (&advantage)[WIDTH], float (&loss)[WIDTH], float (&slope)[WIDTH],
+                                 Totals<float>& totals) {
+  float size = 0.0f, size_of_losses = 0.0f;
+#pragma unroll
+  for (int k = 0; k < WIDTH; ++k) {
+    const bool is_counted = ALL_COUNT || (is_valid & 0xffu << 8 * k) != 0u;
+    const float x = log_ratio[k];
+    const Exponentials<float> exponential = near_exponentials(x);
+    slope[k] = (0.0f - advantage[k]) * exponential.exp;
+    loss[k] = rule.loss_is_ratio() ? slope[k] : slope[k] * log_prob[k];
+    totals.kl -= x;
+    totals.kl_k3 += exponential.gap;
+    size += magnitude(slope[k]);
+    if (!rule.loss_is_ratio()) size_of_losses += magnitude(loss[k]);
+    totals.entropy -= old_log_prob[k];
+    totals.log_ratio_min = minimum(totals.log_ratio_min, is_counted ? x : infinity(1.0f));
+    totals.log_ratio_max = maximum(totals.log_ratio_max, is_counted ? x : -infinity(1.0f));
+    if (!ALL_COUNT && is_counted) totals.counts += packed_one(VALID);
+  }
+  if (ALL_COUNT) totals.counts += WIDTH * packed_one(VALID);
+  totals.gradient_unclipped += size;
+  totals.count_nonfinite(rule.loss_is_ratio() ? size : size_of_losses, loss);
+}
+
+// Tokens that count, whose log-ratios need no clamp and whose log-probs are ordinary, under min-clip. The operations on
+// a token are those of `outcome`.
+template <class Rule, class Bounds>
+BAND_FUNCTION void ordinary_outcomes(const Rule& rule, const Bounds& bounds, Index first,
+                                     const float (&old_log_prob)[WIDTH], const float (&log_ratio)[WIDTH],
+                                     const float (&advantage)[WIDTH], float (&loss)[WIDTH], float (&slope)[WIDTH],
+                                     Totals<float>& totals) {
+  bool by_lower[WIDTH];
+  float bound[WIDTH];
+#pragma unroll
+  for (int k = 0; k < WIDTH; ++k) by_lower[k] = advantage[k] < 0.0f;
+  bounds.at_ordinary(first, old_log_prob, by_lower, bound);
+  float size = 0.0f;
+#pragma unroll
+  for (int k = 0; k < WIDTH; ++k) {
+    const float x = log_ratio[k], minus_advantage = 0.0f - advantage[k];
+    const Exponentials<float> exponential = exponentials(x);
+    const bool clipped_low = by_lower[k] && (Bounds::LOWER_IS_RATIO ? exponential.exp : x) < bound[k];
+    const bool clipped_high = advantage[k] > 0.0f && bound[k] < x;
+    // A bound that a log-ratio is beyond needs no clamp either.
+    float kept = clipped_low && Bounds::LOWER_IS_RATIO ? bound[k] : exponential.exp;
+    if (clipped_high || (clipped_low && !Bounds::LOWER_IS_RATIO)) kept = exponentials(bound[k]).exp;
+    const bool limited = by_lower[k] && rule.log_first <= x;
+    if (limited) kept = rule.first;
+    const bool removed = clipped_low || clipped_high || limited;
+    const float unclipped = minus_advantage * exponential.exp;
+    loss[k] = minus_advantage * kept;
+    slope[k] = removed ? 0.0f : unclipped;
+    totals.kl -= x;
+    totals.kl_k3 += exponential.gap;
+    totals.entropy -= old_log_prob[k];
+    size += magnitude(unclipped);
+    if (removed) totals.gradient_removed += magnitude(unclipped);
+    totals.log_ratio_min = minimum(totals.log_ratio_min, x);
+    totals.log_ratio_max = maximum(totals.log_ratio_max, x);
+    if (clipped_low) totals.counts += packed_one(CLIPPED_LOW);
+    if (clipped_high) totals.counts += packed_one(CLIPPED_HIGH);
+    if (limited) totals.counts += packed_one(LIMITED);
+  }
+  totals.counts += WIDTH * packed_one(VALID);
+  totals.gradient_unclipped += size;
+  totals.count_nonfinite(size, loss);  // no loss is larger than its unclipped one and its advantage
+}
 
 struct Add {
   template <class T>
@@ -91,53 +177,82 @@ BAND_FUNCTION T reduced_warp(T value, Combine combine) {
   return value;
 }
 
+// Values of all threads, in memory that the block shares. Of float64, two threads share a place, so that a table of the
+// max size fits beside.
+template <class T>
+struct Held {
+  static const int SHARERS = sizeof(T) == 8 ? 2 : 1;
+  T values[SUMS][THREADS / SHARERS];
+  unsigned counts[1 + BINNED_COUNTS][THREADS];
+};
+
+// Combines the values of a row of Held in a warp, in double precision; the first lane has the result.
+template <class T, class Combine>
+BAND_FUNCTION double combined(const T (&row)[THREADS / Held<T>::SHARERS], int lane, Combine combine) {
+  double result = row[lane];
+#pragma unroll
+  for (int k = 32; k < THREADS / Held<T>::SHARERS; k += 32) result = combine(result, static_cast<double>(row[lane + k]));
+  return reduced_warp(result, combine);
+}
+
+// Adds up packed counts of all threads in a warp, and writes each of `fields`, `stride` apart.
+BAND_FUNCTION void store_counts(const unsigned (&row)[THREADS], int lane, int fields, Index stride, int* counts) {
+  unsigned sums[3] = {0u, 0u, 0u};  // two counts in a word, of up to 32 * THREADS each
+#pragma unroll
+  for (int k = 0; k < THREADS; k += 32) {
+    const unsigned packed = row[lane + k];
+    sums[0] += (packed & 63u) | (packed << 10 & 63u << 16);
+    sums[1] += (packed >> 12 & 63u) | (packed >> 2 & 63u << 16);
+    sums[2] += packed >> 24 & 63u;
+  }
+#pragma unroll
+  for (int k = 0; k < 3; ++k) sums[k] = reduced_warp(sums[k], Add());
+  if (lane == 0) {
+#pragma unroll
+    for (int k = 0; k < 5; ++k) {
+      if (k < fields) counts[k * stride] = static_cast<int>(k % 2 ? sums[k / 2] >> 16 : sums[k / 2] & 0xffffu);
+    }
+  }
+}
+
 // Writes the totals of a block to one column of sums and counts. Every thread of the block takes part.
 template <class T>
 BAND_FUNCTION void store_totals(const Totals<T>& totals, bool by_probability, Index column, Index columns,
                                 double* sums, int* counts) {
-  __shared__ double sums_of_warps[WARPS][SUMS];
-  __shared__ int counts_of_warps[WARPS][MAX_COUNTS];
+  __shared__ Held<T> held;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-
-  const double added[LOG_RATIO_MIN] = {totals.kl, totals.kl_k3, totals.entropy, totals.gradient_unclipped,
-                                       totals.gradient_removed};
+  T of_thread[SUMS] = {totals.kl, totals.kl_k3, totals.entropy, totals.gradient_unclipped, totals.gradient_removed,
+                       totals.log_ratio_min, totals.log_ratio_max};
 #pragma unroll
-  for (int k = 0; k < LOG_RATIO_MIN; ++k) {
-    const double sum = reduced_warp(added[k], Add());
-    if (lane == 0) sums_of_warps[warp][k] = sum;
+  for (int k = 0; k < SUMS; ++k) {
+    if (Held<T>::SHARERS == 2) {
+      const T other = __shfl_down_sync(0xffffffffu, of_thread[k], 16);
+      of_thread[k] = k < LOG_RATIO_MIN    ? of_thread[k] + other
+                     : k == LOG_RATIO_MIN ? minimum(of_thread[k], other)
+                                          : maximum(of_thread[k], other);
+      if (lane < 16) held.values[k][16 * warp + lane] = of_thread[k];
+    } else {
+      held.values[k][thread] = of_thread[k];
+    }
   }
-  const double min = reduced_warp(static_cast<double>(totals.log_ratio_min), Minimum());
-  const double max = reduced_warp(static_cast<double>(totals.log_ratio_max), Maximum());
-  if (lane == 0) {
-    sums_of_warps[warp][LOG_RATIO_MIN] = min;
-    sums_of_warps[warp][LOG_RATIO_MAX] = max;
-  }
-#pragma unroll
-  for (int k = 0; k < COUNTS; ++k) {
-    const int number = reduced_warp(unpacked(totals.counts, k), Add());
-    if (lane == 0) counts_of_warps[warp][k] = number;
-  }
-  const int count_rows = by_probability ? MAX_COUNTS : COUNTS;
-  for (int k = COUNTS; k < count_rows; ++k) {
-    const int kind = (k - COUNTS) / BINS, bin = (k - COUNTS) % BINS;
-    const unsigned by_bin = kind == BINNED_VALID         ? totals.valid_by_bin
-                            : kind == BINNED_CLIPPED_LOW ? totals.clipped_low_by_bin
-                                                         : totals.clipped_high_by_bin;
-    const int number = reduced_warp(unpacked(by_bin, bin), Add());
-    if (lane == 0) counts_of_warps[warp][k] = number;
+  held.counts[0][thread] = totals.counts;
+  if (by_probability) {
+    held.counts[1 + BINNED_VALID][thread] = totals.valid_by_bin;
+    held.counts[1 + BINNED_CLIPPED_LOW][thread] = totals.clipped_low_by_bin;
+    held.counts[1 + BINNED_CLIPPED_HIGH][thread] = totals.clipped_high_by_bin;
   }
   __syncthreads();
-  if (thread < SUMS) {
-    double sum = sums_of_warps[0][thread];
-    for (int k = 1; k < WARPS; ++k) {
-      const double more = sums_of_warps[k][thread];
-      sum = thread < LOG_RATIO_MIN ? sum + more : thread == LOG_RATIO_MIN ? minimum(sum, more) : maximum(sum, more);
+  // A warp for each sum, and the last one for the counts.
+  if (warp < SUMS) {
+    const double result = warp < LOG_RATIO_MIN    ? combined(held.values[warp], lane, Add())
+                          : warp == LOG_RATIO_MIN ? combined(held.values[warp], lane, Minimum())
+                                                  : combined(held.values[warp], lane, Maximum());
+    if (lane == 0) sums[warp * columns + column] = result;
+  } else {
+    store_counts(held.counts[0], lane, COUNTS, columns, counts + column);
+    for (int k = 0; by_probability && k < BINNED_COUNTS; ++k) {
+      store_counts(held.counts[1 + k], lane, BINS, columns, counts + (COUNTS + BINS * k) * columns + column);
     }
-    sums[thread * columns + column] = sum;
-  } else if (thread >= 32 && thread < 32 + count_rows) {
-    int number = 0;
-    for (int k = 0; k < WARPS; ++k) number += counts_of_warps[k][thread - 32];
-    counts[(thread - 32) * columns + column] = number;
   }
   __syncthreads();  // otherwise the next call could overwrite what is still read
 }

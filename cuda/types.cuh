@@ -19,6 +19,7 @@ namespace bandpo {
 typedef long long Index;  // because an int counts fewer tokens than fit a device
 
 const int THREADS = 256;  // threads of a block, in every kernel
+const int WIDTH = 4;      // tokens in a vector, which a thread loads at a time
 
 BAND_FUNCTION unsigned bits_of(float value) {
 #ifdef __CUDA_ARCH__
@@ -63,9 +64,21 @@ BAND_FUNCTION double double_of(unsigned long long bits) {
 BAND_FUNCTION float infinity(float) { return float_of(0x7f800000u); }
 BAND_FUNCTION double infinity(double) { return double_of(0x7ff0000000000000ull); }
 
+const unsigned ONE_BITS = 0x3f800000u;
+
 template <class T>
 BAND_FUNCTION bool is_nan(T value) {
   return value != value;
+}
+
+// Otherwise a compiler may compute a value again at each use.
+template <class T>
+BAND_FUNCTION void keep_in_register(T& value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(value));
+#else
+  (void)value;
+#endif
 }
 
 struct Half {

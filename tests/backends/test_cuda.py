@@ -273,6 +273,36 @@ class TestLoss:
             for mine, other in zip(actual, wanted, strict=True):
                 assert equal(mine, other.cpu())
 
+    def test_an_advantage_a_row_gives_the_same_result(self, device: torch.device) -> None:
+        """Read once a vector, if rows are whole vectors."""
+        tokens = batch((5, 2400))
+        tokens[2] = tokens[2][:, :1].nan_to_num().contiguous()
+        bounds = bounds_of(KL, tokens[0])
+        expanded = [*tokens[:2], tokens[2].expand(5, 2400).contiguous(), tokens[3]]
+        found, wanted = (
+            kernels.token_loss(*self._arguments(device, some, bounds))
+            for some in (tokens, expanded)
+        )
+        for mine, other in zip(found, wanted, strict=True):
+            assert equal(mine, other.cpu())
+
+    @pytest.mark.parametrize("spec", ["kl", "pearson-chi2", "reverse-kl"])
+    @pytest.mark.parametrize("deviation", [0.01, 0.1, 0.4])
+    def test_equals_rust_after_small_steps(
+        self, deviation: float, spec: str, device: torch.device
+    ) -> None:
+        """All ways of a warp: near, next to 0, masked in part, looked up."""
+        rng = np.random.default_rng(11)
+        shape = (3, 8192)
+        logits = rng.normal(4.0, 6.0, shape)
+        moved = logits + rng.normal(0.0, deviation, shape)
+        old, new = (torch.from_numpy(-np.logaddexp(0.0, -some)).float() for some in (logits, moved))
+        advantages = torch.from_numpy(rng.normal(0.0, 1.0, shape)).float()
+        valid = torch.from_numpy(rng.random(shape) < 0.999)
+        bounds = bounds_of(bandpo.Band(spec, 0.05), old)
+        for rule in RULES[:4]:
+            check_as_rust(device, [old, new, advantages, valid], bounds, rule)
+
     @staticmethod
     def _arguments(
         device: torch.device, tokens: list[torch.Tensor], bounds: torch.Tensor
@@ -947,7 +977,7 @@ class FakeCupy:
 
 class TestLaunch:
     PROCESSORS = 2
-    LOSS = "bandpo::policy_loss<float, bandpo::Table, false>"
+    LOSS = "bandpo::policy_loss<float, bandpo::Table, bandpo::MIN_CLIP_ALONE>"
 
     @pytest.fixture
     def cupy(self, library: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCupy:

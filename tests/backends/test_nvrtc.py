@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
+import bandpo
 from bandpo import _core
+from bandpo.backends.cuda import kernels
 from bandpo.backends.cuda.launch import COMPILER_OPTIONS, THREADS, cupy_module
-from bandpo.tensors.bounds import MAX_TABLE_WORDS
+from bandpo.backends.native import token_loss_op
+from bandpo.tensors.bounds import MAX_TABLE_WORDS, bounds_of
+from support.batches import random_batch
 from support.emulated import KERNELS
-from support.nvrtc import ADDED_BY_CUPY, compiler
+from support.nvrtc import ADDED_BY_CUPY, compiler, disassembler
+from support.sass import PARAMETERS, Machine
 
 ARCHITECTURES = {12: (70, 90, 120), 13: (75, 80, 86, 89, 90, 100, 120)}
 """By the major version of CUDA, what users have; the last line of compilers with sm_70 is 12, of
@@ -81,7 +88,7 @@ def test_every_kernel_compiles_everywhere_without_spills(major: int, architectur
         assert registers * THREADS <= REGISTERS_OF_AN_SM, kernel
         assert shared_bytes + 4 * MAX_TABLE_WORDS <= SHARED_BYTES, kernel
         if "policy_loss<" in kernel and "double" not in kernel:
-            threads = THREADS_THAT_HIDE_MEMORY["true" in kernel]
+            threads = THREADS_THAT_HIDE_MEMORY["EXTENDED" in kernel]
             assert registers * threads <= REGISTERS_OF_AN_SM, kernel
 
 
@@ -98,20 +105,71 @@ def test_a_spill_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "loads", "stores"), [("float", 5, 2), ("bandpo::Half", 5, 2), ("double", 9, 4)]
+    ("stored", "loads", "stores"), [("float", 4, 2), ("bandpo::Half", 4, 2), ("double", 8, 4)]
 )
 def test_tokens_are_read_and_written_in_vectors(stored: str, loads: int, stores: int) -> None:
-    """Log-probs, log-ratios, advantages and mask; losses and gradients: four tokens by one
-    instruction, of float64 by two. Otherwise a warp would write 4 of every 16 bytes at a time.
+    """Log-probs, log-ratios and advantages; losses and gradients: four tokens by one instruction,
+    of float64 by two. Otherwise a warp would write 4 of every 16 bytes at a time. The mask of four
+    tokens is one word.
     """
     nvrtc = compiler(13)
     if nvrtc is None:
         pytest.skip("needs NVRTC 13: pip install '.[nvrtc]'")
     options = [*COMPILER_OPTIONS, *ADDED_BY_CUPY, "-arch=sm_90"]
-    kernel = f"bandpo::policy_loss<{stored}, bandpo::Table, false>"
+    kernel = f"bandpo::policy_loss<{stored}, bandpo::Table, bandpo::MIN_CLIP_ALONE>"
     ptx = nvrtc.compile(_core.KERNEL_SOURCE, [kernel], options).ptx
     for instruction, wanted in (("ld", loads), ("st", stores)):
         assert len(re.findall(rf"\b{instruction}\.global\.v\d", ptx)) == wanted
+
+
+class TestMachineCode:
+    """Binaries for each architecture that tools/count_sass.py counts, run by tests/support/sass.py.
+
+    All ways through the kernel, those that only a GPU takes included.
+    """
+
+    @pytest.fixture(autouse=True)
+    def _tools(self) -> None:
+        if compiler(13) is None or disassembler() is None:
+            pytest.skip("needs NVRTC 13 and nvdisasm: pip install '.[nvrtc]'")
+
+    @staticmethod
+    def launch(architecture: int) -> Any:
+        from count_sass import binary_of
+
+        def launch(kernel: str, *arguments: Any) -> None:
+            program = binary_of(kernel, architecture).program
+            Machine(program, architecture, grid=2).launch(kernel, *arguments)
+
+        return launch
+
+    @pytest.mark.parametrize("architecture", PARAMETERS)
+    @pytest.mark.parametrize(
+        ("dtype", "shape", "rule", "region"),
+        [
+            (torch.float32, (2, 1024), ("min-clip", [3.0]), bandpo.Band("kl", 0.05)),
+            (torch.bfloat16, (2, 300), ("mask", [1.5, 1.0]), bandpo.Band("pearson-chi2", 0.05)),
+        ],
+        ids=str,
+    )
+    def test_results_are_those_of_rust(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, int],
+        rule: tuple[str, list[float]],
+        region: bandpo.Region,
+        architecture: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(kernels, "launch", self.launch(architecture))
+        old, new, advantages, valid = random_batch(shape, 1, torch.float32, extremes=True)
+        bounds = bounds_of(region, old)
+        old, new = old.to(dtype), new.to(dtype)
+        more = advantages, valid, bounds, *rule, True
+        found = kernels.token_loss(old, new, None, *more)
+        wanted = token_loss_op(old.float(), new.float(), None, *more)
+        for mine, rusts in zip(found[:3], wanted[:3], strict=True):
+            assert torch.equal(mine.nan_to_num(nan=12345.0), rusts.nan_to_num(nan=12345.0))
 
 
 class TestCupy:
@@ -133,7 +191,7 @@ class TestCupy:
         from cupy.cuda import nvrtc
 
         assert nvrtc.getVersion()[0] == 13
-        kernel = "bandpo::policy_loss<bandpo::Half, bandpo::Table, false>"
+        kernel = "bandpo::policy_loss<bandpo::Half, bandpo::Table, bandpo::PLAIN>"
         options = (*core.assemble_cupy_compiler_options(COMPILER_OPTIONS), *ADDED_BY_CUPY)
         program = nvrtc.createProgram(_core.KERNEL_SOURCE, "bandpo.cu", (), ())
         nvrtc.addNameExpression(program, kernel)

@@ -20,10 +20,11 @@ EMULATOR = Path(__file__).parent / "emulator.h"
 
 STORED = ("float", "double", "bandpo::Half", "bandpo::BFloat16")
 BOUNDS = ("bandpo::Constant", "bandpo::Table", "bandpo::PerToken")
+FAMILIES = ("MIN_CLIP_ALONE", "PLAIN", "EXTENDED")
 KERNELS = (
     *(
-        f"bandpo::policy_loss<{stored}, {bounds}, {extended}>"
-        for stored, bounds, extended in product(STORED, BOUNDS, ("false", "true"))
+        f"bandpo::policy_loss<{stored}, {bounds}, bandpo::{family}>"
+        for stored, bounds, family in product(STORED, BOUNDS, FAMILIES)
     ),
     "bandpo::policy_loss_totals<double>",
     *(f"bandpo::band_bounds<{stored}>" for stored in STORED),

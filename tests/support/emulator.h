@@ -161,6 +161,15 @@ T shuffle_down(T value, unsigned distance, int place) {
   return value;
 }
 
+inline bool all_of_warp(bool vote, int place) {
+  const unsigned first = thread_index.x / WARP * WARP;
+  const unsigned set = fibers[thread_index.x]->exchanges++ % 2 * block_size.x;
+  exchanged[set + thread_index.x] = vote;
+  wait(State::AT_WARP_BARRIER, place);
+  for (unsigned t = first; t < first + WARP; ++t) vote = vote && exchanged[set + t];
+  return vote;
+}
+
 // Runs the blocks of a launch from `first` on.
 inline void launch(void (*entry)(void**), unsigned blocks, unsigned first, unsigned threads, unsigned shared_bytes,
                    void** with) {
@@ -198,5 +207,8 @@ struct Call<Kernel> {
 #define __shfl_down_sync(mask, value, distance)                              \
   ((mask) == 0xffffffffu ? emulator::shuffle_down(value, distance, __COUNTER__) \
                          : (emulator::fail("a shuffle of a part of a warp"), value))
+#define __all_sync(mask, vote)                                      \
+  ((mask) == 0xffffffffu ? emulator::all_of_warp(vote, __COUNTER__) \
+                         : (emulator::fail("a vote of a part of a warp"), false))
 
 #endif

@@ -11,7 +11,7 @@ import torch
 from bandpo import _core
 from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
 from bandpo.backends.cuda.availability import kernels_run
-from bandpo.backends.cuda.launch import CHUNK, THREADS, TOTALS_KERNEL, launch
+from bandpo.backends.cuda.launch import CHUNK, THREADS, TOTALS_KERNEL, WIDTH, launch
 from bandpo.backends.native import token_loss_op
 from bandpo.region import Band, Clip, Combined, Region
 from bandpo.surrogate import BY_NAME, NAMES
@@ -64,31 +64,30 @@ def token_loss(
             inputs.valid,
             inputs.anchor_log_prob,
         ]
-        in_vectors = sum(
-            1 << bit
-            for bit, tensor in enumerate([*tokens, per_token, gradient])
-            if tensor is not None and _is_whole(tensor)
-        )
+        layout = _layout(inputs, tokens)
         first, second = [*inputs.parameters, math.inf, math.inf][:2]
         kind, bounds, words = _bounds_kind(bounds)
         needs_width = BY_NAME[inputs.surrogate].needs_width
-        needs_more = inputs.anchor_log_prob is not None or needs_width
-        extended = "true" if needs_more else "false"
+        if inputs.anchor_log_prob is not None or needs_width:
+            family = "EXTENDED"
+        else:
+            family = "MIN_CLIP_ALONE" if inputs.surrogate == "min-clip" else "PLAIN"
+        computed = np.float64 if log_prob.dtype == torch.float64 else np.float32
         launch(
-            f"bandpo::policy_loss<{_STORED[log_prob.dtype]}, bandpo::{kind}, {extended}>",
+            f"bandpo::policy_loss<{_STORED[log_prob.dtype]}, bandpo::{kind}, bandpo::{family}>",
             log_prob.device,
             chunks,
             (
                 *(argument for tensor in tokens for argument in _strided(tensor)),
                 np.int64(count),
                 np.int64(row_length),
-                np.uint32(in_vectors),
+                np.uint32(layout),
                 _pointer(bounds),
                 np.int32(words),
                 np.int32(NAMES.index(inputs.surrogate)),
-                np.float64(first),
-                np.float64(second),
-                np.float64(math.log(first) if inputs.surrogate == "min-clip" else 0.0),
+                computed(first),
+                computed(second),
+                computed(math.log(first) if inputs.surrogate == "min-clip" else 0.0),
                 np.int32(inputs.by_probability),
                 *map(_pointer, (per_token, gradient, sums, counts)),
             ),
@@ -303,9 +302,18 @@ def _bounds_kind(bounds: torch.Tensor) -> tuple[str, torch.Tensor, int]:
     return ("Constant" if bounds.ndim == 1 else "PerToken"), bounds, 0
 
 
+def _layout(inputs: LossInputs, tokens: list[torch.Tensor | None]) -> int:
+    """How the kernel may read the tokens, as ``Layout`` of cuda/loss.cu."""
+    advantages = inputs.advantages
+    of_rows = advantages.shape[1] == 1 and inputs.log_prob.shape[1] % WIDTH == 0
+    others = tokens[:3] + tokens[4:] if of_rows else tokens
+    whole = all(tensor is None or _is_whole(tensor) for tensor in others)
+    return whole + 2 * (whole and of_rows) + 4 * (inputs.log_ratio is not None)
+
+
 def _is_whole(tensor: torch.Tensor) -> bool:
     """Returns True if a tensor can be read as vectors of four."""
-    alignment = min(16, 4 * tensor.element_size())
+    alignment = min(16, WIDTH * tensor.element_size())
     return tensor.is_contiguous() and tensor.data_ptr() % alignment == 0
 
 

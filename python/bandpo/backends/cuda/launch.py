@@ -13,6 +13,9 @@ from bandpo import _core
 THREADS = 256
 """Threads of a block, as in ``cuda/``."""
 
+WIDTH = 4
+"""Tokens that a thread of the loss reads at a time, as in ``cuda/``."""
+
 CHUNK = 8192
 """Tokens that a block of the loss adds up, as in ``cuda/``."""
 
