@@ -2,8 +2,9 @@
 //
 // The source runs on a device and, for tests, on the host (tests/support/emulator.h). On a device it includes
 // nothing, because a compiler at run time may have no headers. It is compiled without fused multiply-adds
-// (-fmad=false, -ffp-contract=off), so that float32 has the bits that it has in Rust. Subnormal float32 may be
-// flushed to 0; what that could change is computed on bits.
+// (-fmad=false, -ffp-contract=off), so that float32 has the bits that it has in Rust; fmaf stands where a product is
+// exact, and where only a margin depends on it. Subnormal float32 may be flushed to 0; what that could change is computed
+// on bits.
 
 #if defined(__CUDACC_RTC__) || defined(__CUDACC__)
 #define BAND_FUNCTION __device__ __forceinline__
