@@ -34,7 +34,7 @@ def test_the_command_prints_a_row_for_each_rule(
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["replay", str(log_file)]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split("  ")[-1].strip() == "clipped by it alone"
+    assert header.split("  ")[-1].strip() == "alone"
     assert [row.split()[0] for row in rows] == list(REPLAYED)
 
 

@@ -64,12 +64,12 @@ COLUMNS = {
     "rule": "rule",
     "clip_fraction": "clipped",
     "gradient_removed": "gradient removed",
-    "gradient_kept": "gradient kept",
-    "gradient_kept_optimum": "best at its KL",
-    "kl": "KL a token",
-    "tv": "TV a token",
+    "gradient_kept": "kept",
+    "gradient_kept_optimum": "best kept",
+    "kl": "KL",
+    "tv": "TV",
     "ratio_max": "max ratio",
-    "only_this_rule": "clipped by it alone",
+    "only_this_rule": "alone",
 }
 """Fields of a short table, with their headings."""
 
