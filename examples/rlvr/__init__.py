@@ -1,0 +1,1 @@
+"""A study of clip rules on small verifiable tasks; README.md has its questions and protocol."""
