@@ -1,0 +1,149 @@
+"""The study of clip rules: results that resume, seeds, statistics and the bandit's closed form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import mpmath
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("pyarrow")
+pytest.importorskip("scipy")
+
+import torch
+
+from bandpo import Band
+from examples.rlvr import bandit, compare, runner
+from examples.rlvr.grid import Chunk
+from examples.rlvr.policy import pretrain
+from examples.rlvr.rule import FAMILIES, SEQUENCE_FAMILIES, Rule, rules_of
+from examples.rlvr.task import PLUS, STOP, TASKS, Countdown
+from examples.rlvr.train import Setting, pass_at, train
+
+RULES = (Rule("kl", "(kl@0.005).cap(10)"), Rule("fixed clip", "clip@0.2"))
+SMALL = Setting(1e-3, batches=2, inner_steps=2, group=4, prompts_per_batch=8)
+
+
+def chunks() -> list[Chunk]:
+    return [Chunk("test", task, 3, 0, SMALL, RULES, pretrain_steps=2) for task in TASKS]
+
+
+def numbers(folder: Path) -> list[dict[str, object]]:
+    return [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in runner.read(folder)
+    ]
+
+
+def test_a_run_that_was_cut_off_ends_with_the_numbers_of_a_whole_one(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert runner.run(chunks(), whole, quiet=True) == 0
+    assert runner.run(chunks(), parts, seconds=0.0, quiet=True) == len(TASKS)
+    assert runner.run(chunks()[:1], parts, quiet=True) == 0
+    kept = parts / chunks()[0].name
+    written = kept.stat().st_mtime_ns
+    assert runner.run(chunks(), parts, quiet=True) == 0
+    assert kept.stat().st_mtime_ns == written
+    assert numbers(parts) == numbers(whole)
+    assert len(numbers(whole)) == len(TASKS) * len(RULES)
+
+
+def test_runs_depend_on_the_seed() -> None:
+    task = TASKS["many"](0)
+    start = pretrain(task, seed=0, steps=2)
+    first, again, other = (train(start, task, RULES, SMALL, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_rules_are_equal_with_one_inner_step_on_fresh_answers() -> None:
+    task = TASKS["rare"](0)
+    start = pretrain(task, seed=0, steps=2)
+    one = replace(SMALL, inner_steps=1)
+    kl, clip = train(start, task, RULES, one, seed=1)
+    np.testing.assert_allclose(kl.reward, clip.reward, rtol=1e-5)
+
+
+def test_every_family_is_a_rule_of_the_loss() -> None:
+    rules = [rules_of(family)[0] for family in (*FAMILIES, *SEQUENCE_FAMILIES)]
+    task = TASKS["countdown"](0)
+    start = pretrain(task, seed=0, steps=1)
+    runs = train(start, task, rules, replace(SMALL, batches=1), seed=0)
+    assert len({rule.name for rule in rules}) == len(runs)
+    assert all(run.finite for run in runs)
+
+
+def test_the_demonstrations_of_countdown_are_right_as_often_as_stated() -> None:
+    task = Countdown(0)
+    answers = task.demonstrations(torch.Generator().manual_seed(0), 400)
+    rewards = task.reward(torch.arange(128), answers[None])[0]
+
+    def is_right(row: int, tokens: list[int]) -> bool:
+        text = "".join({PLUS: "+", STOP: ";"}.get(token, str(token)) for token in tokens)
+        terms = text.partition(";")[0].split("+")
+        first, tens, ones = task.prompts[row].tolist()
+        digits = [int(term) for term in terms if len(term) == 1 and term.isdigit()]
+        whole = len(digits) == len(terms) and ";" in text
+        return whole and digits[0] == first and sum(digits) == 10 * tens + ones
+
+    for row in range(128):
+        for drawn in range(5):
+            assert rewards[row, drawn] == is_right(row, answers[row, drawn].tolist())
+    assert 0.1 < rewards.mean() < 0.25  # a tenth on purpose, and others by chance
+
+
+def test_pass_at_k_is_the_share_of_the_subsets_that_hold_a_right_answer() -> None:
+    right = np.array([0, 1, 3, 6])
+    subsets = list(combinations(range(6), 2))
+    shares = [np.mean([min(chosen) < count for chosen in subsets]) for count in right]
+    assert pass_at(right, 6, 2) == pytest.approx(np.mean(shares), rel=1e-12)
+
+
+def test_paired_differences_have_the_interval_and_p_value_of_students_t() -> None:
+    generator = np.random.default_rng(0)
+    first, second = (dict(enumerate(generator.normal(size=8))) for _ in range(2))
+    found = compare.paired(first, second)
+    values = [mpmath.mpf(first[seed]) - second[seed] for seed in range(8)]
+    mean = mpmath.fsum(values) / 8
+    error = mpmath.sqrt(mpmath.fsum((value - mean) ** 2 for value in values) / 7 / 8)
+
+    def tail(t: mpmath.mpf) -> mpmath.mpf:
+        return mpmath.betainc(3.5, 0.5, 0, 7 / (7 + t * t), regularized=True)
+
+    assert found.p_value == pytest.approx(float(tail(mean / error)), rel=1e-12)
+    assert tail((found.high - mean) / error) == pytest.approx(0.05, rel=1e-9)
+    assert found.low + found.high == pytest.approx(2 * found.mean, rel=1e-12)
+
+
+def test_holms_correction_is_that_of_closed_testing_with_bonferroni() -> None:
+    p_values = [0.04, 0.01, 0.03, 0.5, 0.012]
+    places = range(len(p_values))
+    for place, corrected in zip(places, compare.holm(p_values), strict=True):
+        others = [other for other in places if other != place]
+        families = [
+            (place, *chosen)
+            for size in range(len(p_values))
+            for chosen in combinations(others, size)
+        ]
+        closed = max(min(1.0, len(f) * min(p_values[k] for k in f)) for f in families)
+        assert corrected == pytest.approx(closed, rel=1e-12)
+
+
+@pytest.mark.parametrize("delta", [0.001, 0.005, 0.01, 0.05])
+@pytest.mark.parametrize("p", [1e-4, 1e-3, 1e-2, 0.1])
+def test_steps_to_half_are_those_of_the_exact_band_to_one(p: float, delta: float) -> None:
+    band, now, steps = Band("kl", delta), p, 0
+    while now < 0.5:
+        now, steps = now * float(band.bounds(np.log(now))[1]), steps + 1
+    assert abs(steps - bandit.steps_to_half(p, delta)) <= 1.0
+
+
+def test_batches_to_half_are_those_of_a_simulated_bandit_without_noise() -> None:
+    taken = bandit.simulate(0.01, 0.001, group=16, noise=0.0, runs=2000, seed=0)
+    expected = bandit.batches_to_half(0.01, 0.001, group=16)
+    # One step of rounding up, and the spread of the mean.
+    assert abs(taken.mean() - expected) < 1.0 + 4.0 * taken.std() / np.sqrt(len(taken))
