@@ -29,8 +29,11 @@ def batches_to_half(p: float, delta: float, *, group: int, noise: float = 0.0) -
     reward with probability eta, and the step then goes back, so that the mean step is shorter by
     ``1 - 2 eta``. The sum over steps becomes an integral:
 
-        ``1/((1 - 2 eta) sqrt(2 delta)) * integral of d(phi)/s from phi(p) to pi/2``
+        ``(I/sqrt(2 delta) + (1/s(p) - 1/s(1/2))/2)/(1 - 2 eta)``,
+        ``I = integral of d(phi)/s from phi(p) to pi/2``
 
+    The second term is the first one of Euler and Maclaurin: the wait for a step is that of the
+    rarer arm before it. Rounding up to a whole step adds up to one more, and is left out.
     Groups with several right answers find the direction more often, so it is too large there. Wrong
     arms that take mass by false rewards are left out, and so is a cap.
     """
@@ -41,7 +44,8 @@ def batches_to_half(p: float, delta: float, *, group: int, noise: float = 0.0) -
 
     start = 2.0 * math.asin(math.sqrt(p))
     angle, _ = integrate.quad(wait, start, math.pi / 2.0)
-    return angle / ((1.0 - 2.0 * noise) * math.sqrt(2.0 * delta))
+    waits = angle / math.sqrt(2.0 * delta) + (wait(start) - wait(math.pi / 2.0)) / 2.0
+    return waits / (1.0 - 2.0 * noise)
 
 
 def simulate(
