@@ -24,6 +24,9 @@ class Task(ABC):
     length: int
 
     @abstractmethod
+    def __init__(self, seed: int, prompts: int = 128) -> None: ...
+
+    @abstractmethod
     def demonstrations(self, generator: torch.Generator, count: int) -> torch.Tensor:
         """Draws ``count`` answers of the corpus to each prompt, int64 [prompts, count, length]."""
 
