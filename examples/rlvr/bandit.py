@@ -45,7 +45,7 @@ def batches_to_half(p: float, delta: float, *, group: int, noise: float = 0.0) -
     start = 2.0 * math.asin(math.sqrt(p))
     angle, _ = integrate.quad(wait, start, math.pi / 2.0)
     waits = angle / math.sqrt(2.0 * delta) + (wait(start) - wait(math.pi / 2.0)) / 2.0
-    return waits / (1.0 - 2.0 * noise)
+    return float(waits / (1.0 - 2.0 * noise))
 
 
 def simulate(

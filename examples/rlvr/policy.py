@@ -47,14 +47,14 @@ class Replicas(torch.nn.Module):
         w = dict(self.named_parameters())
         copies, sequences, places = tokens.shape
         copy = torch.arange(copies)[:, None]
-        x = w["token"][copy, tokens.flatten(1)].unflatten(1, (sequences, places))
+        x = w["token"][copy, tokens.flatten(1)].reshape(copies, sequences, places, WIDTH)
         x = x + w["place"][:, None, :places]
         for layer in range(LAYERS):
             h = _normalised(x, w[f"attention_norm_{layer}"])
-            qkv = _linear(h, w[f"qkv_{layer}"]).unflatten(-1, (3, HEADS, -1))
+            qkv = _linear(h, w[f"qkv_{layer}"]).reshape(*h.shape[:-1], 3, HEADS, -1)
             q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in qkv.unbind(-3))
             mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            mixed = mixed.transpose(1, 2).flatten(2).unflatten(0, (copies, sequences))
+            mixed = mixed.transpose(1, 2).reshape(copies, sequences, places, -1)
             x = x + _linear(mixed, w[f"out_{layer}"])
             h = _linear(_normalised(x, w[f"feed_norm_{layer}"]), w[f"up_{layer}"])
             x = x + _linear(functional.gelu(h), w[f"down_{layer}"])
@@ -63,7 +63,7 @@ class Replicas(torch.nn.Module):
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(x.flatten(1, 2), weight).unflatten(1, x.shape[1:3])
+    return torch.bmm(x.flatten(1, 2), weight).reshape(*x.shape[:3], -1)
 
 
 def _normalised(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

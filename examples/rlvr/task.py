@@ -105,7 +105,7 @@ class Many(Task):
             share.expand(rows, -1), count, replacement=True, generator=generator
         )
         drawn = self._order.flatten(0, 1).gather(1, ranks)
-        return drawn.unflatten(0, (len(self.prompts), self.length)).transpose(1, 2)
+        return drawn.reshape(len(self.prompts), self.length, count).transpose(1, 2)
 
     def reward(self, chosen: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
         """Returns whether all three tokens are right."""

@@ -152,7 +152,7 @@ def _fit(
             given = arguments[copy] | {"region": regions[copy]}
             loss = loss + policy_loss(old[copy], part, spread[copy], mask[copy], **given).loss
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         _clip_gradients(policy)
         optimizer.step()
 
@@ -172,11 +172,11 @@ def _log_probs(
     rows = task.prompts[chosen]
     if task.length == 1:
         # One pass a prompt serves its whole group.
-        every = policy(rows.expand(copies, -1, -1), 1)[:, :, 0]
+        every: torch.Tensor = policy(rows.expand(copies, -1, -1), 1)[:, :, 0]
         return every.gather(-1, answers[..., 0])[..., None]
     repeated = rows[:, None].expand(copies, prompts, group, -1)
     tokens = inputs(repeated, answers).flatten(1, 2)
-    log_probs = policy(tokens, task.length)
+    log_probs: torch.Tensor = policy(tokens, task.length)
     picked = log_probs.gather(-1, answers.flatten(1, 2)[..., None])
     return picked.reshape(answers.shape)
 
@@ -202,7 +202,8 @@ def _sample(
         tokens = torch.cat([tokens, drawn], -1)
         picked.append(every.gather(-1, drawn)[..., 0])
         entropies.append(-(every.exp() * every).sum(-1))
-    answers = tokens[..., -task.length :].unflatten(1, (-1, group))
+    answers = tokens[..., -task.length :]
+    answers = answers.reshape(len(answers), -1, group, task.length)
     log_probs = torch.stack(picked, -1).reshape(answers.shape)
     mask = task.mask(answers)
     entropy = torch.stack(entropies, -1).reshape(answers.shape)
@@ -225,7 +226,7 @@ def _draw(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def _right(policy: Replicas, task: Rare) -> torch.Tensor:
     """Mean probability of the right answer over all prompts, float32 [copies]."""
     copies = next(policy.parameters()).shape[0]
-    every = policy(task.prompts.expand(copies, -1, -1), 1)[:, :, 0]
+    every: torch.Tensor = policy(task.prompts.expand(copies, -1, -1), 1)[:, :, 0]
     return every.gather(-1, task.right.expand(copies, -1)[..., None]).exp().mean((1, 2))
 
 
