@@ -1107,7 +1107,7 @@ class TestCached:
         fresh = bandpo.Band("kl", 0.05), bandpo.Clip(0.2), ScheduledBand("kl", Constant(0.1))
         for region in fresh:
             with pytest.raises(ValueError, match="on cuda:0 once before a CUDA graph"):
-                _source(region, torch.float32, device, exact=False)
+                _source(id(region), torch.float32, device, exact=False)
 
     @pytest.mark.parametrize("delta", [0.1, (0.02, 0.3), np.full((3, 1), 0.1)], ids=str)
     @pytest.mark.usefixtures("emulator")

@@ -14,6 +14,7 @@ from bandpo import _core
 from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, real_number
 from bandpo.divergence import Sampler
 from bandpo.error import InvalidValueError, MissingExtraError
+from bandpo.region.live import Live
 
 if TYPE_CHECKING:
     from bandpo.table import BandTable
@@ -28,7 +29,7 @@ Curves: TypeAlias = list[tuple[float, Curve]]
 _MIN_POSITIVE = math.ulp(0.0)
 
 
-class Region(ABC):
+class Region(Live, ABC):
     """A map from an old log-probability to the log-ratios a token may take.
 
     ``log_lower(logp) <= 0 <= log_upper(logp)``. Log-probabilities above 0, which rounding makes,

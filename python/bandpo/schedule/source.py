@@ -11,10 +11,11 @@ from typing import Any, NoReturn
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Band, Combined, Region
+from bandpo.region.live import Live
 from bandpo.schedule.schedule import Schedule
 
 
-class RegionSource(ABC):
+class RegionSource(Live, ABC):
     """A region that changes between optimiser steps; a loss reads it at each call.
 
     ``region`` is the same object until it changes. A change calls the subscribers with the new

@@ -11,11 +11,12 @@ import torch
 
 from bandpo.error import InvalidValueError
 from bandpo.region import Clip, Region
+from bandpo.region.live import live
 from bandpo.rule import AnyRegion, current
 from bandpo.schedule import RegionSource
 from bandpo.tensors.cached import Cached, cached, check_no_capture, upload
 from bandpo.tensors.check import compute_dtype
-from bandpo.tensors.exact import REGIONS, exact_contains_op, exact_log_bounds_op
+from bandpo.tensors.exact import exact_contains_op, exact_log_bounds_op
 
 
 def bounds_of(
@@ -50,7 +51,7 @@ def bounds_of(
             first used on a device in the capture of a CUDA graph.
     """
     dtype = compute_dtype(old_log_prob)
-    source: _Source = _source(region, dtype, old_log_prob.device, exact)
+    source: _Source = _source(id(region), dtype, old_log_prob.device, exact)
     if source.bounds is not None:
         return source.bounds
     old_log_prob = old_log_prob.to(dtype)
@@ -84,7 +85,7 @@ def membership_of(
     Raises:
         InvalidValueError: If an array of deltas does not broadcast to the shape.
     """
-    source: _Source = _source(region, old_log_prob.dtype, old_log_prob.device, exact)
+    source: _Source = _source(id(region), old_log_prob.dtype, old_log_prob.device, exact)
     if source.bounds is not None:
         return source.bounds
     ratios = log_ratio()
@@ -97,23 +98,24 @@ def membership_of(
 
 
 class _Source(NamedTuple):
-    """Either the bounds or, by its key in `REGIONS`, the region to solve for them."""
+    """Either the bounds or the ``id`` of the region to solve for them."""
 
     bounds: torch.Tensor | None
     region: int
 
 
-# A region cannot be traced. So torch.compile calls this once, guards on the identity of the region
-# and makes the returned tensor an input of the graph.
+# A region can neither be traced nor, in torch 2.11, be given to a function that is not traced.
+# So torch.compile guards on its identity, calls this once with a number, and makes the returned
+# tensor an input of the graph.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _source(region: AnyRegion, dtype: torch.dtype, device: torch.device, exact: bool) -> _Source:
+def _source(key: int, dtype: torch.dtype, device: torch.device, exact: bool) -> _Source:
+    region = live(key)
     now = current(region)
     if isinstance(now, Clip) or not (exact or now.per_token):
         if isinstance(region, RegionSource):
             return _Source(_live_bounds(region).on(dtype, device), 0)
         return _Source(_kept_bounds(region, dtype, device), 0)
-    REGIONS[id(region)] = region
-    return _Source(None, id(region))
+    return _Source(None, key)
 
 
 def _kept_bounds(region: Region, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-
 import numpy as np
 import torch
 
 from bandpo.error import InvalidValueError
 from bandpo.region import Region
-from bandpo.rule import AnyRegion, current
+from bandpo.region.live import live
+from bandpo.rule import current
 from bandpo.table import BandTable
-
-REGIONS: weakref.WeakValueDictionary[int, AnyRegion] = weakref.WeakValueDictionary()
-"""Regions by their id, because an operator takes numbers but no Python objects."""
 
 
 @torch.library.custom_op(
@@ -26,7 +22,7 @@ def exact_log_bounds_op(old_log_prob: torch.Tensor, region: int) -> torch.Tensor
 
     Args:
         old_log_prob: Old log-probabilities, float32 or float64.
-        region: Key in `REGIONS`.
+        region: ``id`` of a region or a source.
 
     Raises:
         InvalidValueError: If an array of radii does not broadcast to the shape.
@@ -60,7 +56,7 @@ def exact_contains_op(
     Args:
         old_log_prob: Old log-probabilities, float32 or float64.
         log_ratio: Log-ratios, the same shape and dtype.
-        region: Key in `REGIONS`.
+        region: ``id`` of a region or a source.
 
     Raises:
         InvalidValueError: If an array of radii does not broadcast to the shape.
@@ -86,8 +82,8 @@ def contains_on_host(
 
 
 def exact_region(key: int) -> Region:
-    """Returns the region of a key in `REGIONS`: that of a source now, or of a table."""
-    region = current(REGIONS[key])
+    """Returns the region of an ``id``: that of a source now, or of a table."""
+    region = current(live(key))
     return region.region if isinstance(region, BandTable) else region
 
 
