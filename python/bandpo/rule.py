@@ -85,7 +85,6 @@ class Rule(NamedTuple):
                 )
         return cls(region, resolved, ratio_level)
 
-    @property
     def changes_tokens(self) -> bool:
         """True if some tokens are clipped or masked before a backend computes their losses."""
         return (

@@ -47,14 +47,13 @@ class Tokens(NamedTuple):
     cu_seqlens: torch.Tensor | None
     anchor_log_prob: torch.Tensor | None = None  # like old_log_prob
 
-    @property
     def log_prob_of_bounds(self) -> torch.Tensor:
         """The log-probs at which the bounds stand, in the user's shape."""
         return self.old_log_prob if self.anchor_log_prob is None else self.anchor_log_prob
 
     def limited_log_ratio(self) -> torch.Tensor:
         """Returns the log-ratios that the bounds limit; see `log_ratio`."""
-        return self._log_ratio_to(self.log_prob_of_bounds)
+        return self._log_ratio_to(self.log_prob_of_bounds())
 
     def shift(self) -> torch.Tensor | None:
         """Returns how much further bounds of new/old are than those of new/anchor, [B, T]."""

@@ -81,7 +81,7 @@ def _bounds(rule: Rule, tokens: Tokens, exact: bool) -> torch.Tensor:
     region, shape = rule.region, tokens.log_prob.shape
     if isinstance(region, BySign):
         # Masked tokens may hold anything, which must not become a width.
-        at = tokens.log_prob_of_bounds
+        at = tokens.log_prob_of_bounds()
         at = torch.where(shaped(tokens.valid, at.shape), at, 0.0)
         positive, negative = (
             torch.stack(sides_from(_bounds_of(part, rule, tokens, exact), at)).reshape(2, *shape)
@@ -96,7 +96,7 @@ def _bounds(rule: Rule, tokens: Tokens, exact: bool) -> torch.Tensor:
 
 def _bounds_of(region: AnyRegion, rule: Rule, tokens: Tokens, exact: bool) -> torch.Tensor:
     # In the shape of the user's tensor, which an array of deltas has to match.
-    log_prob = tokens.log_prob_of_bounds
+    log_prob = tokens.log_prob_of_bounds()
     valid = shaped(tokens.valid, log_prob.shape)
     if rule.surrogate.needs_bounds:
         return bounds_of(region, log_prob, valid=valid, exact=exact)
@@ -113,7 +113,7 @@ def _sides(bounds: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Te
         lower, upper = bounds.unbind()
         return lower, upper
     shape = tokens.log_prob.shape
-    lower, upper = sides_from(bounds, tokens.log_prob_of_bounds)
+    lower, upper = sides_from(bounds, tokens.log_prob_of_bounds())
     return lower.reshape(shape), upper.reshape(shape)
 
 

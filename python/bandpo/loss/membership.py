@@ -16,7 +16,7 @@ CALIBRATION = 0.9
 def limits_of(region: PrefixBudget | TensorBand, tokens: Tokens) -> torch.Tensor:
     """Returns bounds, [2, B, T], that are infinite for a token inside and 0 for one outside."""
     log_prob = tokens.log_prob.detach()
-    at = tokens.log_prob_of_bounds.reshape(log_prob.shape)
+    at = tokens.log_prob_of_bounds().reshape(log_prob.shape)
     old, new = (torch.where(tokens.valid, tensor, 0.0) for tensor in (at, log_prob))
     divergence = bernoulli_divergence(region.divergence, old, new)
     if isinstance(region, TensorBand):
@@ -29,7 +29,7 @@ def limits_of(region: PrefixBudget | TensorBand, tokens: Tokens) -> torch.Tensor
 
 
 def _delta_of(region: TensorBand, tokens: Tokens) -> torch.Tensor:
-    given = tokens.log_prob_of_bounds
+    given = tokens.log_prob_of_bounds()
     try:
         delta = region.delta.detach().to(given.device).expand(given.shape)
     except RuntimeError:

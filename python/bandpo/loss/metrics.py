@@ -20,7 +20,7 @@ def statistics_of(rule: Rule, totals: Totals, dtype: torch.dtype, more: Tensors)
         dtype: The dtype of metrics that are no counts.
         more: Further sums: ``masked_sequences`` and ``sequences``, ``log_ratio_penalty``.
     """
-    sums = {**totals._asdict(), **more}
+    sums = {**dict(zip(Totals._fields, totals, strict=True)), **more}
     log_ratio_min, log_ratio_max = sums.pop("log_ratio_min"), sums.pop("log_ratio_max")
     if totals.by_probability is None:
         del sums["by_probability"]

@@ -33,5 +33,7 @@ def check_tensor(argument: str, tensor: torch.Tensor) -> None:
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """Returns float64 if any of the tensors is, else float32."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
