@@ -3,7 +3,7 @@
 namespace bandpo {
 
 const int VECTORS = 8;  // vectors of a thread in a chunk: 32 tokens, below the 64 at which packed counts overflow
-const int CHUNK = THREADS * WIDTH * VECTORS;  // tokens that a block adds up to one partial result
+const int CHUNK = THREADS * WIDTH * VECTORS;  // max tokens that a block adds up to one partial result
 
 template <class T>
 struct alignas(sizeof(T) * WIDTH < 16 ? sizeof(T) * WIDTH : 16) AlignedVector {
@@ -63,6 +63,21 @@ BAND_FUNCTION void store_vector(float* to, const float (&from)[WIDTH]) {
                : "memory");
 #else
   *reinterpret_cast<AlignedVector<float>*>(to) = {{from[0], from[1], from[2], from[3]}};
+#endif
+}
+
+BAND_FUNCTION void store_vector(BFloat16* to, const float (&from)[WIDTH]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("{.reg .b32 low, high; cvt.rn.bf16x2.f32 low, %2, %1; cvt.rn.bf16x2.f32 high, %4, %3;"
+               " st.global.v2.b32 [%0], {low, high};}"
+               :
+               : "l"(__cvta_generic_to_global(to)), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3])
+               : "memory");
+#else
+  AlignedVector<BFloat16> vector;
+#pragma unroll
+  for (int k = 0; k < WIDTH; ++k) vector.item[k] = narrowed(from[k], BFloat16());
+  *reinterpret_cast<AlignedVector<BFloat16>*>(to) = vector;
 #endif
 }
 

@@ -19,11 +19,36 @@ enum Layout : unsigned {
 const Index MAX_PLACE = (1ll << 32) - 2 * CHUNK;
 const unsigned EVERY_BYTE = 0x01010101u;  // a mask whose tokens all count
 
+const int FLAGS = 16;  // that a thread of count_valid reads at a time
+struct alignas(16) FlagVector {
+  unsigned four[FLAGS / 4];
+};
+
+// The weight of a token: `numerator` over a count, which is at least 1, or itself without one.
+BAND_FUNCTION double weight_of(double numerator, const double* count) {
+  return count ? numerator / (*count < 1.0 ? 1.0 : *count) : numerator;
+}
+
+// Writes a vector of tokens, of which the first `left` exist.
+template <class T, class Narrow>
+BAND_FUNCTION void store(const T (&values)[WIDTH], Narrow* to, Index first, int left, bool is_whole) {
+  if (is_whole) {
+    store_vector(to + static_cast<unsigned>(first), values);
+  } else {
+#pragma unroll
+    for (int k = 0; k < WIDTH; ++k) {
+      if (k < left) to[first + k] = narrowed(values[k], Narrow());
+    }
+  }
+}
+
 // Loss and gradient of every token, and the totals of each chunk.
 //
 // Inputs have the strides of their rows and columns; log_ratio and anchor_log_prob may be null. `bounds` points to
 // log_lower and log_upper, to a table of `table_words`, or to all lower and then all upper log bounds. first,
 // second and log_first are those of Rule.
+// With a null `loss`, the gradient is of type Weighted and times weight_of(numerator, divisor).
+// A chunk has chunk_length tokens, whole vectors of every thread.
 // `sums` is [SUMS, chunks]; `counts` is [COUNTS, chunks], or [MAX_COUNTS, chunks] with by_probability.
 template <class Stored, template <class> class Bounds, Family FAMILY>
 __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
@@ -39,9 +64,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
     const void* bounds, int table_words,
     int surrogate, typename Computed<Stored>::Type first, typename Computed<Stored>::Type second,
     typename Computed<Stored>::Type log_first, int by_probability,
-    typename Computed<Stored>::Type* loss, typename Computed<Stored>::Type* gradient,
-    double* sums, int* counts) {
+    typename Computed<Stored>::Type* loss, void* gradient, double numerator, const double* divisor,
+    int chunk_length, double* sums, int* counts) {
   typedef typename Computed<Stored>::Type T;
+  typedef typename Weighted<Stored>::Type Gradient;
   BAND_TABLE_IN_SHARED_MEMORY(table);
   copy_table(bounds, table_words, table);
   const Bounds<T> token_bounds = Bounds<T>::make(bounds, table, count);
@@ -57,12 +83,13 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
   keep_in_register(layout);
 
   const int thread = threadIdx.x;
-  const Index chunks = (count + CHUNK - 1) / CHUNK;
+  const T weight = weight_of(numerator, divisor);
+  const Index chunks = (count + chunk_length - 1) / chunk_length;
   for (Index chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Totals<T> totals;
     totals.clear();
-    const Index begin = chunk * CHUNK;
-    const int length = count - begin < CHUNK ? static_cast<int>(count - begin) : CHUNK;
+    const Index begin = chunk * chunk_length;
+    const int length = count - begin < chunk_length ? static_cast<int>(count - begin) : chunk_length;
     // Vectors have places of 32 bits, because those of 64 take twice the instructions.
     int whole_length = (layout & WHOLE) != 0u && begin <= MAX_PLACE ? length : 0;
     keep_in_register(whole_length);
@@ -129,9 +156,13 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
               near_outcomes<false>(rule, is_valid, old_logp, new_logp, unclamped, advantage, losses, slopes, totals);
             }
           } else if constexpr (FAMILY == MIN_CLIP_ALONE) {
-            done = all_count && __all_sync(0xffffffffu, token_bounds.are_ordinary(old_logp, unclamped));
-            if (done) {
-              ordinary_outcomes(rule, token_bounds, begin + at, old_logp, unclamped, advantage, losses, slopes, totals);
+            done = __all_sync(0xffffffffu, token_bounds.are_ordinary(old_logp, unclamped));
+            if (done && all_count) {
+              ordinary_outcomes<true>(rule, token_bounds, begin + at, is_valid, old_logp, unclamped, advantage, losses,
+                                      slopes, totals);
+            } else if (done) {
+              ordinary_outcomes<false>(rule, token_bounds, begin + at, is_valid, old_logp, unclamped, advantage, losses,
+                                       slopes, totals);
             }
           }
         }
@@ -150,38 +181,78 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
           slopes[k] = token.slope;
         }
       }
-      if (is_whole) {
-        store_vector(loss + first_token, losses);
-        store_vector(gradient + first_token, slopes);
+      if (loss) {
+        store(losses, loss, begin + at, length - at, is_whole);
+        store(slopes, static_cast<T*>(gradient), begin + at, length - at, is_whole);
       } else {
 #pragma unroll
-        for (int k = 0; k < WIDTH; ++k) {
-          if (at + k < length) {
-            loss[begin + at + k] = losses[k];
-            gradient[begin + at + k] = slopes[k];
-          }
-        }
+        for (int k = 0; k < WIDTH; ++k) slopes[k] *= weight;
+        store(slopes, static_cast<Gradient*>(gradient), begin + at, length - at, is_whole);
       }
     }
     store_totals(totals, by_probability != 0, chunk, chunks, sums, counts);
   }
 }
 
-// Totals of all chunks: a block combines one row at a time. A template, so that it is compiled only on request.
+// Totals of all chunks, and the loss, a sum times weight_of(numerator, divisor): a block combines one row at a time.
+// total_loss may be null.
 template <class T>
-__global__ void __launch_bounds__(THREADS) policy_loss_totals(const T* sums, const int* counts, Index chunks,
-                                                              int count_rows, T* total_sums, Index* total_counts) {
+__global__ void __launch_bounds__(THREADS) policy_loss_totals(const double* sums, const int* counts, Index chunks,
+                                                              int count_rows, double* total_sums, Index* total_counts,
+                                                              double numerator, const double* divisor, T* total_loss) {
   for (int row = blockIdx.x; row < SUMS + count_rows; row += gridDim.x) {
     if (row < SUMS) {
-      const T* of_chunks = sums + row * chunks;
-      const T total = row < LOG_RATIO_MIN    ? reduced_row(of_chunks, chunks, T(0), Add())
-                      : row == LOG_RATIO_MIN ? reduced_row(of_chunks, chunks, infinity(T()), Minimum())
-                                             : reduced_row(of_chunks, chunks, -infinity(T()), Maximum());
-      if (threadIdx.x == 0) total_sums[row] = total;
+      const double* of_chunks = sums + row * chunks;
+      const double total = row == LOG_RATIO_MIN   ? reduced_row(of_chunks, chunks, infinity(0.0), Minimum())
+                           : row == LOG_RATIO_MAX ? reduced_row(of_chunks, chunks, -infinity(0.0), Maximum())
+                                                  : reduced_row(of_chunks, chunks, 0.0, Add());
+      if (threadIdx.x == 0 && row != SUM_LOSS) total_sums[row] = total;
+      if (threadIdx.x == 0 && row == SUM_LOSS && total_loss) {
+        *total_loss = static_cast<T>(weight_of(numerator, divisor) * total);
+      }
     } else {
       const int k = row - SUMS;
       const Index total = reduced_row(counts + k * chunks, chunks, Index(0), Add());
       if (threadIdx.x == 0) total_counts[k] = total;
+    }
+  }
+}
+
+// Adds to `total` how many of contiguous, aligned flags, each 0 or 1, are 1. Whole numbers below 2^53 add up exactly.
+template <class Flag>
+__global__ void __launch_bounds__(THREADS) count_valid(const Flag* valid, Index count, double* total) {
+  const Index step = static_cast<Index>(gridDim.x) * THREADS * FLAGS;
+  unsigned found = 0u;  // a thread of the largest grid reads far fewer than 2^32
+  for (Index first = (static_cast<Index>(blockIdx.x) * THREADS + threadIdx.x) * FLAGS; first < count; first += step) {
+    if (first + FLAGS <= count) {
+      const FlagVector flags = *reinterpret_cast<const FlagVector*>(valid + first);
+#pragma unroll
+      for (int k = 0; k < FLAGS / 4; ++k) found += (flags.four[k] * EVERY_BYTE) >> 24;
+    } else {
+      for (Index i = first; i < count; ++i) found += valid[i];
+    }
+  }
+  found = reduced_warp(found, Add());
+  if (threadIdx.x % 32 == 0 && found != 0u) atomicAdd(total, static_cast<double>(found));
+}
+
+// A gradient times a factor, in place; no work where that is 1, as in the backward pass of a loss itself.
+template <class Gradient>
+__global__ void __launch_bounds__(THREADS) scale_gradient(Gradient* gradient, Index count,
+                                                          const typename Computed<Gradient>::Type* factor) {
+  typedef typename Computed<Gradient>::Type T;
+  const T by = *factor;
+  if (by == T(1)) return;
+  const Index step = static_cast<Index>(gridDim.x) * THREADS * WIDTH;
+  for (Index first = (static_cast<Index>(blockIdx.x) * THREADS + threadIdx.x) * WIDTH; first < count; first += step) {
+    T values[WIDTH];
+    if (first + WIDTH <= count) {
+      load_vector(gradient + first, values);
+#pragma unroll
+      for (int k = 0; k < WIDTH; ++k) values[k] *= by;
+      store_vector(gradient + first, values);
+    } else {
+      for (Index i = first; i < count; ++i) gradient[i] = narrowed(widened(gradient[i]) * by, Gradient());
     }
   }
 }

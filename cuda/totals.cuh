@@ -4,7 +4,7 @@ namespace bandpo {
 
 const int WARPS = THREADS / 32;
 
-// Rows of the sums of a loss: those that are added, then min and max of the log-ratio.
+// Rows of the sums of a loss. All are added but the min and max of the log-ratio.
 enum Sum {
   SUM_KL,                  // -x of the log-ratio x
   SUM_KL_K3,               // e^x - 1 - x
@@ -13,8 +13,10 @@ enum Sum {
   SUM_GRADIENT_REMOVED,    // what the rule takes from it
   LOG_RATIO_MIN,
   LOG_RATIO_MAX,
+  SUM_LOSS,
   SUMS
 };
+static_assert(SUMS == WARPS, "a warp adds up each row");
 
 // Rows of the counts by probability, after those of Count: all bins of the first, of the second, of the third.
 enum BinnedCount { BINNED_VALID, BINNED_CLIPPED_LOW, BINNED_CLIPPED_HIGH, BINNED_COUNTS };
@@ -31,23 +33,23 @@ BAND_FUNCTION int probability_bin(T old_log_prob) {
 // Totals of a thread.
 template <class T>
 struct Totals {
-  T kl, kl_k3, entropy, gradient_unclipped, gradient_removed, log_ratio_min, log_ratio_max;
+  T kl, kl_k3, entropy, gradient_unclipped, gradient_removed, log_ratio_min, log_ratio_max, loss;
   unsigned counts;                                                 // packed, by Count
   unsigned valid_by_bin, clipped_low_by_bin, clipped_high_by_bin;  // packed, by bin
 
   BAND_FUNCTION void clear() {
-    kl = kl_k3 = entropy = gradient_unclipped = gradient_removed = T(0);
+    kl = kl_k3 = entropy = gradient_unclipped = gradient_removed = loss = T(0);
     log_ratio_min = infinity(T());
     log_ratio_max = -infinity(T());
     counts = valid_by_bin = clipped_low_by_bin = clipped_high_by_bin = 0u;
   }
 
   // Counts the losses that are not finite; there are none where their sum of sizes is finite.
-  BAND_FUNCTION void count_nonfinite(T size, const T (&loss)[WIDTH]) {
+  BAND_FUNCTION void count_nonfinite(T size, const T (&losses)[WIDTH]) {
     if (size < infinity(T())) return;
 #pragma unroll
     for (int k = 0; k < WIDTH; ++k) {
-      if (!(magnitude(loss[k]) < infinity(T()))) counts += packed_one(NONFINITE);
+      if (!(magnitude(losses[k]) < infinity(T()))) counts += packed_one(NONFINITE);
     }
   }
 
@@ -57,6 +59,7 @@ struct Totals {
     entropy -= old_log_prob;
     gradient_unclipped += token.gradient_unclipped;
     gradient_removed += token.gradient_removed;
+    loss += token.loss;
     log_ratio_min = minimum(log_ratio_min, token.log_ratio);
     log_ratio_max = maximum(log_ratio_max, token.log_ratio);
     counts += packed_one(VALID);
@@ -90,6 +93,7 @@ BAND_FUNCTION void near_outcomes(const Rule& rule, unsigned is_valid, const floa
     loss[k] = rule.loss_is_ratio() ? slope[k] : slope[k] * log_prob[k];
     totals.kl -= x;
     totals.kl_k3 += exponential.gap;
+    totals.loss += loss[k];
     size += magnitude(slope[k]);
     if (!rule.loss_is_ratio()) size_of_losses += magnitude(loss[k]);
     totals.entropy -= old_log_prob[k];
@@ -102,10 +106,10 @@ BAND_FUNCTION void near_outcomes(const Rule& rule, unsigned is_valid, const floa
   totals.count_nonfinite(rule.loss_is_ratio() ? size : size_of_losses, loss);
 }
 
-// Tokens that count, whose log-ratios need no clamp and whose log-probs are ordinary, under min-clip. The operations on
-// a token are those of `outcome`.
-template <class Rule, class Bounds>
-BAND_FUNCTION void ordinary_outcomes(const Rule& rule, const Bounds& bounds, Index first,
+// Tokens whose log-ratios need no clamp and whose log-probs are ordinary, under min-clip. The operations on a token are
+// those of `outcome`. Those that do not count hold zeros; with ALL_COUNT there are none.
+template <bool ALL_COUNT, class Rule, class Bounds>
+BAND_FUNCTION void ordinary_outcomes(const Rule& rule, const Bounds& bounds, Index first, unsigned is_valid,
                                      const float (&old_log_prob)[WIDTH], const float (&log_ratio)[WIDTH],
                                      const float (&advantage)[WIDTH], float (&loss)[WIDTH], float (&slope)[WIDTH],
                                      Totals<float>& totals) {
@@ -119,6 +123,7 @@ BAND_FUNCTION void ordinary_outcomes(const Rule& rule, const Bounds& bounds, Ind
   for (int k = 0; k < WIDTH; ++k) {
     const float x = log_ratio[k], minus_advantage = 0.0f - advantage[k];
     const Exponentials<float> exponential = exponentials(x);
+    const bool is_counted = ALL_COUNT || (is_valid & 0xffu << 8 * k) != 0u;
     const bool clipped_low = by_lower[k] && (Bounds::LOWER_IS_RATIO ? exponential.exp : x) < bound[k];
     const bool clipped_high = advantage[k] > 0.0f && bound[k] < x;
     // A bound that a log-ratio is beyond needs no clamp either.
@@ -133,15 +138,17 @@ BAND_FUNCTION void ordinary_outcomes(const Rule& rule, const Bounds& bounds, Ind
     totals.kl -= x;
     totals.kl_k3 += exponential.gap;
     totals.entropy -= old_log_prob[k];
+    totals.loss += loss[k];
     size += magnitude(unclipped);
     if (removed) totals.gradient_removed += magnitude(unclipped);
-    totals.log_ratio_min = minimum(totals.log_ratio_min, x);
-    totals.log_ratio_max = maximum(totals.log_ratio_max, x);
+    totals.log_ratio_min = minimum(totals.log_ratio_min, is_counted ? x : infinity(1.0f));
+    totals.log_ratio_max = maximum(totals.log_ratio_max, is_counted ? x : -infinity(1.0f));
+    if (!ALL_COUNT && is_counted) totals.counts += packed_one(VALID);
     if (clipped_low) totals.counts += packed_one(CLIPPED_LOW);
     if (clipped_high) totals.counts += packed_one(CLIPPED_HIGH);
     if (limited) totals.counts += packed_one(LIMITED);
   }
-  totals.counts += WIDTH * packed_one(VALID);
+  if (ALL_COUNT) totals.counts += WIDTH * packed_one(VALID);
   totals.gradient_unclipped += size;
   totals.count_nonfinite(size, loss);  // no loss is larger than its unclipped one and its advantage
 }
@@ -222,14 +229,14 @@ BAND_FUNCTION void store_totals(const Totals<T>& totals, bool by_probability, In
   __shared__ Held<T> held;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   T of_thread[SUMS] = {totals.kl, totals.kl_k3, totals.entropy, totals.gradient_unclipped, totals.gradient_removed,
-                       totals.log_ratio_min, totals.log_ratio_max};
+                       totals.log_ratio_min, totals.log_ratio_max, totals.loss};
 #pragma unroll
   for (int k = 0; k < SUMS; ++k) {
     if (Held<T>::SHARERS == 2) {
       const T other = __shfl_down_sync(0xffffffffu, of_thread[k], 16);
-      of_thread[k] = k < LOG_RATIO_MIN    ? of_thread[k] + other
-                     : k == LOG_RATIO_MIN ? minimum(of_thread[k], other)
-                                          : maximum(of_thread[k], other);
+      of_thread[k] = k == LOG_RATIO_MIN   ? minimum(of_thread[k], other)
+                     : k == LOG_RATIO_MAX ? maximum(of_thread[k], other)
+                                          : of_thread[k] + other;
       if (lane < 16) held.values[k][16 * warp + lane] = of_thread[k];
     } else {
       held.values[k][thread] = of_thread[k];
@@ -242,13 +249,11 @@ BAND_FUNCTION void store_totals(const Totals<T>& totals, bool by_probability, In
     held.counts[1 + BINNED_CLIPPED_HIGH][thread] = totals.clipped_high_by_bin;
   }
   __syncthreads();
-  // A warp for each sum, and the last one for the counts.
-  if (warp < SUMS) {
-    const double result = warp < LOG_RATIO_MIN    ? combined(held.values[warp], lane, Add())
-                          : warp == LOG_RATIO_MIN ? combined(held.values[warp], lane, Minimum())
-                                                  : combined(held.values[warp], lane, Maximum());
-    if (lane == 0) sums[warp * columns + column] = result;
-  } else {
+  const double result = warp == LOG_RATIO_MIN   ? combined(held.values[warp], lane, Minimum())
+                        : warp == LOG_RATIO_MAX ? combined(held.values[warp], lane, Maximum())
+                                                : combined(held.values[warp], lane, Add());
+  if (lane == 0) sums[warp * columns + column] = result;
+  if (warp == WARPS - 1) {
     store_counts(held.counts[0], lane, COUNTS, columns, counts + column);
     for (int k = 0; by_probability && k < BINNED_COUNTS; ++k) {
       store_counts(held.counts[1 + k], lane, BINS, columns, counts + (COUNTS + BINS * k) * columns + column);

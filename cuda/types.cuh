@@ -99,6 +99,16 @@ struct Computed<double> {
   typedef double Type;
 };
 
+// The type of a weighted gradient. float16 has too small a range for a gradient that a scale is still to multiply.
+template <class Stored>
+struct Weighted {
+  typedef typename Computed<Stored>::Type Type;
+};
+template <>
+struct Weighted<BFloat16> {
+  typedef BFloat16 Type;
+};
+
 // A stored value in that type, or a flag as it is.
 BAND_FUNCTION float widened(float value) { return value; }
 BAND_FUNCTION double widened(double value) { return value; }
@@ -115,6 +125,16 @@ BAND_FUNCTION float widened(Half value) {
   if (rest < 0x400u) return float_of(sign | bits_of(static_cast<float>(rest) * 0x1p-24f));
   return float_of(sign | ((rest << 13) + (112u << 23)));
 #endif
+}
+
+// A value as it is stored, rounded to nearest, ties to even.
+BAND_FUNCTION float narrowed(float value, float) { return value; }
+BAND_FUNCTION double narrowed(double value, double) { return value; }
+BAND_FUNCTION BFloat16 narrowed(float value, BFloat16) {
+  const unsigned bits = bits_of(value);
+  const unsigned rounded = is_nan(value) ? 0x7fffffffu : bits + 0x7fffu + (bits >> 16 & 1u);
+  const BFloat16 narrow = {static_cast<unsigned short>(rounded >> 16)};
+  return narrow;
 }
 
 }  // namespace bandpo

@@ -2,8 +2,8 @@
 
 NVRTC compiles the kernel and ``nvdisasm`` writes its machine code, which tests/support/sass.py runs
 on tokens, warp by warp. An instruction counts once for each warp that it is issued to, however many
-lanes take part, so a branch that parts the lanes counts both ways. Losses and gradients of the run
-have to be those of Rust, bit for bit.
+lanes take part, so a branch that parts the lanes counts both ways. The kernel writes gradients, as
+for a loss that is a mean, and they have to be those of Rust, bit for bit.
 
     python tools/count_sass.py            fails if a count is over 2 % above the stored one
     python tools/count_sass.py --update   stores the counts
@@ -39,9 +39,10 @@ import torch  # noqa: E402
 from count_instructions import broken  # noqa: E402
 
 from bandpo import Band, Clip, Region, _core  # noqa: E402
+from bandpo.backends.contract import LossInputs, Weight  # noqa: E402
 from bandpo.backends.cuda import kernels  # noqa: E402
-from bandpo.backends.cuda.launch import CHUNK, COMPILER_OPTIONS, TOTALS_KERNEL  # noqa: E402
-from bandpo.backends.native import token_loss_op  # noqa: E402
+from bandpo.backends.cuda.launch import CHUNK, COMPILER_OPTIONS  # noqa: E402
+from bandpo.backends.native import in_rust  # noqa: E402
 from bandpo.tensors.bounds import bounds_of  # noqa: E402
 from support.nvrtc import (  # noqa: E402
     ADDED_BY_CUPY,
@@ -142,25 +143,30 @@ def run(case: Case, architecture: int, chunks: int) -> tuple[Binary, Counts]:
     """Returns the kernel and what it issued in one block."""
     tokens = tokens_of(case, chunks)
     bounds = bounds_of(case.region, tokens[0].float())
-    arguments = (bounds, case.surrogate, list(case.parameters), False)
+    old, new, advantages, valid = tokens
+    inputs = LossInputs(
+        old, new, None, advantages, valid, bounds, case.surrogate, list(case.parameters), False
+    )
     found: list[tuple[Binary, Counts]] = []
 
     def launch(kernel: str, device: Any, blocks: int, given: Any, shared_bytes: int = 0) -> None:
-        if kernel == TOTALS_KERNEL:
+        if "policy_loss_totals" in kernel:
             return
         binary = binary_of(kernel, architecture)
         machine = Machine(binary.program, architecture)
         machine.launch(kernel, device, blocks, given, shared_bytes)
         found.append((binary, machine.counts))
 
-    old, new, advantages, valid = tokens
-    with mock.patch.object(kernels, "launch", launch):
-        results = kernels.token_loss(old, new, None, advantages, valid, *arguments)
-    wanted = token_loss_op(old.float(), new.float(), None, advantages, valid, *arguments)
-    for mine, rusts in zip(results[:2], wanted[:2], strict=True):
-        if not torch.equal(mine, rusts.to(mine.dtype)):
-            apart = (mine != rusts).sum()
-            raise SystemExit(f"count_sass: {apart} results of {case.name} are not those of Rust")
+    with (
+        mock.patch.object(kernels, "launch", launch),
+        mock.patch.object(kernels, "chunk_length", return_value=CHUNK),
+    ):
+        gradient, *_ = kernels.weighted_sum(inputs, Weight(1, 3))
+    wide = inputs._replace(old_log_prob=old.float(), log_prob=new.float())
+    wanted, *_ = in_rust(wide, 1 / 3)
+    if not torch.equal(gradient, wanted.to(gradient.dtype)):
+        apart = (gradient != wanted).sum()
+        raise SystemExit(f"count_sass: {apart} results of {case.name} are not those of Rust")
     return found[0]
 
 

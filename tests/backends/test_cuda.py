@@ -6,6 +6,7 @@ undefined-behaviour sanitizer. Tests of a GPU are skipped, with the reason, wher
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -30,7 +31,7 @@ import torch
 import bandpo
 import bandpo.loss
 from bandpo import _core
-from bandpo.backends import select
+from bandpo.backends import autograd, select
 from bandpo.backends.autograd import token_losses
 from bandpo.backends.contract import (
     COUNTS,
@@ -40,6 +41,7 @@ from bandpo.backends.contract import (
     LossInputs,
     TokenLosses,
     Totals,
+    Weight,
 )
 from bandpo.backends.cuda import kernels
 from bandpo.backends.cuda.availability import kernels_run, obstacle
@@ -51,7 +53,7 @@ from bandpo.backends.cuda.launch import (
     TOTALS_KERNEL,
     compiled,
 )
-from bandpo.backends.native import token_loss_op
+from bandpo.backends.native import in_rust, token_loss_op
 from bandpo.backends.select import default_backend
 from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
 from bandpo.schedule import Constant, ScheduledBand
@@ -63,6 +65,9 @@ from bandpo.torch import clip, clip_ratio
 from conftest import REFERENCE_FILES, SANITIZED, Reference, read_reference
 from support.batches import Batch, random_batch
 from support.emulated import INDEXING_TESTS, SANITIZERS, Emulator, build, missing_compiler
+
+ROWS = SUMS + 1
+"""Rows of a kernel's sums: those of the contract and the losses."""
 
 KL = bandpo.Band("kl", 0.05)
 REGIONS = (
@@ -145,6 +150,36 @@ def on(device: torch.device, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.to(device) for tensor in tensors]
 
 
+def apart(
+    rule: tuple[str, list[float]],
+    tokens: list[torch.Tensor],
+    wanted: Any,
+    log_ratio: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """How far losses and gradients in float64 may be apart, with exponentials of two libraries."""
+    old, new, advantages, _ = tokens
+    loss, slope = (LIBM * result.abs() for result in wanted[:2])
+    name, parameters = rule
+    if name == "soft-gate":
+        # The gate falls as e^-s, and s has an ulp of each of two exponentials.
+        slope = slope + 2.0 * 40.0 * 2.0**-52 * wanted[1].abs()
+        # A sum of 2/tau and a term of the other sign.
+        loss = loss + LIBM * 4.0 / min(parameters) * advantages.abs().nan_to_num(0.0, 0.0)
+    if name == "quadratic":
+        # Differences of r and a term of its size or, where that is larger, of the result's.
+        x = (new - old if log_ratio is None else log_ratio).clamp(-20.0, 20.0)
+        size = 2.0 * LIBM * (advantages.abs() * x.exp()).nan_to_num(0.0, 0.0)
+        loss, slope = loss + size, slope + size
+    return [loss, slope]
+
+
+def assert_within(mine: torch.Tensor, wanted: torch.Tensor, allowed: torch.Tensor) -> None:
+    mine = mine.cpu()
+    same = (mine == wanted) | (mine.isnan() & wanted.isnan())
+    near = same | ((mine - wanted).abs() <= allowed)
+    assert near.all(), (mine[~near], wanted[~near], allowed[~near])
+
+
 def check_as_rust(
     device: torch.device,
     tokens: list[torch.Tensor],
@@ -161,10 +196,12 @@ def check_as_rust(
     anchor = None if anchor is None else anchor.to(device)
     actual = kernels.token_loss(old, new, moved, advantages, valid, bounds, *rule, True, anchor)
     wide = old.dtype == torch.float64
-    for mine, rusts in zip(actual[:2], wanted[:2], strict=True):
+    for mine, rusts, allowed in zip(
+        actual[:2], wanted[:2], apart(rule, tokens, wanted, log_ratio), strict=True
+    ):
         assert mine.dtype == rusts.dtype
         if wide and device.type == "cuda":  # with CUDA's exp and expm1
-            torch.testing.assert_close(mine.cpu(), rusts, rtol=LIBM, atol=0.0, equal_nan=True)
+            assert_within(mine, rusts, allowed)
         else:
             assert equal(mine, rusts)
     assert torch.equal(actual[2].cpu(), wanted[2])
@@ -173,6 +210,8 @@ def check_as_rust(
     scale = wanted[3].abs()
     finite = torch.where(valid.cpu(), (tokens[1] - tokens[0]).clamp(-20.0, 20.0), 0.0)
     scale[0] = torch.maximum(scale[0], finite.abs().sum().double())
+    if wide:  # what a soft gate removes is a difference from the whole
+        scale[4] = torch.maximum(scale[4], scale[3])
     difference = (actual[3].cpu() - wanted[3]).abs()
     same = (actual[3].cpu() == wanted[3]) | (actual[3].cpu().isnan() & wanted[3].isnan())
     assert (same | (difference <= tolerance * scale)).all(), (actual[3], wanted[3])
@@ -347,37 +386,161 @@ class TestTotals:
         self, chunks: int, last_warp_first: bool, emulator: Emulator
     ) -> None:
         rng = np.random.default_rng(chunks)
-        sums = rng.normal(0.0, 1.0, (SUMS, chunks)) + 5.0
+        sums = rng.normal(0.0, 1.0, (ROWS, chunks)) + 5.0
         counts = rng.integers(0, 8193, (COUNTS, chunks)).astype(np.int32)
         emulator.last_warp_first = last_warp_first
         for emulator.grid in (1, 5):
-            total_sums, total_counts = np.full(SUMS, np.nan), np.full(COUNTS, -1)
-            arrays = sums, counts, total_sums, total_counts
-            pointers = [np.uint64(array.ctypes.data) for array in arrays]
-            sizes = np.int64(chunks), np.int32(COUNTS)
-            arguments = (*pointers[:2], *sizes, *pointers[2:])
-            emulator.launch(TOTALS_KERNEL, None, SUMS + COUNTS, arguments)
+            total_sums, total_counts, loss = self.combined(emulator, sums, counts, 3.0, 7.0)
             np.testing.assert_array_equal(total_counts, counts.sum(1, dtype=np.int64))
             # In double precision, of terms of one sign mostly.
-            wanted = [math.fsum(row) for row in sums[:-2]]
-            np.testing.assert_allclose(total_sums[:-2], wanted, rtol=1e-13)
-            extremes = [sums[-2].min(initial=np.inf), sums[-1].max(initial=-np.inf)]
+            added = [math.fsum(row) for row in sums]
+            np.testing.assert_allclose(total_sums[:-2], added[: SUMS - 2], rtol=1e-13)
+            np.testing.assert_allclose(loss, 3.0 / 7.0 * added[-1], rtol=1e-13)
+            extremes = [sums[-3].min(initial=np.inf), sums[-2].max(initial=-np.inf)]
             assert total_sums[-2:].tolist() == extremes
 
     def test_a_nan_of_one_chunk_reaches_every_total(self, emulator: Emulator) -> None:
-        sums = np.zeros((SUMS, 300))
-        for row in range(SUMS):
+        sums = np.zeros((ROWS, 300))
+        for row in range(ROWS):
             sums[row, 41 * row] = np.nan
-        counts, total_sums, total_counts = (
-            np.zeros(shape, dtype)
-            for shape, dtype in (((1, 300), np.int32), (SUMS, np.float64), (1, np.int64))
-        )
-        pointers = [
-            np.uint64(array.ctypes.data) for array in (sums, counts, total_sums, total_counts)
-        ]
-        arguments = (*pointers[:2], np.int64(300), np.int32(1), *pointers[2:])
-        emulator.launch(TOTALS_KERNEL, None, SUMS + 1, arguments)
+        total_sums, _, loss = self.combined(emulator, sums, np.zeros((1, 300), np.int32), 1.0, 1.0)
         assert np.isnan(total_sums).all()
+        assert np.isnan(loss)
+
+    @staticmethod
+    def combined(
+        emulator: Emulator, sums: Any, counts: Any, numerator: float, divisor: float
+    ) -> tuple[Any, Any, Any]:
+        """The totals of chunks, and their loss in float64."""
+        total_sums, total_counts = np.full(SUMS, np.nan), np.full(len(counts), -1)
+        divisors, loss = np.array([divisor]), np.full(1, -1.0)
+        at = [
+            np.uint64(array.ctypes.data)
+            for array in (sums, counts, total_sums, total_counts, divisors, loss)
+        ]
+        sizes = np.int64(sums.shape[1]), np.int32(len(counts))
+        arguments = (*at[:2], *sizes, *at[2:4], np.float64(numerator), *at[4:])
+        kernel = "bandpo::policy_loss_totals<double>"
+        emulator.launch(kernel, None, ROWS + len(counts), arguments)
+        return total_sums, total_counts, loss[0]
+
+
+class TestWeightedSum:
+    """The gradient alone, with its weight, and the sum of the losses."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("shape", [(0, 7), (1, 1), (3, 2731), (37, 421), (2, 12289)])
+    def test_equals_rust(
+        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        tokens = batch(shape, dtype, seed=shape[1])
+        for region in (KL, REGIONS[4]):
+            for rule in RULES:
+                self.check_as_rust(device, tokens, bounds_of(region, tokens[0]), rule)
+
+    @staticmethod
+    def check_as_rust(
+        device: torch.device, tokens: list[torch.Tensor], bounds: torch.Tensor, rule: Any
+    ) -> None:
+        divisor = tokens[3].sum(dtype=torch.float64).clamp(min=1)
+        old, new, advantages, valid = tokens
+        inputs = LossInputs(old, new, None, advantages, valid, bounds, rule[0], rule[1], True)
+        wanted, total, counts, _ = in_rust(inputs, 2.0 / divisor.item())
+        _, slack = apart(rule, tokens, (wanted, wanted))
+        old, new, advantages, valid, bounds = on(device, [*tokens, bounds])
+        inputs = LossInputs(old, new, None, advantages, valid, bounds, rule[0], rule[1], True)
+        on_device = kernels.token_loss(*inputs)
+        for weight in (Weight(2, divisor.to(device)), Weight(2, divisor.item())):
+            found, sum_of_losses, *totals = kernels.weighted_sum(inputs, weight)
+            assert found.dtype == wanted.dtype
+            assert sum_of_losses.dtype == total.dtype
+            if device.type == "cuda" and old.dtype == torch.float64:  # with CUDA's exp and expm1
+                assert_within(found, wanted, slack)
+            else:
+                assert equal(found, wanted)
+            for mine, same in zip(totals, on_device[2:], strict=True):
+                assert equal(mine.cpu(), same.cpu())
+            assert torch.equal(totals[0].cpu(), counts)
+            # The terms of the sum cancel.
+            size = 2.0 / divisor * on_device[0].double().abs().sum().cpu()
+            near = (sum_of_losses.cpu() - total).abs() <= TOTALS * size
+            assert near or equal(sum_of_losses, total)
+
+    @pytest.mark.parametrize("shape", [(0, 7), (1, 1), (1, 15), (3, 17), (37, 421), (64, 1024)])
+    def test_tokens_that_count_are_counted(
+        self, shape: tuple[int, int], device: torch.device
+    ) -> None:
+        valid = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.7
+        mask = valid.to(device)
+        for view in (mask, mask[:, ::2], mask[:, 1:], mask.t(), torch.zeros_like(mask)):
+            found = kernels.count_valid(view)
+            assert (found.dtype, found.ndim) == (torch.float64, 0)
+            assert found.item() == view.sum().item()
+
+    @pytest.mark.parametrize("region", [KL, REGIONS[4]], ids=str)
+    def test_a_gradient_of_half_precision(
+        self, region: bandpo.Region, device: torch.device
+    ) -> None:
+        """It is rounded once, but for float16, which a loss scale has to reach first."""
+        for dtype, stored in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+            old, new, advantages, valid = on(device, batch((7, 421), dtype))
+            bounds = bounds_of(region, old.float())
+            narrow = LossInputs(
+                old, new, None, advantages.float(), valid, bounds, "mask", [1.5], False
+            )
+            wide = narrow._replace(old_log_prob=old.float(), log_prob=new.float())
+            found, wanted = (
+                kernels.weighted_sum(inputs, Weight(1, 3.0))[0] for inputs in (narrow, wide)
+            )
+            assert found.dtype == stored
+            assert equal(found, wanted.to(stored).cpu())
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("count", [0, 1, 5, 4096, 12345])
+    def test_a_gradient_is_scaled_in_place(
+        self, count: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        gradient = torch.randn(count, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        gradient[: count // 50] = torch.nan
+        factor_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        for factor in (1.0, 0.3, 0.0, math.inf, math.nan):
+            scaled = gradient.clone()
+            by = torch.tensor(factor, dtype=factor_dtype, device=device)
+            kernels.scale_gradient(scaled, by)
+            assert equal(scaled, (gradient.to(factor_dtype) * by).to(dtype).cpu())
+
+    @pytest.mark.usefixtures("on_cpu")
+    @pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum-norm"])
+    def test_autograd_scales_what_the_forward_pass_wrote(self, mode: Any) -> None:
+        tokens = Batch(*(tensor.nan_to_num() for tensor in batch((6, 50))))
+        options: dict[str, Any] = {"region": KL, "loss_agg_mode": mode, "dp_size": 1}
+        for factor in (1.0, -0.7):
+            slopes: list[torch.Tensor] = []
+            for backend in ("cuda", "torch"):
+                leaf = tokens.log_prob.clone().requires_grad_()
+                of_leaf = tokens._replace(log_prob=leaf)
+                loss = factor * of_leaf.loss(**options, backend=backend).loss
+                slopes += torch.autograd.grad(loss, leaf)
+            torch.testing.assert_close(*slopes, rtol=4e-6, atol=0.0)
+
+    @pytest.mark.usefixtures("on_cpu")
+    def test_a_graph_that_is_kept_gives_the_same_gradient_again(self) -> None:
+        tokens = Batch(*(tensor.nan_to_num() for tensor in batch((6, 50))))
+        leaf = tokens.log_prob.clone().requires_grad_()
+        loss = 3.0 * tokens._replace(log_prob=leaf).loss(region=KL, backend="cuda").loss
+        first, second = (
+            torch.autograd.grad(loss, leaf, retain_graph=keep)[0] for keep in (True, False)
+        )
+        assert torch.equal(first, second)
+
+    @pytest.fixture
+    def on_cpu(self, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Backend cuda takes tensors of the CPU to the emulator."""
+        of_cuda = select._BACKENDS["cuda"]
+        backend = dataclasses.replace(of_cuda, runs_on="cpu")
+        monkeypatch.setitem(select._BACKENDS, "cuda", backend)
+        monkeypatch.setattr(select, "_require_kernels", lambda: True)
+        monkeypatch.setattr(autograd, "on_cuda", lambda tensor: True)
 
 
 @pytest.mark.skipif(SANITIZED, reason="the address sanitizer sets memory aside for every byte")
@@ -390,7 +553,7 @@ class TestManyTokens:
         whole = emulator.launch
 
         def launch(kernel: str, device: object, blocks: int, *arguments: Any) -> None:
-            emulator.skipped = 0 if kernel == TOTALS_KERNEL else blocks - 1
+            emulator.skipped = 0 if "totals" in kernel else blocks - 1
             whole(kernel, device, blocks, *arguments)
 
         monkeypatch.setattr(kernels, "launch", launch)
@@ -1002,7 +1165,7 @@ class TestLaunch:
         totals = SUMS + COUNTS + 3 * PROBABILITY_BINS
         max_blocks = BLOCKS_A_PROCESSOR * self.PROCESSORS
         launches = [
-            ("launched", self.LOSS, 1, 77, 5),
+            ("launched", self.LOSS, 1, 77, max_blocks),
             ("launched", TOTALS_KERNEL, 1, 77, max_blocks),
         ]
         compiled = [("compiled", self.LOSS, 1), ("compiled", TOTALS_KERNEL, 1)]

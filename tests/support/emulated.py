@@ -26,7 +26,9 @@ KERNELS = (
         f"bandpo::policy_loss<{stored}, {bounds}, bandpo::{family}>"
         for stored, bounds, family in product(STORED, BOUNDS, FAMILIES)
     ),
-    "bandpo::policy_loss_totals<double>",
+    *(f"bandpo::policy_loss_totals<{computed}>" for computed in STORED[:2]),
+    "bandpo::count_valid<unsigned char>",
+    *(f"bandpo::scale_gradient<{STORED[k]}>" for k in (0, 1, 3)),
     *(f"bandpo::band_bounds<{stored}>" for stored in STORED),
     *(f"bandpo::band_clip<{stored}, {bounds}>" for stored, bounds in product(STORED[:2], BOUNDS)),
     *(f"bandpo::band_solve<{stored}>" for stored in STORED[:2]),

@@ -204,6 +204,13 @@ struct Call<Kernel> {
 #define blockIdx emulator::block_index
 #define threadIdx emulator::thread_index
 #define __syncthreads() emulator::wait(emulator::State::AT_BLOCK_BARRIER, __COUNTER__)
+// The emulator runs one thread at a time.
+static inline double atomicAdd(double* at, double value) {
+  const double before = *at;
+  *at = before + value;
+  return before;
+}
+
 #define __shfl_down_sync(mask, value, distance)                              \
   ((mask) == 0xffffffffu ? emulator::shuffle_down(value, distance, __COUNTER__) \
                          : (emulator::fail("a shuffle of a part of a warp"), value))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
 
 from bandpo.surrogate import PROBABILITY_EDGES
-
-if TYPE_CHECKING:
-    import torch
 
 PROBABILITY_BINS = len(PROBABILITY_EDGES) - 1
 
@@ -117,6 +116,31 @@ class TokenLosses(NamedTuple):
     """Returns the counts and sums."""
 
 
+Count: TypeAlias = "float | torch.Tensor"
+
+
+class Weight(NamedTuple):
+    """The factor of every token of a batch: a number over a count, which is at least 1."""
+
+    numerator: float
+    divisor: Count
+    """The count, a number or a 0-dim tensor; less than 1 is taken for 1."""
+
+    def number(self) -> float:
+        """Returns the quotient; waits for a count on a device."""
+        count = self.divisor
+        if isinstance(count, torch.Tensor):
+            count = float(count.detach().cpu().double().numpy())  # numpy has no bfloat16
+        return self.numerator / max(count, 1)
+
+    def on(self, device: torch.device) -> tuple[float, torch.Tensor | None]:
+        """Returns the numerator and the count, float64 on a device; None if that is 1."""
+        count = self.divisor
+        if isinstance(count, torch.Tensor) and count.device.type != "cpu":
+            return self.numerator, count.detach().to(device, torch.float64, non_blocking=True)
+        return self.number(), None
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to compute the loss of each token.
@@ -127,12 +151,15 @@ class Backend:
         reads_half: True if log-probs may be bfloat16 or float16.
         weighted_sum: Returns the sum of the losses times a number, 0-dim, and a function that
             returns the totals; None if the backend cannot. See `bandpo.backends.autograd`.
+        count_valid: Returns how many tokens of a bool tensor count, without waiting for a device;
+            None if there is no ``weighted_sum``.
     """
 
     token_losses: Callable[[LossInputs], TokenLosses]
     runs_on: str | None = None
     reads_half: bool = False
-    weighted_sum: Callable[[float, LossInputs], WeightedSum] | None = None
+    weighted_sum: Callable[[Weight, LossInputs], WeightedSum] | None = None
+    count_valid: Callable[[torch.Tensor], Count] | None = None
 
 
 WeightedSum: TypeAlias = "tuple[torch.Tensor, Callable[[], Totals]]"

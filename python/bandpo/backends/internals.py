@@ -12,8 +12,11 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lam
 
 def is_in_memory(tensor: torch.Tensor) -> bool:
     """Returns True if numpy can read the tensor: on the CPU, neither fake nor traced."""
-    plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
-    return plain and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and _is_plain(tensor)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def is_transformed() -> bool:
@@ -27,9 +30,10 @@ def is_transformed() -> bool:
 
 
 def needs_no_dispatcher(tensor: torch.Tensor) -> bool:
-    """Returns True if Rust may read the tensor: on the CPU, neither traced nor transformed."""
+    """Returns True if Rust or a kernel may read the tensor: neither traced nor transformed."""
     return (
-        is_in_memory(tensor)
+        tensor.device.type in ("cpu", "cuda")
+        and _is_plain(tensor)
         and not _transforms_are_active()
         and not _is_legacy_batched(tensor)  # autograd's own, of is_grads_batched
     )

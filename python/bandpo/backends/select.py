@@ -10,13 +10,25 @@ import torch
 
 from bandpo.backends import autograd, plain
 from bandpo.backends.contract import Backend
-from bandpo.backends.cuda import kernels as kernels  # registers them with the operators
+from bandpo.backends.cuda import kernels
 from bandpo.backends.cuda.availability import kernels_run, obstacle
+from bandpo.backends.native import count_valid
 from bandpo.error import InvalidValueError
 
 _BACKENDS = {
-    "native": Backend(autograd.token_losses, runs_on="cpu", weighted_sum=autograd.weighted_sum),
-    "cuda": Backend(autograd.token_losses, runs_on="cuda", reads_half=True),
+    "native": Backend(
+        autograd.token_losses,
+        runs_on="cpu",
+        weighted_sum=autograd.weighted_sum,
+        count_valid=count_valid,
+    ),
+    "cuda": Backend(
+        autograd.token_losses,
+        runs_on="cuda",
+        reads_half=True,
+        weighted_sum=autograd.weighted_sum,
+        count_valid=kernels.count_valid,
+    ),
     "torch": Backend(plain.token_losses),
 }
 

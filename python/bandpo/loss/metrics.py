@@ -20,7 +20,8 @@ def statistics_of(rule: Rule, totals: Totals, dtype: torch.dtype, more: Tensors)
         dtype: The dtype of metrics that are no counts.
         more: Further sums: ``masked_sequences`` and ``sequences``, ``log_ratio_penalty``.
     """
-    sums = {**dict(zip(Totals._fields, totals, strict=True)), **more}
+    # Not `_asdict`, which torch 2.8 does not compile.
+    sums = {**{name: getattr(totals, name) for name in Totals._fields}, **more}
     log_ratio_min, log_ratio_max = sums.pop("log_ratio_min"), sums.pop("log_ratio_max")
     if totals.by_probability is None:
         del sums["by_probability"]

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bandpo.backends.contract import Count
 from bandpo.check import check_name, nonnegative_number
 from bandpo.correction import Correction, RolloutCorrection
 from bandpo.correction.rule import correction_of
 from bandpo.loss.policy import policy_loss
-from bandpo.loss.reduction import Count, GlobalBatch, Reduction
+from bandpo.loss.reduction import GlobalBatch, Reduction
 from bandpo.loss.region import resolved
 from bandpo.loss.result import PolicyLossResult
 from bandpo.presets import preset

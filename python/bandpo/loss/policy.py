@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from bandpo.backends.contract import Backend
+from bandpo.backends.contract import Backend, Count
 from bandpo.backends.internals import needs_no_dispatcher, version_of
-from bandpo.backends.native import count_valid
 from bandpo.backends.select import select
 from bandpo.batch.check import check_cu_seqlens, check_tokens
 from bandpo.batch.metrics import Metrics, Statistics
@@ -24,7 +23,7 @@ from bandpo.error import InvalidValueError
 from bandpo.loss.levels import inputs_of, token_losses
 from bandpo.loss.metrics import statistics_of
 from bandpo.loss.penalty import log_ratio_penalty as penalty_of
-from bandpo.loss.reduction import Count, GlobalBatch, Reduction
+from bandpo.loss.reduction import GlobalBatch, Reduction
 from bandpo.loss.region import resolved
 from bandpo.loss.result import PolicyLossResult
 from bandpo.region import PrefixBudget
@@ -254,7 +253,7 @@ def policy_loss(
         and (anchor_log_prob is None or anchor_log_prob.dtype == log_prob.dtype)
         and ratio_level == "token"
         and rule.surrogate.needs_bounds
-        and not rule.changes_tokens
+        and not rule.changes_tokens()
         and log_ratio_penalty == 0.0
     )
     stored = log_prob.dtype if narrow else dtype
@@ -274,8 +273,9 @@ def policy_loss(
         )
     if (
         chosen.weighted_sum is not None
-        and reduction.is_one_weight
-        and not rule.changes_tokens
+        and (count_valid := chosen.count_valid) is not None
+        and reduction.is_one_weight()
+        and not rule.changes_tokens()
         and log_ratio_penalty == 0.0
         and needs_no_dispatcher(log_prob)
     ):

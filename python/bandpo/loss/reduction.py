@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 
-from bandpo.backends.contract import TokenLosses
+from bandpo.backends.contract import Count, TokenLosses, Weight
 from bandpo.batch.tokens import Tokens
 from bandpo.check import check_name, nonnegative_number, positive_number, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.rule import AGGREGATION_MODES, AggregationMode
-
-Count: TypeAlias = "float | torch.Tensor"
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,6 @@ class Reduction(NamedTuple):
             )
         return found
 
-    @property
     def is_one_weight(self) -> bool:
         """True if every token of the batch has the same weight."""
         return self.mode not in ("none", "seq-mean-token-mean")
@@ -144,32 +141,25 @@ class Reduction(NamedTuple):
                     f"loss_scale_factor must be given for loss_agg_mode {mode!r} with {what}"
                 )
 
-    def divisor(self, valid_tokens: Callable[[], Count], batch: Tokens) -> Count:
-        """Returns the divisor of the sum, for one rank.
+    def weight(self, valid_tokens: Callable[[], Count], batch: Tokens) -> Weight:
+        """Returns the weight of a sum over the batch, for one rank.
 
         Args:
             valid_tokens: Returns how many tokens of the batch count; called only if needed.
             batch: The tokens.
         """
         if self.mode == "token-sum":
-            return 1
+            return Weight(self.dp_size, 1)
         if self.mode == "token-mean":
-            return _at_least_one(valid_tokens() if self.tokens is None else self.tokens)
+            return Weight(self.dp_size, valid_tokens() if self.tokens is None else self.tokens)
         sequences = self.sequences
         if sequences is None:
             sequences = (batch.sequences().lengths > 0).sum()
-        divisor = _at_least_one(sequences)
-        if self.mode == "seq-mean-token-sum-norm":
-            scale = self.loss_scale_factor
-            divisor = divisor * (max(batch.valid.shape[1], 1) if scale is None else scale)
-        return divisor
-
-    def weight(self, valid_tokens: Callable[[], Count], batch: Tokens) -> float:
-        """Returns the weight of every token, if `is_one_weight`; see `divisor`."""
-        divisor = self.divisor(valid_tokens, batch)
-        if isinstance(divisor, torch.Tensor):
-            divisor = float(divisor.detach().cpu().double().numpy())  # numpy has no bfloat16
-        return self.dp_size / divisor
+        if self.mode != "seq-mean-token-sum-norm":
+            return Weight(self.dp_size, sequences)
+        scale = self.loss_scale_factor
+        scale = max(batch.valid.shape[1], 1) if scale is None else scale
+        return Weight(self.dp_size / scale, sequences)
 
     def aggregate(self, losses: TokenLosses, batch: Tokens) -> torch.Tensor:
         """Returns the loss, 0-dim, unless the mode is "none"."""
@@ -178,14 +168,11 @@ class Reduction(NamedTuple):
             sequences = batch.sequences()
             lengths = sequences.spread(sequences.lengths).clamp(min=1)
             total = (losses.per_token / lengths).sum()
-        total = total if self.dp_size == 1 else total * self.dp_size
-        loss = total / self.divisor(lambda: losses.totals().valid, batch)
+        numerator, count = self.weight(lambda: losses.totals().valid, batch)
+        total = total if numerator == 1 else total * numerator
+        # The loss of a batch without tokens is 0, not 0/0.
+        loss = total / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
         return loss.to(total.dtype)  # not that of a count in float64
-
-
-def _at_least_one(count: Count) -> Count:
-    """Avoids 0/0: the loss of a batch without tokens is 0."""
-    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
 def _check_counts(dp_size: int, scale: float | None, **counts: Count | None) -> None:

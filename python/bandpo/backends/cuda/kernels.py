@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from bandpo import _core
-from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs
+from bandpo.backends.contract import COUNTS, PROBABILITY_BINS, SUMS, LossInputs, Weight
 from bandpo.backends.cuda.availability import kernels_run
-from bandpo.backends.cuda.launch import CHUNK, THREADS, TOTALS_KERNEL, WIDTH, launch
+from bandpo.backends.cuda.launch import CHUNK, THREADS, WIDTH, launch
 from bandpo.backends.native import token_loss_op
 from bandpo.region import Band, Clip, Combined, Region
 from bandpo.surrogate import BY_NAME, NAMES
@@ -34,6 +34,10 @@ _STORED = {
 }
 
 
+MAX_SMALL_CHUNKS = 1024
+"""Chunks of a batch below which chunks are smaller."""
+
+
 def token_loss(
     *args: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -42,18 +46,84 @@ def token_loss(
     Tensors may have any strides.
     """
     inputs = LossInputs(*args)
+    log_prob = inputs.log_prob
+    dtype, device = compute_dtype(log_prob), log_prob.device
+    per_token, gradient = (
+        torch.empty(log_prob.shape, dtype=dtype, device=device) for _ in range(2)
+    )
+    counts, sums = _run(inputs, gradient, per_token=per_token)
+    return per_token, gradient, counts, sums
+
+
+def weighted_sum(
+    inputs: LossInputs, weight: Weight
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the gradients and the sum of the losses, both times a weight, counts and sums.
+
+    The gradients are in the dtype of the log-probs. Those of float16 are float32, because a loss
+    scale is still to bring them into its range.
+    """
+    log_prob = inputs.log_prob.detach()
+    dtype, device = compute_dtype(log_prob), log_prob.device
+    stored = torch.bfloat16 if log_prob.dtype == torch.bfloat16 else dtype
+    gradient = torch.empty(log_prob.shape, dtype=stored, device=device)
+    total = torch.empty((), dtype=dtype, device=device)
+    counts, sums = _run(inputs, gradient, total=total, weight=weight)
+    return gradient, total, counts, sums
+
+
+def scale_gradient(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiplies a contiguous gradient by a 0-dim factor in place; a factor of 1 costs nothing."""
+    count = gradient.numel()
+    if count > 0:
+        launch(
+            f"bandpo::scale_gradient<{_STORED[gradient.dtype]}>",
+            gradient.device,
+            -(-count // (WIDTH * THREADS)),
+            (_pointer(gradient), np.int64(count), _pointer(factor)),
+        )
+
+
+def count_valid(valid: torch.Tensor) -> torch.Tensor:
+    """Returns how many of a bool tensor are True, float64 and 0-dim."""
+    valid = valid.contiguous()
+    total = torch.zeros((), dtype=torch.float64, device=valid.device)
+    count = valid.numel()
+    if count > 0:
+        aligned = valid if valid.data_ptr() % 16 == 0 else valid.clone()
+        launch(
+            "bandpo::count_valid<unsigned char>",
+            valid.device,
+            -(-count // (16 * THREADS)),
+            (_pointer(aligned), np.int64(count), _pointer(total)),
+        )
+    return total
+
+
+def _run(
+    inputs: LossInputs,
+    gradient: torch.Tensor,
+    *,
+    per_token: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
+    weight: Weight | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes gradients, and the losses or their weighted sum; returns counts and sums."""
     log_prob, bounds = inputs.log_prob, inputs.bounds
     count, row_length = log_prob.numel(), log_prob.shape[1]
-    like: dict[str, Any] = {"device": log_prob.device}
-    per_token, gradient = (
-        torch.empty(log_prob.shape, dtype=compute_dtype(log_prob), **like) for _ in range(2)
-    )
-    chunks = -(-count // CHUNK)
+    device = log_prob.device
+    is_double = log_prob.dtype == torch.float64
+    chunk = chunk_length(count)
+    chunks = -(-count // chunk)
     kinds = COUNTS + 3 * PROBABILITY_BINS * inputs.by_probability
-    sums = torch.empty((SUMS, chunks), dtype=torch.float64, **like)
-    counts = torch.empty((kinds, chunks), dtype=torch.int32, **like)
-    total_sums = torch.empty(SUMS, dtype=torch.float64, **like)
-    total_counts = torch.empty(kinds, dtype=torch.int64, **like)
+    # Sums of the chunks in float64, then their counts in int32.
+    size = 8 * (SUMS + 1) * chunks
+    work = torch.empty(size + 4 * kinds * chunks, dtype=torch.uint8, device=device)
+    of_chunks = np.uint64(work.data_ptr()), np.uint64(work.data_ptr() + size)
+    sums = torch.empty(SUMS, dtype=torch.float64, device=device)
+    counts = torch.empty(kinds, dtype=torch.int64, device=device)
+    numerator, divisor = (1.0, None) if weight is None else weight.on(device)
+    weighted = np.float64(numerator), _pointer(divisor)
 
     if count > 0:
         tokens = [
@@ -72,10 +142,10 @@ def token_loss(
             family = "EXTENDED"
         else:
             family = "MIN_CLIP_ALONE" if inputs.surrogate == "min-clip" else "PLAIN"
-        computed = np.float64 if log_prob.dtype == torch.float64 else np.float32
+        computed = np.float64 if is_double else np.float32
         launch(
             f"bandpo::policy_loss<{_STORED[log_prob.dtype]}, bandpo::{kind}, bandpo::{family}>",
-            log_prob.device,
+            device,
             chunks,
             (
                 *(argument for tensor in tokens for argument in _strided(tensor)),
@@ -89,24 +159,39 @@ def token_loss(
                 computed(second),
                 computed(math.log(first) if inputs.surrogate == "min-clip" else 0.0),
                 np.int32(inputs.by_probability),
-                *map(_pointer, (per_token, gradient, sums, counts)),
+                _pointer(per_token),
+                _pointer(gradient),
+                *weighted,
+                np.int32(chunk),
+                *of_chunks,
             ),
             4 * words,
         )
     launch(
-        TOTALS_KERNEL,
-        log_prob.device,
-        SUMS + kinds,
+        f"bandpo::policy_loss_totals<{'double' if is_double else 'float'}>",
+        device,
+        SUMS + 1 + kinds,
         (
-            _pointer(sums),
-            _pointer(counts),
+            *of_chunks,
             np.int64(chunks),
             np.int32(kinds),
-            _pointer(total_sums),
-            _pointer(total_counts),
+            _pointer(sums),
+            _pointer(counts),
+            *weighted,
+            _pointer(total),
         ),
     )
-    return per_token, gradient, total_counts, total_sums
+    return counts, sums
+
+
+def chunk_length(count: int) -> int:
+    """Returns how many tokens a block adds up; fewer of a small batch, so that many blocks run.
+
+    Results depend on it in their last bits, so it depends on nothing of the device.
+    """
+    smallest = THREADS * WIDTH
+    wanted = -(-count // MAX_SMALL_CHUNKS)
+    return min(max(smallest, 1 << (wanted - 1).bit_length() if wanted > 0 else 0), CHUNK)
 
 
 def table_log_bounds(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:

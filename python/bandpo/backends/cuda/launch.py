@@ -25,7 +25,7 @@ COMPILER_OPTIONS = ("-std=c++17", "-fmad=false")
 BLOCKS_A_PROCESSOR = 8
 """Max blocks of a launch. Each copies the table to shared memory, so more would cost more."""
 
-TOTALS_KERNEL = "bandpo::policy_loss_totals<double>"
+TOTALS_KERNEL = "bandpo::policy_loss_totals<float>"
 """The kernel that every loss needs."""
 
 
