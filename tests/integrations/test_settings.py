@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from dataclasses import replace
@@ -16,7 +17,7 @@ from bandpo.integrations.settings import LossSettings
 from bandpo.presets import PRESETS
 from bandpo.region import Region
 from bandpo.schedule import Bapo, Constant, Linear, ScheduledBand
-from bandpo.surrogate import GradientPreserving
+from bandpo.surrogate import GradientPreserving, MinClip
 
 
 def test_settings_without_a_field_are_the_rule_of_the_paper() -> None:
@@ -145,7 +146,10 @@ def test_settings_state_whether_they_read_rollout_log_probs(
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"region": "kl@"}, InvalidValueError, r"^region \"kl@\", column 4: a number is missing"),
     ({"region": " dapo"}, InvalidValueError, r"^region must be .*preset 'dapo'.*'preset:dapo'"),
-    ({"region": 3}, InvalidTypeError, r"^region must be .*got int"),
+    *(
+        ({"region": region}, InvalidTypeError, rf"^region must be a spec, such as .*got {shown}$")
+        for region, shown in ((3, "3"), (0.2, "0.2"), (True, "True"), ([], r"\[\]"))
+    ),
     ({"preset": "bandpo"}, InvalidValueError, r"^preset must be one of .*did you mean"),
     ({"surrogate": "masc"}, InvalidValueError, r"^surrogate must be .*did you mean 'mask'"),
     ({"surrogate": {"truncation": 3.0}}, InvalidValueError, r"^surrogate, its name, .*got None"),
@@ -228,9 +232,23 @@ def test_a_clamp_has_the_region_alone() -> None:
     scheduled = LossSettings(region="kl@0.05", schedule=Constant(0.1))
     assert isinstance(scheduled.clamp_region("t"), ScheduledBand)
     for fields, message in (
-        ({}, r"^dual_clip must be None with t, .* got 10.0"),
-        ({"preset": "dppo-kl"}, r"^surrogate must be 'min-clip' with t, .* got 'mask'"),
+        (
+            {},
+            r"^dual_clip must be None with t, .* got 10.0 of the preset 'bandpo-kl', which is "
+            r"taken where no rule is given; give region='preset:bandpo-kl' for the region alone$",
+        ),
+        (
+            {"preset": "dppo-kl"},
+            r"^surrogate must be 'min-clip' with t, .* got 'mask' of the preset 'dppo-kl'; give "
+            r"region='preset:dppo-kl' for the region alone$",
+        ),
+        (
+            {"preset": "dppo-kl", "region": "kl@0.05"},
+            r"got 'mask' of the preset 'dppo-kl'; leave preset out for the region alone$",
+        ),
         ({"preset": "gspo"}, r"^ratio_level must be 'token' with t, .* got 'sequence'"),
+        ({"region": "kl@0.05", "dual_clip": 3.0}, r"^dual_clip must be None .* got 3.0$"),
+        ({"region": "kl@0.05", "surrogate": MinClip(3.0)}, r"^dual_clip must be .* got 3.0"),
         (
             {"region": "kl@0.05", "log_ratio_penalty": 1e-3},
             r"^log_ratio_penalty must be 0.0 with t, .* got 0.001",
@@ -247,6 +265,39 @@ def test_a_field_that_a_trainer_cannot_take_is_refused_with_another_way() -> Non
         settings = replace(LossSettings(), **{name: value})  # type: ignore[arg-type]
         with pytest.raises(InvalidValueError, match=f"{name} must be left out .*'{value}'; use"):
             settings.refuse("a trainer", "use its own", *names)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"region": "kl@0.05", "dual_clip": 3.0, "schedule": "linear(0.1, 0.02, 9)"},
+        {"preset": "dapo", "ratio_level": "geometric-mean", "log_ratio_penalty": 0.01},
+        {"surrogate": {"name": "mask", "truncation": None}, "anchor": "rollout"},
+        {"surrogate": "weight", "correction": "tis"},
+        {"correction": {"region": "clip@0.5,4", "action": "truncate"}},
+    ],
+)
+def test_settings_as_json_are_all_fields_that_are_given(fields: dict[str, Any]) -> None:
+    default = {} if "region" in fields or "preset" in fields else {"preset": "bandpo-kl"}
+    assert json.loads(json.dumps(LossSettings(**fields).as_json())) == {**fields, **default}
+    assert LossSettings().as_json() == {"preset": "bandpo-kl"}
+
+
+def test_objects_in_settings_have_text_that_makes_an_equal_rule() -> None:
+    settings = LossSettings(
+        region=Band("kl", 0.05).cap(10) | Clip(0.2, 0.28),
+        surrogate=Mask(truncation=None, symmetric=True),
+        correction=Correction(statistic="k3", threshold=0.5, level="sequence-mean"),
+    )
+    found = json.loads(json.dumps(settings.as_json()))
+    assert found["region"] == "(kl@0.05).cap(10)|clip@0.2,0.28"
+    assert LossSettings.of(found).arguments() == settings.arguments()
+    without = LossSettings(Band("kl", 0.05).table(), schedule=None).as_json()
+    assert without["region"].startswith("BandTable(")
+    assert LossSettings(schedule=Linear(0.1, 0.05, 10)).as_json() == {
+        "preset": "bandpo-kl",
+        "schedule": "Linear(0.1, 0.05, 10)",
+    }
 
 
 def test_settings_and_their_regions_have_pickles() -> None:

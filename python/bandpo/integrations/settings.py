@@ -15,13 +15,16 @@ from bandpo.presets import PRESETS, Preset, preset
 from bandpo.region import Region
 from bandpo.rule import AnyRegion, RatioLevel, Rule, RuleRegion
 from bandpo.schedule import EntropyTargeted, RegionSource, Schedule, ScheduledBand
-from bandpo.spec import region_or_source_from_spec, schedule_from_spec
+from bandpo.spec import region_or_source_from_spec, schedule_from_spec, spec_from_region
 from bandpo.surrogate import BY_NAME, MinClip, Surrogate, TokenSurrogate
 
 DEFAULT_PRESET = "bandpo-kl"
 """The rule of settings that name neither a preset nor a region."""
 
 ANCHORS = ("old", "rollout")
+
+_UNSET = (None, "old")
+"""Values of fields that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,17 @@ class LossSettings:
         except InvalidValueError as error:
             raise InvalidValueError(f"schedule must be left out: {error}") from None
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fields that are given, as JSON has them, for the metadata of a record.
+
+        `of` makes an equal rule of them. Without a preset and a region, the preset is
+        `DEFAULT_PRESET`. An object that no text stands for, such as a table, is its repr.
+        """
+        given = {own.name: getattr(self, own.name) for own in fields(self)}
+        if self.preset is None and self.region is None:
+            given["preset"] = DEFAULT_PRESET
+        return {name: _as_json(value) for name, value in given.items() if value not in _UNSET}
+
     @property
     def needs_rollout_log_prob(self) -> bool:
         """True if the loss reads the log-probabilities of the engine that sampled."""
@@ -179,7 +193,7 @@ class LossSettings:
         for name in names:
             check_name("field", name, [field.name for field in fields(self)])
             value = getattr(self, name)
-            if value not in (None, "old"):
+            if value not in _UNSET:
                 raise InvalidValueError(
                     f"{name} must be left out with {trainer}, got {value!r}; {instead}"
                 )
@@ -217,18 +231,20 @@ class LossSettings:
                 or a dual clip.
         """
         rule = self.arguments()
-        surrogate, region = rule["surrogate"], rule["region"]
+        surrogate, region, dual = rule["surrogate"], rule["region"], rule["dual_clip"]
         name = surrogate.name if isinstance(surrogate, TokenSurrogate) else surrogate
+        if isinstance(surrogate, MinClip):
+            dual = surrogate.dual_clip if dual is None else dual
         for field, value, allowed in (
             ("surrogate", name, MinClip.name),
             ("ratio_level", rule["ratio_level"], "token"),
             ("log_ratio_penalty", rule["log_ratio_penalty"], 0.0),
-            ("dual_clip", None if dual_clip else rule["dual_clip"], None),
+            ("dual_clip", None if dual_clip else dual, None),
         ):
             if value != allowed and not (field == "dual_clip" and value == math.inf):
                 raise InvalidValueError(
                     f"{field} must be {allowed!r} with {trainer}, whose own loss clamps the ratio "
-                    f"of each token, got {value!r}"
+                    f"of each token, got {value!r}{self._origin(field)}"
                 )
         if not isinstance(region, (Region, RegionSource)):
             raise InvalidValueError(
@@ -236,6 +252,15 @@ class LossSettings:
                 f"own loss clamps the ratio, got {region!r}"
             )
         return region
+
+    def _origin(self, field: str) -> str:
+        """The end of a message about the value of a field that a preset may have given."""
+        if getattr(self, field) is not None:
+            return ""
+        name = DEFAULT_PRESET if self.preset is None else self.preset
+        chosen = ", which is taken where no rule is given" if self.preset is None else ""
+        instead = "leave preset out" if self.region is not None else f"give region='preset:{name}'"
+        return f" of the preset {name!r}{chosen}; {instead} for the region alone"
 
     def _base(self) -> Preset:
         """The preset, or the defaults, with the region of the settings."""
@@ -251,9 +276,19 @@ class LossSettings:
                     f"region alone"
                 )
             region = region_or_source_from_spec(region)
+        if not isinstance(region, RuleRegion):
+            raise wrong_region(region)
         if self.preset is None:
             return Preset("", region, source="")
         return replace(preset(self.preset), region=region)
+
+
+def wrong_region(given: object) -> InvalidTypeError:
+    """Returns the error for a region of a configuration that is neither text nor an object."""
+    return InvalidTypeError(
+        f"region must be a spec, such as '(kl@0.05).cap(10)', 'clip@0.2,0.28' or "
+        f"'preset:bandpo-kl', or a bandpo.Region, got {given!r}"
+    )
 
 
 def _surrogate(given: Surrogate | Mapping[str, Any] | None) -> Surrogate | None:
@@ -297,3 +332,19 @@ def _correction(given: Correction | Mapping[str, Any] | str | None) -> Correctio
         return Correction(**given)
     except (InvalidTypeError, InvalidValueError) as error:
         raise type(error)(f"correction: {error}") from None
+
+
+def _as_json(value: Any) -> Any:
+    """A value of a field as JSON has it."""
+    if isinstance(value, Region):
+        try:
+            return spec_from_region(value)
+        except InvalidValueError:
+            return repr(value)
+    if isinstance(value, (TokenSurrogate, Correction)):
+        named = {"name": value.name} if isinstance(value, TokenSurrogate) else {}
+        own = fields(value) if is_dataclass(value) else ()
+        value = {**named, **{field.name: getattr(value, field.name) for field in own}}
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(part) for name, part in value.items()}
+    return value if isinstance(value, (str, int, float, type(None))) else repr(value)
