@@ -15,6 +15,7 @@ README = (PAGES / "README.md").read_text(encoding="utf-8")
 
 SHARED = {
     "__init__",
+    "clamps",
     "epsilons",
     "loss",
     "ray_workers",

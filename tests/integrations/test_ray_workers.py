@@ -76,6 +76,14 @@ def test_workers_get_the_variables_and_the_hook(variables: dict[str, str]) -> No
         ("BANDPO_RULE", '"kl@0.05"', "fields by name"),
         ("BANDPO_RULE", '{"region": "kll@0.05"}', "kll"),
         ("BANDPO_RULE", '{"regoin": "kl@0.05"}', "regoin.*region"),
+        ("BANDPO_RULE", "{}", "dual_clip must be None .* preset 'bandpo-kl'.*'preset:bandpo-kl'"),
+        ("BANDPO_RULE", '{"preset": "icepop"}', "preset must be left out with OpenRLHF"),
+        ("BANDPO_RULE", '{"preset": "dppo-kl"}', "surrogate must be 'min-clip' with OpenRLHF"),
+        (
+            "BANDPO_RULE",
+            '{"region": "kl@0.05", "schedule": "constant(0.1)"}',
+            "schedule must be left out with OpenRLHF",
+        ),
     ],
 )
 @pytest.mark.usefixtures("variables")
@@ -85,6 +93,23 @@ def test_wrong_variables_are_refused_in_the_driver(
     monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     with pytest.raises((InvalidTypeError, InvalidValueError), match=match):
         ray_workers.runtime_env({})
+
+
+@pytest.mark.usefixtures("variables")
+def test_open_instruct_has_its_own_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANDPO_TRAINER", "open_instruct")
+    rule = json.dumps({"region": REGION, "anchor": "rollout"})
+    monkeypatch.setenv("BANDPO_RULE", rule)
+    with pytest.raises(InvalidValueError, match="anchor must be left out with Open-Instruct"):
+        ray_workers.runtime_env({})
+    monkeypatch.setenv("BANDPO_TRAINER", "openrlhf")
+    assert ray_workers.runtime_env({})["env_vars"]["BANDPO_RULE"] == rule
+
+
+def test_an_environment_that_has_the_hook_stays_as_it_is(variables: dict[str, str]) -> None:
+    once = ray_workers.runtime_env({"env_vars": None})
+    assert once["env_vars"] == variables
+    assert ray_workers.runtime_env(once) == once
 
 
 @pytest.mark.usefixtures("variables")
@@ -100,13 +125,26 @@ def test_a_ray_worker_has_the_loss(variables: dict[str, str], tmp_path: Path) ->
     (tmp_path / "openrlhf/__init__.py").touch()
     (models / "loss.py").write_text(CONTRACT)
     (models / "__init__.py").write_text("from openrlhf.models.loss import PolicyLoss\n")
-    path = os.pathsep.join([str(tmp_path), str(PACKAGE)])
-    hook = "bandpo.integrations.ray_workers.runtime_env"
-    environment: dict[str, Any] = {**os.environ, "PYTHONPATH": path, "RAY_RUNTIME_ENV_HOOK": hook}
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "run").write_text(f"{sys.executable} driver.py\nexit $?\n")
+    environment: dict[str, Any] = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(PACKAGE)]),
+        "RAY_RUNTIME_ENV_HOOK": "bandpo.integrations.ray_workers.runtime_env",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
     outcome = subprocess.run(
-        [sys.executable, "-c", DRIVER], env=environment, capture_output=True, text=True, check=False
+        ["uv", "run"],  # a shell of that name, by which Ray recognises uv
+        executable="/bin/sh",
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert outcome.returncode == 0, outcome.stderr
+    told = f"bandpo: the loss of openrlhf has the rule {variables['BANDPO_RULE']}"
+    assert told in outcome.stdout + outcome.stderr
     assert outcome.stdout.splitlines()[-1] == "(Band('kl', 0.05) & Clip(1.0, 9.0))"
 
 
@@ -120,5 +158,6 @@ def test_the_variables_of_the_examples_are_accepted(monkeypatch: pytest.MonkeyPa
             monkeypatch.setenv(name, value)
         assert ray_workers.runtime_env({})["env_vars"]["BANDPO_TRAINER"] == script.parent.name
         assert given["RAY_RUNTIME_ENV_HOOK"] == f"{ray_workers.__name__}.runtime_env"
+        assert given["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] == "0"  # otherwise uv's hook is taken
         found += 1
     assert found

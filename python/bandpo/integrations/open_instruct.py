@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bandpo.error import InvalidValueError
+from bandpo.integrations.clamps import open_instruct_region
 from bandpo.integrations.epsilons import epsilons
 from bandpo.integrations.settings import LossSettings
 from bandpo.integrations.version import require, require_reads
@@ -35,9 +36,7 @@ def banded(grpo_loss: GrpoLoss, settings: LossSettings) -> GrpoLoss:
         InvalidValueError: If the rule is more than a clamp. A call raises it if ``config.loss_fn``
             is not "dapo".
     """
-    settings.refuse_rollout("Open-Instruct")
-    settings.refuse_changes("Open-Instruct")
-    region = settings.clamp_region("Open-Instruct")
+    region = open_instruct_region(settings)
 
     @wraps(grpo_loss)
     def band_loss(

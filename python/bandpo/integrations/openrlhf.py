@@ -14,6 +14,7 @@ import torch
 from openrlhf.models.loss import PolicyLoss
 
 from bandpo.error import InvalidValueError
+from bandpo.integrations.clamps import openrlhf_region
 from bandpo.integrations.epsilons import epsilons
 from bandpo.integrations.settings import LossSettings
 from bandpo.integrations.version import check_version, require, require_reads
@@ -45,9 +46,7 @@ class BandPolicyLoss(PolicyLoss):  # type: ignore[misc]
                 f"policy_loss_type must be 'ppo' with a region, which is about the probability of "
                 f"a token, got {self.policy_loss_type!r}"
             )
-        settings.refuse_correction("OpenRLHF", "algo.advantage.is_correction_level has its own")
-        settings.refuse_changes("OpenRLHF")
-        self.region = settings.clamp_region("OpenRLHF")
+        self.region = openrlhf_region(settings)
         self.anchored = settings.anchor == "rollout"
 
     def forward(
