@@ -227,8 +227,6 @@ def test_a_clamp_has_the_region_alone() -> None:
     assert isinstance(
         LossSettings(preset="bandpo-kl", dual_clip=math.inf).clamp_region("t"), Region
     )
-    whole = LossSettings(preset="bandpo-kl")
-    assert whole.clamp_region("t", dual_clip=True) == Band("kl", 0.05).cap(10)
     scheduled = LossSettings(region="kl@0.05", schedule=Constant(0.1))
     assert isinstance(scheduled.clamp_region("t"), ScheduledBand)
     for fields, message in (

@@ -49,8 +49,10 @@ from bandpo.integrations.trl_config import LOSS_TYPES
 from bandpo.loss import PROBABILITY_EDGES, policy_loss
 from bandpo.presets import preset
 from bandpo.record import read_tokens
+from bandpo.schedule import Linear, ScheduledBand
 from examples.trl import grpo as example
 from support.trainer_batch import REGION, TrainerBatch, assert_same, trainer_batch
+from support.waits import Waits
 
 pytestmark = [
     # Those of transformers about itself.
@@ -280,7 +282,6 @@ def test_presets_give_their_reference_vectors(tmp_path: Path, given: dict[str, A
         name: band_trainer(
             tmp_path,
             region=f"preset:{name}",
-            delta=preset(name).dual_clip,  # TRL's name; it is the cap of these regions as well
             max_completion_length=6,
         )
         for name in names
@@ -314,7 +315,7 @@ def test_rollout_log_probs_move_the_region_and_weigh_the_tokens(
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
     trainer.args.anchor = anchor
     arguments = {} if correction is None else preset(correction).correction or {}
-    trainer._rule["correction"] = Correction(**arguments) if arguments else None
+    trainer._correction = Correction(**arguments) if arguments else None
     batch = trainer_batch()
     rollout = batch.old_log_prob + 40 * (batch.rollout_log_prob - batch.old_log_prob)
     rollout[0, 0] = batch.old_log_prob[0, 0]
@@ -340,17 +341,57 @@ def test_rollout_log_probs_move_the_region_and_weigh_the_tokens(
 def test_a_region_without_a_spec_is_set_on_the_trainer(
     tmp_path: Path, given: dict[str, Any]
 ) -> None:
-    trainer = in_one_step(band_trainer(tmp_path, region="clip@0.2"))
-    trainer.region = Band("kl", [0.05, 0.02]).table()
+    folder = tmp_path / "tokens"
+    trainer = in_one_step(band_trainer(tmp_path, region="clip@0.2", record=str(folder)))
+    trainer.region = table = Band("kl", [0.05, 0.02]).table()
     batch = trainer_batch()
-    assert_same(found_by(trainer, given, batch), batch.wanted(region=trainer.region))
+    for step in range(10):  # of which one is recorded
+        trainer.state.global_step = step
+        assert_same(found_by(trainer, given, batch), batch.wanted(region=table))
+    trainer._recording.flush()
+    assert read_tokens(folder).metadata.rule == {"region": repr(table)}
+    with pytest.raises(InvalidValueError, match=r"rule must be set before the first batch"):
+        trainer.region = Clip(0.3)
+    assert trainer.region is table
+
+
+def test_a_region_that_the_trainer_cannot_take_is_refused_where_it_is_set(tmp_path: Path) -> None:
+    trainer = band_trainer(tmp_path, region="clip@0.2")
+    for given in ("kl@0.05", 0.2, ScheduledBand("kl", Linear(0.1, 0.05, 3))):
+        with pytest.raises(InvalidTypeError, match=r"region must be a bandpo\.Region, got"):
+            trainer.region = given
+    scheduled = band_trainer(tmp_path, **SCHEDULED)
+    with pytest.raises(InvalidValueError, match="region must be in the configuration with"):
+        scheduled.region = Clip(0.2)
+
+
+def test_rollout_log_probs_that_some_batches_lack_are_nan_in_the_record(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    batch = trainer_batch()
+    rollout = {"sampling_per_token_logps": batch.rollout_log_prob}
+    for first, later, columns in ((rollout, {}, True), ({}, rollout, False)):
+        folder = tmp_path / f"tokens-{columns}"
+        trainer = in_one_step(band_trainer(tmp_path, region=REGION, record=str(folder)))
+        for step in range(20):
+            trainer.state.global_step = step
+            found_by(trainer, given, batch, **(first if step < 10 else later))
+        trainer._recording.flush()
+        logs = list(read_tokens(folder))
+        assert [log.rollout_log_prob is not None for log in logs] == [columns] * len(logs)
+        for log in logs if columns else ():
+            missing = torch.as_tensor(log.rollout_log_prob).isnan()
+            assert torch.equal(missing, torch.as_tensor(log.step) >= 10)
+    trainer.args.anchor = "rollout"
+    with pytest.raises(InvalidValueError, match="anchor must be 'old', and correction be left out"):
+        found_by(trainer, given, batch)
 
 
 # Metrics
 
 
 def test_logged_metrics_are_those_of_the_tokens_since_the_last_log(tmp_path: Path) -> None:
-    config = BandPOConfig(**settings(tmp_path, region="(tv@0.15).cap(5)", delta=5.0))
+    config = BandPOConfig(**settings(tmp_path, region="(tv@0.15).cap(5)"))
     trainer = trainer_of(Recorder, config)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
@@ -377,8 +418,8 @@ def test_logged_metrics_are_those_of_the_tokens_since_the_last_log(tmp_path: Pat
         wanted = {name: value.double().mean() for name, value in wanted.items()}
         wanted |= {"ratio_min": ratio.min(), "ratio_max": ratio.max()}
         wanted |= {"valid_tokens": torch.tensor(len(p)), "nonfinite_tokens": torch.tensor(0)}
-        wanted["dual_clip_fraction"] = ((ratio >= 5) & (advantages < 0)).double().mean()
-        stopped = low | high | ((ratio >= 5) & (advantages < 0))
+        wanted["dual_clip_fraction"] = torch.tensor(0.0)
+        stopped = low | high
         removed = (advantages.abs() * ratio)[stopped].sum() / (advantages.abs() * ratio).sum()
         wanted |= {"gradient_removed": removed, "all_ratios_one": torch.tensor(False)}
         wanted["approx_kl_k3"] = (ratio - 1 - (new - old)).mean()
@@ -404,6 +445,26 @@ def test_a_micro_batch_is_counted_without_waiting_for_the_device(tmp_path: Path)
     trainer.log({"other": 1.0})  # of a user, perhaps on one rank
     with pytest.raises(NotImplementedError, match="meta"):
         trainer.log({"loss": 1.0})
+
+
+def test_a_band_adds_no_wait_to_the_loss_of_trl(tmp_path: Path, given: dict[str, Any]) -> None:
+    batch = trainer_batch()
+
+    def waits(trainer: Any) -> list[str]:
+        in_one_step(trainer)
+        given["log_prob"] = batch.log_prob
+        inputs = inputs_of(batch, int(batch.response_mask.sum()))
+        found = []
+        for _ in range(2):  # in the first call tables are made
+            with Waits() as mode:
+                trainer._compute_loss(trainer.model, dict(inputs))
+            found = mode.names
+        return found
+
+    options = settings(tmp_path, loss_type="bnpo")
+    plain = waits(trainer_of(GRPOTrainer, GRPOConfig(**options)))
+    band = band_trainer(tmp_path, loss_type="bnpo", record=str(tmp_path / "tokens"))
+    assert waits(band) == plain != []
 
 
 def test_evaluation_has_metrics_of_its_own(tmp_path: Path) -> None:
@@ -517,20 +578,28 @@ def test_an_entropy_targeted_delta_follows_the_entropy_of_trl(tmp_path: Path) ->
         ({"schedule": "linear(0.1, 0.01)"}, "steps is missing"),
         ({"schedule": "cosin(1, 2, 3)"}, "did you mean 'cosine'"),
         ({"schedule": 0.05}, "schedule must be text"),
-        ({"region": 0.05}, "region must be a Region"),
+        *(
+            ({"region": region}, f"'preset:bandpo-kl', or a bandpo.Region, got {region!r}")
+            for region in (0.05, True, None, ["kl@0.05"])
+        ),
         ({"epsilon": 0.1}, "epsilon must be left out"),
         ({"epsilon_high": 0.28}, "epsilon_high must be left out"),
         ({"loss_type": "cispo"}, "loss_type must be one of grpo, bnpo, dr_grpo, dapo, luspo"),
         ({"loss_type": "sapo"}, "loss_type must be"),
         ({"loss_type": "vespo"}, "loss_type must be"),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be 'token'"),
-        ({"delta": 0.9}, "delta, a cap of the ratio, must be above 1"),
+        ({"delta": 3.0}, "delta must be left out, because the region has the bounds, got 3.0"),
+        ({"delta": "3"}, "got '3'; a cap of the ratio is region='(kl@0.05).cap(10)'"),
         ({"use_liger_kernel": True}, "use_kernels"),
         ({"anchor": "rollout"}, "use_vllm"),
         ({"anchor": "new"}, "anchor must be one of old, rollout"),
         ({"correction": "icepop"}, "use_vllm"),
         ({"correction": "dapo", "use_vllm": True}, "correction must be one of icepop"),
         ({"correction": "icepopp", "use_vllm": True}, "did you mean 'icepop'"),
+        *(
+            ({"correction": given, "use_vllm": True}, "correction must be the name of a preset")
+            for given in (Correction(Clip(0.5, 4)), {"region": "clip@0.5,4"}, 2.0)
+        ),
     ],
 )
 def test_settings_that_trl_cannot_follow_are_refused_in_the_configuration(
@@ -539,6 +608,35 @@ def test_settings_that_trl_cannot_follow_are_refused_in_the_configuration(
     with pytest.raises(BandpoError) as raised:
         BandPOConfig(**settings(tmp_path, **changes))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("loss_type", "cispo", "loss_type must be one of"),
+        ("importance_sampling_level", "sequence", "importance_sampling_level must be 'token'"),
+        ("epsilon", 0.1, "epsilon must be left out"),
+        ("delta", 3.0, "delta must be left out"),
+        ("use_liger_kernel", True, "use_liger_kernel must be False"),
+        ("region", "kll@0.05", "did you mean 'kl'"),
+        ("correction", Correction(Clip(0.5, 4)), "correction must be the name of a preset"),
+    ],
+)
+def test_a_field_that_is_assigned_later_is_refused_before_the_model_is_loaded(
+    field: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    config = BandPOConfig(**settings(tmp_path))
+    setattr(config, field, value)
+    with pytest.raises(BandpoError) as raised:
+        BandPOTrainer("no/model", example.repeats, config)
+    assert message in str(raised.value)
+
+
+def test_a_region_that_is_assigned_later_is_that_of_the_trainer(tmp_path: Path) -> None:
+    config = BandPOConfig(**settings(tmp_path))
+    config.region = Clip(0.2, 0.28)
+    assert trainer_of(BandPOTrainer, config).region == Clip(0.2, 0.28)
+    assert config.region == "clip@0.2,0.28"
 
 
 def test_a_configuration_without_a_region_is_refused_before_the_model_is_loaded(
@@ -761,7 +859,7 @@ def test_a_record_has_the_tokens_of_the_training_alone(tmp_path: Path) -> None:
         torch.testing.assert_close(found.float().sort()[0], wanted.sort()[0], rtol=0, atol=0)
     metadata = read_tokens(folder).metadata
     assert (metadata.temperature, metadata.old_policy) == (config.temperature, "trainer")
-    assert metadata.rule == {"region": REGION, "surrogate": "min-clip"}
+    assert metadata.rule == {"region": REGION}
 
 
 @pytest.mark.parametrize("record", ["", " ", 3, True])

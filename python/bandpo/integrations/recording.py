@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Any
 
 import torch
 
-from bandpo.error import InvalidTypeError
+from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.record import Recorder
 
 
@@ -31,8 +31,22 @@ class Recording:
         import bandpo.record.parquet  # noqa: F401 -- which tells now that pyarrow is missing
 
         self._path = path
-        self._metadata: Mapping[str, Any] = metadata
+        self._metadata: dict[str, Any] = metadata
         self._recorder: Recorder | None = None
+        self._has_rollout = False
+
+    def describe(self, **metadata: Any) -> None:
+        """Changes arguments of the recorder.
+
+        Raises:
+            InvalidValueError: If batches were recorded already, by the arguments before.
+        """
+        if self._recorder is not None:
+            raise InvalidValueError(
+                f"{', '.join(metadata)} must be set before the first batch of a record, which says "
+                f"{self._metadata}"
+            )
+        self._metadata.update(metadata)
 
     def __call__(
         self,
@@ -40,12 +54,26 @@ class Recording:
         log_prob: torch.Tensor,
         advantages: torch.Tensor,
         response_mask: torch.Tensor,
+        rollout_log_prob: torch.Tensor | None = None,
         **others: Any,
     ) -> None:
-        """Records a micro-batch; `bandpo.record.Recorder` describes the arguments."""
+        """Records a micro-batch; `bandpo.record.Recorder` describes the arguments.
+
+        Rollout log-probs are in the record if the first batch has them, and NaN for a later batch
+        that has none.
+        """
         if self._recorder is None:
             self._recorder = Recorder(self._path, **self._metadata)
-        self._recorder(old_log_prob, log_prob, advantages, response_mask, **others)
+            self._has_rollout = rollout_log_prob is not None
+        if not self._has_rollout:
+            rollout_log_prob = None
+        elif rollout_log_prob is None:
+            rollout_log_prob = torch.full_like(old_log_prob, math.nan)
+        self._recorder(
+            *(old_log_prob, log_prob, advantages, response_mask),
+            rollout_log_prob=rollout_log_prob,
+            **others,
+        )
 
     def flush(self) -> None:
         """Waits until all tokens that were recorded are written."""

@@ -218,12 +218,11 @@ class LossSettings:
         self.refuse(trainer, reason, "anchor")
         self.refuse_correction(trainer, reason)
 
-    def clamp_region(self, trainer: str, *, dual_clip: bool = False) -> AnyRegion:
+    def clamp_region(self, trainer: str) -> AnyRegion:
         """Returns the region for a trainer that clamps the ratio of each token by itself.
 
         Args:
             trainer: Name of the trainer, for the message.
-            dual_clip: True if the adapter hands a dual clip to the trainer's loss.
 
         Raises:
             InvalidValueError: If the rule is more than a clamp: another surrogate than min-clip,
@@ -239,7 +238,7 @@ class LossSettings:
             ("surrogate", name, MinClip.name),
             ("ratio_level", rule["ratio_level"], "token"),
             ("log_ratio_penalty", rule["log_ratio_penalty"], 0.0),
-            ("dual_clip", None if dual_clip else dual, None),
+            ("dual_clip", dual, None),
         ):
             if value != allowed and not (field == "dual_clip" and value == math.inf):
                 raise InvalidValueError(

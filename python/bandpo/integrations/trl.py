@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bandpo.error import InvalidValueError
 from bandpo.integrations.trl_config import BandPOConfig
 from bandpo.integrations.trl_run import BandRun
 from bandpo.integrations.version import missing_hook, require, require_reads
@@ -77,10 +78,15 @@ class BandPOTrainer(BandRun, GRPOTrainer):  # type: ignore[misc]
         self, inputs: dict[str, Any], old: torch.Tensor, mask: torch.Tensor
     ) -> tuple[dict[str, Any], torch.Tensor | None]:
         """Returns the inputs with the weights of a correction, and the log-probs of an anchor."""
-        correction, anchored = self._rule["correction"], self.args.anchor == "rollout"
+        correction, anchored = self._correction, self.args.anchor == "rollout"
         if correction is None and not anchored:
             return inputs, None
-        rollout = inputs["sampling_per_token_logps"]
+        rollout = inputs.get("sampling_per_token_logps")
+        if rollout is None:
+            raise InvalidValueError(
+                "anchor must be 'old', and correction be left out, where the engine that samples "
+                "returns no log-probabilities; a batch has none"
+            )
         rollout = torch.where(rollout.isfinite(), rollout, old)  # where the engine gave none
         if correction is not None:
             found = correction(old, rollout, mask, advantages=inputs["advantages"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bandpo.error import InvalidValueError
+from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.settings import LossSettings
 from bandpo.integrations.trl_run import BandFields
 from bandpo.integrations.version import missing_hook
@@ -42,10 +42,19 @@ class BandPOConfig(BandFields, GRPOConfig):  # type: ignore[misc]
         metadata={"help": "Preset whose correction of old/rollout is taken, such as icepop."},
     )
 
-    def __post_init__(self) -> None:
-        if self.delta is not None and not self.delta > 1.0:
-            raise InvalidValueError(f"delta, a cap of the ratio, must be above 1, got {self.delta}")
-        super().__post_init__()
+    def check(self) -> None:
+        """Raises as the making of a configuration does."""
+        if self.delta is not None:
+            raise InvalidValueError(
+                f"delta must be left out, because the region has the bounds, got {self.delta!r}; a "
+                f"cap of the ratio is region='(kl@0.05).cap(10)', where the advantage is positive"
+            )
+        if not isinstance(self.correction, (str, type(None))):
+            raise InvalidTypeError(
+                f"correction must be the name of a preset that has one, such as 'icepop', because "
+                f"arguments are saved as text, got {self.correction!r}"
+            )
+        super().check()
         if self.loss_type not in LOSS_TYPES:
             raise InvalidValueError(
                 f"loss_type must be one of {', '.join(LOSS_TYPES)} with a region, because "
@@ -70,7 +79,6 @@ class BandPOConfig(BandFields, GRPOConfig):  # type: ignore[misc]
         """The rule of these fields."""
         return LossSettings(
             region=self.region,
-            dual_clip=self.delta,  # which caps the ratio for A > 0 as well, at or above the region
             schedule=self.schedule,
             anchor=self.anchor,  # type: ignore[arg-type]
             correction=self.correction,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,11 @@ from transformers import TrainerCallback
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.epsilons import epsilons
 from bandpo.integrations.recording import Recording
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, wrong_region
 from bandpo.integrations.version import check_version
 from bandpo.loss import Metrics, policy_loss
 from bandpo.region import Region
+from bandpo.rule import AnyRegion
 from bandpo.schedule import ScheduledBand
 from bandpo.spec import spec_from_region
 
@@ -55,13 +56,27 @@ class BandFields:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
-        if not isinstance(self.region, str):
+        self.check()
+
+    def check(self) -> None:
+        """Raises if TRL's loss cannot follow a field.
+
+        A trainer calls it as well, because fields may be assigned after the configuration is made.
+
+        Raises:
+            InvalidTypeError: If a field has the wrong type.
+            InvalidValueError: If one is out of range, or TRL's loss does not go with a region.
+        """
+        if isinstance(self.region, Region):
             self.region = spec_from_region(self.region)
+        if not isinstance(self.region, str):
+            raise wrong_region(self.region)
         if not isinstance(self.schedule, (str, type(None))):
-            raise InvalidTypeError(f"schedule must be text, got {type(self.schedule).__name__}")
-        settings = self.settings
-        settings.clamp_region("TRL", dual_clip=True)
-        settings.refuse_changes("TRL", but_steps=True)
+            raise InvalidTypeError(
+                f"schedule must be text, such as 'linear(0.1, 0.02, 1000)', got {self.schedule!r}"
+            )
+        self.settings.clamp_region("TRL")
+        self.settings.refuse_changes("TRL", but_steps=True)
         self.recording()
         defaults = {own.name: own.default for own in fields(self)}
         for name in ("epsilon", "epsilon_high"):
@@ -87,11 +102,7 @@ class BandFields:
 
 
 class BandRun:
-    """Part of a trainer with a region, which is stepped, logged and kept in checkpoints.
-
-    Attributes:
-        region: The region, or the source of one with a schedule.
-    """
+    """Part of a trainer with a region, which is stepped, logged and kept in checkpoints."""
 
     _config: type[BandFields]
     _old_policy: str
@@ -105,21 +116,46 @@ class BandRun:
                 f"args must be a {self._config.__name__}, which has the region, "
                 f"got {type(given).__name__}"
             )
+        given.check()
         check_version("trl", "1.16")
         super().__init__(*args, **kwargs)
-        self.region = given.settings.clamp_region("TRL", dual_clip=True)
-        self._rule = given.settings.arguments()
+        self._settings = given.settings
+        self._region = self._settings.clamp_region("TRL")
+        self._correction = self._settings.arguments()["correction"]
         self._band: dict[str, Metrics] = {}
-        rule = {"region": given.region, "surrogate": "min-clip", "schedule": given.schedule}
         self._recording = given.recording(
             temperature=self.temperature,  # type: ignore[attr-defined]
             old_policy=self._old_policy,
-            rule={name: value for name, value in rule.items() if value is not None},
+            rule=self._settings.as_json(),
         )
         if self._recording is not None:
             self.add_callback(_Flusher(self._recording))  # type: ignore[attr-defined]
-        if isinstance(self.region, ScheduledBand):
-            self.add_callback(_Stepper(self, self.region))  # type: ignore[attr-defined]
+        if isinstance(self._region, ScheduledBand):
+            self.add_callback(_Stepper(self, self._region))  # type: ignore[attr-defined]
+
+    @property
+    def region(self) -> AnyRegion:
+        """The region, or the source of one with a schedule.
+
+        Raises:
+            InvalidTypeError: If it is set to something else than a `bandpo.Region`.
+            InvalidValueError: If it is set where there is a schedule, or after the first batch of a
+                record.
+        """
+        return self._region
+
+    @region.setter
+    def region(self, region: Region) -> None:
+        if not isinstance(region, Region):
+            raise InvalidTypeError(f"region must be a bandpo.Region, got {region!r}")
+        if isinstance(self._region, ScheduledBand):
+            raise InvalidValueError(
+                f"region must be in the configuration with a schedule, which moves it, "
+                f"got {region!r} on the trainer"
+            )
+        if self._recording is not None:
+            self._recording.describe(rule=replace(self._settings, region=region).as_json())
+        self._region = region
 
     @property
     def _mode(self) -> str:
@@ -160,7 +196,6 @@ class BandRun:
         found = policy_loss(
             *(old_log_prob, log_prob, advantages, response_mask),
             region=self.region,
-            dual_clip=self._rule["dual_clip"],
             anchor_log_prob=anchor_log_prob,
             metrics_by_probability=True,
         ).metrics
