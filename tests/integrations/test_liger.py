@@ -67,8 +67,8 @@ def test_luspo_weighs_sequences_by_their_lengths() -> None:
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_fixed_clip_is_that_of_liger(loss_type: str) -> None:
     head = LinearHead()
-    theirs = chunked(loss_type, epsilon_low=0.2, epsilon_high=0.28, beta=0.1, delta=3.0)
-    ours = chunked(loss_type, settings=LossSettings("clip@0.2,0.28"), beta=0.1, delta=3.0)
+    theirs = chunked(loss_type, epsilon_low=0.2, epsilon_high=0.28, beta=0.1)
+    ours = chunked(loss_type, settings=LossSettings("clip@0.2,0.28"), beta=0.1)
     assert_same(of(head, ours, head.old_log_prob), of(head, theirs, head.old_log_prob))
 
 
@@ -111,6 +111,7 @@ def test_a_loss_pickles() -> None:
     [
         ({"loss_type": "cispo"}, "loss_type, with a region,.*cispo"),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be 'token'"),
+        ({"delta": 3.0}, "delta, a cap of the ratio in Liger, must be left out.* got 3.0"),
         ({"settings": LossSettings(preset="dppo-kl")}, "surrogate must be 'min-clip' with Liger"),
         ({"settings": LossSettings(preset="tis")}, "preset must be left out with Liger"),
         ({"settings": LossSettings(anchor="rollout")}, "anchor must be left out with Liger"),

@@ -113,7 +113,9 @@ def arguments(**others: Any) -> SimpleNamespace:
 
 def built(ms_swift: Any, **others: Any) -> Any:
     """A trainer with what its losses read, though ms-swift's own constructor needs a model."""
-    trainer = object.__new__(ms_swift.BandGRPOTrainer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ms_swift.GRPOTrainer, "__init__", lambda self, **_: None)
+        trainer = ms_swift.BandGRPOTrainer(args=arguments())
     kept = {"gather_for_metrics": torch.atleast_1d, "num_processes": 1}
     given = {
         "loss_type": "grpo",
@@ -210,15 +212,6 @@ def test_parts_of_a_batch_have_the_bounds_of_their_tokens(ms_swift: Any) -> None
     assert_same(found, batch.wanted(region=REGION, **MODES["grpo"]))
 
 
-def test_a_dual_clip_is_that_of_ms_swift(ms_swift: Any) -> None:
-    batch = trainer_batch()
-    ms_swift.install(region=REGION)
-    trainer = built(ms_swift, loss_type="bnpo", args=arguments(delta=20.0))
-    loss = whole(trainer, inputs(batch))
-    wanted = batch.wanted(region=REGION, dual_clip=20.0)
-    assert_same(batch.of(lambda now: loss(now)[0]), wanted)
-
-
 def test_weights_and_the_anchor_are_of_the_rollout_policy(ms_swift: Any) -> None:
     batch = trainer_batch()
     ms_swift.install(region=REGION, anchor="rollout")
@@ -249,12 +242,16 @@ def test_the_numbers_are_put_back_after_an_error(ms_swift: Any) -> None:
     assert (trainer.epsilon_low, trainer.epsilon_high) == (0.2, 0.28)
 
 
-def test_the_factory_builds_the_trainer_of_the_last_rule(ms_swift: Any) -> None:
+def test_a_trainer_keeps_its_rule_and_the_factory_has_the_last(ms_swift: Any) -> None:
+    batch, trainers = trainer_batch(), []
     for region in ("kl@0.5", REGION):
         ms_swift.install(region=region)
+        trainers.append((region, built(ms_swift, loss_type="bnpo")))
     module, _, name = ms_swift.mapping["grpo"].rpartition(".")
     assert (module, getattr(ms_swift, name)) == (ms_swift.__name__, ms_swift.BandGRPOTrainer)
-    assert repr(ms_swift.BandGRPOTrainer.region) == "(Band('kl', 0.05) & Clip(1.0, 9.0))"
+    for region, trainer in trainers:
+        loss = whole(trainer, inputs(batch))
+        assert_same(batch.of(lambda now, of=loss: of(now)[0]), batch.wanted(region=region))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +264,7 @@ def test_the_factory_builds_the_trainer_of_the_last_rule(ms_swift: Any) -> None:
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be 'token'"),
         ({"importance_sampling_level": "sequence_token"}, "got 'sequence_token'"),
         ({"use_liger_kernel": True}, "use_liger_kernel must be False"),
+        ({"delta": 20.0}, "delta, a cap of the ratio in ms-swift, must be left out.* got 20.0"),
     ],
 )
 def test_losses_without_a_clip_of_tokens_are_refused_at_construction(

@@ -20,7 +20,7 @@ from liger_kernel.chunked_loss.grpo_loss import (
 from bandpo.check import check_name
 from bandpo.error import InvalidValueError
 from bandpo.integrations.epsilons import epsilons
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, refuse_delta
 from bandpo.integrations.version import check_version, missing_hook, require_reads
 from bandpo.rule import AnyRegion
 
@@ -50,7 +50,7 @@ class BandGRPOLoss(LigerFusedLinearGRPOLoss):  # type: ignore[misc]
 
     Raises:
         InvalidValueError: If the rule is more than a clamp, ``importance_sampling_level`` not
-            "token", or ``loss_type`` one that does not clamp.
+            "token", ``loss_type`` one that does not clamp, or ``delta`` given.
         MissingHookError: If Liger's function has an argument that its module does not keep.
     """
 
@@ -62,6 +62,7 @@ class BandGRPOLoss(LigerFusedLinearGRPOLoss):  # type: ignore[misc]
                 f"importance_sampling_level must be 'token' with a region, which is about the "
                 f"probability of a token, got {self.importance_sampling_level!r}"
             )
+        refuse_delta(self.delta, "Liger")
         settings.refuse_rollout("Liger")
         self.region = settings.clamp_region("Liger")
         given = signature(super().forward).parameters

@@ -14,7 +14,7 @@ from swift.trainers import TrainerFactory
 from bandpo.check import check_name
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.epsilons import epsilons
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, refuse_delta
 from bandpo.integrations.version import check_version, require, require_reads
 from bandpo.rule import AnyRegion
 
@@ -41,18 +41,21 @@ class BandGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     Raises:
         InvalidTypeError: If `install` was not called before.
         InvalidValueError: If the arguments of the trainer select a loss that clips no ratio of a
-            token.
+            token, or have a ``delta``.
     """
 
-    settings: ClassVar[LossSettings | None] = None
-    region: ClassVar[AnyRegion]
+    installed: ClassVar[LossSettings | None] = None
+    """The rule of trainers that are made from now on."""
     epsilon_low: Any  # numbers of ms-swift, and for the time of a loss tensors
     epsilon_high: Any
 
     def __init__(self, *args: Any, **named: Any) -> None:
-        if self.settings is None:
+        if self.installed is None:
             raise InvalidTypeError("settings must be set by install before a BandGRPOTrainer")
+        self.settings = self.installed
+        self.region: AnyRegion = self.settings.clamp_region("ms-swift")
         given = named["args"]
+        refuse_delta(given.delta, "ms-swift")
         check_name("loss_type, with a region,", given.loss_type, LOSS_TYPES)
         if given.importance_sampling_level != "token":
             raise InvalidValueError(
@@ -71,7 +74,7 @@ class BandGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if old is None:
             return super()._compute_loss_and_metrics(model, model_inputs, grpo_batch)
         anchor = None
-        if self.settings is not None and self.settings.anchor == "rollout":
+        if self.settings.anchor == "rollout":
             anchor = grpo_batch.rollout_per_token_logps
             if anchor is None:
                 raise InvalidValueError(
@@ -87,7 +90,7 @@ class BandGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
 
 def install(**fields: Any) -> None:
-    """Makes ``--rlhf_type grpo`` of this process build a `BandGRPOTrainer`.
+    """Makes ``--rlhf_type grpo`` of this process build a `BandGRPOTrainer`, from now on.
 
     Args:
         **fields: The rule; see `LossSettings`.
@@ -99,6 +102,6 @@ def install(**fields: Any) -> None:
     settings = LossSettings.of(fields)
     settings.refuse_correction("ms-swift", "rollout_importance_sampling_mode has its own")
     settings.refuse_changes("ms-swift")
-    BandGRPOTrainer.region = settings.clamp_region("ms-swift")
-    BandGRPOTrainer.settings = settings
+    settings.clamp_region("ms-swift")
+    BandGRPOTrainer.installed = settings
     TrainerFactory.TRAINER_MAPPING["grpo"] = f"{__name__}.{BandGRPOTrainer.__name__}"

@@ -290,6 +290,19 @@ def wrong_region(given: object) -> InvalidTypeError:
     )
 
 
+def refuse_delta(delta: object, trainer: str) -> None:
+    """Raises InvalidValueError if a trainer's ``delta``, a cap of the ratio, stands beside a region.
+
+    Below a token's upper bound it would act in place of it, and the metrics would not say so.
+    """
+    if delta is not None:
+        raise InvalidValueError(
+            f"delta, a cap of the ratio in {trainer}, must be left out with a region, which has the "
+            f"bounds, got {delta!r}; region='(kl@0.05).cap(10)' has a cap where the advantage is "
+            f"positive"
+        )
+
+
 def _surrogate(given: Surrogate | Mapping[str, Any] | None) -> Surrogate | None:
     """The surrogate of a field; a mapping has its name and its arguments."""
     if not isinstance(given, Mapping):

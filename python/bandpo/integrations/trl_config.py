@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, refuse_delta
 from bandpo.integrations.trl_run import BandFields
 from bandpo.integrations.version import missing_hook
 
@@ -44,11 +44,7 @@ class BandPOConfig(BandFields, GRPOConfig):  # type: ignore[misc]
 
     def check(self) -> None:
         """Raises as the making of a configuration does."""
-        if self.delta is not None:
-            raise InvalidValueError(
-                f"delta must be left out, because the region has the bounds, got {self.delta!r}; a "
-                f"cap of the ratio is region='(kl@0.05).cap(10)', where the advantage is positive"
-            )
+        refuse_delta(self.delta, "TRL")
         if not isinstance(self.correction, (str, type(None))):
             raise InvalidTypeError(
                 f"correction must be the name of a preset that has one, such as 'icepop', because "
