@@ -42,6 +42,7 @@ from bandpo.loss import GlobalBatch
 from bandpo.presets import PRESETS
 from bandpo.record import read_tokens
 from support.trainer_batch import REGION, TrainerBatch, assert_same, trainer_batch
+from support.waits import Waits
 
 ROOT = Path(__file__).parents[2]
 
@@ -287,7 +288,14 @@ def test_the_configuration_of_the_trainer_reaches_the_loss() -> None:
 
 def test_a_record_has_the_tokens_of_losses_with_a_gradient(tmp_path: Path) -> None:
     batch = trainer_batch()
-    policy = BandPOPolicyLossConfig(region=REGION, record=str(tmp_path / "tokens"))
+    rule = OmegaConf.create({"name": "mask", "truncation": 3.0})
+    policy = BandPOPolicyLossConfig(
+        region=REGION,
+        surrogate=rule,
+        ratio_level="token",
+        log_ratio_penalty=0.01,
+        record=str(tmp_path / "tokens"),
+    )
     sent = pickle.loads(pickle.dumps(policy))  # noqa: S301 -- our own bytes
     for _ in range(10):
         called("bandpo", actor(sent), batch, "token-mean")
@@ -298,12 +306,45 @@ def test_a_record_has_the_tokens_of_losses_with_a_gradient(tmp_path: Path) -> No
         )
     del sent  # which writes the rest
     logs = read_tokens(tmp_path / "tokens")
-    assert logs.metadata.rule == {"region": REGION}
+    assert logs.metadata.rule == {
+        "region": REGION,
+        "surrogate": {"name": "mask", "truncation": 3.0},
+        "ratio_level": "token",
+        "log_ratio_penalty": 0.01,
+    }
     (log,) = logs
     mask = batch.response_mask
     wanted = torch.stack([batch.old_log_prob[mask], batch.log_prob[mask]])
     found = torch.stack([torch.as_tensor(log.old_log_prob), torch.as_tensor(log.log_prob)])
     assert torch.equal(found.float(), wanted)
+
+
+def test_a_micro_batch_is_turned_to_numbers_by_one_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = trainer_batch()
+    copies: list[torch.Tensor] = []
+    plain = torch.Tensor.tolist
+
+    def counted(row: torch.Tensor) -> Any:
+        copies.append(row)
+        return plain(row)
+
+    config = actor(BandPOPolicyLossConfig(region=REGION, record=str(tmp_path / "tokens")))
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    for _ in range(11):  # of which one is recorded
+        copies.clear()
+        with Waits() as waits:
+            get_policy_loss_fn("bandpo")(
+                batch.old_log_prob,
+                batch.log_prob.requires_grad_(),
+                batch.advantages,
+                batch.response_mask,
+                config=config,
+                rollout_is_weights=batch.weights,
+            )
+    assert waits.names == []
+    assert len(copies) == 1
 
 
 @pytest.mark.parametrize("record", ["", 3, True])
@@ -373,6 +414,14 @@ def test_verls_worker_trains_with_a_band_whose_delta_follows_its_updates() -> No
         ),
         (["policy_loss.loss_mode=vanilla"], "loss_mode must be 'bandpo'.*got 'vanilla'"),
         (["policy_loss.loss_mode=bypass_mode"], "loss_mode must be 'bandpo'.*bypass_mode is True"),
+        (["+policy_loss.region=0.2"], "region must be a spec, such as .* got 0.2"),
+        (
+            ["policy_loss.clip_cov_ub=3.0"],
+            "clip_cov_ub must be left out with loss_mode 'bandpo'.* got 3.0; .* region, preset",
+        ),
+        (["policy_loss.ppo_kl_coef=0.2"], "ppo_kl_coef must be left out .* got 0.2"),
+        (["policy_loss.kl_cov_ratio=0.1"], "kl_cov_ratio must be left out .* got 0.1"),
+        (["policy_loss.dro_beta=0.1"], "dro_beta must be left out .* got 0.1"),
         (["+policy_loss.regoin=kl@0.05"], "unexpected keyword argument 'regoin'"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,9 @@ except ImportError as error:
 NAME = "bandpo"
 """The loss_mode."""
 
+_KEPT = ("_target_", "loss_mode", "rollout_correction")
+"""Fields of verl's class that this loss has too, or that verl sets by itself."""
+
 FIELDS = [field.name for field in fields(LossSettings)]
 """Fields of the rule."""
 
@@ -32,8 +35,9 @@ class BandPOPolicyLossConfig(PolicyLossConfig):  # type: ignore[misc]
 
     Raises:
         InvalidTypeError: If a field has the wrong type.
-        InvalidValueError: If it is out of range or unknown, or the rule needs what verl gives to no
-            loss: rollout log-probs, batches to learn from, or the entropy of the policy.
+        InvalidValueError: If it is out of range, unknown or of another loss of verl, or the rule
+            needs what verl gives to no loss: rollout log-probs, batches to learn from, or the
+            entropy of the policy.
     """
 
     loss_mode: str = NAME
@@ -55,6 +59,7 @@ class BandPOPolicyLossConfig(PolicyLossConfig):  # type: ignore[misc]
                 f"which ignores its fields; some trainers set it to 'bypass_mode' where "
                 f"algorithm.rollout_correction.bypass_mode is True"
             )
+        self._refuse_inherited()
         settings = self.band.settings
         if settings.needs_rollout_log_prob:
             raise InvalidValueError(
@@ -73,10 +78,23 @@ class BandPOPolicyLossConfig(PolicyLossConfig):  # type: ignore[misc]
     def band(self) -> TrainerLoss:
         """The loss of this configuration, with the state of its schedule."""
         settings = LossSettings(**{name: getattr(self, name) for name in FIELDS})
-        rule = {name: getattr(self, name) for name in ("region", "preset", "schedule")}
-        named = {name: value for name, value in rule.items() if isinstance(value, str)}
-        recording = None if self.record is None else Recording(self.record, rule=named)
+        recording = None
+        if self.record is not None:
+            recording = Recording(self.record, rule=settings.as_json())
         return loss_of(settings, recording)
+
+    def _refuse_inherited(self) -> None:
+        """Raises if a field of another loss of verl is set, which this one does not read."""
+        for own in fields(PolicyLossConfig):
+            if own.name in (*_KEPT, *FIELDS) or own.default is MISSING:
+                continue
+            value = getattr(self, own.name)
+            if value != own.default:
+                raise InvalidValueError(
+                    f"{own.name} must be left out with loss_mode {NAME!r}, which does not read it, "
+                    f"got {value!r}; it belongs to another loss of verl, and the rule of this one "
+                    f"is in {', '.join(FIELDS)}"
+                )
 
 
 def loss_of(settings: LossSettings, recording: Recording | None = None) -> TrainerLoss:
