@@ -180,6 +180,12 @@ def whole(trainer: Any, given: Any) -> Any:
     return lambda now: trainer._compute_loss_and_metrics(None, of_tokens(now), given)
 
 
+def value_of(trainer: Any, batch: TrainerBatch) -> Any:
+    """The loss alone, likewise."""
+    loss = whole(trainer, inputs(batch))
+    return lambda now: loss(now)[0]
+
+
 MODES: dict[str, dict[str, Any]] = {
     "grpo": {"loss_agg_mode": "seq-mean-token-mean", "global_batch_size": 4},
     "bnpo": {"loss_agg_mode": "token-mean"},
@@ -250,8 +256,7 @@ def test_a_trainer_keeps_its_rule_and_the_factory_has_the_last(ms_swift: Any) ->
     module, _, name = ms_swift.mapping["grpo"].rpartition(".")
     assert (module, getattr(ms_swift, name)) == (ms_swift.__name__, ms_swift.BandGRPOTrainer)
     for region, trainer in trainers:
-        loss = whole(trainer, inputs(batch))
-        assert_same(batch.of(lambda now, of=loss: of(now)[0]), batch.wanted(region=region))
+        assert_same(batch.of(value_of(trainer, batch)), batch.wanted(region=region))
 
 
 @pytest.mark.parametrize(

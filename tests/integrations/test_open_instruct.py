@@ -13,8 +13,9 @@ pytest.importorskip("torch")
 
 import torch
 
-from bandpo.error import InvalidValueError, MissingHookError
-from support.packages import fake, fresh
+from bandpo.error import InvalidValueError, MissingHookError, VersionWarning
+from bandpo.integrations import version
+from support.packages import fake, fresh, version_of
 from support.trainer_batch import REGION, TrainerBatch, assert_same, trainer_batch
 
 MODULE = "open_instruct.grpo_utils"
@@ -42,6 +43,7 @@ def compute_grpo_loss(
 @pytest.fixture
 def open_instruct(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The adapter, and the contract in place of Open-Instruct's module."""
+    version_of(monkeypatch, "0.3.1.dev29+ge6c3044aa")
     module = fake(monkeypatch, MODULE, compute_grpo_loss=compute_grpo_loss)
     adapter = fresh(monkeypatch, "bandpo.integrations.open_instruct")
     return SimpleNamespace(install=adapter.install, module=module)
@@ -146,6 +148,13 @@ def test_a_function_that_reads_no_epsilons_is_an_import_error(
 
     monkeypatch.setattr(open_instruct.module, "compute_grpo_loss", other)
     with pytest.raises(MissingHookError, match=r"open-instruct .* has no 'clip_lower' in"):
+        open_instruct.install(region=REGION)
+
+
+def test_another_version_warns(open_instruct: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    version_of(monkeypatch, "0.4.0")
+    monkeypatch.setattr(version, "_WARNED", set())
+    with pytest.warns(VersionWarning, match=r"open-instruct is 0\.4\.0; .* tested with 0\.3"):
         open_instruct.install(region=REGION)
 
 

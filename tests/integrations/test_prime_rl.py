@@ -15,7 +15,7 @@ import torch
 
 from bandpo.error import InvalidTypeError, InvalidValueError, MissingHookError
 from bandpo.presets import preset
-from support.packages import fake, fresh
+from support.packages import fake, fresh, version_of
 from support.trainer_batch import REGION, assert_same, trainer_batch
 
 MODULE = "prime_rl.trainer.rl.loss"
@@ -44,6 +44,7 @@ class LossOutputs:
 @pytest.fixture
 def prime_rl(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The adapter, where prime-rl's module of losses is the contract."""
+    version_of(monkeypatch, "0.8.0")
     fake(monkeypatch, MODULE, LossInputs=LossInputs, LossOutputs=LossOutputs)
     return fresh(monkeypatch, "bandpo.integrations.prime_rl")
 

@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 import torch
 
 from bandpo.error import InvalidTypeError, InvalidValueError, MissingHookError
-from support.packages import fake, fresh
+from support.packages import fake, fresh, version_of
 from support.trainer_batch import REGION, TrainerBatch, assert_same, trainer_batch
 
 MODULE = "slime.backends.megatron_utils.loss"
@@ -35,6 +35,7 @@ def policy_loss_function(args: Any, batch: Any, logits: Any, sum_of_sample_mean:
 @pytest.fixture
 def slime(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The adapter, where slime's module of losses is the contract."""
+    version_of(monkeypatch, "0.3.1")
     fake(monkeypatch, MODULE, policy_loss_function=policy_loss_function)
     return fresh(monkeypatch, "bandpo.integrations.slime")
 

@@ -17,7 +17,7 @@ from bandpo.error import InvalidValueError
 from bandpo.integrations.clamps import open_instruct_region
 from bandpo.integrations.epsilons import epsilons
 from bandpo.integrations.settings import LossSettings
-from bandpo.integrations.version import require, require_reads
+from bandpo.integrations.version import check_version, require, require_reads
 
 GrpoLoss = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -63,6 +63,7 @@ def install(**fields: Any) -> None:
     """
     import open_instruct.grpo_utils as module
 
+    check_version("open-instruct", "0.3")  # a checkout counts its commits since 0.3.0
     require("open-instruct", module, "compute_grpo_loss")
     theirs = getattr(module.compute_grpo_loss, "__wrapped__", module.compute_grpo_loss)
     names = "new_logprobs", "ratio", "loss_fn", "clip_lower", "clip_higher"

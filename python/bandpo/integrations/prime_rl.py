@@ -15,10 +15,12 @@ import torch
 from bandpo.error import InvalidTypeError
 from bandpo.integrations.loss import TrainerLoss
 from bandpo.integrations.settings import LossSettings
-from bandpo.integrations.version import require
+from bandpo.integrations.version import check_version, require
 
 if TYPE_CHECKING:
     from prime_rl.trainer.rl.loss import LossInputs, LossOutputs
+
+check_version("prime-rl", "0.8.0")
 
 _METRICS = ("clip_fraction_low", "clip_fraction_high", "gradient_removed", "approx_kl_k3")
 

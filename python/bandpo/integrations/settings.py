@@ -291,15 +291,15 @@ def wrong_region(given: object) -> InvalidTypeError:
 
 
 def refuse_delta(delta: object, trainer: str) -> None:
-    """Raises InvalidValueError if a trainer's ``delta``, a cap of the ratio, stands beside a region.
+    """Raises InvalidValueError if a trainer's ``delta``, a cap of the ratio, is given.
 
     Below a token's upper bound it would act in place of it, and the metrics would not say so.
     """
     if delta is not None:
         raise InvalidValueError(
-            f"delta, a cap of the ratio in {trainer}, must be left out with a region, which has the "
-            f"bounds, got {delta!r}; region='(kl@0.05).cap(10)' has a cap where the advantage is "
-            f"positive"
+            f"delta, a cap of the ratio in {trainer}, must be left out with a region, which has "
+            f"the bounds, got {delta!r}; region='(kl@0.05).cap(10)' has a cap where the advantage "
+            f"is positive"
         )
 
 

@@ -15,7 +15,9 @@ import torch
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.epsilons import epsilons
 from bandpo.integrations.settings import LossSettings
-from bandpo.integrations.version import require, require_reads
+from bandpo.integrations.version import check_version, require, require_reads
+
+check_version("slime", "0.3.1")
 
 _WITHOUT_A_TOKEN_RATIO = ("gspo", "cispo")
 
