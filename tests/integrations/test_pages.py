@@ -24,7 +24,14 @@ SHARED = {
     "steps",
     "version",
 }
-OF_OTHERS = {"trl_async", "trl_config", "trl_run", "verl_config"}
+OF_OTHERS = {
+    "trl_async",
+    "trl_callbacks",
+    "trl_config",
+    "trl_fields",
+    "trl_run",
+    "verl_config",
+}
 """Modules that the page of another one describes."""
 
 ADAPTERS = sorted(file.stem for file in MODULES.glob("*.py") if file.stem not in SHARED | OF_OTHERS)

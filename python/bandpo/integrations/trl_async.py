@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from bandpo.integrations.trl_run import BandFields, BandRun
+from bandpo.integrations.trl_fields import BandFields
+from bandpo.integrations.trl_run import BandRun
 from bandpo.integrations.version import missing_hook, require, require_reads
 
 try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.settings import LossSettings, refuse_delta
-from bandpo.integrations.trl_run import BandFields
+from bandpo.integrations.trl_fields import BandFields
 from bandpo.integrations.version import missing_hook
 
 try:

@@ -1,104 +1,24 @@
-"""Parts that the trainers of TRL share: fields of the rule, its schedule, its metrics."""
+"""The part that the trainers of TRL share: a region, its epsilons and its metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.epsilons import epsilons
-from bandpo.integrations.recording import Recording
-from bandpo.integrations.settings import LossSettings, wrong_region
+from bandpo.integrations.trl_callbacks import Flusher, Stepper
+from bandpo.integrations.trl_fields import BandFields
 from bandpo.integrations.version import check_version
 from bandpo.loss import Metrics, policy_loss
 from bandpo.region import Region
 from bandpo.rule import AnyRegion
 from bandpo.schedule import ScheduledBand
-from bandpo.spec import spec_from_region
-
-STATE = "bandpo"
-"""Key of a schedule's state among the states of callbacks in trainer_state.json."""
-
-if TYPE_CHECKING:
-    RegionField = str | Region
-else:  # a parser of arguments fills it with text
-    RegionField = str
-
-
-@dataclass
-class BandFields:
-    """Fields of the rule in TRL's arguments, which are saved as text."""
-
-    region: RegionField = field(
-        default="preset:bandpo-kl",
-        metadata={
-            "help": "Bounds of the ratio, such as '(kl@0.05).cap(10)', 'kl@0.01|clip@0.2,0.28' or "
-            "'preset:dppo-kl'."
-        },
-    )
-    schedule: str | None = field(
-        default=None,
-        metadata={
-            "help": "Delta of the region's one band by optimiser step, such as "
-            "'cosine(0.05, 0.005, 1000)'."
-        },
-    )
-    record: str | None = field(
-        default=None,
-        metadata={"help": "Folder for a sample of the tokens of the run, for bandpo replay."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]
-        self.check()
-
-    def check(self) -> None:
-        """Raises if TRL's loss cannot follow a field.
-
-        A trainer calls it as well, because fields may be assigned after the configuration is made.
-
-        Raises:
-            InvalidTypeError: If a field has the wrong type.
-            InvalidValueError: If one is out of range, or TRL's loss does not go with a region.
-        """
-        if isinstance(self.region, Region):
-            self.region = spec_from_region(self.region)
-        if not isinstance(self.region, str):
-            raise wrong_region(self.region)
-        if not isinstance(self.schedule, (str, type(None))):
-            raise InvalidTypeError(
-                f"schedule must be text, such as 'linear(0.1, 0.02, 1000)', got {self.schedule!r}"
-            )
-        self.settings.clamp_region("TRL")
-        self.settings.refuse_changes("TRL", but_steps=True)
-        self.recording()
-        defaults = {own.name: own.default for own in fields(self)}
-        for name in ("epsilon", "epsilon_high"):
-            if getattr(self, name) != defaults[name]:
-                raise InvalidValueError(
-                    f"{name} must be left out, because the region has the bounds, "
-                    f"got {getattr(self, name)!r}; a fixed clip is region='clip@0.2,0.28'"
-                )
-        if self.use_liger_kernel:  # type: ignore[attr-defined]
-            raise InvalidValueError(
-                "use_liger_kernel must be False, because TRL had a loss for it that no region "
-                "reaches; model_init_kwargs={'use_kernels': True} has kernels for the layers"
-            )
-
-    @property
-    def settings(self) -> LossSettings:
-        """The rule of these fields."""
-        return LossSettings(region=self.region, schedule=self.schedule)
-
-    def recording(self, **metadata: Any) -> Recording | None:
-        """Returns the recorder of the run, if there is to be one."""
-        return None if self.record is None else Recording(self.record, **metadata)
 
 
 class BandRun:
@@ -129,9 +49,9 @@ class BandRun:
             rule=self._settings.as_json(),
         )
         if self._recording is not None:
-            self.add_callback(_Flusher(self._recording))  # type: ignore[attr-defined]
+            self.add_callback(Flusher(self._recording))  # type: ignore[attr-defined]
         if isinstance(self._region, ScheduledBand):
-            self.add_callback(_Stepper(self, self._region))  # type: ignore[attr-defined]
+            self.add_callback(Stepper(self, self._region))  # type: ignore[attr-defined]
 
     @property
     def region(self) -> AnyRegion:
@@ -213,31 +133,3 @@ class BandRun:
             if isinstance(self.region, ScheduledBand):
                 logs[f"{prefix}delta"] = self.region.schedule.value
         super().log(logs, start_time)  # type: ignore[misc]
-
-
-class _Flusher(TrainerCallback):  # type: ignore[misc]
-    """Writes the rest of a record when training ends."""
-
-    def __init__(self, recording: Recording) -> None:
-        self._recording = recording
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._recording.flush()
-
-
-class _Stepper(TrainerCallback):  # type: ignore[misc]
-    """Steps a schedule after each optimiser step, and keeps its state in trainer_state.json."""
-
-    def __init__(self, trainer: Any, source: ScheduledBand) -> None:
-        self._trainer, self._source = trainer, source
-        self._start = source.state_dict()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._source.load_state_dict(state.stateful_callbacks.get(STATE, self._start))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer = self._trainer
-        measured = trainer._metrics["train"]["entropy"]  # of all ranks, one a micro-batch
-        last = measured[-trainer.current_gradient_accumulation_steps :]
-        self._source.step(entropy=sum(last) / len(last))
-        state.stateful_callbacks[STATE] = self._source.state_dict()
