@@ -13,7 +13,7 @@ Rules that are one argument of the loss have no preset either:
 
 - decoupled PPO (AReaL): ``old_log_prob`` of the proximal policy, and ``correction=Correction(
   Clip.between(0, 5))`` with the ``rollout_log_prob`` of the behaviour policy
-- TRL's ``delta``: ``dual_clip=delta``
+- TRL's ``delta``, where no upper bound is above it: ``dual_clip=delta``
 - clip-cov (arXiv 2505.22617): ``rollout_is_weights`` that are 0 for the tokens that it draws
 - DRPO (arXiv 2606.09821): ``Band("tv", delta)`` with surrogate "quadratic", as long as the
   band stays inside the simplex; the scale of its published delta is not settled
