@@ -145,7 +145,11 @@ def test_settings_state_whether_they_read_rollout_log_probs(
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"region": "kl@"}, InvalidValueError, r"^region \"kl@\", column 4: a number is missing"),
-    ({"region": " dapo"}, InvalidValueError, r"^region must be .*preset 'dapo'.*'preset:dapo'"),
+    (
+        {"region": " dapo"},
+        InvalidValueError,
+        r"^region must be .*preset 'dapo'.*'preset:dapo' is its region alone",
+    ),
     *(
         ({"region": region}, InvalidTypeError, rf"^region must be a spec, such as .*got {shown}$")
         for region, shown in ((3, "3"), (0.2, "0.2"), (True, "True"), ([], r"\[\]"))
@@ -175,7 +179,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ratio_level": "words"}, InvalidValueError, r"^ratio_level must be one of"),
     ({"ratio_level": "sequence"}, InvalidValueError, r"^region must be a Clip with ratio_level"),
     ({"schedule": "lin(1)"}, InvalidValueError, r"^schedule 'lin\(1\)', column 1: .*'linear'\?"),
-    ({"schedule": 0.1}, InvalidTypeError, r"^schedule must be .*got float"),
+    ({"schedule": 0.1}, InvalidTypeError, r"^schedule must be a spec, such as .*got 0.1$"),
     (
         {"schedule": "constant(0.1)", "region": "clip@0.2"},
         InvalidValueError,

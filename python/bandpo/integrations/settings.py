@@ -125,6 +125,11 @@ class LossSettings:
             schedule = schedule_from_spec(schedule)
         elif isinstance(schedule, Schedule):
             schedule = copy.deepcopy(schedule)
+        else:
+            raise InvalidTypeError(
+                f"schedule must be a spec, such as 'linear(0.1, 0.02, 1000)', or a "
+                f"bandpo.schedule.Schedule, got {schedule!r}"
+            )
         if not isinstance(region, Region):
             raise InvalidValueError(
                 f"schedule must be left out with region {region!r}, which is none with a band"
@@ -271,8 +276,8 @@ class LossSettings:
             if region.strip() in PRESETS:
                 raise InvalidValueError(
                     f"region must be a region, got the preset {region.strip()!r}, which has a "
-                    f"surrogate as well; give it as preset, or 'preset:{region.strip()}' for its "
-                    f"region alone"
+                    f"surrogate as well; 'preset:{region.strip()}' is its region alone, and the "
+                    f"setting preset, where the trainer has it, the whole rule"
                 )
             region = region_or_source_from_spec(region)
         if not isinstance(region, RuleRegion):
