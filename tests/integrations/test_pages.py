@@ -25,6 +25,7 @@ SHARED = {
     "version",
 }
 OF_OTHERS = {
+    "torchrl_ppo",
     "trl_async",
     "trl_callbacks",
     "trl_config",

@@ -213,19 +213,19 @@ def test_rules_that_are_more_than_a_clamp_are_refused(rule: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "name"),
+    ("adapter", "base", "name"),
     [
-        (GRPOLoss, "_compute_policy_objective"),
-        (GRPOLoss, "_log_weight"),
-        (ClipPPOLoss, "_clip_bounds"),
+        ("torchrl", GRPOLoss, "_compute_policy_objective"),
+        ("torchrl", GRPOLoss, "_log_weight"),
+        ("torchrl_ppo", ClipPPOLoss, "_clip_bounds"),
     ],
 )
 def test_a_hook_that_is_gone_is_an_import_error(
-    base: type, name: str, monkeypatch: pytest.MonkeyPatch
+    adapter: str, base: type, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(base, name)
     with pytest.raises(MissingHookError, match=rf"torchrl 0\.\d+.* has no {base.__name__}\.{name}"):
-        fresh(monkeypatch, "bandpo.integrations.torchrl")
+        fresh(monkeypatch, f"bandpo.integrations.{adapter}")
 
 
 def test_a_hook_that_nothing_calls_is_an_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
