@@ -250,7 +250,7 @@ def test_a_clamp_has_the_region_alone() -> None:
         ),
         ({"preset": "gspo"}, r"^ratio_level must be 'token' with t, .* got 'sequence'"),
         ({"region": "kl@0.05", "dual_clip": 3.0}, r"^dual_clip must be None .* got 3.0$"),
-        ({"region": "kl@0.05", "surrogate": MinClip(3.0)}, r"^dual_clip must be .* got 3.0"),
+        ({"region": "kl@0.05", "surrogate": MinClip(3.0)}, r"^dual_clip must be .* got 3.0$"),
         (
             {"region": "kl@0.05", "log_ratio_penalty": 1e-3},
             r"^log_ratio_penalty must be 0.0 with t, .* got 0.001",

@@ -259,7 +259,9 @@ class LossSettings:
 
     def _origin(self, field: str) -> str:
         """The end of a message about the value of a field that a preset may have given."""
-        if getattr(self, field) is not None:
+        if getattr(self, field) is not None or (
+            field == "dual_clip" and self.surrogate is not None
+        ):
             return ""
         name = DEFAULT_PRESET if self.preset is None else self.preset
         chosen = ", which is taken where no rule is given" if self.preset is None else ""
