@@ -51,6 +51,10 @@ class BrokenExtraError(BandpoError, ImportError):
     """An optional dependency is installed but cannot be imported; the message gives the reason."""
 
 
+class KernelError(BandpoError, RuntimeError):
+    """The CUDA driver or its compiler refused a kernel; the message has its code and reason."""
+
+
 class MissingHookError(BandpoError, ImportError):
     """A trainer lacks the name that an adapter needs; the message has its version and the name."""
 

@@ -1,11 +1,12 @@
-"""The kernels through NVIDIA's compiler, as CuPy calls it, for every architecture, without a GPU.
+"""The kernels through NVIDIA's compiler, as launchers call it, for every architecture.
 
-Registers and spills come from the log of its assembler.
+No GPU is needed. Registers and spills come from the log of its assembler.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,8 +19,11 @@ import torch
 import bandpo
 from bandpo import _core
 from bandpo.backends.cuda import kernels
-from bandpo.backends.cuda.launch import COMPILER_OPTIONS, THREADS, cupy_module
+from bandpo.backends.cuda.compiler import ADDED_OPTIONS, cubin, nvrtc_module
+from bandpo.backends.cuda.launch import COMPILER_OPTIONS, THREADS
+from bandpo.backends.cuda.raw_module import cupy_module
 from bandpo.backends.native import token_loss_op
+from bandpo.error import KernelError
 from bandpo.tensors.bounds import MAX_TABLE_WORDS, bounds_of
 from support.batches import random_batch
 from support.emulated import KERNELS
@@ -170,6 +174,47 @@ class TestMachineCode:
         wanted = token_loss_op(old.float(), new.float(), None, *more)
         for mine, rusts in zip(found[:3], wanted[:3], strict=True):
             assert torch.equal(mine.nan_to_num(nan=12345.0), rusts.nan_to_num(nan=12345.0))
+
+
+class TestBindings:
+    """NVIDIA's bindings, by which kernels are compiled at their first use."""
+
+    @pytest.fixture(autouse=True)
+    def _bindings(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        reason = "needs cuda.bindings: pip install '.[nvrtc]'"
+        pytest.importorskip("cuda.bindings.nvrtc", reason=reason)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+    @pytest.mark.parametrize("kernel", ["policy_loss_totals<double>", "band_bounds<bandpo::Half>"])
+    def test_machine_code_is_that_of_the_compiler_alone(
+        self, kernel: str, architecture: str
+    ) -> None:
+        kernel = f"bandpo::{kernel}"
+        _, major, _ = nvrtc_module().nvrtcVersion()
+        nvrtc = compiler(major)
+        assert nvrtc is not None
+        options = [*COMPILER_OPTIONS, *ADDED_BY_CUPY, f"-arch={architecture}"]
+        wanted = nvrtc.compile(_core.KERNEL_SOURCE, [kernel], options)
+        found = [cubin(kernel, architecture, COMPILER_OPTIONS) for _ in range(2)]
+        assert found[0] == found[1]  # the second from the cache
+        assert found[0].name == wanted.names[0]
+        # Local symbols have eight digits that depend on the time.
+        own, others = (
+            re.sub(rb"bandpo_cu_[0-9a-f]{8}", b"bandpo_cu_", code)
+            for code in (found[0].code, wanted.binary)
+        )
+        assert own == others
+        assert len(own) > 10_000
+
+    def test_refusals_have_the_first_error(self) -> None:
+        with pytest.raises(KernelError, match=r"error: namespace .bandpo. has no member"):
+            cubin("bandpo::nothing", "sm_90", COMPILER_OPTIONS)
+        with pytest.raises(KernelError, match=r"invalid value for --gpu-architecture"):
+            cubin("bandpo::policy_loss_totals<double>", "sm_1", COMPILER_OPTIONS)
+
+    def test_options_are_those_that_cupy_adds(self) -> None:
+        assert {*ADDED_OPTIONS, "--std=c++17"} == set(ADDED_BY_CUPY)
 
 
 class TestCupy:

@@ -144,13 +144,20 @@ class Emulator:
             raise ValueError(f"{kernel} takes {wanted} arguments, got {len(arguments)}")
         held = [np.array([argument]) for argument in arguments]
         pointers = (ctypes.c_void_p * len(held))(*(array.ctypes.data for array in held))
+        grid = max(1, min(blocks, self.grid))
+        self.launch_packed(kernel, grid, 256, ctypes.addressof(pointers), shared_bytes)
+
+    def launch_packed(
+        self, kernel: str, grid: int, threads: int, addresses: int, shared_bytes: int
+    ) -> None:
+        """Launches a kernel as a driver does, with the address of an array of addresses."""
         self._library.launch(
-            name,
-            ctypes.c_uint(max(1, min(blocks, self.grid))),
+            kernel.encode(),
+            ctypes.c_uint(grid),
             ctypes.c_uint(self.skipped),
-            ctypes.c_uint(256),
+            ctypes.c_uint(threads),
             ctypes.c_uint(shared_bytes),
-            pointers,
+            ctypes.c_void_p(addresses),
             ctypes.c_int(self.flush_to_zero),
             ctypes.c_int(self.last_warp_first),
         )

@@ -207,7 +207,7 @@ def policy_loss(
         InvalidValueError: If shapes or devices do not match, a value is out of range or a name not
             known, arguments do not go together, ``cu_seqlens`` or a global count (for
             ``dp_size > 1``) is missing, or the backend cannot run on the tensors' device.
-        MissingExtraError: With backend "cuda", if CuPy is not installed.
+        MissingExtraError: With backend "cuda", if neither cuda-bindings nor CuPy is installed.
         BrokenExtraError: With backend "cuda", if the kernels cannot run.
     """
     rule = Rule.of(resolved(region), surrogate, dual_clip, ratio_level)

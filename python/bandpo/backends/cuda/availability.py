@@ -1,4 +1,4 @@
-"""The reason why the kernels cannot run here, if CuPy, a driver or a device is missing."""
+"""The reason why the kernels cannot run here: torch, the device, or the launchers."""
 
 from __future__ import annotations
 
@@ -7,43 +7,31 @@ from functools import cache
 
 import torch
 
-from bandpo.backends.cuda import launch
+from bandpo.backends.cuda.launch import extra, launcher
 from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
 
 
 def obstacle() -> ImportError | None:
-    """Returns the error with the reason why the kernels cannot run here, or None if they can."""
-    version = torch.version.cuda
+    """Returns the error with the reason why the kernels cannot run here, or None if they can.
+
+    The first reason is given of those that an extra cannot remove: torch is not built for CUDA, or
+    finds no device.
+    """
     if torch.version.hip is not None:
         return BrokenExtraError("the kernels need CUDA, this torch is built for ROCm")
-    # CuPy 14 needs CUDA 12 or newer; a newer CUDA than 13 runs code for 13.
-    extra = "cuda12" if version and int(version.partition(".")[0]) <= 12 else "cuda13"
-    try:
-        cupy = launch.cupy_module()
-    except ModuleNotFoundError as missing:
-        if missing.name == "cupy":
-            return MissingExtraError("cupy", extra)
-        return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {missing}")
-    except (ImportError, OSError) as broken:
-        return BrokenExtraError(f"cupy, of bandpo[{extra}], cannot be imported: {broken}")
-    if not hasattr(cupy.cuda.Stream, "from_external"):
-        return BrokenExtraError(f"bandpo[{extra}] needs CuPy 14 or newer, got {cupy.__version__}")
-    if version is None:
+    if torch.version.cuda is None:
         return BrokenExtraError(
-            f"the kernels of bandpo[{extra}] need a torch built with CUDA, "
+            f"the kernels of bandpo[{extra()}] need a torch built with CUDA, "
             f"torch {torch.__version__} is not"
         )
+    if torch.cuda.device_count() == 0:
+        return BrokenExtraError(
+            f"the kernels of bandpo[{extra()}] need a CUDA device and its driver: torch finds none"
+        )
     try:
-        devices = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as reason:
-        return BrokenExtraError(f"the kernels of bandpo[{extra}] need a CUDA driver: {reason}")
-    if devices == 0:
-        return BrokenExtraError(f"the kernels of bandpo[{extra}] need a CUDA device: there is none")
-    try:
-        launch.compiled(launch.TOTALS_KERNEL, torch.cuda.current_device())
-    except Exception as reason:  # each part of CuPy has its own class
-        line = str(reason).strip().partition("\n")[0]
-        return BrokenExtraError(f"the kernels of bandpo[{extra}] cannot be compiled: {line}")
+        launcher()
+    except (BrokenExtraError, MissingExtraError) as reason:
+        return reason
     return None
 
 

@@ -1,14 +1,19 @@
-"""Compilation of kernels, and their launch on torch's stream. The only module with CuPy."""
+"""Launch of kernels on torch's stream, and the choice of the package that compiles and loads them.
+
+Launchers are tried in the order of `LAUNCHERS`. The first one that loads a kernel here is taken.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from bandpo import _core
+from bandpo.backends.cuda import driver, raw_module
+from bandpo.error import BrokenExtraError, MissingExtraError
 
 THREADS = 256
 """Threads of a block, as in ``cuda/``."""
@@ -28,12 +33,27 @@ BLOCKS_A_PROCESSOR = 8
 TOTALS_KERNEL = "bandpo::policy_loss_totals<float>"
 """The kernel that every loss needs."""
 
+Run = Callable[[int, int, int, tuple[np.generic, ...], int], None]
+"""A kernel on a device, of grid, threads, stream's handle, arguments and shared bytes."""
 
-def cupy_module() -> Any:
-    """CuPy, imported late, because that takes longer than importing bandpo."""
-    import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+LAUNCHERS: dict[str, Callable[[str, int, tuple[str, ...]], Run]] = {
+    "cuda-bindings": driver.load,
+    "cupy": raw_module.load,
+}
+"""Functions of kernel, index of a device and options of the compiler, by name of the package."""
 
-    return cupy
+
+class Launcher(NamedTuple):
+    """The package that loads kernels here."""
+
+    name: str
+    refused: dict[str, str]
+    """Those before it, with the reasons."""
+
+
+class _Compiled(NamedTuple):
+    run: Run
+    max_blocks: int
 
 
 def launch(
@@ -54,33 +74,70 @@ def launch(
         blocks: Blocks that the work needs; fewer run, and each strides over the work.
         arguments: The kernel's, as numpy scalars.
         shared_bytes: Dynamic shared memory of a block.
+
+    Raises:
+        KernelError: If the compiler or the driver refuses it.
+        MissingExtraError: If no launcher is installed.
+        BrokenExtraError: If none can be used.
     """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    grid = max(1, min(blocks, BLOCKS_A_PROCESSOR * processors))
     index = torch.cuda.current_device() if device.index is None else device.index
-    stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
-    function = compiled(kernel, index)
-    of_cupy = cupy_module().cuda
-    with of_cupy.Device(index), of_cupy.Stream.from_external(stream):
-        function((grid,), (THREADS,), arguments, shared_mem=shared_bytes)
+    run, max_blocks = compiled(kernel, index)
+    grid = max(1, min(blocks, max_blocks))
+    run(grid, THREADS, _stream(index), arguments, shared_bytes)
 
 
-class _Stream(NamedTuple):
-    """A stream of torch in CuPy's protocol, which streams of old versions of torch lack."""
-
-    pointer: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        """Returns the version of the protocol, and the handle."""
-        return 0, self.pointer
+def _stream(index: int) -> int:
+    """The handle of torch's current stream of a device."""
+    try:
+        # As code that torch generates; the public way makes an object, which takes longer.
+        return torch._C._cuda_getCurrentRawStream(index)
+    except AttributeError:
+        return torch.cuda.current_stream(index).cuda_stream
 
 
 @cache
-def compiled(kernel: str, device_index: int) -> Any:
+def compiled(kernel: str, device_index: int) -> _Compiled:
     """Compiles and loads a kernel for a device."""
-    cupy = cupy_module()
-    with cupy.cuda.Device(device_index):
-        module = cupy.RawModule(
-            code=_core.KERNEL_SOURCE, options=COMPILER_OPTIONS, name_expressions=(kernel,)
-        )
-        return module.get_function(kernel)
+    run = _loaded(launcher().name, kernel, device_index)
+    processors = torch.cuda.get_device_properties(device_index).multi_processor_count
+    return _Compiled(run, BLOCKS_A_PROCESSOR * processors)
+
+
+@cache
+def _loaded(name: str, kernel: str, device_index: int) -> Run:
+    return LAUNCHERS[name](kernel, device_index, COMPILER_OPTIONS)
+
+
+@cache
+def launcher() -> Launcher:
+    """Returns the first launcher that loads a kernel on torch's current device.
+
+    Raises:
+        MissingExtraError: If none is installed.
+        BrokenExtraError: If one is installed and none can be used.
+    """
+    refused: dict[str, str] = {}
+    missing = set()
+    for name in LAUNCHERS:
+        try:
+            _loaded(name, TOTALS_KERNEL, torch.cuda.current_device())
+        except Exception as reason:  # each part of a package has its own class
+            refused[name] = str(reason).strip().partition("\n")[0]
+            # A package of NVIDIA's, such as cuda-pathfinder, makes ``cuda`` without ``bindings``.
+            names = ("cupy", "cuda", "cuda.bindings")
+            if isinstance(reason, ModuleNotFoundError) and reason.name in names:
+                refused[name] = "not installed"
+                missing.add(name)
+        else:
+            return Launcher(name, refused)
+    if missing == set(LAUNCHERS):
+        raise MissingExtraError("cuda-bindings", extra())
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    raise BrokenExtraError(f"the kernels of bandpo[{extra()}] cannot be loaded: {reasons}")
+
+
+def extra() -> str:
+    """Returns the name of the extra for this torch."""
+    version = torch.version.cuda
+    # A newer CUDA than 13 runs code for 13.
+    return "cuda12" if version and int(version.partition(".")[0]) <= 12 else "cuda13"
