@@ -18,6 +18,7 @@ _PACKAGES = {
     "rich": ("rich",),
     "torch": ("torch",),
     "matplotlib": ("matplotlib",),
+    "cuda-bindings": ("cuda-bindings",),
     "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
     "trl": ("trl",),
     "verl": ("verl",),
@@ -40,8 +41,10 @@ def report(*, verl: bool = False) -> dict[str, Any]:
     """Returns findings by name, as JSON takes them.
 
     A version is None where the package is not installed, ``gpu`` where torch can use none, a
-    backend where it has no use. ``problems`` are what keeps the loss, or the kernels for a GPU that
-    is there, from running.
+    backend where it has no use. ``dtypes_cpu`` and ``dtypes_gpu`` have the dtype that the backend
+    reads, by the dtype of log-probs. ``launcher`` is the package that loads the kernels, and
+    ``launchers_refused`` has the reasons why another one does not. ``problems`` are what keeps the
+    loss, or the kernels for a GPU that is there, from running.
 
     Args:
         verl: Look up verl's loss bandpo in a new process, which takes seconds: ``verl_loss``.
@@ -75,9 +78,9 @@ def as_text(report: dict[str, Any]) -> dict[str, str]:
     driver = "" if report["cuda_driver"] is None else f", driver for CUDA {report['cuda_driver']}"
     return {
         "bandpo": report["bandpo"],
-        "backend on a CPU": report["backend_cpu"] or "none",
+        "backend on a CPU": _backend(report["backend_cpu"], report["dtypes_cpu"]),
         "GPU": gpu + driver,
-        **({"backend on a GPU": report["backend_gpu"]} if report["backend_gpu"] else {}),
+        **({"backend on a GPU": _backend_on_a_gpu(report)} if report["backend_gpu"] else {}),
         **(
             {"verl's loss bandpo": "registered" if report["verl_loss"] else "not registered"}
             if "verl_loss" in report
@@ -90,6 +93,25 @@ def as_text(report: dict[str, Any]) -> dict[str, str]:
         "platform": report["platform"],
         **{name: report[name] or "not installed" for name in _PACKAGES},
     }
+
+
+def _backend(name: str | None, dtypes: dict[str, str] | None) -> str:
+    """A backend, with the dtypes that it reads, and those that are converted for it."""
+    if name is None or dtypes is None:
+        return "none"
+    read = " ".join(dtype for dtype, as_dtype in dtypes.items() if dtype == as_dtype)
+    converted = [f"{dtype} as {other}" for dtype, other in dtypes.items() if dtype != other]
+    return f"{name}: {', '.join([read, *converted])}"
+
+
+def _backend_on_a_gpu(report: dict[str, Any]) -> str:
+    """The same with the package that loads the kernels, and the reason why not another."""
+    backend = _backend(report["backend_gpu"], report["dtypes_gpu"])
+    if report["launcher"] is None:
+        return backend
+    name, refused = report["launcher"], report["launchers_refused"]
+    reasons = "".join(f" ({other}: {reason})" for other, reason in refused.items())
+    return f"{backend}; kernels loaded by {name}{reasons}"
 
 
 def _version(distributions: tuple[str, ...]) -> str | None:
@@ -116,13 +138,24 @@ def _driver() -> tuple[int, str | None]:
 
 
 def _backends(gpus: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"backend_cpu": None, "gpu": None, "backend_gpu": None, "problems": []}
+    found: dict[str, Any] = {
+        "backend_cpu": None,
+        "dtypes_cpu": None,
+        "gpu": None,
+        "backend_gpu": None,
+        "dtypes_gpu": None,
+        "launcher": None,
+        "launchers_refused": {},
+        "problems": [],
+    }
     try:
         from bandpo.backends.cuda.availability import obstacle
-        from bandpo.backends.select import default_backend, gpu_report
+        from bandpo.backends.cuda.launch import launcher
+        from bandpo.backends.select import default_backend, dtypes_read, gpu_report
     except (BrokenExtraError, MissingExtraError) as reason:
         return {**found, "problems": [f"the loss cannot run: {reason}"]}
     found["backend_cpu"] = default_backend("cpu")
+    found["dtypes_cpu"] = dtypes_read(found["backend_cpu"])
     state, _, detail = gpu_report().partition(": ")
     if state != "usable":
         # Without a GPU that is no problem, and nothing has to be installed.
@@ -131,6 +164,9 @@ def _backends(gpus: int) -> dict[str, Any]:
     found["gpu"] = detail
     hindrance = obstacle() if gpus else None
     found["backend_gpu"] = "cuda" if gpus and hindrance is None else "torch"
+    found["dtypes_gpu"] = dtypes_read(found["backend_gpu"])
+    if found["backend_gpu"] == "cuda":
+        found["launcher"], found["launchers_refused"] = launcher()
     if hindrance is not None:
         found["problems"] = [f"the kernels for the GPU cannot run: {hindrance}"]
     return found

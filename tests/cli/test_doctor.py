@@ -25,12 +25,14 @@ def report(
 ) -> Callable[..., Report]:
     """Returns the report for a number of GPUs, torch's verdict and the obstacle of the kernels."""
     from bandpo.backends import select
-    from bandpo.backends.cuda import availability
+    from bandpo.backends.cuda import availability, launch
 
     def made(gpus: int, gpu: str, obstacle: ImportError | None = None, code: int = 0) -> Report:
         monkeypatch.setattr(doctor, "_driver", lambda: (gpus, "13.0" if gpus else None))
         monkeypatch.setattr(select, "gpu_report", lambda: gpu)
         monkeypatch.setattr(availability, "obstacle", lambda: obstacle)
+        taken = launch.Launcher("cupy", {"cuda-bindings": "not installed"})
+        monkeypatch.setattr(launch, "launcher", lambda: taken)
         assert main(["doctor", "--json", "--check"]) == code
         found: Report = json.loads(capsys.readouterr().out)
         assert main(["doctor", "--json"]) == 0
@@ -78,17 +80,29 @@ def test_a_gpu_that_torch_cannot_use_is_a_problem(report: Callable[..., Report])
 
 
 def test_a_gpu_whose_kernels_cannot_run_is_a_problem(report: Callable[..., Report]) -> None:
-    found = report(1, "usable: H100", MissingExtraError("cupy", "cuda13"), code=1)
-    assert (found["gpu"], found["backend_gpu"]) == ("H100", "torch")
+    found = report(1, "usable: H100", MissingExtraError("cuda-bindings", "cuda13"), code=1)
+    assert (found["gpu"], found["backend_gpu"], found["launcher"]) == ("H100", "torch", None)
     assert found["problems"] == [
-        "the kernels for the GPU cannot run: cupy is not installed; run: pip install '.[cuda13]' in"
-        " a checkout of bandpo, which is not on PyPI yet"
+        "the kernels for the GPU cannot run: cuda-bindings is not installed; run: pip install "
+        "'.[cuda13]' in a checkout of bandpo, which is not on PyPI yet"
     ]
 
 
-def test_a_gpu_that_works_takes_the_kernels(report: Callable[..., Report]) -> None:
+def test_a_gpu_that_works_takes_the_kernels(
+    report: Callable[..., Report], capsys: pytest.CaptureFixture[str]
+) -> None:
     found = report(1, "usable: H100")
     assert (found["gpu"], found["backend_gpu"], found["problems"]) == ("H100", "cuda", [])
+    assert found["launcher"] == "cupy"
+    assert found["launchers_refused"] == {"cuda-bindings": "not installed"}
+    dtypes = "float32", "float64", "bfloat16", "float16"
+    assert found["dtypes_gpu"] == {dtype: dtype for dtype in dtypes}
+    half = {"bfloat16": "float32", "float16": "float32"}
+    assert found["dtypes_cpu"] == {"float32": "float32", "float64": "float64", **half}
+    assert main(["doctor"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "native: float32 float64, bfloat16 as float32, float16 as float32" in text
+    assert "cuda: float32 float64 bfloat16 float16; kernels loaded by cupy (cuda-" in text
 
 
 def test_a_gpu_of_another_maker_takes_torch(report: Callable[..., Report]) -> None:

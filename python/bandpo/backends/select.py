@@ -1,7 +1,7 @@
 """Which backend computes a loss on a device, and why another one cannot.
 
-Without CuPy "auto" warns once and takes plain torch, and "cuda" raises MissingExtraError;
-`bandpo.backends.cuda.availability` finds the reason.
+If the kernels for CUDA cannot run, "auto" warns once and takes plain torch, and "cuda" raises an
+error; `bandpo.backends.cuda.availability` finds the reason.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def select(name: str, device: torch.device) -> Backend:
 
     Raises:
         InvalidValueError: If it does not run on the device.
-        MissingExtraError: If it is "cuda" and CuPy is not installed.
+        MissingExtraError: If it is "cuda" and neither cuda-bindings nor CuPy is installed.
         BrokenExtraError: If it is "cuda" and the kernels cannot run.
     """
     if name == "auto":
@@ -71,6 +71,13 @@ def _require_kernels() -> bool:
     if reason is not None:
         raise reason
     return True
+
+
+def dtypes_read(name: str) -> dict[str, str]:
+    """Returns the dtype that a backend reads, by the dtype of log-probs; others are converted."""
+    half = _BACKENDS[name].reads_half
+    read = {dtype: dtype if half else "float32" for dtype in ("bfloat16", "float16")}
+    return {"float32": "float32", "float64": "float64", **read}
 
 
 def gpu_report() -> str:
