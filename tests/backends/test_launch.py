@@ -131,8 +131,8 @@ class TestBindings:
         assert kernel.startswith("bandpo::policy_loss<float, bandpo::Table")
         assert totals == launch.TOTALS_KERNEL
         words = bounds_of(KL, torch.zeros(1)).numel()
-        assert first == [0, 5, launch.THREADS, 4 * words, STREAM]
         max_blocks = launch.BLOCKS_A_PROCESSOR * PROCESSORS
+        assert first == [0, max_blocks, launch.THREADS, 4 * words, STREAM]
         assert second == [0, max_blocks, launch.THREADS, 0, STREAM]
 
     def test_kernels_of_every_type_of_argument(self, device: Device) -> None:
