@@ -23,7 +23,7 @@ test: $(VENV)/test.stamp
 
 # The kernels under NVIDIA's compiler, without a GPU. A target of its own, because compiler and CuPy take 550 MB.
 test-nvrtc: $(VENV)/nvrtc.stamp
-	$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal tests/backends/test_nvrtc.py
+	$(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal tests/backends/test_nvrtc.py tests/backends/test_launch.py
 	$(BIN)/python tools/count_sass.py
 
 # The adapters to trainers against the trainers themselves. Versions conflict, so that each trainer has an environment of

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,9 @@ pytest.importorskip("torch")
 import torch
 
 import bandpo
-from bandpo.backends.cuda import kernels
+from bandpo.backends.cuda import kernels, launch
 from bandpo.backends.native import token_loss_op
+from bandpo.error import MissingExtraError
 from bandpo.loss import PolicyLoss, policy_loss
 from bandpo.tensors.bounds import bounds_of
 from bandpo.torch import clip, clip_ratio, contains, log_bounds
@@ -160,6 +163,40 @@ def long_work(matrix: torch.Tensor) -> torch.Tensor:
     for _ in range(8):
         matrix = (matrix @ matrix).sigmoid()
     return matrix.mean()
+
+
+@pytest.mark.parametrize("name", list(launch.LAUNCHERS))
+def test_every_launcher_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of subnormal numbers included, which the options of the compiler flush to 0."""
+    old, new, advantages, valid = on_gpu = batch((64, 300))
+    on_gpu[0][:, ::50], on_gpu[1][:, ::50] = -(2.0**-130), -(2.0**-128)
+    arguments = old, new, None, advantages, valid, bounds_of(KL, old), "min-clip", [3.0], True
+    wanted = kernels.token_loss(*arguments)
+    monkeypatch.setattr(launch, "LAUNCHERS", {name: launch.LAUNCHERS[name]})
+    for function in ("compiled", "_loaded", "launcher"):
+        fresh = cache(getattr(launch, function).__wrapped__)
+        monkeypatch.setattr(launch, function, fresh)
+    try:
+        assert launch.launcher().name == name
+    except MissingExtraError as reason:
+        pytest.skip(f"needs {name}: {reason}")
+    for mine, others in zip(kernels.token_loss(*arguments), wanted, strict=True):
+        assert torch.equal(mine, others)
+
+
+def test_a_thread_without_a_context_launches() -> None:
+    """It has none if the allocator has memory for its tensors."""
+    tokens = batch((4, 300))
+    bounds = bounds_of(KL, tokens[0])
+    arguments: Any = (*tokens[:2], None, *tokens[2:], bounds, "min-clip", [], True)
+    wanted = kernels.token_loss(*arguments)
+    found: list[torch.Tensor] = []
+    thread = Thread(target=lambda: found.extend(kernels.token_loss(*arguments)))
+    thread.start()
+    thread.join()
+    assert len(found) == len(wanted)
+    for mine, others in zip(found, wanted, strict=True):
+        assert torch.equal(mine, others)
 
 
 def test_the_loss_runs_on_the_current_stream() -> None:
