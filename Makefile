@@ -13,7 +13,7 @@ ON_GPU := $(VENV)/test.stamp $(VENV)/cuda$(CUDA).stamp
 ON_GPU_PYTHON := $(BIN)/python
 endif
 
-.PHONY: check test test-nvrtc test-trl test-verl test-torchrl test-ms-swift test-trainers test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results \
+.PHONY: check test test-nvrtc test-trl test-verl test-torchrl test-ms-swift test-trainers test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results gpu-visit \
   gate gate-update gate-gpu gate-gpu-update prerequisites clean
 check: test test-nvrtc lint
 
@@ -62,7 +62,7 @@ build/envs/%.stamp: tests/integrations/requirements/%.txt $(VENV)/test.stamp
 # installed, the tests run under it as well. Warnings of other versions do not fail the tests.
 test-gpu: gpu $(ON_GPU)
 	$(ON_GPU_PYTHON) -c 'from bandpo.backends.cuda.availability import obstacle; raise SystemExit(obstacle())'
-	$(ON_GPU_PYTHON) -m pytest --quiet -rs -W default tests/backends/test_gpu.py tests/backends/test_cuda.py tests/backends/test_tokens.py
+	$(ON_GPU_PYTHON) -m pytest --quiet -rs -W default tests/backends/test_gpu.py tests/backends/test_cuda.py tests/backends/test_launch.py tests/backends/test_tokens.py
 
 # The check for a GPU, before a target installs a package.
 gpu:
@@ -130,6 +130,15 @@ ifndef WHEELS
 	$(ASV) --bench 'cuda|DeviceLoss'
 	$(BIN)/python tools/make_results.py
 endif
+
+# What a visit to a GPU without a registry needs, in build/visit: the wheel, and that of Liger-Kernel for its Triton loss.
+# There: pip install --no-index --no-deps --target FOLDER build/visit/*.whl, then with FOLDER in PYTHONPATH
+# python tools/visit_gpu.py OUTPUT. The machine needs torch, pytest, pytest-xdist, hypothesis and mpmath.
+gpu-visit: $(VENV)/release.stamp
+	rm -rf build/visit
+	PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release --locked --out build/visit \
+	  --zig --compatibility manylinux2014 --interpreter $(BIN)/python
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest build/visit liger-kernel
 
 ASV = $(BIN)/asv machine --yes >/dev/null && $(BIN)/asv run --quick \
 	--environment existing:$(BIN)/python --set-commit-hash $$(git rev-parse HEAD)

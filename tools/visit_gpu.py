@@ -1,8 +1,9 @@
 """A visit to a GPU for minutes: correctness first, then times, each part written at once.
 
-    make gpu-visit                          here: the wheels, in build/visit
-    python tools/visit_gpu.py FOLDER        there, in a checkout: writes FOLDER/visit.json
-    python tools/visit_gpu.py --list        the parts
+    make gpu-visit                            here: the wheels, in build/visit
+    python tools/visit_gpu.py FOLDER          there, in a checkout: writes FOLDER/visit.json
+    python tools/visit_gpu.py --list          the parts
+    python tools/visit_gpu.py FOLDER --dry    the same without a GPU, the kernels in the emulator
 
 A part is a program with a limit of time. One that fails or is stopped leaves its output, and the
 next one runs. `visit.json` has the returncode, the seconds and the end of the output of each.
@@ -114,6 +115,22 @@ PARTS = (
 )
 
 
+DRY = (
+    Part("correctness", 60, (*PYTEST, f"{TESTS}/test_tokens.py", "-k", "emulator and kl")),
+    Part("cases", 60, (*BENCH, "cases", "--to", "{folder}/cases.json", "--emulated")),
+    Part("calls", 60, (*BENCH, "calls", "--to", "{folder}/calls.json", "--emulated")),
+    Part("counters", 10, counters("near", "float32")),
+    Part("a failure", 10, (sys.executable, "-c", "raise SystemExit('fails')")),
+    Part(
+        "too long",
+        0.5,
+        (sys.executable, "-c", "print('begins', flush=True); import time; time.sleep(60)"),
+    ),
+    Part("the next", 10, (sys.executable, "-c", "print('runs')")),
+)
+"""Parts that run in the emulator, then those of a visit on which something goes wrong."""
+
+
 def run(part: Part, folder: Path, left: float) -> dict[str, object]:
     """Runs a part, and returns what became of it."""
     start = time.monotonic()
@@ -143,9 +160,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--list", action="store_true", help="print the parts")
     parser.add_argument("--seconds", type=float, default=360.0, help="limit of all parts")
+    parser.add_argument("--dry", action="store_true", help="try the script without a GPU")
     parser.add_argument("--only", nargs="+", help="names of the parts to run")
     given = parser.parse_args()
-    parts = [part for part in PARTS if given.only is None or part.name in given.only]
+    parts = [
+        part
+        for part in (DRY if given.dry else PARTS)
+        if given.only is None or part.name in given.only
+    ]
     if given.list:
         print("\n".join(f"{part.name}: at most {part.limit:.0f} s" for part in parts))
         return
