@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from numbers import Real
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.error import InputPathError, InvalidTypeError, InvalidValueError
 
 Float64Array: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
@@ -21,9 +23,17 @@ def real_number(argument: str, value: object) -> float:
 
     Raises:
         InvalidTypeError: If it is none of these; the message names ``argument``.
+        InvalidValueError: If it is a whole number beyond a float64.
     """
     if isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number or a fraction
+            raise InvalidValueError(f"{argument} must be a number that a float64 holds") from None
+        except TypeError:  # a timedelta64 is a whole number for Python
+            raise InvalidTypeError(
+                f"{argument} must be a real number, got {type(value).__name__}"
+            ) from None
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError):
@@ -88,7 +98,7 @@ def real_array(argument: str, values: ArrayLike) -> NDArray[Any]:
         raise InvalidTypeError(f"{argument} must be an array of real numbers: {reason}") from None
     if array.dtype.kind not in "fiu":
         raise InvalidTypeError(f"{argument} must hold real numbers, got dtype {array.dtype}")
-    return array
+    return array if array.flags.aligned else array.copy()  # Rust reads aligned numbers alone
 
 
 def float64_array(argument: str, values: ArrayLike) -> Float64Array:
@@ -107,6 +117,51 @@ def broadcast(**arrays: Float64Array) -> list[Float64Array]:
     except ValueError:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise InvalidValueError(f"shapes do not broadcast: {shapes}") from None
+
+
+def check_text(argument: str, text: object) -> None:
+    """Raises unless ``text`` is a str that UTF-8 can hold, which Rust takes.
+
+    Raises:
+        InvalidTypeError: If it is no str.
+        InvalidValueError: If it has a byte of an argument or a path that is no character.
+    """
+    if not isinstance(text, str):
+        raise InvalidTypeError(f"{argument} must be a str, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(
+            f"{argument} must be text of UTF-8, got {text[error.start]!a} at column "
+            f"{error.start + 1}"
+        ) from None
+
+
+def check_path(argument: str, path: object) -> None:
+    """Raises InvalidTypeError unless ``path`` is one."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise InvalidTypeError(f"{argument} must be a path, got {type(path).__name__}")
+
+
+def bytes_of_file(path: Path, largest: int) -> bytes:
+    """Returns the content of a regular file, because a pipe would wait and a device never end.
+
+    Raises:
+        InputPathError: If it cannot be read, is another kind of file, or has more bytes than
+            ``largest``.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise InputPathError(f"cannot read {path}: it is not a regular file")
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+    except InputPathError:
+        raise
+    except OSError as error:
+        raise InputPathError(f"cannot read {path}: {error.strerror}") from None
+    if len(content) > largest:
+        raise InputPathError(f"cannot read {path}: it has more than {largest} bytes")
+    return content
 
 
 def check_bool(argument: str, value: object) -> None:

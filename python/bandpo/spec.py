@@ -53,7 +53,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from bandpo import _core
-from bandpo.check import suggestion
+from bandpo.check import check_text, suggestion
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.presets import PRESETS, preset
@@ -110,6 +110,7 @@ def region_or_source_from_spec(text: str) -> Region | RegionSource:
 def _tree(text: str) -> _Node:
     if not isinstance(text, str):
         raise InvalidTypeError(f"a region's spec must be a str, got {type(text).__name__}")
+    check_text("region", text)
     tree: _Node = json.loads(_core.parse_spec(text))
     return tree
 
