@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -21,6 +21,9 @@ pub(super) const VERSION: &str = "2";
 /// The version before, whose images have zeros in place of the words from [`NEAR`] on.
 pub(super) const VERSION_WITHOUT_NEAR: &str = "1";
 pub(super) const TENSOR: &str = "words";
+
+/// Max bytes of a file. An image has 32 KiB, and the rest is the description of its region.
+const MAX_FILE_BYTES: u64 = 1 << 20;
 
 impl BandTable {
     /// The bytes of the table's file. Equal tables give equal bytes.
@@ -192,16 +195,38 @@ impl BandTable {
     /// Reads a table that [`Self::save`] wrote.
     ///
     /// # Errors
-    /// [`Error::File`] if the file cannot be read, [`Error::TableFile`] if it holds no valid table.
+    /// [`Error::File`] if the file cannot be read, is no regular file or has more than 1 MiB, [`Error::TableFile`] if
+    /// it holds no valid table.
     pub fn load(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|error| Error::file(path, "read", &error))?;
-        Self::from_bytes(&bytes).map_err(|error| match error {
-            Error::TableFile { reason } => {
-                Error::TableFile { reason: format!("{}: {reason}", path.display()) }
-            }
-            other => other,
-        })
+        Self::from_bytes(&read(path).map_err(|error| Error::file(path, "read", &error))?).map_err(
+            |error| match error {
+                Error::TableFile { reason } => {
+                    Error::TableFile { reason: format!("{}: {reason}", path.display()) }
+                }
+                other => other,
+            },
+        )
     }
+}
+
+/// The bytes of a regular file that may hold a table. A pipe would wait, and a device might never end.
+fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+    let refuse = |reason: &str| std::io::Error::other(reason.to_owned());
+    // Before it is opened, because opening a pipe waits for its writer.
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(if path.is_dir() {
+            std::io::ErrorKind::IsADirectory.into()
+        } else {
+            refuse("it is not a regular file")
+        });
+    }
+    let mut bytes = Vec::new();
+    // One byte more than allowed, because a file may grow after its size was read.
+    std::fs::File::open(path)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(refuse("it has more than 1 MiB, and is no table"));
+    }
+    Ok(bytes)
 }
 
 /// SHA-256 over the metadata, each text after its length, and the words.

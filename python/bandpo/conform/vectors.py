@@ -10,13 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bandpo.error import InputPathError, InvalidValueError
+from bandpo.check import bytes_of_file
+from bandpo.error import InvalidValueError
 
 FILE = Path(__file__).with_name("vectors.safetensors")
 """The vectors of this version, written by ``tools/make_vectors.py``."""
 
 FORMAT = "bandpo-conformance-1"
 """The entry ``format`` of a file's metadata."""
+
+LARGEST = 2**26
+"""Max bytes of a file; that of this version has a few hundred thousand."""
 
 ANY = "any"
 """The mode of fields that are the same in every mode."""
@@ -46,14 +50,11 @@ def read_vectors(path: str | Path = FILE) -> list[Vector]:
         InputPathError: If it cannot be read.
         InvalidValueError: If it is no file of vectors, or lacks a field.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputPathError(f"cannot read {path}: {error.strerror}") from None
+    content = bytes_of_file(Path(path), LARGEST)
     try:
         tensors = dict(_tensors(content))
         return list(_vectors(tensors))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidValueError(f"{path} holds no vectors of {FORMAT}: {error}") from None
 
 

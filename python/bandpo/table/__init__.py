@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bandpo import _core
-from bandpo.check import Float64Array, real_array
-from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.check import Float64Array, check_path, real_array
+from bandpo.error import BandpoError, InvalidTypeError, InvalidValueError, TableFileError
 from bandpo.region import Band, Region, from_description
 
 TARGET = 1e-6
@@ -98,12 +98,27 @@ class BandTable(Region):
 
         Raises:
             InvalidValueError: If it was made from a Python function, which a table cannot hold.
+            TableFileError: If the file that it was read from describes no region.
         """
-        return from_description(json.loads(self._core.region))
+        try:
+            return from_description(self.describe())
+        except (BandpoError, MemoryError):
+            raise
+        except Exception as error:  # whatever a forged description makes of our constructors
+            raise TableFileError(f"the table describes no region: {error}") from None
 
     def describe(self) -> dict[str, Any]:
-        """Returns the description of the tabulated region; see `Region.describe`."""
-        description: dict[str, Any] = json.loads(self._core.region)
+        """Returns the description of the tabulated region; see `Region.describe`.
+
+        Raises:
+            TableFileError: If the file that it was read from describes no region.
+        """
+        try:
+            description = json.loads(self._core.region)
+        except (ValueError, RecursionError) as error:
+            raise TableFileError(f"the table describes no region: {error}") from None
+        if not isinstance(description, dict) or len(description) != 1:
+            raise TableFileError("the table describes no region: not one kind with its numbers")
         return description
 
     @property
@@ -172,19 +187,23 @@ class BandTable(Region):
         """Writes the table to a safetensors file, which appears whole or not at all.
 
         Raises:
+            InvalidTypeError: If ``path`` is no path.
             OutputPathError: If the file cannot be written.
         """
-        self._core.save(os.fspath(path))
+        check_path("path", path)
+        self._core.save(os.fsdecode(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> BandTable:
         """Reads a table that `save` wrote.
 
         Raises:
-            InputPathError: If the file cannot be read.
+            InvalidTypeError: If ``path`` is no path.
+            InputPathError: If the file cannot be read, is no regular file, or has more than 1 MiB.
             TableFileError: If it is truncated, altered, foreign or newer; nothing is read then.
         """
-        return cls(_core.BandTable.load(os.fspath(path)))
+        check_path("path", path)
+        return cls(_core.BandTable.load(os.fsdecode(path)))
 
     def __repr__(self) -> str:
         errors = tuple(self.max_error)

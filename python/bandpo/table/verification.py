@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bandpo import _core
+from bandpo.check import bytes_of_file
 from bandpo.error import InvalidValueError, OutputPathError
 
 _BLOCK = 1 << 20
@@ -18,6 +19,12 @@ _BLOCK = 1 << 20
 
 _SAVE_EVERY = 2.0
 """Seconds between two writes of a checkpoint."""
+
+_LARGEST = 4096
+"""Max bytes of a checkpoint, which has fewer than 200."""
+
+_NO_CHECKPOINT = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
+"""Errors of content that is no checkpoint."""
 
 
 def verify(
@@ -82,12 +89,12 @@ class Checkpoint:
             self.save()  # so that a path that cannot be written fails now, not after minutes
             return
         try:
-            kept = json.loads(self.path.read_text())
+            kept = json.loads(bytes_of_file(self.path, _LARGEST))
             ours = all(kept[name] == value for name, value in self.key.items())
             done = int(kept["done"])
             log_upper, lower = map(float, kept["max_error"])
             max_error = (log_upper, lower)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _NO_CHECKPOINT as error:
             raise InvalidValueError(f"checkpoint {self.path} cannot be used: {error}") from None
         if not ours or not 0 <= done <= count:
             raise InvalidValueError(f"checkpoint {self.path} belongs to another verification")
