@@ -91,21 +91,29 @@ pub(super) fn evaluate<T: Real>(node: &Node, at: Point<T>) -> Jet<T> {
             slope: T::of(0.0),
             log: (*number > 0.0).then(|| (T::of(*number).ln(), T::of(0.0))),
         },
-        Node::Negative(inner)
-        | Node::Ln(inner)
-        | Node::Exp(inner)
-        | Node::Sqrt(inner)
-        | Node::Abs(inner)
-        | Node::Sin(inner)
-        | Node::Cos(inner) => {
+        Node::Negative(inner) | Node::Exp(inner) | Node::Sin(inner) | Node::Cos(inner) => {
+            let inner = without_log(inner, at);
+            combined(node, inner, inner)
+        }
+        Node::Ln(inner) | Node::Sqrt(inner) | Node::Abs(inner) => {
             let inner = evaluate(inner, at);
             combined(node, inner, inner)
         }
-        Node::Add(left, right)
-        | Node::Multiply(left, right)
-        | Node::Divide(left, right)
-        | Node::Power(left, right)
-        | Node::Extreme(_, left, right) => combined(node, evaluate(left, at), evaluate(right, at)),
+        Node::Add(left, right) => combined(node, without_log(left, at), without_log(right, at)),
+        Node::Power(base, exponent) => {
+            combined(node, evaluate(base, at), without_log(exponent, at))
+        }
+        Node::Multiply(left, right) | Node::Divide(left, right) | Node::Extreme(_, left, right) => {
+            combined(node, evaluate(left, at), evaluate(right, at))
+        }
+    }
+}
+
+/// Value and slope of an operand whose logarithm is used only if it overflowed, which no number did.
+fn without_log<T: Real>(node: &Node, at: Point<T>) -> Jet<T> {
+    match node {
+        Node::Number(number) => Jet { value: T::of(*number), slope: T::of(0.0), log: None },
+        _ => evaluate(node, at),
     }
 }
 

@@ -23,6 +23,9 @@ const DECIMALS: f64 = 4.0 * f64::EPSILON / ROUNDING;
 /// Distance in `ln u` from a change of sign to the slopes beside it. Rounding moves the change by less.
 const BESIDE: f64 = 1e-24;
 
+/// Max operations of a judgement, in units of a sum in [`Wide`] numbers; about 0.1 s.
+const MAX_WORK: u64 = 1_200_000;
+
 /// Min value next to an overflow. Beside a smaller value, f is not finite.
 const HUGE: f64 = 1e300;
 
@@ -47,6 +50,9 @@ impl Expression {
         at_zero: Option<f64>,
         slope_at_infinity: Option<f64>,
     ) -> std::result::Result<(), String> {
+        let mut work = Work { left: MAX_WORK };
+        // Before any evaluation, because a text of many terms takes a second.
+        work.take(4 * u64::from(POINTS), work_of(&self.node))?;
         let one = evaluate(&self.node, Point::from_excess(Wide::of(0.0)));
         if !one.value.is_finite() || one.value.abs().is_above_error(DECIMALS) {
             return Err(format!("f(1) must be 0, it is {}", shown(one.value)));
@@ -67,7 +73,7 @@ impl Expression {
         {
             return Err("f is linear: its divergence is 0 everywhere".to_owned());
         }
-        self.judge_sign_changes(&[&to_zero, &to_infinity])?;
+        self.judge_sign_changes(&[&to_zero, &to_infinity], &mut work)?;
 
         let tangent = Wide::of_dd(self.slope_at_one);
         let far = [0.25, 0.5, 1.0].map(|share| share * FARTHEST);
@@ -129,7 +135,11 @@ impl Expression {
     /// Judges both sides of every kink and pole. These lie where the argument of an `abs`, a divisor, the base of
     /// a power, or the difference of the arguments of a `min` or `max` changes sign. Bisection finds each place to
     /// all digits, because a grid would miss a kink in a curved f.
-    fn judge_sign_changes(&self, ways: &[&Way; 2]) -> std::result::Result<(), String> {
+    fn judge_sign_changes(
+        &self,
+        ways: &[&Way; 2],
+        work: &mut Work,
+    ) -> std::result::Result<(), String> {
         let mut parts = Vec::new();
         sign_changing(&self.node, &mut parts);
         let mut grid: Vec<&Sample> =
@@ -144,11 +154,15 @@ impl Expression {
                 };
                 sign_of(difference.to_f64())
             };
+            let once = work_of(part) + other.map_or(0, work_of);
+            work.take(grid.len() as u64, once)?;
             let signs: Vec<i8> = grid.iter().map(|sample| sign(Dd::of(sample.log))).collect();
             for (ends, signs) in grid.windows(2).zip(signs.windows(2)) {
                 let (mut left, right) = (Dd::of(ends[0].log), Dd::of(ends[1].log));
                 let mut sign_left = signs[0];
                 while sign_left != signs[1] {
+                    work.take(u64::from(MAX_BISECTIONS), once)?;
+                    work.take(2, work_of(&self.node))?;
                     // The last place with the sign of the left end, and the first without.
                     let mut beyond = right;
                     for _ in 0..MAX_BISECTIONS {
@@ -217,6 +231,64 @@ impl Expression {
 
 /// Halvings after which two places agree to all digits.
 const MAX_BISECTIONS: u32 = 110;
+
+/// Operations that a judgement may still take.
+struct Work {
+    left: u64,
+}
+
+impl Work {
+    /// Takes a number of evaluations of so much work each, or refuses the text.
+    fn take(&mut self, evaluations: u64, each: u64) -> std::result::Result<(), String> {
+        match self.left.checked_sub(evaluations * each) {
+            Some(left) => {
+                self.left = left;
+                Ok(())
+            }
+            None => {
+                Err("it takes too long to judge; write f with fewer terms and kinks".to_owned())
+            }
+        }
+    }
+}
+
+/// Operations of an evaluation, in units of a sum.
+fn work_of(node: &Node) -> u64 {
+    // Of a number alone no logarithm is taken.
+    let operand = |node: &Node| if matches!(node, Node::Number(_)) { 1 } else { work_of(node) };
+    match node {
+        Node::Variable => 1,
+        Node::Number(number) => {
+            if *number > 0.0 {
+                WORK_OF_FUNCTION
+            } else {
+                1
+            }
+        }
+        Node::Negative(inner) => 1 + operand(inner),
+        Node::Abs(inner) => 1 + work_of(inner),
+        Node::Ln(inner) | Node::Sqrt(inner) => WORK_OF_FUNCTION + work_of(inner),
+        Node::Exp(inner) => WORK_OF_FUNCTION + operand(inner),
+        Node::Sin(inner) | Node::Cos(inner) => 6 * WORK_OF_FUNCTION + operand(inner),
+        Node::Power(base, exponent) => {
+            // A whole power is a product for each of its bits.
+            let power = match **exponent {
+                Node::Number(order) if order.fract() == 0.0 && order <= 1e6 => {
+                    6 + 3 * (order.max(1.0).log2() as u64)
+                }
+                _ => 2 * WORK_OF_FUNCTION,
+            };
+            power + work_of(base) + operand(exponent)
+        }
+        Node::Add(left, right) => 1 + operand(left) + operand(right),
+        Node::Multiply(left, right) | Node::Divide(left, right) | Node::Extreme(_, left, right) => {
+            3 + work_of(left) + work_of(right)
+        }
+    }
+}
+
+/// Work of an exponential, logarithm or root.
+const WORK_OF_FUNCTION: u64 = 10;
 
 /// Collects the parts of a formula at whose changes of sign it may have a kink, a jump or a pole. Two parts
 /// stand for their difference.
