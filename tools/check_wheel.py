@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 2_000_000
 """A wheel must be smaller."""
 LICENCES = ("LICENSE", "THIRD-PARTY-LICENSES.md")
+MATERIALS = "bandpo.cdx.json"
+"""The bill of materials, which stands in the folder that PEP 770 names."""
 FOUND = """
 import json, sys, sysconfig
 threads = "t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
@@ -165,6 +167,12 @@ def check_wheel(path: Path, version: str) -> None:
         for licence in LICENCES:
             text = wheel.read(f"{information}/licenses/{licence}")
             require(text == (ROOT / licence).read_bytes(), f"{path.name}: another {licence}")
+        materials = f"{information}/sboms/{MATERIALS}"
+        require(materials in names, f"{path.name} lacks the bill of materials, {materials}")
+        require(
+            wheel.read(materials) == (ROOT / MATERIALS).read_bytes(),
+            f"{path.name}: another bill of materials",
+        )
         tags = metadata(wheel, "WHEEL", version).get_all("Tag", [])
     free_threaded = re.search(r"-cp3\d+t-|-abi3t-", path.name) is not None
     require(

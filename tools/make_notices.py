@@ -1,10 +1,12 @@
-"""Writes THIRD-PARTY-LICENSES.md: the crates in the extension, and their notices.
+"""Writes THIRD-PARTY-LICENSES.md and bandpo.cdx.json: the crates in the extension, and notices.
 
 A wheel holds compiled code of these crates, and their licences require their notices. A crate that
 is available under Apache-2.0 is used under it; LICENSE is its text. Any other licence is copied.
+The bill of materials is in CycloneDX, for programs. It has neither time nor paths, so that a build
+can be repeated; a wheel holds it by PEP 770.
 
-    python tools/make_notices.py          # writes the file
-    python tools/make_notices.py --check  # exit code 1 if the file would change
+    python tools/make_notices.py          # writes both files
+    python tools/make_notices.py --check  # exit code 1 if one would change
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTICES = ROOT / "THIRD-PARTY-LICENSES.md"
+MATERIALS = ROOT / "bandpo.cdx.json"
 BUILD = ("--locked", "--features", "python")
 COLUMNS = "{p}\t{l}\t{r}"
 HEAD = """\
@@ -79,15 +82,45 @@ def document() -> str:
     return HEAD + "".join(rows) + "".join(texts)
 
 
+def materials() -> str:
+    """Returns the bill of materials, by CycloneDX 1.5."""
+    lock = (ROOT / "Cargo.lock").read_text(encoding="utf-8")
+    entry = re.compile(r'name = "(.+)"\nversion = "(.+)"\nsource = .+\nchecksum = "(\w+)"')
+    checksums = {(name, version): digest for name, version, digest in entry.findall(lock)}
+    components = [
+        {
+            "type": "library",
+            "bom-ref": f"pkg:cargo/{name}@{version}",
+            "name": name,
+            "version": version,
+            "hashes": [{"alg": "SHA-256", "content": checksums[name, version]}],
+            # A slash between licences is an older way to write OR.
+            "licenses": [{"expression": re.sub(r"\s*/\s*", " OR ", licence)}],
+            "purl": f"pkg:cargo/{name}@{version}",
+            "externalReferences": [{"type": "vcs", "url": source}],
+        }
+        for name, version, licence, source in linked_crates()
+    ]
+    content = {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.5",
+        "version": 1,
+        "metadata": {"component": {"type": "library", "bom-ref": "bandpo", "name": "bandpo"}},
+        "components": components,
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
 def main() -> None:
-    """Parses the command line, then writes or checks the file."""
+    """Parses the command line, then writes or checks the files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    text = document()
-    if not parser.parse_args().check:
-        NOTICES.write_text(text, encoding="utf-8")
-    elif NOTICES.read_text(encoding="utf-8") != text:
-        sys.exit(f"{NOTICES.name} is out of date: run python tools/make_notices.py")
+    check = parser.parse_args().check
+    for path, text in ((NOTICES, document()), (MATERIALS, materials())):
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path.name} is out of date: run python tools/make_notices.py")
 
 
 if __name__ == "__main__":
