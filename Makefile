@@ -14,7 +14,7 @@ ON_GPU_PYTHON := $(BIN)/python
 endif
 
 .PHONY: check test test-nvrtc test-trl test-verl test-torchrl test-ms-swift test-trainers test-gpu gpu demo lint format pictures reference wheel bench bench-results bench-gpu results gpu-visit \
-  gate gate-update gate-gpu gate-gpu-update prerequisites clean
+  reliability gate gate-update gate-gpu gate-gpu-update prerequisites clean
 check: test test-nvrtc lint
 
 test: $(VENV)/test.stamp
@@ -150,6 +150,14 @@ bench-results: $(VENV)/bench.stamp
 # benchmarks/RESULTS.md alone.
 results: $(VENV)/bench.stamp
 	$(BIN)/python tools/make_results.py
+
+# Long checks that try to break the package, then docs/reliability.md; about two hours. Each writes its counts to
+# reliability/results, and may be run alone with fewer cases.
+reliability: export PYTHONPATH = python:tests:.
+reliability: $(VENV)/reliability.stamp
+	for part in fuzz expressions convexity differential faults long_run trust; do \
+	  $(BIN)/python -m reliability.$$part || exit 1; done
+	$(BIN)/python tools/make_reliability.py
 
 # Instructions a token, which have no noise, compared with benchmarks/instructions.json. The target needs valgrind and
 # Rust alone.

@@ -22,6 +22,9 @@
 pub mod band;
 pub mod divergence;
 pub mod error;
+#[cfg(test)]
+#[path = "tests/fuzz.rs"]
+mod fuzz;
 mod image;
 pub mod loss;
 pub mod number;

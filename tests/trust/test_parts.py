@@ -1,0 +1,124 @@
+"""A small part of each long check of `reliability`, which `make reliability` runs in full."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from reliability import fuzz
+from reliability.expressions import TEXTS
+
+ROOT = Path(__file__).parents[2]
+
+CASES = 400
+"""Cases of a target of share 1."""
+
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_random_input_gives_a_result_or_an_error_of_bandpo(name: str) -> None:
+    if name == "tensors":
+        pytest.importorskip("torch")
+    target, share = fuzz.TARGETS[name]
+    assert target.__doc__
+    fuzz.run(name, max(20, int(CASES * min(share, 1.0))))
+
+
+def test_accepted_formulas_are_not_proven_to_be_no_generators() -> None:
+    pytest.importorskip("flint")
+    from reliability import convexity
+
+    found = convexity.run(60)
+    assert found.accepted > 10
+    assert found.disproved > 10
+
+
+def test_a_formula_that_is_not_convex_has_a_counterexample() -> None:
+    pytest.importorskip("flint")
+    from flint import arb
+
+    from reliability import convexity
+
+    dent = convexity.Formula("", lambda u: (u - 1) ** 2 - abs(u - 2) * arb(2) ** -40)
+    assert convexity.counterexample(dent, [1.5, 2.0 - 2e-14, 2.0, 2.0 + 2e-14, 3.0])
+    whole = convexity.Formula("", lambda u: (u - 1) ** 2 + abs(u - 2))
+    assert convexity.counterexample(whole, [0.5, 1.0, 2.0, 3.0]) is None
+
+
+def test_bounds_are_inside_and_next_to_the_edge_of_ball_arithmetic() -> None:
+    pytest.importorskip("flint")
+    from reliability import differential
+    from reliability.intervals import excess
+
+    assert "10: 0 outside" in differential.bounds(300).found
+    # A bound that was moved outwards is found to be outside.
+    from bandpo import Band
+
+    _, upper = Band("kl", 0.05).log_bounds(-1.0)
+    assert excess("kl", -1.0, float(upper), 0.05) == -1
+    assert excess("kl", -1.0, float(upper) * (1.0 + 1e-14), 0.05) == 1
+
+
+def test_losses_of_the_backends_agree_on_random_batches() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("flint")
+    from reliability import differential
+
+    differential.losses(60)
+
+
+def test_levels_of_instructions_give_the_same_bits() -> None:
+    pytest.importorskip("flint")
+    from reliability import differential
+
+    differential.levels(500)
+
+
+def test_memory_stays_and_nothing_compiles_again() -> None:
+    pytest.importorskip("torch")
+    from reliability import long_run
+
+    long_run.losses(300)
+    long_run.bands(100)
+    long_run.steps(50)
+    long_run.compiled(40)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes of Unix")
+@pytest.mark.parametrize("name", ["table build", "plot"])
+def test_a_killed_command_leaves_a_whole_file(name: str) -> None:
+    from reliability import faults
+
+    if name == "plot":
+        pytest.importorskip("matplotlib")
+    faults.killed(name, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes of Unix")
+def test_a_resumed_verification_and_a_shared_table_are_whole() -> None:
+    from reliability import faults
+
+    faults.resumed(3, 300_000)
+    faults.shared(40)
+
+
+def test_texts_that_take_too_long_are_refused_by_their_work() -> None:
+    """Time is measured by the long run; the work, which is counted, is the same everywhere."""
+    from bandpo import Divergence
+    from bandpo.error import InvalidValueError
+
+    for name in ("squares", "kinks of oscillations", "powers"):
+        with pytest.raises(InvalidValueError, match="too long to judge"):
+            Divergence.from_expression(TEXTS[name])
+    assert Divergence.from_expression("(u-1)^2" + "+max(u-1.5,0)" * 5).curvature
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="needs a checkout")
+def test_the_page_has_the_counts_of_the_last_long_run() -> None:
+    from make_reliability import page
+
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert page() == text
+    assert re.findall(r"^\| .+ \| [\d,]+ \| .+ \|$", text, re.MULTILINE)

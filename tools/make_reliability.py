@@ -1,0 +1,92 @@
+"""Writes docs/reliability.md from the counts that long checks left in reliability/results.
+
+make reliability                            # runs the checks, then this
+python tools/make_reliability.py            # writes the page
+python tools/make_reliability.py --check    # exit code 1 if it would change
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "reliability" / "results"
+PAGE = ROOT / "docs" / "reliability.md"
+
+SECTIONS = {
+    "fuzzing": (
+        "Fuzzing",
+        "Random and damaged input gives a result or an error of bandpo. Cases are made by a seed; "
+        "those of the Python entries may also be steered by coverage (`--guided`). "
+        "`tests/data/corpus` holds their beginnings.",
+    ),
+    "expressions": (
+        "Long expressions",
+        "Texts at the limits of length, terms, kinks and nesting are judged or refused in bounded "
+        "time and memory. The work of a judgement is counted before it is done.",
+    ),
+    "convexity": (
+        "Convexity",
+        "A chord that lies below f between its ends, by more than ball arithmetic leaves open, "
+        "proves that f is not convex. No such f may be accepted.",
+    ),
+    "differential": (
+        "Differential",
+        "Exact bounds against ball arithmetic, which encloses D_f; losses of the backends against "
+        "each other and formulas; levels of vector instructions against each other.",
+    ),
+    "faults": (
+        "Faults",
+        "A process is killed at random moments. Full disks, folders that cannot be written, closed "
+        "outputs and odd paths are in `tests/trust/test_faults.py`.",
+    ),
+    "trust": (
+        "Trust",
+        "`python tools/list_unsafe.py` lists every `unsafe` with its reason, and what may panic. "
+        "`cargo deny check bans licenses sources` and `pip-audit` check what others wrote. "
+        "`tests/trust/test_untrusted_files.py` has the files that are refused.",
+    ),
+    "long-run": (
+        "Long run",
+        "Memory after the first tenth of the calls, in one process.",
+    ),
+}
+"""Parts by the names of their files: heading and what is checked."""
+
+
+def page() -> str:
+    """Returns the text of the page."""
+    known = {path.stem for path in RESULTS.glob("*.json")}
+    if unknown := known - set(SECTIONS):
+        sys.exit(f"make_reliability: no section for {sorted(unknown)}")
+    parts = [
+        "# Reliability\n\n"
+        "Written by `python tools/make_reliability.py` from the counts of the last long run of "
+        "each part (`make reliability`).\nTests of `tests/trust` run a small part of each.\n"
+    ]
+    for name, (heading, text) in SECTIONS.items():
+        if name not in known:
+            continue
+        found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        rows = [f"| {row['check']} | {row['cases']:,} | {row['found']} |" for row in found["rows"]]
+        table = "\n".join(["| check | cases | found |", "| --- | ---: | --- |", *rows])
+        parts.append(f"## {heading}\n\n{text}\n\n`{found['command']}`\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Writes or checks the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    text = page()
+    if not parser.parse_args().check:
+        PAGE.write_text(text, encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != text:
+        sys.exit(f"{PAGE.name} is out of date: run python tools/make_reliability.py")
+
+
+if __name__ == "__main__":
+    main()
