@@ -286,7 +286,8 @@ def _formula(given: dict[str, Any], options: Any) -> tuple[Any, Any] | None:
         weight = given.get("rollout_is_weights")
         if weight is not None:
             clean[2] = clean[2] * weight.masked_fill(~batch.response_mask, 0.0)
-        tokens = BoundedTokens.of(Batch(clean[0], clean[1], clean[2], batch.response_mask), options["region"])
+        cleaned = Batch(clean[0], clean[1], clean[2], batch.response_mask)
+        tokens = BoundedTokens.of(cleaned, options["region"])
         surrogate = options["surrogate"]
         if surrogate == "min-clip":
             loss, gradient = min_clip(tokens, options.get("dual_clip", math.inf))

@@ -498,7 +498,7 @@ def run_rust(cases: int, seed: int) -> list[Row]:
     """The targets of rust/tests/fuzz.rs."""
     environment = {"BANDPO_FUZZ_CASES": str(cases), "BANDPO_FUZZ_SEED": str(seed)}
     done = subprocess.run(
-        ["cargo", "test", "--locked", "--lib", "fuzz", "--", "--nocapture"],
+        ["cargo", "test", "--locked", "--lib", "fuzz", "--", "--nocapture", "--test-threads=1"],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:

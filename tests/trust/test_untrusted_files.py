@@ -87,7 +87,6 @@ import resource, sys
 from pathlib import Path
 from bandpo import BandTable
 from bandpo.conform.vectors import read_vectors
-from bandpo.conform.vectors import read_vectors
 from bandpo.error import BandpoError
 from bandpo.record import read_tokens
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
