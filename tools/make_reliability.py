@@ -33,10 +33,19 @@ SECTIONS = {
         "A chord that lies below f between its ends, by more than ball arithmetic leaves open, "
         "proves that f is not convex. No such f may be accepted.",
     ),
-    "differential": (
-        "Differential",
-        "Exact bounds against ball arithmetic, which encloses D_f; losses of the backends against "
-        "each other and formulas; levels of vector instructions against each other.",
+    "bounds": (
+        "Bounds",
+        "Exact bounds against ball arithmetic, which encloses D_f. A bound is inside if the exact "
+        "bound is at least as far out.",
+    ),
+    "losses": (
+        "Losses",
+        "Losses and gradients of the backends against each other, and in float64 against formulas "
+        "in numpy. Masked tokens hold NaN and infinities; batches may be packed or weighted.",
+    ),
+    "levels": (
+        "Levels",
+        "`BANDPO_SIMD` selects the level of vector instructions; all give the same bits.",
     ),
     "faults": (
         "Faults",

