@@ -103,12 +103,12 @@ def _composed(rng: np.random.Generator, part: Formula) -> Formula:
 
 def _points(rng: np.random.Generator, text: str) -> list[float]:
     """Exact points: far ones, ordinary ones, and pairs beside each number of the text."""
-    far = np.exp(rng.uniform(-300.0, 300.0, 20))
-    near = np.exp(rng.normal(0.0, 1.0, 50))
-    at_one = 1.0 + rng.normal(size=20) * 10.0 ** rng.uniform(-9, -1, 20)
+    far = np.exp(rng.uniform(-300.0, 300.0, 8))
+    near = np.exp(rng.normal(0.0, 1.0, 24))
+    at_one = 1.0 + rng.normal(size=10) * 10.0 ** rng.uniform(-9, -1, 10)
     numbers = np.array([float(number) for number in re.findall(r"\d+\.?\d*(?:e-?\d+)?", text)])
     numbers = numbers[(numbers > 1e-9) & (numbers < 1e6)]
-    steps = np.array([-1e-3, -1e-9, -1e-13, 0.0, 1e-13, 1e-9, 1e-3])
+    steps = np.array([-1e-3, -1e-9, 0.0, 1e-9, 1e-3])
     beside = (numbers[:, None] * (1.0 + steps)).ravel()
     found = np.unique(np.concatenate([far, near, at_one, beside]))
     return [float(u) for u in found[found > 0.0]]
