@@ -34,6 +34,8 @@ struct Sample {
     log: f64,
     value: Wide,
     slope: Wide,
+    /// f' as the text has it. The tangent, which `slope` is less, would hide its change where it is small.
+    own_slope: Wide,
 }
 
 /// Samples from 1 towards 0 or infinity.
@@ -101,13 +103,18 @@ impl Expression {
     /// Samples f from 1 towards 0 (`sign` -1) or infinity (1). Refuses a slope that falls and values that are not
     /// finite.
     fn way(&self, sign: f64) -> std::result::Result<Way, String> {
-        let mut samples = vec![Sample { log: 0.0, value: Wide::of(0.0), slope: Wide::of(0.0) }];
+        let tangent = Wide::of_dd(self.slope_at_one);
+        let (value, slope) = (Wide::of(0.0), Wide::of(0.0));
+        let mut samples = vec![Sample { log: 0.0, value, slope, own_slope: tangent }];
         for step in 0..POINTS {
             let share = f64::from(step) / f64::from(POINTS - 1);
             let t = sign * NEAREST * (REACH / NEAREST).powf(share);
             // The slope may fall by the rounding of decimals where pieces join, but not within a piece.
-            for (log, times) in [(t, DECIMALS), (t * NEIGHBOUR, 2.0)] {
-                let (value, slope) = self.slope_at(Dd::of(log));
+            for (log, is_neighbour) in [(t, false), (t * NEIGHBOUR, true)] {
+                let at = Point::from_log(Wide::of(log));
+                let jet = evaluate(&self.node, at);
+                let own_slope = jet.slope / at.u;
+                let (value, slope) = (jet.value - tangent * at.excess, own_slope - tangent);
                 if !value.is_finite() || !slope.is_finite() {
                     if samples.last().is_some_and(|last| last.value.to_f64() >= HUGE) {
                         return Ok(Way { samples, overflows: true });
@@ -118,10 +125,14 @@ impl Expression {
                         shown_exp(log)
                     ));
                 }
-                let outer = Sample { log, value, slope };
+                let outer = Sample { log, value, slope, own_slope };
                 if let Some(inner) = samples.last() {
                     let (left, right) = if sign < 0.0 { (&outer, inner) } else { (inner, &outer) };
-                    let fall = left.slope - right.slope;
+                    let (fall, times) = if is_neighbour {
+                        (left.own_slope - right.own_slope, 2.0)
+                    } else {
+                        (left.slope - right.slope, DECIMALS)
+                    };
                     if fall.is_above_error(times) {
                         return Err(falls(fall, left.log, right.log));
                     }
