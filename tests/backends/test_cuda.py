@@ -805,7 +805,6 @@ class TestOperators:
             torch.testing.assert_close(eager, traced, rtol=1e-6, atol=0.0)
 
     @pytest.mark.usefixtures("in_place_of_rust")
-    @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, by a loop
     @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("rule", [RULES[1], RULES[2], RULES[5]], ids=str)
@@ -813,8 +812,7 @@ class TestOperators:
         self, rule: tuple[str, list[float]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Otherwise they would take an operator for a constant."""
-        for module in ("autograd", "internals"):
-            monkeypatch.setattr(f"bandpo.backends.{module}.is_in_memory", lambda tensor: False)
+        monkeypatch.setattr("bandpo.backends.autograd.needs_no_dispatcher", lambda tensor: False)
         tokens = [tensor.nan_to_num() for tensor in batch((3, 40))]
         old, new = (tensor.to(dtype) for tensor in tokens[:2])
         advantages = tokens[2].to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -827,7 +825,8 @@ class TestOperators:
 
         leaf = new.clone().requires_grad_()
         [slope] = torch.autograd.grad(loss(leaf), leaf)
-        assert torch.equal(torch.func.grad(loss)(new), slope)
+        # A transform takes plain torch, which rounds elsewhere.
+        torch.testing.assert_close(torch.func.grad(loss)(new), slope)
         tangent = torch.randn(new.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         forward_ad: Any = torch.autograd.forward_ad
         with forward_ad.dual_level():
@@ -845,7 +844,7 @@ class TestOperators:
 
         several = torch.stack([new, new + tangent])
         wanted = torch.stack([per_token(log_prob) for log_prob in several])
-        assert torch.equal(torch.vmap(per_token)(several), wanted)
+        torch.testing.assert_close(torch.vmap(per_token)(several), wanted)
 
     @pytest.mark.parametrize("region", [KL, REGIONS[4]], ids=str)
     def test_operators_pass_opcheck(self, region: bandpo.Region) -> None:

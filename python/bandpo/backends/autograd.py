@@ -1,4 +1,4 @@
-"""The compiled loss with its gradient, for autograd and the transforms of torch.
+"""The compiled loss with its gradient, for autograd.
 
 The forward pass computes the gradient as well, so the backward pass only scales it.
 """
@@ -22,7 +22,6 @@ from bandpo.backends.contract import (
 from bandpo.backends.cuda import kernels
 from bandpo.backends.internals import (
     has_saved_tensor_hooks,
-    is_in_memory,
     is_transformed,
     keeps_graph,
     needs_no_dispatcher,
@@ -30,6 +29,7 @@ from bandpo.backends.internals import (
 from bandpo.backends.native import all_in_rust, in_rust, token_loss_op
 from bandpo.error import InvalidValueError
 from bandpo.surrogate import BY_NAME
+from bandpo.tensors.check import compute_dtype
 
 
 def on_cuda(tensor: torch.Tensor) -> bool:
@@ -80,15 +80,28 @@ token_loss_op.register_autograd(_backward, setup_context=_save_of_op)
 
 
 def token_losses(inputs: LossInputs) -> TokenLosses:
-    """Returns the losses; Rust on the CPU or a kernel on CUDA computes their gradient as well."""
-    if BY_NAME[inputs.surrogate].gradient_bends and is_transformed():
-        return plain.token_losses(inputs)  # which has two derivatives
-    if not (is_in_memory(inputs.log_prob) or is_transformed()):
+    """Returns the losses; Rust on the CPU or a kernel on CUDA computes their gradient as well.
+
+    Inside a transform plain torch computes them, because it has every derivative.
+    """
+    if is_transformed():
+        return plain.token_losses(_widened(inputs))
+    if on_cuda(inputs.log_prob) or not needs_no_dispatcher(inputs.log_prob):
         per_token, _, counts, sums = token_loss_op(*inputs)
         sums = sums.detach()
         return TokenLosses(per_token, per_token.sum(), lambda: Totals.of(counts, sums))
     per_token, _, total, counts, sums = _TokenLossFunction.apply(*inputs)  # type: ignore[no-untyped-call]
     return TokenLosses(per_token, total, lambda: Totals.of(counts, sums))
+
+
+def _widened(inputs: LossInputs) -> LossInputs:
+    """The log-probs in the dtype that plain torch has to compute with."""
+    dtype, anchor = compute_dtype(inputs.log_prob), inputs.anchor_log_prob
+    return inputs._replace(
+        old_log_prob=inputs.old_log_prob.to(dtype),
+        log_prob=inputs.log_prob.to(dtype),
+        anchor_log_prob=None if anchor is None else anchor.to(dtype),
+    )
 
 
 def weighted_sum(weight: Weight, inputs: LossInputs) -> WeightedSum:
@@ -106,42 +119,20 @@ def weighted_sum(weight: Weight, inputs: LossInputs) -> WeightedSum:
     return loss, lambda: Totals.of(counts, sums)
 
 
-def _forward_mode(
-    ctx: Any, tangents: tuple[torch.Tensor | None, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tangents of the losses and of their gradients, from those of `LossInputs`."""
-    (gradient,) = ctx.saved_tensors
-    moved = gradient * LossInputs(*tangents).log_prob  # type: ignore[arg-type]
-    carries_ratio = ctx.surrogate.gradient_carries_ratio
-    return moved, moved if carries_ratio else torch.zeros_like(moved)
-
-
 class _TokenLossFunction(torch.autograd.Function):
-    """The operator with the sum of the losses, in the form that `torch.func` needs."""
+    """The losses with their sum.
 
-    generate_vmap_rule = True
+    It has no setup_context, because torch would inspect signatures at every call.
+    """
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        """Returns losses, gradients, the sum of the losses, counts and sums."""
+    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+        """Returns losses, gradients, the sum of the losses, counts and sums; saves the gradient."""
         inputs = LossInputs(*args)
-        if is_in_memory(inputs.log_prob) and needs_no_dispatcher(inputs.log_prob):
-            return all_in_rust(inputs)
-        per_token, gradient, counts, sums = token_loss_op(*inputs)
-        return per_token, gradient, per_token.sum(), counts, sums
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        """Saves the gradient."""
-        _save_gradient(ctx, LossInputs(*inputs).surrogate, output[1])
-        ctx.save_for_forward(output[1])
+        output = all_in_rust(inputs)
+        _save_gradient(ctx, inputs.surrogate, output[1])
         ctx.mark_non_differentiable(*output[3:])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """Returns the tangents of the outputs."""
-        moved, of_gradient = _forward_mode(ctx, tangents)
-        return moved, of_gradient, moved.sum(), None, None
+        return output
 
     @staticmethod
     def backward(
@@ -162,7 +153,7 @@ class _TokenLossFunction(torch.autograd.Function):
 class _WeightedSum(torch.autograd.Function):
     """The weighted sum of the losses, with one gradient that is already weighted.
 
-    It has no setup_context, because torch would inspect signatures at every call.
+    It has no setup_context, as `_TokenLossFunction`.
     """
 
     @staticmethod
@@ -174,17 +165,8 @@ class _WeightedSum(torch.autograd.Function):
             output = in_rust(inputs, weight.number())
         _save_gradient(ctx, inputs.surrogate, output[0])
         ctx.is_shared = has_saved_tensor_hooks()
-        ctx.save_for_forward(output[0])
         ctx.mark_non_differentiable(*output[2:])
         return output
-
-    @staticmethod
-    def jvp(
-        ctx: Any, weight: None, *tangents: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        """Returns the tangents of the outputs."""
-        moved, of_gradient = _forward_mode(ctx, tangents)
-        return of_gradient, moved.sum(), None, None
 
     @staticmethod
     def backward(

@@ -6,35 +6,29 @@ import torch
 
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore: True)
 
 
-def is_in_memory(tensor: torch.Tensor) -> bool:
-    """Returns True if numpy can read the tensor: on the CPU, neither fake nor traced."""
-    return tensor.device.type == "cpu" and _is_plain(tensor)
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
-
-
+# Constant for a compiler, which guards on the transforms that it is in.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_transformed() -> bool:
-    """Returns True inside a `torch.func` transform or forward-mode AD.
+    """Returns True inside a `torch.func` transform or forward-mode AD, compiled or not.
 
     Both treat a custom operator as a constant, so its tangent would silently be zero.
     """
-    return not torch.compiler.is_compiling() and (
-        _transforms_are_active() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
-    )
+    return _transforms_are_active() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
 def needs_no_dispatcher(tensor: torch.Tensor) -> bool:
     """Returns True if Rust or a kernel may read the tensor: neither traced nor transformed."""
     return (
-        tensor.device.type in ("cpu", "cuda")
-        and _is_plain(tensor)
-        and not _transforms_are_active()
+        type(tensor) is torch.Tensor
+        and tensor.device.type in ("cpu", "cuda")
+        and not torch.compiler.is_compiling()
+        and _modes() == 0  # one of torch.utils._python_dispatch, such as that of a trace
+        and not is_transformed()
         and not _is_legacy_batched(tensor)  # autograd's own, of is_grads_batched
     )
 

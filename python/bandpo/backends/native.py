@@ -65,7 +65,7 @@ def in_rust(
     )
     return (
         gradient,
-        torch.tensor(weight * total, dtype=log_prob.dtype),
+        torch.tensor(weight * total, dtype=log_prob.dtype, device=log_prob.device),
         torch.from_numpy(counts),
         torch.from_numpy(sums),
     )

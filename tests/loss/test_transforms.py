@@ -1,0 +1,321 @@
+"""Whatever records, transforms or redirects a loss: each gives the number of an ordinary call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import bandpo
+from bandpo.surrogate import GammaWeight, GradientPreserving, Mask, SoftGate, Surrogate
+from support.batches import Batch, random_batch
+
+Loss: TypeAlias = Callable[[Tensor], Tensor]
+
+# Warnings of torch itself, on the first import of its compiler or its forward mode.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+SURROGATES: dict[str, Surrogate] = {
+    "min-clip": "min-clip",
+    "mask": "mask",
+    "symmetric mask": Mask(symmetric=True),
+    "mask of sequences": Mask(whole_sequence=True),
+    "weight": "weight",
+    "gradient-preserving": GradientPreserving(0.7, 0.9),
+    "soft-gate": SoftGate(2.0, 0.5),
+    "quadratic": "quadratic",
+    "gamma-weight": GammaWeight(),
+}
+
+REGIONS = bandpo.Band("kl", 0.05).cap(10), bandpo.Clip(0.2, 0.28)
+"""A table, and constants."""
+
+MODES = ("token-mean", "seq-mean-token-mean")
+"""The first takes one pass without the dispatcher, the second takes the operator."""
+
+
+def _random(like: Tensor) -> Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(5), dtype=like.dtype)
+
+
+def _dual(loss: Loss, x: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        make: Any = torch.autograd.forward_ad.make_dual
+        unpack: Any = torch.autograd.forward_ad.unpack_dual
+        out = loss(make(x, _random(x)))
+        tangent: Tensor = unpack(out).tangent
+        return tangent
+
+
+def _jvp(loss: Loss, x: Tensor) -> Tensor:
+    tangent: Tensor = torch.func.jvp(loss, (x,), (_random(x),))[1]
+    return tangent
+
+
+def _linearize(loss: Loss, x: Tensor) -> Tensor:
+    return torch.func.linearize(loss, x)[1](_random(x))  # type: ignore[no-any-return]
+
+
+def _backward(loss: Loss, x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    torch.autograd.backward(loss(leaf))
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _batched_gradients(loss: Loss, x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    scales = torch.tensor([1.0, -2.0], dtype=x.dtype)
+    (rows,) = torch.autograd.grad(loss(leaf), leaf, scales, is_grads_batched=True)
+    torch.testing.assert_close(rows[1], -2.0 * rows[0])
+    return rows[0]
+
+
+def _saved(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Any:
+    def run(loss: Loss, x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return _backward(loss, x)
+
+    return run
+
+
+def _kept_graph(loss: Loss, x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    value = loss(leaf)
+    (first,) = torch.autograd.grad(value, leaf, retain_graph=True)
+    (second,) = torch.autograd.grad(3.0 * value, leaf)
+    torch.testing.assert_close(second, 3.0 * first)
+    return first
+
+
+class _Redirect(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operators, and hands each on."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _under_a_mode(loss: Loss, x: Tensor) -> Tensor:
+    with _Redirect() as mode:
+        gradient = _backward(loss, x)
+    # It sees the loss, as one operator or as those of torch.
+    assert any("bandpo" in name or "exp" in name for name in mode.seen), mode.seen
+    return gradient
+
+
+def _traced(tracing: Any) -> Any:
+    def run(loss: Loss, x: Tensor) -> Tensor:
+        # The graph must depend on its input, not hold the numbers of the trace.
+        graph = make_fx(torch.func.grad(loss), tracing_mode=tracing, _allow_non_fake_inputs=True)(
+            torch.zeros_like(x) - 3.0
+        )
+        return graph(x)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _compiled(function: Callable[[Loss, Tensor], Tensor]) -> Any:
+    def run(loss: Loss, x: Tensor) -> Tensor:
+        torch.compiler.reset()
+
+        def whole(x: Tensor) -> Tensor:
+            return function(loss, x)
+
+        return torch.compile(whole, backend="aot_eager")(x)
+
+    return run
+
+
+def _in_context(context: Callable[[], Any]) -> Any:
+    def run(loss: Loss, x: Tensor) -> Tensor:
+        with context():
+            return loss(x)
+
+    return run
+
+
+def _default_dtype(dtype: torch.dtype) -> Any:
+    def run(loss: Loss, x: Tensor) -> Tensor:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            gradient = _backward(loss, x)
+        finally:
+            torch.set_default_dtype(before)
+        return gradient
+
+    return run
+
+
+def _default_device(loss: Loss, x: Tensor) -> Tensor:
+    with torch.device("meta"):
+        return _backward(loss, x)
+
+
+def _autocast(loss: Loss, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return _backward(loss, x)
+
+
+def _checkpointed(loss: Loss, x: Tensor) -> Tensor:
+    return _backward(lambda x: checkpoint(loss, x, use_reentrant=False), x)
+
+
+class _Subclass(Tensor):
+    """A tensor of another class, as DTensor or a parameter is."""
+
+
+def _vmapped(loss: Loss, x: Tensor) -> Tensor:
+    values: Tensor = torch.func.vmap(loss)(torch.stack([x, x - 0.125]))
+    torch.testing.assert_close(values[1], loss(x - 0.125))
+    return values[0]
+
+
+def _gradients_vmapped(loss: Loss, x: Tensor) -> Tensor:
+    rows: Tensor = torch.func.vmap(torch.func.grad(loss))(torch.stack([x, x - 0.125]))
+    torch.testing.assert_close(rows[1], _backward(loss, x - 0.125))
+    return rows[0]
+
+
+VALUES: dict[str, Callable[[Loss, Tensor], Tensor]] = {
+    "no_grad": _in_context(torch.no_grad),
+    "inference_mode": _in_context(torch.inference_mode),
+    "vmap": _vmapped,
+    "compiled vmap": _compiled(lambda loss, x: torch.func.vmap(loss)(x[None])[0]),
+    "grad_and_value": lambda loss, x: torch.func.grad_and_value(loss)(x)[1],
+    "default device": lambda loss, x: _in_context(lambda: torch.device("meta"))(loss, x),
+}
+"""Ways to the value of a loss."""
+
+GRADIENTS: dict[str, Callable[[Loss, Tensor], Tensor]] = {
+    "grad": lambda loss, x: torch.func.grad(loss)(x),
+    "vjp": lambda loss, x: torch.func.vjp(loss, x)[1](torch.ones((), dtype=x.dtype))[0],
+    "jacrev": lambda loss, x: torch.func.jacrev(loss)(x),
+    "jacfwd": lambda loss, x: torch.func.jacfwd(loss)(x),
+    "vmap of grad": _gradients_vmapped,
+    "is_grads_batched": _batched_gradients,
+    "kept graph": _kept_graph,
+    "hooks that copy": _saved(lambda tensor: tensor.clone(), lambda tensor: tensor),
+    "hooks that keep": _saved(lambda tensor: [tensor], lambda kept: kept[0]),
+    "save_on_cpu": lambda loss, x: _in_context(torch.autograd.graph.save_on_cpu)(
+        lambda x: _backward(loss, x), x
+    ),
+    "checkpoint": _checkpointed,
+    "dispatch mode": _under_a_mode,
+    "make_fx, real": _traced("real"),
+    "make_fx, fake": _traced("fake"),
+    "make_fx, symbolic": _traced("symbolic"),
+    "compiled": lambda loss, x: _backward(torch.compile(loss, backend="aot_eager"), x),
+    "compiled grad": _compiled(lambda loss, x: torch.func.grad(loss)(x)),
+    "compiled vmap of grad": _compiled(
+        lambda loss, x: torch.func.vmap(torch.func.grad(loss))(x[None])[0]
+    ),
+    "default device": _default_device,
+    "default bfloat16": _default_dtype(torch.bfloat16),
+    "default float64": _default_dtype(torch.float64),
+    "autocast": _autocast,
+    "subclass": lambda loss, x: _backward(lambda x: loss(x.as_subclass(_Subclass)), x),
+    "parameter": lambda loss, x: _backward(loss, torch.nn.Parameter(x)),
+}
+"""Ways to its gradient."""
+
+TANGENTS: dict[str, Callable[[Loss, Tensor], Tensor]] = {
+    "jvp": _jvp,
+    "linearize": _linearize,
+    "dual level": _dual,
+    "compiled jvp": _compiled(_jvp),
+    "compiled dual level": _compiled(_dual),
+}
+"""Ways to its derivative in a random direction."""
+
+
+SLOW = [
+    name
+    for name in (*VALUES, *GRADIENTS, *TANGENTS)
+    if name.startswith(("compiled", "make_fx", "linearize"))
+]
+"""Ways that compile or trace."""
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*", DeprecationWarning)  # of torch itself
+        warnings.filterwarnings("ignore", "Attempted to insert a get_attr Node")  # of linearize
+        yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    made = random_batch((3, 7), dtype=torch.float64)
+    made.response_mask[1] = False
+    made.response_mask[0, :3] = True
+    near = made.old_log_prob[2] + 0.01  # a sequence that no mask drops
+    made.log_prob[2] = near
+    made.response_mask[2, :4] = True
+    return made
+
+
+def loss_of(batch: Batch, backend: str, surrogate: Surrogate, kinds: int) -> Loss:
+    """The sum of the losses of so many regions in as many modes."""
+
+    def loss(log_prob: Tensor) -> Tensor:
+        parts = [
+            batch._replace(log_prob=log_prob).loss(
+                region=region, surrogate=surrogate, backend=backend, loss_agg_mode=mode
+            )
+            for region in REGIONS[:kinds]
+            for mode in MODES[:kinds]
+        ]
+        return torch.stack([part.loss for part in parts]).sum()
+
+    return loss
+
+
+def cases() -> list[tuple[str, str]]:
+    """Ways and surrogates; a way that compiles takes a second, so it has few."""
+    few = ("min-clip", "soft-gate")
+    return [
+        (name, surrogate)
+        for name in (*VALUES, *GRADIENTS, *TANGENTS)
+        for surrogate in (few if name in SLOW else SURROGATES)
+    ]
+
+
+@pytest.mark.parametrize(("name", "surrogate"), cases())
+def test_each_gives_the_number_of_an_ordinary_call(
+    name: str, surrogate: str, backend: str, batch: Batch
+) -> None:
+    kinds = 1 if name in SLOW else 2
+    plain = loss_of(batch, "torch", SURROGATES[surrogate], kinds)
+    loss = loss_of(batch, backend, SURROGATES[surrogate], kinds)
+    x = batch.log_prob
+    if name in VALUES:
+        wanted, found = plain(x), VALUES[name](loss, x)
+    else:
+        wanted = _backward(plain, x)
+        assert wanted.any()
+        ways = GRADIENTS if name in GRADIENTS else TANGENTS
+        found = ways[name](loss, x)
+        if name in TANGENTS:
+            wanted = (wanted * _random(x)).sum()
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
