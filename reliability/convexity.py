@@ -1,4 +1,4 @@
-"""Random expressions: none that a proof shows not to be convex is accepted.
+"""Random expressions: those that are accepted, against proofs that a function is not convex.
 
 A formula is made as a tree, which is written as text for the package and evaluated in ball
 arithmetic (python-flint) at some hundred exact points. If a chord lies below f between its ends by
@@ -143,6 +143,8 @@ class Found(NamedTuple):
     """Counts of a run."""
 
     accepted: int
+    missed: list[tuple[str, tuple[float, float, float]]]
+    """Accepted formulas with three points that prove that they are not convex."""
     disproved: int
     refused: Counter[str]
     unexplained: list[tuple[str, str]]
@@ -150,14 +152,10 @@ class Found(NamedTuple):
 
 
 def run(cases: int, seed: int = SEED) -> Found:
-    """Judges random formulas.
-
-    Raises:
-        AssertionError: If one is accepted that is proven not to be convex.
-    """
+    """Judges random formulas."""
     rng = np.random.default_rng(seed)
     accepted, disproved, refused = 0, 0, Counter[str]()
-    unexplained = []
+    unexplained, missed = [], []
     for _ in range(cases):
         law = formula(rng)
         proof = counterexample(law, _points(rng, law.text))
@@ -172,8 +170,9 @@ def run(cases: int, seed: int = SEED) -> Found:
                 unexplained.append((law.text, message))
             continue
         accepted += 1
-        assert proof is None, f"{law.text} was accepted, and {proof} are not convex"
-    return Found(accepted, disproved, refused, unexplained)
+        if proof is not None:
+            missed.append((law.text, proof))
+    return Found(accepted, missed, disproved, refused, unexplained)
 
 
 def main() -> None:
@@ -189,7 +188,14 @@ def main() -> None:
         for _, message in found.unexplained
     )
     rows = [
-        Row("formulas accepted", found.accepted, "none is proven not to be convex"),
+        Row(
+            "formulas accepted",
+            found.accepted,
+            f"{len(found.missed)} proven not to be convex, by a dent between two samples of the "
+            "slope"
+            if found.missed
+            else "none proven not to be convex",
+        ),
         Row(
             "formulas refused",
             sum(found.refused.values()),
@@ -198,6 +204,8 @@ def main() -> None:
         ),
     ]
     write("convexity", f"python -m reliability.convexity --cases {parsed.cases}", rows)
+    for text, points in found.missed:
+        print(f"accepted, and not convex at {points}: {text}")
     if parsed.list:
         for text, message in found.unexplained:
             print(text, message.rpartition(": ")[2], sep="\n    ")

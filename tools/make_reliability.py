@@ -31,7 +31,8 @@ SECTIONS = {
     "convexity": (
         "Convexity",
         "A chord that lies below f between its ends, by more than ball arithmetic leaves open, "
-        "proves that f is not convex. No such f may be accepted.",
+        "proves that f is not convex. The judgement samples the slope, so that a smooth dent "
+        "between two samples escapes it, as `Divergence.from_expression` documents.",
     ),
     "bounds": (
         "Bounds",

@@ -32,6 +32,7 @@ def test_accepted_formulas_are_not_proven_to_be_no_generators() -> None:
 
     found = convexity.run(60)
     assert found.accepted > 10
+    assert not found.missed
     assert found.disproved > 10
 
 

@@ -173,7 +173,7 @@ impl Expression {
                 let mut sign_left = signs[0];
                 while sign_left != signs[1] {
                     work.take(u64::from(MAX_BISECTIONS), once)?;
-                    work.take(2, work_of(&self.node))?;
+                    work.take(4, work_of(&self.node))?;
                     // The last place with the sign of the left end, and the first without.
                     let mut beyond = right;
                     for _ in 0..MAX_BISECTIONS {
@@ -225,6 +225,14 @@ impl Expression {
         let decimals = (ends[1].slope - ends[0].slope).error_times(DECIMALS);
         if (fall - decimals).is_above_error(2.0) {
             return Err(falls(fall, left.hi, right.hi));
+        }
+        // A dent may begin here and end before the next sample.
+        for (near, slope, side) in [(left, slope_left, -1.0), (right, slope_right, 1.0)] {
+            let far = near + Dd::of(side * (NEIGHBOUR - 1.0) * near.hi.abs().max(NEAREST));
+            let fall = (slope - self.slope_at(far).1) * Wide::of(side);
+            if (fall - decimals).is_above_error(2.0) {
+                return Err(falls(fall, near.hi.min(far.hi), near.hi.max(far.hi)));
+            }
         }
         Ok(())
     }
