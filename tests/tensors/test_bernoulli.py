@@ -80,6 +80,39 @@ def test_errors_are_a_few_units_of_the_last_place(name: str, dtype: torch.dtype)
     assert compared > 200
 
 
+FAR = (-1e30, -1e4, -800.0, -745.5, -710.0, -104.5, -95.0, -88.9, -88.0, -0.7, -1e-3)
+"""Log-probs around those whose probability or odds leave the range of a dtype."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_probabilities_that_underflow_give_their_limit(name: str, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    pairs = [(p, q) for p in FAR for q in FAR if p != q]
+    old, new = (torch.tensor(column, dtype=dtype) for column in zip(*pairs, strict=True))
+    for p, q, value in zip(old.tolist(), new.tolist(),
+                           bernoulli_divergence(name, old, new).tolist(), strict=True):  # fmt: skip
+        # A probability below e^-1e4 is 0 beside any of the others.
+        with mp.workdps(4400):
+            exact = definition(name, max(p, -1e4), max(q, -1e4)) if min(p, q) > -1e30 else None
+        if exact is not None and limits.tiny < exact < limits.max:
+            # Subnormal probabilities have few digits; half of a divergence would be far off.
+            assert abs(mpf(value) - exact) <= math.sqrt(limits.eps) * exact, (p, q, value)
+        else:
+            assert value >= 0.0, (p, q, value)  # no NaN
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_an_underflowed_old_probability_has_its_limits(dtype: torch.dtype) -> None:
+    rare = torch.tensor(-1e4, dtype=dtype)
+    half, none = torch.tensor(-math.log(2.0), dtype=dtype), torch.tensor(-INF, dtype=dtype)
+    torch.testing.assert_close(bernoulli_divergence("tv", rare, half), half.exp())
+    torch.testing.assert_close(bernoulli_divergence("kl", rare, half), -half)
+    assert bernoulli_divergence("kl", rare, none) == INF
+    assert bernoulli_divergence("reverse-kl", none, rare) == INF
+    assert bernoulli_divergence("tv", rare, none) == 0.0
+
+
 def token(probability: float) -> torch.Tensor:
     return torch.tensor(probability, dtype=torch.float64).log()
 

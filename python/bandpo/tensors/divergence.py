@@ -89,8 +89,10 @@ def _outcomes(old: torch.Tensor, new: torch.Tensor) -> tuple[_Outcome, _Outcome]
     log_rest_ratio = torch.where(
         growth > -0.5, growth.log1p(), torch.where(same, 0.0, (rest_new / rest_old).log())
     )
-    # p = 0 has no odds: 1 - q is left of 1.
-    log_rest_ratio = torch.where(old == -math.inf, _log_rest(new), log_rest_ratio)
+    # Odds that overflow: p is 0 or next to it, and nothing cancels.
+    rare = old < 1.0 - math.log(torch.finfo(old.dtype).max)
+    far = torch.where(same, 0.0, _log_rest(new) - _log_rest(old))
+    log_rest_ratio = torch.where(rare, far, log_rest_ratio)
     token = _Outcome(old.exp(), new.exp(), old, new, x)
     return token, _Outcome(rest_old, rest_new, _log_rest(old), _log_rest(new), log_rest_ratio)
 
@@ -112,7 +114,9 @@ def _kl(outcome: _Outcome) -> torch.Tensor:
     old, new, _, _, x = outcome
     weighted = torch.where(old == 0.0, 0.0, old * x)  # x may be infinite
     grown = new * (-(-x).expm1()) - weighted
-    return torch.where(x > 1.0, grown, old * k3(x.clamp(max=1.0)))
+    # An old that underflowed must not meet the infinity.
+    fallen = torch.where(x == -math.inf, math.inf, old * k3(x.clamp(max=1.0)))
+    return torch.where(x > 1.0, grown, fallen)
 
 
 def _hellinger(outcome: _Outcome) -> torch.Tensor:
