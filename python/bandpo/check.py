@@ -91,6 +91,11 @@ def real_array(argument: str, values: ArrayLike) -> NDArray[Any]:
     Raises:
         InvalidTypeError: If ``values`` is not made of real numbers; the message names ``argument``.
     """
+    if np.ma.is_masked(values):
+        raise InvalidTypeError(
+            f"{argument} must have no masked elements, whose values mean nothing; "
+            f"pass .compressed() or .filled(...)"
+        )
     try:
         array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as reason:
@@ -104,6 +109,26 @@ def real_array(argument: str, values: ArrayLike) -> NDArray[Any]:
 def float64_array(argument: str, values: ArrayLike) -> Float64Array:
     """Returns real numbers as a float64 array; see `real_array`."""
     return real_array(argument, values).astype(np.float64, copy=False)
+
+
+MAX_LOG_PROB = 0.05
+"""Max log-probability that rounding may make of one that is at most 0, also in bfloat16."""
+
+
+def check_log_probs(argument: str, values: NDArray[Any]) -> None:
+    """Raises InvalidValueError if a log-probability is further above 0 than rounding puts it."""
+    if values.size and (largest := np.fmax.reduce(values, axis=None)) > MAX_LOG_PROB:
+        raise InvalidValueError(
+            f"{argument} must be natural logarithms of probabilities, at most 0 but for rounding, "
+            f"got {largest}; are they probabilities, or negative log-probabilities?"
+        )
+
+
+def log_probs(argument: str, values: ArrayLike) -> Float64Array:
+    """Returns log-probabilities as a float64 array; see `float64_array` and `check_log_probs`."""
+    array = float64_array(argument, values)
+    check_log_probs(argument, array)
+    return array
 
 
 def broadcast(**arrays: Float64Array) -> list[Float64Array]:

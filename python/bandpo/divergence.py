@@ -16,6 +16,7 @@ from bandpo.check import (
     check_text,
     flat,
     float64_array,
+    log_probs,
     suggestion,
 )
 from bandpo.error import InvalidTypeError, InvalidValueError
@@ -293,7 +294,7 @@ class Divergence:
             InvalidValueError: If the arguments do not broadcast.
         """
         tokens, ratios = broadcast(
-            logp=float64_array("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
+            logp=log_probs("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
         )
         return self.solver.divergences(flat(tokens), flat(ratios)).reshape(tokens.shape)
 

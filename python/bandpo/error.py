@@ -67,6 +67,14 @@ class MismatchWarning(UserWarning):
     """Two policies' log-probabilities of the same tokens are far apart; the message has causes."""
 
 
+class LogProbWarning(UserWarning):
+    """Log-probabilities are above 0 by more than rounding; the message has the likely mistakes."""
+
+
+class StepWarning(UserWarning):
+    """A region that changes between steps serves many losses and was never stepped."""
+
+
 class RecordWarning(UserWarning):
     """A recorder lost tokens of a run, which goes on; the message gives the reason."""
 

@@ -340,7 +340,7 @@ def test_calibration_to_a_flat_function_is_refused() -> None:
 @pytest.mark.parametrize("spec", ["kl", "tv"])
 def test_a_diagnosis_of_a_python_function_equals_the_built_in(spec: str) -> None:
     f = {"kl": minus_ln, "tv": lambda u: np.abs(u - 1) / 2}[spec]
-    logp = np.array([[-1.0, 0.0, 2.0, -700.0], [-np.inf, np.nan, -0.01, -1e-9]])
+    logp = np.array([[-1.0, 0.0, 0.04, -700.0], [-np.inf, np.nan, -0.01, -1e-9]])
     band = Band(Divergence.from_callable(f), 0.05)
     found, built_in = band.diagnose(logp), Band(spec, 0.05).diagnose(logp)
     expected = [side.status.copy() for side in built_in]
@@ -360,7 +360,7 @@ def test_a_diagnosis_of_a_python_function_equals_the_built_in(spec: str) -> None
 
 
 def test_a_diagnosis_has_brackets_statuses_and_bounded_work() -> None:
-    logp = np.array([[-1.0, 0.0, 2.0], [-np.inf, np.nan, -0.01]])
+    logp = np.array([[-1.0, 0.0, 0.04], [-np.inf, np.nan, -0.01]])
     band = Band("tv", 0.05)
     found = band.diagnose(logp)
     log_lower, log_upper = band.log_bounds(logp)

@@ -67,7 +67,7 @@ def test_dcpo_has_its_published_points() -> None:
 
 
 def test_dcpo_has_its_limits_at_the_ends() -> None:
-    log_lower, log_upper = Dcpo().log_bounds([-np.inf, np.nan, 3.0])
+    log_lower, log_upper = Dcpo().log_bounds([-np.inf, np.nan, 0.03])
     np.testing.assert_array_equal(log_lower, [math.log(0.5), np.nan, Dcpo().log_bounds(0.0)[0]])
     np.testing.assert_array_equal(log_upper, [np.inf, np.nan, Dcpo().log_bounds(0.0)[1]])
 

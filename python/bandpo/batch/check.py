@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from bandpo.backends.internals import needs_no_dispatcher
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.tensors.check import check_float, check_tensor
 
@@ -89,6 +90,29 @@ def check_alike(
                 )
     rows, width = shape if len(shape) == 2 else (1, shape[0])
     return rows, width
+
+
+def check_mask(response_mask: torch.Tensor) -> None:
+    """Raises InvalidValueError if a mask of floats on the CPU has another number than 0 and 1."""
+    if not response_mask.is_floating_point() or not needs_no_dispatcher(response_mask):
+        return
+    other = response_mask[(response_mask != 0.0) & (response_mask != 1.0)]
+    if other.numel():
+        raise InvalidValueError(
+            f"response_mask must hold 0 and 1 if it is a float, got {other[0].item()}; weights of "
+            f"tokens are rollout_is_weights"
+        )
+
+
+def check_weights(weights: torch.Tensor, valid: torch.Tensor) -> None:
+    """Raises InvalidValueError if a weight on the CPU, of a token that counts, is below 0."""
+    if not needs_no_dispatcher(weights):
+        return
+    below = (weights < 0.0) & valid
+    if below.any():
+        raise InvalidValueError(
+            f"rollout_is_weights must be at least 0, got {weights.expand(valid.shape)[below][0]}"
+        )
 
 
 def without_last_1(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ def warn_of_mismatch(argument: str, log_ratio: torch.Tensor, valid: torch.Tensor
             f"old_log_prob and {argument} differ by {mean:.2f} on average, above {MISMATCH_LIMIT}: "
             f"check that both are of the same tokens, shifted alike, and of the same temperature",
             MismatchWarning,
-            stacklevel=_caller(),
+            stacklevel=caller_level(),
         )
 
 
@@ -64,8 +64,8 @@ def warn_of_first_mismatch(
     warn_of_mismatch(argument, torch.where(valid, log_ratio, 0.0), valid)
 
 
-def _caller() -> int:
-    """The ``stacklevel`` of the first frame outside of this package and of torch.
+def caller_level() -> int:
+    """Returns the ``stacklevel`` of the first frame outside of this package and of torch.
 
     No constant, because a loss may be called as a module, which adds frames of torch.
     """

@@ -225,7 +225,13 @@ def _with_sequences_masked(
     unknown = ratio.isnan() | limited.isnan() | advantages.isnan()
     masked = sequences.spread(dropped) & valid & ~unknown
     advantages = advantages.expand(shape)
-    kept = inputs._replace(advantages=torch.where(masked, 0.0, advantages))
+    # An infinite log-prob must not meet the 0; its ratio is clamped all the same.
+    ends = torch.finfo(inputs.log_prob.dtype)
+    finite = inputs.log_prob.clamp(ends.min, ends.max)
+    kept = inputs._replace(
+        advantages=torch.where(masked, 0.0, advantages),
+        log_prob=torch.where(masked, finite, inputs.log_prob),
+    )
     losses = backend.token_losses(kept)
     removed = torch.where(masked, advantages.abs() * clamped(ratio).exp(), 0.0).sum()
     low, high = below & (advantages < 0.0), above & (advantages > 0.0)

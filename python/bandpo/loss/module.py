@@ -11,12 +11,14 @@ from bandpo.backends.contract import Count
 from bandpo.check import check_name, nonnegative_number
 from bandpo.correction import Correction, RolloutCorrection
 from bandpo.correction.rule import correction_of
+from bandpo.error import InvalidValueError
 from bandpo.loss.policy import policy_loss
 from bandpo.loss.reduction import GlobalBatch, Reduction
 from bandpo.loss.region import resolved
 from bandpo.loss.result import PolicyLossResult
 from bandpo.presets import preset
 from bandpo.rule import BACKENDS, AggregationMode, BackendName, RatioLevel, Rule, RuleRegion
+from bandpo.schedule import RegionSource
 from bandpo.surrogate import Surrogate
 
 
@@ -138,6 +140,24 @@ class PolicyLoss(torch.nn.Module):
             global_batch=global_batch,
             metrics_by_probability=self.metrics_by_probability,
         )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Returns the state of a region that changes between steps, for `state_dict`."""
+        return self.region.state_dict() if isinstance(self.region, RegionSource) else {}
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what `get_extra_state` returned, for `load_state_dict`.
+
+        Raises:
+            InvalidValueError: If it is that of another kind of region.
+        """
+        if isinstance(self.region, RegionSource):
+            self.region.load_state_dict(state)
+        elif state:
+            raise InvalidValueError(
+                f"region must be a RegionSource to take the state {dict(state)}, "
+                f"got {self.region!r}"
+            )
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -12,7 +12,7 @@ import torch
 from bandpo.backends.contract import Backend, Count
 from bandpo.backends.internals import needs_no_dispatcher, version_of
 from bandpo.backends.select import select
-from bandpo.batch.check import check_cu_seqlens, check_tokens
+from bandpo.batch.check import check_cu_seqlens, check_mask, check_tokens, check_weights
 from bandpo.batch.metrics import Metrics, Statistics
 from bandpo.batch.tokens import Tokens, shaped, shaped_by_row
 from bandpo.check import check_name, nonnegative_number
@@ -26,6 +26,7 @@ from bandpo.loss.penalty import log_ratio_penalty as penalty_of
 from bandpo.loss.reduction import GlobalBatch, Reduction
 from bandpo.loss.region import resolved
 from bandpo.loss.result import PolicyLossResult
+from bandpo.loss.warning import warn_of_no_step, warn_of_positive
 from bandpo.region import PrefixBudget
 from bandpo.rule import (
     BACKENDS,
@@ -158,7 +159,8 @@ def policy_loss(
             of the ratio, [B, T], [B, T, 1] or packed [N]; float32, float64, bfloat16 or float16.
         log_prob: The same under the policy being trained.
         advantages: One a token, or one a sequence as [B, 1] or [B]; same dtypes.
-        response_mask: Which tokens count (0: not), bool, int or float.
+        response_mask: Which tokens count (0: not), bool, int or float; a float is 0 or 1, which is
+            checked on a CPU only.
         region: Source of the bounds: `Band`, `Clip`, `BandTable` or another `Region`, a
             `bandpo.schedule.RegionSource`, whose region is the one of its last step, or a spec such
             as ``"(kl@0.05).cap(10)"`` (see `bandpo.spec`). A band with one delta is tabulated at
@@ -171,10 +173,11 @@ def policy_loss(
             "geometric-mean".
         loss_agg_mode: How the losses of the tokens become one number, or "none".
         log_ratio_penalty: Coefficient c of the squared log-ratio, finite and at least 0.
-        rollout_is_weights: Weights at least 0 that correct for a rollout engine whose probabilities
-            differ from ``old_log_prob``, shaped and typed like advantages, or the result of
-            `bandpo.correction.rollout_correction`. They multiply the loss; a token of weight 0 is
-            not counted as clipped where the sign of the advantage selects its bound.
+        rollout_is_weights: Weights at least 0, which is checked on a CPU only. They correct for a
+            rollout engine whose probabilities differ from ``old_log_prob``, shaped and typed like
+            advantages, or the result of `bandpo.correction.rollout_correction`. They multiply the
+            loss; a token of weight 0 is not counted as clipped where the sign of the advantage
+            selects its bound.
         correction: A `bandpo.correction.Correction` that makes these weights, or its arguments by
             name, as a preset has them.
         rollout_log_prob: Log-probabilities that the rollout engine returned, like ``old_log_prob``;
@@ -240,12 +243,15 @@ def policy_loss(
         dtype = compute_dtype(old_log_prob, log_prob)
     else:
         dtype = compute_dtype(old_log_prob, log_prob, anchor_log_prob)
+    check_mask(response_mask)
     valid = shaped(response_mask, shape)
     valid = valid if valid.dtype == torch.bool else valid != 0
     weighted = shaped_by_row(advantages.detach().to(dtype), shape)
     if weights is not None:
         # Every surrogate is homogeneous in the advantage, so a weight may go there.
-        weighted = weighted * shaped_by_row(weights.detach().to(dtype), shape)
+        weights = shaped_by_row(weights.detach().to(dtype), shape)
+        check_weights(weights, valid)
+        weighted = weighted * weights
     # Half precision needs no copy in float32, unless torch has to compute with it as well.
     narrow = (
         chosen.reads_half
@@ -267,6 +273,10 @@ def policy_loss(
         if anchor_log_prob is None
         else shaped(anchor_log_prob.detach().to(stored), tuple(old_log_prob.shape)),
     )
+    for argument, given_log_prob in (("old_log_prob", old_log_prob), ("log_prob", log_prob)):
+        warn_of_positive(argument, given_log_prob, valid)
+    if isinstance(region, RegionSource):
+        warn_of_no_step(region)
     if tokens.anchor_log_prob is not None:
         warn_of_first_mismatch(
             "anchor_log_prob", tokens.old_log_prob, tokens.anchor_log_prob, valid

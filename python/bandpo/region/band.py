@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bandpo.check import BoolArray, Float64Array, broadcast, flat, float64_array, real_number
+from bandpo.check import (
+    BoolArray,
+    Float64Array,
+    broadcast,
+    flat,
+    float64_array,
+    log_probs,
+    real_number,
+)
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region.base import Curves, Region
@@ -121,7 +129,7 @@ class Band(Region):
         Raises:
             InvalidValueError: If ``logp`` and an array of deltas do not broadcast.
         """
-        tokens, low, high = self._with_deltas(logp=float64_array("logp", logp))
+        tokens, low, high = self._with_deltas(logp=log_probs("logp", logp))
         log_lower, log_upper = self.divergence.solver.log_bounds(low, high, flat(tokens))
         return log_lower.reshape(tokens.shape), log_upper.reshape(tokens.shape)
 
@@ -131,7 +139,7 @@ class Band(Region):
         False outside the simplex (new probability above 1) and for NaN.
         """
         tokens, low, high, ratios = self._with_deltas(
-            logp=float64_array("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
+            logp=log_probs("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
         )
         inside = self.divergence.solver.contains(low, high, flat(tokens), flat(ratios))
         return np.asarray(inside.reshape(tokens.shape), dtype=np.bool_)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bandpo import _core
-from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, real_number
+from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, log_probs, real_number
 from bandpo.divergence import Sampler
 from bandpo.error import InvalidValueError, MissingExtraError
 from bandpo.region.live import Live
@@ -32,8 +32,8 @@ _MIN_POSITIVE = math.ulp(0.0)
 class Region(Live, ABC):
     """A map from an old log-probability to the log-ratios a token may take.
 
-    ``log_lower(logp) <= 0 <= log_upper(logp)``. Log-probabilities above 0, which rounding makes,
-    count as 0. A NaN gives NaN, for that element alone.
+    ``log_lower(logp) <= 0 <= log_upper(logp)``. Log-probabilities up to 0.05, which rounding
+    makes, count as 0. A NaN gives NaN, for that element alone.
     """
 
     @abstractmethod
@@ -44,7 +44,8 @@ class Region(Live, ABC):
             logp: Old log-probabilities (natural), real numbers, any shape.
 
         Raises:
-            InvalidTypeError: If ``logp`` does not hold real numbers.
+            InvalidTypeError: If ``logp`` does not hold real numbers, or has masked elements.
+            InvalidValueError: If a log-probability is above 0.05, as a probability is.
         """
 
     def bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
@@ -147,7 +148,7 @@ class Region(Live, ABC):
         A NaN lies in no region.
         """
         logp, log_ratio = broadcast(
-            logp=float64_array("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
+            logp=log_probs("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
         )
         log_lower, log_upper = self.log_bounds(logp)
         return np.asarray((log_lower <= log_ratio) & (log_ratio <= log_upper))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bandpo.check import Float64Array, float64_array, positive_number, real_number
+from bandpo.check import Float64Array, log_probs, positive_number, real_number
 from bandpo.error import InvalidValueError
 from bandpo.region.base import Curves, Region
 
@@ -117,7 +117,7 @@ class Clip(Region):
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the same two bounds for every token; see `Region.log_bounds`."""
-        unknown = np.where(np.isnan(float64_array("logp", logp)), np.nan, 0.0)
+        unknown = np.where(np.isnan(log_probs("logp", logp)), np.nan, 0.0)
         return unknown + self.log_lower, unknown + self.log_upper
 
     def describe(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bandpo.check import Float64Array, float64_array, positive_number
+from bandpo.check import Float64Array, log_probs, positive_number
 from bandpo.region.base import Curves, Region
 
 _MAX_Y = 600.0
@@ -42,7 +42,7 @@ class Dcpo(Region):
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the closed forms; see `Region.log_bounds`."""
-        y = np.maximum(-float64_array("logp", logp), 0.0)
+        y = np.maximum(-log_probs("logp", logp), 0.0)
         return self._log_lower(y), self._log_upper(y)
 
     def _log_upper(self, y: Float64Array) -> Float64Array:

@@ -8,7 +8,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bandpo import _core
-from bandpo.check import BoolArray, Float64Array, broadcast, flat, float64_array, positive_number
+from bandpo.check import (
+    BoolArray,
+    Float64Array,
+    broadcast,
+    flat,
+    float64_array,
+    log_probs,
+    positive_number,
+)
 from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region.base import Curves, Region
@@ -78,7 +86,7 @@ class PriceBand(Region):
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the exact ``(log_lower, log_upper)``; see `Region.log_bounds`."""
-        tokens = float64_array("logp", logp)
+        tokens = log_probs("logp", logp)
         log_lower, log_upper = self._core.log_bounds(flat(tokens))
         return log_lower.reshape(tokens.shape), log_upper.reshape(tokens.shape)
 
@@ -88,7 +96,7 @@ class PriceBand(Region):
         False outside the simplex (new probability above 1) and for NaN. The arguments broadcast.
         """
         tokens, ratios = broadcast(
-            logp=float64_array("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
+            logp=log_probs("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
         )
         inside = self._core.contains(flat(tokens), flat(ratios))
         return np.asarray(inside.reshape(tokens.shape), dtype=np.bool_)

@@ -12,7 +12,7 @@ from bandpo.divergence import Divergence
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.region import Band, Combined, Region
 from bandpo.region.live import Live
-from bandpo.schedule.schedule import Schedule
+from bandpo.schedule.schedule import Constant, Schedule
 
 
 class RegionSource(Live, ABC):
@@ -24,12 +24,18 @@ class RegionSource(Live, ABC):
 
     def __init__(self, region: Region) -> None:
         self._region = region
+        self._is_stepped = False
         self._subscribers: list[weakref.ref[Callable[[Region], object]]] = []
 
     @property
     def region(self) -> Region:
         """The region now."""
         return self._region
+
+    @property
+    def is_stepped(self) -> bool:
+        """True if it was ever stepped or restored, or needs no steps."""
+        return self._is_stepped
 
     def subscribe(self, callback: Callable[[Region], object]) -> None:
         """Registers ``callback(region)``, which is called after each change.
@@ -52,6 +58,7 @@ class RegionSource(Live, ABC):
     __ror__ = __and__ = __rand__ = __or__
 
     def _change(self, region: Region) -> None:
+        self._is_stepped = True
         if region == self._region:
             return
         self._region = region
@@ -189,6 +196,11 @@ class ScheduledBand(RegionSource):
             widths = self.at_least if isinstance(self.at_least, (tuple, list)) else [self.at_least]
             region = region.at_least(*widths)
         return region if self.cap is None else region.cap(self.cap)
+
+    @property
+    def is_stepped(self) -> bool:
+        """True if it was ever stepped or restored, or its delta is constant."""
+        return self._is_stepped or isinstance(self.schedule, Constant)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the schedule."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bandpo import _core
-from bandpo.check import Float64Array, check_path, real_array
+from bandpo.check import Float64Array, check_log_probs, check_path, real_array
 from bandpo.error import BandpoError, InvalidTypeError, InvalidValueError, TableFileError
 from bandpo.region import Band, Region, from_description
 
@@ -53,6 +53,7 @@ class BandTable(Region):
         ``log_lower`` is absolute in ``exp(log_lower)``.
         """
         tokens = real_array("logp", logp)
+        check_log_probs("logp", tokens)
         if tokens.dtype != np.float32:
             tokens = tokens.astype(np.float64, copy=False)
         log_lower, log_upper = np.empty(tokens.shape), np.empty(tokens.shape)

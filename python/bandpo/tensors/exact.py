@@ -37,7 +37,7 @@ def _(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
 
 def log_bounds_on_host(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     """Returns `exact_log_bounds_op` by `Region.log_bounds`, in float64."""
-    tokens = old_log_prob.detach().to("cpu", torch.float64).numpy()
+    tokens = old_log_prob.detach().to("cpu", torch.float64).clamp(max=0.0).numpy()
     bounds = np.stack(exact_region(region).log_bounds(tokens))
     _check_broadcast(bounds.shape[1:], tokens.shape)
     return torch.from_numpy(bounds).to(old_log_prob)
@@ -73,9 +73,8 @@ def contains_on_host(
     old_log_prob: torch.Tensor, log_ratio: torch.Tensor, region: int
 ) -> torch.Tensor:
     """Returns `exact_contains_op` by `Region.contains`, in float64."""
-    tokens, ratios = (
-        tensor.detach().to("cpu", torch.float64).numpy() for tensor in (old_log_prob, log_ratio)
-    )
+    tokens = old_log_prob.detach().to("cpu", torch.float64).clamp(max=0.0).numpy()
+    ratios = log_ratio.detach().to("cpu", torch.float64).numpy()
     inside = exact_region(region).contains(tokens, ratios)
     _check_broadcast(inside.shape, tokens.shape)
     return torch.from_numpy(inside).to(old_log_prob.device)
