@@ -74,11 +74,14 @@ def page() -> str:
         sys.exit(f"make_reliability: no section for {sorted(unknown)}")
     parts = [
         "# Reliability\n\n"
-        "Written by `python tools/make_reliability.py` from the counts of the last long run of "
-        "each part (`make reliability`).\nTests of `tests/trust` run a small part of each.\n"
+        "Written by `python tools/make_reliability.py` from the counts of the last run of each "
+        "part.\nThe command above a table is the one that was run; `make reliability` runs the "
+        "default numbers, which are larger.\nMutation tests, coverage and sanitizers are not part "
+        "of it.\nTests of `tests/trust` run a small part of each.\n"
     ]
     for name, (heading, text) in SECTIONS.items():
         if name not in known:
+            parts.append(f"## {heading}\n\n{text}\n\nNot run yet.\n")
             continue
         found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         rows = [f"| {row['check']} | {row['cases']:,} | {row['found']} |" for row in found["rows"]]
