@@ -509,6 +509,7 @@ class TestWeightedSum:
             assert equal(scaled, (gradient.to(factor_dtype) * by).to(dtype).cpu())
 
     @pytest.mark.usefixtures("on_cpu")
+    @pytest.mark.filterwarnings("ignore::bandpo.error.LogProbWarning")
     @pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum-norm"])
     def test_autograd_scales_what_the_forward_pass_wrote(self, mode: Any) -> None:
         tokens = Batch(*(tensor.nan_to_num() for tensor in batch((6, 50))))
@@ -523,6 +524,7 @@ class TestWeightedSum:
             torch.testing.assert_close(*slopes, rtol=4e-6, atol=0.0)
 
     @pytest.mark.usefixtures("on_cpu")
+    @pytest.mark.filterwarnings("ignore::bandpo.error.LogProbWarning")
     def test_a_graph_that_is_kept_gives_the_same_gradient_again(self) -> None:
         tokens = Batch(*(tensor.nan_to_num() for tensor in batch((6, 50))))
         leaf = tokens.log_prob.clone().requires_grad_()

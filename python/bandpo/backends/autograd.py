@@ -22,6 +22,7 @@ from bandpo.backends.contract import (
 from bandpo.backends.cuda import kernels
 from bandpo.backends.internals import (
     has_saved_tensor_hooks,
+    is_concrete,
     is_transformed,
     keeps_graph,
     needs_no_dispatcher,
@@ -86,7 +87,7 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
     """
     if is_transformed():
         return plain.token_losses(_widened(inputs))
-    if on_cuda(inputs.log_prob) or not needs_no_dispatcher(inputs.log_prob):
+    if not needs_no_dispatcher(inputs.log_prob):
         per_token, _, counts, sums = token_loss_op(*inputs)
         sums = sums.detach()
         return TokenLosses(per_token, per_token.sum(), lambda: Totals.of(counts, sums))
@@ -113,7 +114,7 @@ def weighted_sum(weight: Weight, inputs: LossInputs) -> WeightedSum:
 
     Args:
         weight: Factor of the sum.
-        inputs: Tokens with a log-prob for which `needs_no_dispatcher` holds.
+        inputs: Tokens with a log-prob for which `is_concrete` holds.
     """
     _, loss, counts, sums = _WeightedSum.apply(weight, *inputs)  # type: ignore[no-untyped-call]
     return loss, lambda: Totals.of(counts, sums)
@@ -180,7 +181,7 @@ class _WeightedSum(torch.autograd.Function):
             grad_gradient is not None
             or grad_loss is None
             or torch.is_grad_enabled()
-            or not needs_no_dispatcher(grad_loss)
+            or not is_concrete(grad_loss)
         ):
             return None, *_gradients(ctx, grad_loss, grad_gradient)
         (saved,) = ctx.saved_tensors

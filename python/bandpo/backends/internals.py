@@ -21,16 +21,20 @@ def is_transformed() -> bool:
     return _transforms_are_active() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
-def needs_no_dispatcher(tensor: torch.Tensor) -> bool:
-    """Returns True if Rust or a kernel may read the tensor: neither traced nor transformed."""
+def is_concrete(tensor: torch.Tensor) -> bool:
+    """Returns True if the tensor is neither traced nor transformed, on any device."""
     return (
         type(tensor) is torch.Tensor
-        and tensor.device.type in ("cpu", "cuda")
         and not torch.compiler.is_compiling()
         and _modes() == 0  # one of torch.utils._python_dispatch, such as that of a trace
         and not is_transformed()
         and not _is_legacy_batched(tensor)  # autograd's own, of is_grads_batched
     )
+
+
+def needs_no_dispatcher(tensor: torch.Tensor) -> bool:
+    """Returns True if Rust may read the tensor, and the host without waiting for a device."""
+    return tensor.device.type == "cpu" and is_concrete(tensor)
 
 
 def keeps_graph() -> bool:

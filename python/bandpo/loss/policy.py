@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bandpo.backends.contract import Backend, Count
-from bandpo.backends.internals import needs_no_dispatcher, version_of
+from bandpo.backends.internals import is_concrete, version_of
 from bandpo.backends.select import select
 from bandpo.batch.check import check_cu_seqlens, check_mask, check_tokens, check_weights
 from bandpo.batch.metrics import Metrics, Statistics
@@ -288,7 +288,7 @@ def policy_loss(
         and reduction.is_one_weight()
         and not rule.changes_tokens()
         and log_ratio_penalty == 0.0
-        and needs_no_dispatcher(log_prob)
+        and is_concrete(log_prob)
     ):
         weight = reduction.weight(lambda: count_valid(valid), tokens)
         inputs = inputs_of(rule, tokens, exact=exact, by_probability=metrics_by_probability)
