@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ from bandpo.integrations.verl import BandPOPolicyLossConfig
 from bandpo.loss import GlobalBatch
 from bandpo.presets import PRESETS
 from bandpo.record import read_tokens
+from bandpo.replay.report import configuration
 from support.trainer_batch import REGION, TrainerBatch, assert_same, trainer_batch
 from support.waits import Waits
 
@@ -284,6 +286,32 @@ def test_the_configuration_of_the_trainer_reaches_the_loss() -> None:
         sent = module.loads(module.dumps(found.policy_loss))
         assert_same(called("bandpo", actor(sent), batch, "seq-mean-token-sum")[0], wanted)
         assert len(module.dumps(found.policy_loss)) < 4000
+
+
+def words(text: str) -> list[str]:
+    """The words that a shell makes of the lines about the policy loss."""
+    lines = [line for line in text.splitlines() if "policy_loss" in line and line[0] != "#"]
+    return [word.replace("actor_rollout_ref.actor.", "") for word in shlex.split("\n".join(lines))]
+
+
+def test_the_lines_of_the_page_can_be_copied_into_a_command() -> None:
+    page = (ROOT / "docs/integrations/verl.md").read_text(encoding="utf-8")
+    one, rule = [
+        words(block)
+        for block in re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+        if "policy_loss" in block
+    ]
+    assert type(composed(*one).policy_loss) is PolicyLossConfig
+    found = composed(*rule).policy_loss
+    assert found.region == "(kl@0.01).cap(10)|clip@0.2,0.28"
+    assert found.schedule == "cosine(0.05, 0.005, 1000)"
+    (surrogate,) = words(re.search(r'`("\+.*surrogate=.*")`', page)[1])  # type: ignore[index]
+    assert composed(*rule, surrogate).policy_loss.surrogate == {"name": "mask", "truncation": 3.0}
+
+
+def test_the_lines_of_a_report_can_be_copied_into_a_command() -> None:
+    spec = "(kl@0.0123).cap(10)"
+    assert composed(*words(configuration(spec))).policy_loss.region == spec
 
 
 def test_a_record_has_the_tokens_of_losses_with_a_gradient(tmp_path: Path) -> None:

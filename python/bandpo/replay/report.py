@@ -145,7 +145,7 @@ def configuration(spec: str) -> str:
         f"# verl\nactor_rollout_ref.actor.policy_loss.loss_mode=bandpo\n"
         f"actor_rollout_ref.actor.policy_loss._target_="
         f"bandpo.integrations.verl.BandPOPolicyLossConfig\n"
-        f"+actor_rollout_ref.actor.policy_loss.region='{spec}'"
+        f"\"+actor_rollout_ref.actor.policy_loss.region='{spec}'\""
     )
 
 
