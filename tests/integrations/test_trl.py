@@ -632,6 +632,26 @@ def test_a_field_that_is_assigned_later_is_refused_before_the_model_is_loaded(
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("delta", 1.5, "delta, a cap of the ratio in TRL, must be left out"),
+        ("epsilon_high", 0.28, "epsilon_high must be left out"),
+        ("region", "kl@0.001", "must be set before the trainer is made"),
+        ("schedule", "linear(0.1, 0.02, 10)", "must be set before the trainer is made"),
+        ("record", "tokens", "must be set before the trainer is made"),
+    ],
+)
+def test_a_field_that_is_assigned_after_the_trainer_is_made_is_refused_before_the_first_step(
+    field: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    trainer = trainer_of(Recorder, BandPOConfig(**settings(tmp_path)))
+    setattr(trainer.args, field, value)
+    with pytest.raises(InvalidValueError, match=message):
+        trainer.train()
+    assert trainer.steps == []
+
+
 def test_a_region_that_is_assigned_later_is_that_of_the_trainer(tmp_path: Path) -> None:
     config = BandPOConfig(**settings(tmp_path))
     config.region = Clip(0.2, 0.28)

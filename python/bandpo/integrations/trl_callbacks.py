@@ -1,16 +1,37 @@
-"""Calls of TRL's trainers outside of the loss: the end of a record, and the steps of a schedule."""
+"""Calls of TRL's trainers outside of the loss: fields, the end of a record, steps of a schedule."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from transformers import TrainerCallback
 
+from bandpo.error import InvalidValueError
 from bandpo.integrations.recording import Recording
+from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.trl_fields import BandFields
 from bandpo.schedule import ScheduledBand
 
 STATE = "bandpo"
 """Key of a schedule's state among the states of callbacks in trainer_state.json."""
+
+
+class Checker(TrainerCallback):  # type: ignore[misc]
+    """Refuses fields that were assigned after the trainer had read them."""
+
+    def __init__(self, args: BandFields) -> None:
+        self._read = args.settings, args.record
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Raises as a configuration does, or if the rule is no longer that of the trainer."""
+        args.check()
+        if (args.settings, args.record) != self._read:
+            raise InvalidValueError(
+                f"{', '.join(own.name for own in fields(LossSettings) if hasattr(args, own.name))} "
+                f"and record must be set before the trainer is made, which reads them once, got "
+                f"{args.settings.as_json()}; a region may be given to trainer.region"
+            )
 
 
 class Flusher(TrainerCallback):  # type: ignore[misc]

@@ -12,7 +12,7 @@ import torch
 
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.epsilons import epsilons
-from bandpo.integrations.trl_callbacks import Flusher, Stepper
+from bandpo.integrations.trl_callbacks import Checker, Flusher, Stepper
 from bandpo.integrations.trl_fields import BandFields
 from bandpo.integrations.version import check_version
 from bandpo.loss import Metrics, policy_loss
@@ -48,6 +48,7 @@ class BandRun:
             old_policy=self._old_policy,
             rule=self._settings.as_json(),
         )
+        self.add_callback(Checker(given))  # type: ignore[attr-defined]
         if self._recording is not None:
             self.add_callback(Flusher(self._recording))  # type: ignore[attr-defined]
         if isinstance(self._region, ScheduledBand):
