@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from bandpo.error import InvalidValueError, MissingHookError
+from bandpo.error import InvalidTypeError, InvalidValueError, MissingHookError
 from support.packages import fake, fresh, is_installed, version_of, without_init
 from support.trainer_batch import REGION, TrainerBatch, assert_same, trainer_batch
 
@@ -43,7 +43,9 @@ def contract_loss(
 
 
 CALLER = """
-def grpo_loss_fn(logprobs, data, eps_clip, **others):
+def grpo_loss_fn(logprobs, data, eps_clip, use_sapo_loss=False, **others):
+    if use_sapo_loss:
+        return sapo_loss_fn(logprobs=logprobs)
     return ppo_actor_loss_fn(
         logprobs=logprobs,
         old_logprobs=data["logprobs"],
@@ -72,11 +74,13 @@ def areal(monkeypatch: pytest.MonkeyPatch) -> Any:
     else:
         version_of(monkeypatch, "1.0.4")
 
-    actor = fake(monkeypatch, "areal.trainer.ppo.actor", ppo_actor_loss_fn=loss)
+    actor = fake(
+        monkeypatch, "areal.trainer.ppo.actor", ppo_actor_loss_fn=loss, sapo_loss_fn=lambda **_: 0
+    )
 
     exec(CALLER, vars(actor))  # noqa: S102 -- our own text
     adapter = fresh(monkeypatch, "bandpo.integrations.areal")
-    return SimpleNamespace(install=adapter.install, actor=actor)
+    return SimpleNamespace(install=adapter.install, banded=adapter.banded, actor=actor)
 
 
 def called(areal: Any, batch: TrainerBatch, **others: Any) -> Any:
@@ -153,6 +157,18 @@ def test_a_ratio_of_a_sequence_is_refused(areal: Any) -> None:
     areal.install(region=REGION)
     with pytest.raises(InvalidValueError, match="importance_sampling_level must be 'token'"):
         called(areal, batch, importance_sampling_level="sequence")(batch.log_prob)
+
+
+def test_a_loss_that_does_not_clip_is_refused(areal: Any) -> None:
+    batch = trainer_batch()
+    areal.install(region=REGION)
+    with pytest.raises(InvalidValueError, match="use_sapo_loss must be false"):
+        called(areal, batch, use_sapo_loss=True)(batch.log_prob)
+
+
+def test_settings_of_another_type_are_refused(areal: Any) -> None:
+    with pytest.raises(InvalidTypeError, match=r"settings must be a LossSettings.*'kl@0\.05'"):
+        areal.banded(areal.actor.ppo_actor_loss_fn, "kl@0.05")
 
 
 def test_an_actor_that_calls_another_loss_is_an_import_error(

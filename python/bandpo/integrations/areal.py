@@ -14,7 +14,7 @@ import torch
 
 from bandpo.error import InvalidValueError
 from bandpo.integrations.epsilons import epsilons
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, check_settings
 from bandpo.integrations.version import check_version, require, require_reads
 
 ActorLoss = Callable[..., tuple[torch.Tensor, dict[str, Any]]]
@@ -32,10 +32,11 @@ def banded(actor_loss: ActorLoss, settings: LossSettings) -> ActorLoss:
         settings: The rule, which has to be a region and the surrogate min-clip.
 
     Raises:
+        InvalidTypeError: If ``settings`` is something else.
         InvalidValueError: If the rule is more than a clamp. A call raises it if
             ``importance_sampling_level`` is not "token".
     """
-    settings.refuse_correction("AReaL", "rejection_sampling has its own")
+    check_settings(settings).refuse_correction("AReaL", "rejection_sampling has its own")
     settings.refuse_changes("AReaL")
     region = settings.clamp_region("AReaL")
     anchored = settings.anchor == "rollout"
@@ -68,4 +69,12 @@ def install(**fields: Any) -> None:
     require_reads("areal", actor.grpo_loss_fn, "ppo_actor_loss_fn")
     theirs = getattr(actor.ppo_actor_loss_fn, "__wrapped__", actor.ppo_actor_loss_fn)
     require_reads("areal", theirs, "proximal_logprobs", "eps_clip", "eps_clip_higher")
+    require("areal", actor, "sapo_loss_fn")
     actor.ppo_actor_loss_fn = banded(theirs, LossSettings.of(fields))
+    actor.sapo_loss_fn = _refuse_sapo
+
+
+def _refuse_sapo(**_: Any) -> None:
+    raise InvalidValueError(
+        "use_sapo_loss must be false with a region, because AReaL's loss of SAPO does not clip"
+    )

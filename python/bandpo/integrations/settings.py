@@ -289,6 +289,20 @@ class LossSettings:
         return replace(preset(self.preset), region=region)
 
 
+def check_settings(given: object) -> LossSettings:
+    """Returns the settings that an adapter was given.
+
+    Raises:
+        InvalidTypeError: If they are something else, such as a spec.
+    """
+    if not isinstance(given, LossSettings):
+        raise InvalidTypeError(
+            f"settings must be a LossSettings, such as LossSettings('(kl@0.05).cap(10)'), "
+            f"got {given!r}"
+        )
+    return given
+
+
 def wrong_region(given: object) -> InvalidTypeError:
     """Returns the error for a region of a configuration that is neither text nor an object."""
     return InvalidTypeError(
