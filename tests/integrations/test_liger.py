@@ -14,7 +14,7 @@ from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 
-from bandpo.error import InvalidValueError, MissingHookError
+from bandpo.error import InvalidTypeError, InvalidValueError, MissingHookError
 from bandpo.integrations.liger import LOSS_TYPES, BandGRPOLoss
 from bandpo.integrations.settings import LossSettings
 from bandpo.loss import policy_loss
@@ -115,11 +115,18 @@ def test_a_loss_pickles() -> None:
         ({"settings": LossSettings(preset="dppo-kl")}, "surrogate must be 'min-clip' with Liger"),
         ({"settings": LossSettings(preset="tis")}, "preset must be left out with Liger"),
         ({"settings": LossSettings(anchor="rollout")}, "anchor must be left out with Liger"),
+        ({"settings": LossSettings("preset:bapo")}, "region must not be learnt from batches with"),
     ],
 )
 def test_what_the_clamp_cannot_express_is_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(InvalidValueError, match=match):
         chunked(**{"settings": RULE, **options})
+
+
+@pytest.mark.parametrize("given", [REGION, None, {"region": REGION}])
+def test_settings_of_another_type_are_refused(given: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="settings must be a LossSettings"):
+        chunked(settings=given)
 
 
 def test_a_function_that_does_not_read_the_hook_is_an_import_error(

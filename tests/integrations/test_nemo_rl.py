@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from bandpo.error import InvalidValueError, MissingHookError
+from bandpo.error import InvalidTypeError, InvalidValueError, MissingHookError
 from bandpo.integrations.settings import LossSettings
 from support.packages import fake, fresh
 from support.trainer_batch import REGION, TrainerBatch, assert_same, trainer_batch
@@ -149,6 +149,8 @@ def test_configurations_that_clip_no_ratio_of_a_token_are_refused(nemo_rl: Any, 
 def test_rules_that_are_more_than_a_clamp_are_refused(nemo_rl: Any, rule: dict[str, Any]) -> None:
     with pytest.raises(InvalidValueError, match="with NeMo-RL"):
         nemo_rl.BandClippedPGLossFn(config(), settings=LossSettings(**rule))
+    with pytest.raises(InvalidTypeError, match="settings must be a LossSettings"):
+        nemo_rl.BandClippedPGLossFn(config(), settings=REGION)
 
 
 def test_a_loss_without_its_epsilons_is_an_import_error(

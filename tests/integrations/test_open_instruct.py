@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 
 import torch
 
-from bandpo.error import InvalidValueError, MissingHookError, VersionWarning
+from bandpo.error import InvalidTypeError, InvalidValueError, MissingHookError, VersionWarning
 from bandpo.integrations import version
 from support.packages import fake, fresh, version_of
 from support.trainer_batch import REGION, TrainerBatch, assert_same, trainer_batch
@@ -46,7 +46,7 @@ def open_instruct(monkeypatch: pytest.MonkeyPatch) -> Any:
     version_of(monkeypatch, "0.3.1.dev29+ge6c3044aa")
     module = fake(monkeypatch, MODULE, compute_grpo_loss=compute_grpo_loss)
     adapter = fresh(monkeypatch, "bandpo.integrations.open_instruct")
-    return SimpleNamespace(install=adapter.install, module=module)
+    return SimpleNamespace(install=adapter.install, banded=adapter.banded, module=module)
 
 
 def config(**others: Any) -> SimpleNamespace:
@@ -131,6 +131,8 @@ def test_wrong_rules_are_refused_when_they_are_installed(
 ) -> None:
     with pytest.raises(InvalidValueError, match=match):
         open_instruct.install(**rule)
+    with pytest.raises(InvalidTypeError, match="settings must be a LossSettings"):
+        open_instruct.banded(compute_grpo_loss, REGION)
 
 
 def test_a_loss_that_does_not_clip_is_refused(open_instruct: Any) -> None:

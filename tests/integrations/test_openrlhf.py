@@ -13,7 +13,7 @@ import torch
 
 from bandpo import Clip
 from bandpo.correction import Correction
-from bandpo.error import InvalidValueError, MissingHookError
+from bandpo.error import InvalidTypeError, InvalidValueError, MissingHookError
 from bandpo.integrations.settings import LossSettings
 from support.packages import fake, fresh, is_installed, version_of, without_init
 from support.trainer_batch import REGION, assert_same, trainer_batch
@@ -151,6 +151,8 @@ def test_a_dual_clip_of_openrlhf_is_ours(openrlhf: Any) -> None:
 def test_what_the_clamp_cannot_express_is_refused(openrlhf: Any) -> None:
     with pytest.raises(InvalidValueError, match=r"policy_loss_type must be 'ppo'.* 'gspo'"):
         openrlhf.BandPolicyLoss(settings=RULE, policy_loss_type="gspo")
+    with pytest.raises(InvalidTypeError, match="settings must be a LossSettings"):
+        openrlhf.BandPolicyLoss(settings=REGION)
     rules: list[dict[str, Any]] = [
         {"correction": "tis"},
         {"preset": "dppo-kl"},

@@ -16,7 +16,7 @@ pytest.importorskip("torch")
 import torch
 import typing_extensions
 
-from bandpo.error import InvalidValueError
+from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.settings import LossSettings
 from bandpo.presets import preset
 from support.packages import fake, fresh, is_installed, version_of
@@ -219,6 +219,8 @@ def test_metrics_are_numbers(skyrl: Any) -> None:
 def test_wrong_rules_are_refused_when_they_are_registered(skyrl: Any, rule: dict[str, Any]) -> None:
     with pytest.raises(InvalidValueError):
         skyrl.adapter.register("bandpo", **rule)
+    with pytest.raises(InvalidTypeError, match="settings must be a LossSettings"):
+        skyrl.adapter.BandPolicyLoss(REGION)
 
 
 def test_a_loss_pickles_for_ray(skyrl: Any) -> None:

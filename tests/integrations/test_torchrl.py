@@ -206,6 +206,20 @@ def test_rules_that_need_a_third_policy_are_refused(loss: Any, rule: dict[str, A
         loss(settings=LossSettings(**rule))
 
 
+@pytest.mark.parametrize("loss", [BandGRPOLoss, BandClipPPOLoss])
+@pytest.mark.parametrize("given", ["kl@0.05", None, {"region": "kl@0.05"}])
+def test_settings_of_another_type_are_refused(loss: Any, given: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="settings must be a LossSettings"):
+        loss(settings=given)
+
+
+@pytest.mark.parametrize("loss", [BandGRPOLoss, BandClipPPOLoss])
+@pytest.mark.parametrize("name", ["bapo", "m2po"])
+def test_rules_that_learn_from_batches_are_refused(loss: Any, name: str) -> None:
+    with pytest.raises(InvalidValueError, match="region must not be learnt from batches with tor"):
+        loss(settings=LossSettings(preset=name))
+
+
 @pytest.mark.parametrize("rule", ["topr", "dppo-kl", "dual-clip"])
 def test_rules_that_are_more_than_a_clamp_are_refused(rule: str) -> None:
     with pytest.raises(InvalidValueError, match="with torchrl's ClipPPOLoss"):

@@ -20,7 +20,7 @@ from liger_kernel.chunked_loss.grpo_loss import (
 from bandpo.check import check_name
 from bandpo.error import InvalidValueError
 from bandpo.integrations.epsilons import epsilons
-from bandpo.integrations.settings import LossSettings, refuse_delta
+from bandpo.integrations.settings import LossSettings, check_settings, refuse_delta
 from bandpo.integrations.version import check_version, missing_hook, require_reads
 from bandpo.rule import AnyRegion
 
@@ -49,8 +49,10 @@ class BandGRPOLoss(LigerFusedLinearGRPOLoss):  # type: ignore[misc]
         **options: Arguments of `LigerFusedLinearGRPOLoss`.
 
     Raises:
-        InvalidValueError: If the rule is more than a clamp, ``importance_sampling_level`` not
-            "token", ``loss_type`` one that does not clamp, or ``delta`` given.
+        InvalidTypeError: If ``settings`` is something else.
+        InvalidValueError: If the rule is more than a clamp or learns from batches,
+            ``importance_sampling_level`` not "token", ``loss_type`` one that does not clamp, or
+            ``delta`` given.
         MissingHookError: If Liger's function has an argument that its module does not keep.
     """
 
@@ -63,7 +65,8 @@ class BandGRPOLoss(LigerFusedLinearGRPOLoss):  # type: ignore[misc]
                 f"probability of a token, got {self.importance_sampling_level!r}"
             )
         refuse_delta(self.delta, "Liger")
-        settings.refuse_rollout("Liger")
+        check_settings(settings).refuse_rollout("Liger")
+        settings.refuse_changes("Liger", but_steps=True)
         self.region = settings.clamp_region("Liger")
         given = signature(super().forward).parameters
         self._arguments = [

@@ -13,7 +13,7 @@ from nemo_rl.algorithms.loss.loss_functions import ClippedPGLossFn
 
 from bandpo.error import InvalidValueError
 from bandpo.integrations.epsilons import epsilons
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, check_settings
 from bandpo.integrations.version import require, require_reads
 
 require_reads("nemo-rl", ClippedPGLossFn.__call__, "ratio_clip_min", "ratio_clip_max")
@@ -39,6 +39,7 @@ class BandClippedPGLossFn(ClippedPGLossFn):  # type: ignore[misc]
         **named: Arguments of `ClippedPGLossFn` by name.
 
     Raises:
+        InvalidTypeError: If ``settings`` is something else.
         InvalidValueError: If the rule is more than a clamp, or the configuration clips no ratio of
             a token.
     """
@@ -51,7 +52,7 @@ class BandClippedPGLossFn(ClippedPGLossFn):  # type: ignore[misc]
                     f"loss_fn.{name} must be false with a region, which clips the ratio of a token"
                 )
         instead = "truncated_importance_sampling_type has NeMo-RL's own"
-        settings.refuse_correction("NeMo-RL", instead)
+        check_settings(settings).refuse_correction("NeMo-RL", instead)
         settings.refuse_changes("NeMo-RL")
         self.region = settings.clamp_region("NeMo-RL")
         self.anchored = settings.anchor == "rollout"

@@ -16,7 +16,7 @@ import torch
 from bandpo.error import InvalidValueError
 from bandpo.integrations.clamps import open_instruct_region
 from bandpo.integrations.epsilons import epsilons
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, check_settings
 from bandpo.integrations.version import check_version, require, require_reads
 
 GrpoLoss = Callable[..., tuple[torch.Tensor, ...]]
@@ -33,10 +33,11 @@ def banded(grpo_loss: GrpoLoss, settings: LossSettings) -> GrpoLoss:
         settings: The rule, which has to be a region and the surrogate min-clip.
 
     Raises:
+        InvalidTypeError: If ``settings`` is something else.
         InvalidValueError: If the rule is more than a clamp. A call raises it if ``config.loss_fn``
             is not "dapo".
     """
-    region = open_instruct_region(settings)
+    region = open_instruct_region(check_settings(settings))
 
     @wraps(grpo_loss)
     def band_loss(

@@ -16,7 +16,7 @@ from openrlhf.models.loss import PolicyLoss
 from bandpo.error import InvalidValueError
 from bandpo.integrations.clamps import openrlhf_region
 from bandpo.integrations.epsilons import epsilons
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, check_settings
 from bandpo.integrations.version import check_version, require, require_reads
 
 check_version("openrlhf", "0.11.2")
@@ -36,6 +36,7 @@ class BandPolicyLoss(PolicyLoss):  # type: ignore[misc]
         **named: Arguments of `PolicyLoss` by name.
 
     Raises:
+        InvalidTypeError: If ``settings`` is something else.
         InvalidValueError: If the rule is more than a clamp, or ``policy_loss_type`` not "ppo".
     """
 
@@ -46,7 +47,7 @@ class BandPolicyLoss(PolicyLoss):  # type: ignore[misc]
                 f"policy_loss_type must be 'ppo' with a region, which is about the probability of "
                 f"a token, got {self.policy_loss_type!r}"
             )
-        self.region = openrlhf_region(settings)
+        self.region = openrlhf_region(check_settings(settings))
         self.anchored = settings.anchor == "rollout"
 
     def forward(

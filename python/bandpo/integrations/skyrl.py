@@ -17,7 +17,7 @@ from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry, reduc
 
 from bandpo.error import InvalidValueError
 from bandpo.integrations.loss import TrainerLoss
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, check_settings
 from bandpo.integrations.version import check_version
 
 NAME = "bandpo"
@@ -33,12 +33,13 @@ class BandPolicyLoss:
         settings: The rule.
 
     Raises:
+        InvalidTypeError: If ``settings`` is something else.
         InvalidValueError: If it has a log_ratio_penalty, which divided advantages do not reach, or
             a region that changes.
     """
 
     def __init__(self, settings: LossSettings) -> None:
-        penalty = settings.arguments()["log_ratio_penalty"]
+        penalty = check_settings(settings).arguments()["log_ratio_penalty"]
         if penalty != 0.0:
             raise InvalidValueError(
                 f"log_ratio_penalty must be 0 with SkyRL, which divides the advantages and not the "

@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from torchrl.objectives.llm import GRPOLoss
 
 from bandpo.integrations.loss import TrainerLoss
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, check_settings
 from bandpo.integrations.torchrl_ppo import BandClipPPOLoss, check_options
 from bandpo.integrations.version import check_version, require, require_reads
 
@@ -42,7 +42,9 @@ class BandGRPOLoss(GRPOLoss):  # type: ignore[misc]
         band_loss: The loss of the tokens; ``band_loss.region.step()`` advances a schedule.
 
     Raises:
-        InvalidValueError: If there is a ``clip_epsilon`` as well, or an anchor or a correction.
+        InvalidTypeError: If ``settings`` is something else.
+        InvalidValueError: If there is a ``clip_epsilon`` as well, or an anchor or a correction, or
+            the region learns from batches.
     """
 
     def __init__(
@@ -53,7 +55,8 @@ class BandGRPOLoss(GRPOLoss):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         check_options(options)
-        settings.refuse_rollout("torchrl")
+        check_settings(settings).refuse_rollout("torchrl")
+        settings.refuse_changes("torchrl", but_steps=True)
         super().__init__(actor_network, **options)
         self.band_loss = TrainerLoss(settings)
         self._tokens: tuple[torch.Tensor, ...] = ()

@@ -9,7 +9,7 @@ from tensordict import TensorDictBase
 from torchrl.objectives import ClipPPOLoss
 
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, check_settings
 from bandpo.integrations.version import require
 from bandpo.torch import log_bounds
 
@@ -32,8 +32,10 @@ class BandClipPPOLoss(ClipPPOLoss):  # type: ignore[misc]
         **options: Arguments of `ClipPPOLoss`, but for ``clip_epsilon``.
 
     Raises:
-        InvalidValueError: If the rule is more than a clamp, there is a ``clip_epsilon`` as well, or
-            ``delay_actor`` with a ``max_importance_ratio``, which hides the proximal policy.
+        InvalidTypeError: If ``settings`` is something else.
+        InvalidValueError: If the rule is more than a clamp or learns from batches, there is a
+            ``clip_epsilon`` as well, or ``delay_actor`` with a ``max_importance_ratio``, which
+            hides the proximal policy.
     """
 
     def __init__(
@@ -50,7 +52,8 @@ class BandClipPPOLoss(ClipPPOLoss):  # type: ignore[misc]
                 "max_importance_ratio must be None with delay_actor, because the proximal policy's "
                 "log-probabilities cannot be read from its weights"
             )
-        settings.refuse_rollout("torchrl")
+        check_settings(settings).refuse_rollout("torchrl")
+        settings.refuse_changes("torchrl", but_steps=True)
         region = settings.clamp_region("torchrl's ClipPPOLoss")
         super().__init__(actor_network, critic_network, **options)
         self.region = region
