@@ -99,6 +99,16 @@ def test_a_region_may_stand_at_the_rollout_policy(worker: Any) -> None:
     assert_same(batch.of(lambda log_prob: loss(log_prob)[0]), wanted)
 
 
+def test_an_anchor_that_a_batch_lacks_is_refused(worker: Any) -> None:
+    settings = LossSettings(REGION, anchor="rollout")
+    own = type("MyWorker", (worker,), {"settings": settings})(config())
+    data = SimpleNamespace(
+        batch={"old_log_probs": trainer_batch().old_log_prob, "response_mask": None}
+    )
+    with pytest.raises(InvalidValueError, match="anchor must be 'old' with ROLL"):
+        own.loss_func(data, trainer_batch().log_prob)
+
+
 def test_the_configuration_stays_as_it_was(worker: Any) -> None:
     batch = trainer_batch()
     own = type("MyWorker", (worker,), {"settings": RULE})(config())
@@ -115,6 +125,12 @@ def test_what_the_clamp_cannot_express_is_refused_with_the_class(
 ) -> None:
     with pytest.raises(InvalidValueError, match="with ROLL"):
         type("MyWorker", (worker,), {"settings": LossSettings(**rule)})
+
+
+@pytest.mark.parametrize("given", [REGION, None, {"region": REGION}])
+def test_settings_of_another_type_are_refused_with_the_class(worker: Any, given: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="settings must be a LossSettings"):
+        type("MyWorker", (worker,), {"settings": given})
 
 
 def test_a_class_without_a_rule_is_refused(worker: Any) -> None:

@@ -113,6 +113,14 @@ def test_a_region_may_stand_at_the_rollout_policy(slime: Any) -> None:
     assert_same(batch.of(lambda log_prob: loss(log_prob)[0]), wanted)
 
 
+def test_an_anchor_that_a_batch_lacks_is_refused(slime: Any) -> None:
+    batch = trainer_batch().packed()
+    args = arguments(bandpo={"region": REGION, "anchor": "rollout"})
+    tensors = samples(batch, advantages="advantages", log_probs="old_log_prob")
+    with pytest.raises(InvalidValueError, match="anchor must be 'old' with slime"):
+        slime.band_loss(args, tensors, batch.log_prob, reduction(batch, True))
+
+
 def test_on_policy_nothing_clips_and_the_arguments_stay(slime: Any) -> None:
     batch = trainer_batch().packed()
     args = arguments()

@@ -13,7 +13,7 @@ from roll.pipeline.rlvr.actor_worker import ActorWorker
 
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.epsilons import epsilons
-from bandpo.integrations.settings import LossSettings
+from bandpo.integrations.settings import LossSettings, check_settings
 from bandpo.integrations.version import require, require_reads
 from bandpo.rule import AnyRegion
 
@@ -34,8 +34,8 @@ class _Banded:
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
-        settings = vars(cls).get("settings")
-        if settings is not None:
+        if "settings" in vars(cls):
+            settings = check_settings(cls.settings)
             settings.refuse_correction("ROLL", "train_infer_correction has its own")
             settings.refuse_changes("ROLL")
             cls._region = settings.clamp_region("ROLL")
@@ -52,7 +52,13 @@ class _Banded:
         old: torch.Tensor = super().get_old_log_probs_with_cache(  # type: ignore[misc]
             data, log_probs
         )
-        anchor = data.batch["infer_logprobs"] if self.settings.anchor == "rollout" else None
+        anchor = None
+        if self.settings.anchor == "rollout":
+            anchor = data.batch.get("infer_logprobs", None)
+            if anchor is None:
+                raise InvalidValueError(
+                    "anchor must be 'old' with ROLL where a batch has no infer_logprobs"
+                )
         config = self.pipeline_config
         config.pg_clip_low, config.pg_clip_high = epsilons(self._region, old, anchor)
         return old

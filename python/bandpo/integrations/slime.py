@@ -42,7 +42,7 @@ def band_loss(
     Raises:
         InvalidTypeError: If ``args.bandpo`` is missing or has the wrong type.
         InvalidValueError: If the rule is more than a clamp, or ``advantage_estimator`` does not
-            clip the ratio of a token.
+            clip the ratio of a token, or the batch lacks the log-probs of the anchor.
     """
     import slime.backends.megatron_utils.loss as theirs
 
@@ -61,6 +61,10 @@ def band_loss(
     if old:  # otherwise slime takes the present policy, and every ratio is 1
         anchor = None
         if settings.anchor == "rollout":
+            if not batch.get("rollout_log_probs"):
+                raise InvalidValueError(
+                    "anchor must be 'old' with slime where a batch has no rollout_log_probs"
+                )
             anchor = torch.cat(batch["rollout_log_probs"])
         low, high = epsilons(region, torch.cat(old), anchor)
         args = Namespace(**{**vars(args), "eps_clip": low, "eps_clip_high": high})
