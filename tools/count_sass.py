@@ -149,12 +149,12 @@ def run(case: Case, architecture: int, chunks: int) -> tuple[Binary, Counts]:
     )
     found: list[tuple[Binary, Counts]] = []
 
-    def launch(kernel: str, device: Any, blocks: int, given: Any, shared_bytes: int = 0) -> None:
+    def launch(kernel: str, *given: Any) -> None:
         if "policy_loss_totals" in kernel:
             return
         binary = binary_of(kernel, architecture)
         machine = Machine(binary.program, architecture)
-        machine.launch(kernel, device, blocks, given, shared_bytes)
+        machine.launch(kernel, *given)
         found.append((binary, machine.counts))
 
     with (

@@ -414,13 +414,12 @@ class TestTotals:
         total_sums, total_counts = np.full(SUMS, np.nan), np.full(len(counts), -1)
         divisors, loss = np.array([divisor]), np.full(1, -1.0)
         at = [
-            np.uint64(array.ctypes.data)
-            for array in (sums, counts, total_sums, total_counts, divisors, loss)
+            array.ctypes.data for array in (sums, counts, total_sums, total_counts, divisors, loss)
         ]
-        sizes = np.int64(sums.shape[1]), np.int32(len(counts))
-        arguments = (*at[:2], *sizes, *at[2:4], np.float64(numerator), *at[4:])
+        sizes = sums.shape[1], len(counts)
+        arguments = (*at[:2], *sizes, *at[2:4], numerator, *at[4:])
         kernel = "bandpo::policy_loss_totals<double>"
-        emulator.launch(kernel, None, ROWS + len(counts), arguments)
+        emulator.launch(kernel, None, ROWS + len(counts), "PPqiPPdPP", arguments)
         return total_sums, total_counts, loss[0]
 
 
@@ -1046,7 +1045,7 @@ class TestEmulator:
             "from support.emulated import Emulator\n"
             "out = np.zeros(256, np.int32)\n"
             f"Emulator(Path({str(library)!r})).launch({kernel!r}, None, 1, "
-            f"(np.uint64(out.ctypes.data),), {shared})\n"
+            f"'P', (out.ctypes.data,), {shared})\n"
             "print('fine', out.sum())"
         )
         return self.python(["-c", code], flags)
@@ -1133,7 +1132,7 @@ class FakeCupy:
             assert all(isinstance(argument, np.generic) for argument in arguments)
             self.log.append(("launched", kernel, device, self.streams[-1], *grid))
             self.emulator.grid = grid[0]
-            self.emulator.launch(kernel, None, grid[0], arguments, shared_mem)
+            self.emulator.launch_scalars(kernel, grid[0], arguments, shared_mem)
 
         return SimpleNamespace(get_function=lambda name: {kernel: launch}[name])
 

@@ -196,12 +196,9 @@ class TestBindings:
         moved = [torch.zeros(9) for _ in tensors]
 
         def one(k: int) -> None:
-            pointers = [np.uint64(each.data_ptr()) for each in (log_prob, tensors[k], bounds)]
-            arguments = (
-                *pointers[:2], np.int64(9), np.int32(0), pointers[2], np.int32(0),
-                np.uint64(moved[k].data_ptr()),
-            )  # fmt: skip
-            run(1, 256, 7, arguments, 0)
+            pointers = [each.data_ptr() for each in (log_prob, tensors[k], bounds)]
+            arguments = *pointers[:2], 9, 0, pointers[2], 0, moved[k].data_ptr()
+            run(1, 256, 7, "PPqiPiP", arguments, 0)
 
         one(0)  # whose memory one of the two takes
         moved[0].zero_()
@@ -216,23 +213,27 @@ class TestBindings:
     def test_numbers_keep_every_bit(self, device: Device) -> None:
         """Of each type, next to one another with and without gaps."""
         received: list[bytes] = []
-        numbers: tuple[np.generic, ...] = (
+        scalars: tuple[np.generic, ...] = (
             np.int32(-(2**31)), np.uint64(2**64 - 1), np.uint32(2**32 - 1), np.float32(math.inf),
             np.int64(-(2**63)), np.float32(-0.0), np.float64(math.nan), np.float32(2.0**-149),
+            np.float32(0.1), np.float32(math.inf),
         )  # fmt: skip
+        # The last two are rounded as numpy does it.
+        numbers = *(scalar.item() for scalar in scalars[:-2]), 0.1, 1e40
+        types = "iPIfqfdfff"
 
         class Recorder(StubDriver):
             def _launched(self, *given: Any) -> int:
-                addresses = (ctypes.c_void_p * len(numbers)).from_address(given[-1])
-                for address, number in zip(addresses, numbers, strict=True):
+                addresses = (ctypes.c_void_p * len(scalars)).from_address(given[-1])
+                for address, number in zip(addresses, scalars, strict=True):
                     received.append(ctypes.string_at(address or 0, number.nbytes))
                     assert (address or 0) % number.nbytes == 0
                 return 0
 
         recorder = Recorder(device.driver._library, device.driver._emulator)
         for _ in range(2):  # the second in the memory of the first
-            launch.launch("anything", torch.device("cuda", 0), 1, numbers)
-        assert received == [number.tobytes() for number in numbers] * 2
+            launch.launch("anything", torch.device("cuda", 0), 1, types, numbers)
+        assert received == [scalar.tobytes() for scalar in scalars] * 2
         assert recorder.log == []
 
     def test_another_process_compiles_nothing(

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from bandpo import _core
+from bandpo.backends.cuda.raw_module import numpy_scalars
 
 EMULATOR = Path(__file__).parent / "emulator.h"
 
@@ -134,10 +134,17 @@ class Emulator:
         kernel: str,
         device: object,
         blocks: int,
-        arguments: tuple[Any, ...],
+        types: str,
+        arguments: tuple[float, ...],
         shared_bytes: int = 0,
     ) -> None:
         """Takes the place of `bandpo.backends.cuda.launch.launch`."""
+        self.launch_scalars(kernel, blocks, numpy_scalars(types, arguments), shared_bytes)
+
+    def launch_scalars(
+        self, kernel: str, blocks: int, arguments: tuple[np.generic, ...], shared_bytes: int
+    ) -> None:
+        """Launches a kernel as CuPy does, with numpy scalars."""
         name = kernel.encode()
         wanted = self._library.parameters_of(name)
         if wanted != len(arguments):

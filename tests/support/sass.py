@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bandpo.backends.cuda.raw_module import numpy_scalars
+
 LANES = 32
 RZ = 255
 
@@ -168,13 +170,13 @@ class Machine:
         kernel: str,
         device: object,
         blocks: int,
-        arguments: tuple[Any, ...],
+        types: str,
+        arguments: tuple[float, ...],
         shared_bytes: int = 0,
     ) -> None:
         """Takes the place of `bandpo.backends.cuda.launch.launch`, with pointers of the host."""
         at = PARAMETERS[self.architecture]
-        for argument in arguments:
-            scalar = np.asarray(argument)
+        for scalar in numpy_scalars(types, arguments):
             at = -(-at // scalar.itemsize) * scalar.itemsize
             self._set(at, scalar)
             at += scalar.itemsize

@@ -12,7 +12,6 @@ import struct
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from bandpo.backends.cuda.compiler import cubin
@@ -46,7 +45,8 @@ class Kernel:
         grid: int,
         threads: int,
         stream: int,
-        arguments: tuple[np.generic, ...],
+        types: str,
+        arguments: tuple[float, ...],
         shared_bytes: int,
     ) -> None:
         """Enqueues the kernel on a stream of its device, given by its handle."""
@@ -58,7 +58,7 @@ class Kernel:
         if other:
             _checked(driver, "cuCtxPushCurrent", driver.cuCtxPushCurrent(self._context))
         try:
-            packed = self._pack(arguments)
+            packed = self._pack(types, arguments)
             [status] = driver.cuLaunchKernel(
                 self._function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, packed.address, 0
             )
@@ -69,12 +69,11 @@ class Kernel:
             if other:
                 driver.cuCtxPopCurrent()
 
-    def _pack(self, arguments: tuple[np.generic, ...]) -> _Packed:
+    def _pack(self, types: str, arguments: tuple[float, ...]) -> _Packed:
         """Arguments in memory that no other thread has, because a launch releases Python's lock."""
         packer = self._packer
         if packer is None:
-            packer = struct.Struct("".join(argument.dtype.char for argument in arguments))
-            self._packer = packer
+            packer = self._packer = struct.Struct(types)  # the same at every launch
         try:
             packed = self._idle.pop()
         except IndexError:

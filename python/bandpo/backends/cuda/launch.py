@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from bandpo.backends.cuda import driver, raw_module
@@ -33,8 +32,8 @@ BLOCKS_A_PROCESSOR = 8
 TOTALS_KERNEL = "bandpo::policy_loss_totals<float>"
 """The kernel that every loss needs."""
 
-Run = Callable[[int, int, int, tuple[np.generic, ...], int], None]
-"""A kernel on a device, of grid, threads, stream's handle, arguments and shared bytes."""
+Run = Callable[[int, int, int, str, tuple[float, ...], int], None]
+"""A kernel on a device, of grid, threads, stream's handle, types, arguments and shared bytes."""
 
 LAUNCHERS: dict[str, Callable[[str, int, tuple[str, ...]], Run]] = {
     "cuda-bindings": driver.load,
@@ -60,7 +59,8 @@ def launch(
     kernel: str,
     device: torch.device,
     blocks: int,
-    arguments: tuple[np.generic, ...],
+    types: str,
+    arguments: tuple[float, ...],
     shared_bytes: int = 0,
 ) -> None:
     """Enqueues a kernel on torch's current stream of a device.
@@ -72,7 +72,9 @@ def launch(
         kernel: Name of an instance of a template in ``cuda/``.
         device: A CUDA device.
         blocks: Blocks that the work needs; fewer run, and each strides over the work.
-        arguments: The kernel's, as numpy scalars.
+        types: Those of the kernel's parameters, a character each, as `struct` and numpy name them:
+            P for a pointer, q for int64, i for int32, I for uint32, f and d for floats.
+        arguments: Numbers of these types; a pointer is an address.
         shared_bytes: Dynamic shared memory of a block.
 
     Raises:
@@ -83,7 +85,7 @@ def launch(
     index = torch.cuda.current_device() if device.index is None else device.index
     run, max_blocks = compiled(kernel, index)
     grid = max(1, min(blocks, max_blocks))
-    run(grid, THREADS, _stream(index), arguments, shared_bytes)
+    run(grid, THREADS, _stream(index), types, arguments, shared_bytes)
 
 
 def _stream(index: int) -> int:

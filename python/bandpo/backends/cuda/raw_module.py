@@ -20,7 +20,7 @@ def cupy_module() -> Any:
 
 def load(
     kernel: str, device_index: int, options: tuple[str, ...]
-) -> Callable[[int, int, int, tuple[np.generic, ...], int], None]:
+) -> Callable[[int, int, int, str, tuple[float, ...], int], None]:
     """Compiles a kernel for a device and loads it; see `bandpo.backends.cuda.driver.Kernel`.
 
     Raises:
@@ -41,14 +41,31 @@ def load(
         grid: int,
         threads: int,
         stream: int,
-        arguments: tuple[np.generic, ...],
+        types: str,
+        arguments: tuple[float, ...],
         shared_bytes: int,
     ) -> None:
+        scalars = numpy_scalars(types, arguments)
         external = of_cupy.Stream.from_external(_Stream(stream))
         with of_cupy.Device(device_index), external:
-            function((grid,), (threads,), arguments, shared_mem=shared_bytes)
+            function((grid,), (threads,), scalars, shared_mem=shared_bytes)
 
     return run
+
+
+_SCALARS: dict[str, type[np.generic]] = {
+    "P": np.uint64,
+    "q": np.int64,
+    "i": np.int32,
+    "I": np.uint32,
+    "f": np.float32,
+    "d": np.float64,
+}
+
+
+def numpy_scalars(types: str, arguments: tuple[float, ...]) -> tuple[np.generic, ...]:
+    """Returns the arguments of `bandpo.backends.cuda.launch.launch` as CuPy takes them."""
+    return tuple(_SCALARS[one](number) for one, number in zip(types, arguments, strict=True))
 
 
 class _Stream(NamedTuple):
