@@ -25,7 +25,8 @@ def real_number(argument: str, value: object) -> float:
         InvalidTypeError: If it is none of these; the message names ``argument``.
         InvalidValueError: If it is a whole number beyond a float64.
     """
-    if isinstance(value, Real) and not isinstance(value, bool):
+    # Float and int before Real, whose check takes a microsecond.
+    if isinstance(value, (float, int, Real)) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:  # a whole number or a fraction

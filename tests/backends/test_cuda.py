@@ -1234,6 +1234,8 @@ class TestCached:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         kept = Cached(tensor)
         assert len(one.events) == 1
+        assert kept.ready() is tensor
+        assert one.waited == recorded == []  # the order of the stream is enough
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: other)
         assert kept.ready() is tensor
         assert other.waited == one.events
@@ -1242,6 +1244,10 @@ class TestCached:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: one)
         kept.ready()
         assert one.waited == other.events
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: other)
+        kept.ready()  # the memory is not this stream's
+        assert recorded == [other, one, other]
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: one)
         # A capture may not wait for events outside it.
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         kept.ready()

@@ -54,13 +54,13 @@ def _backward(
     grad_gradient: torch.Tensor | None,
     *_: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
-    return _gradients(ctx, grad_per_token, grad_gradient)
+    return gradients_of(_gradient(ctx, grad_per_token, grad_gradient))
 
 
-def _gradients(
+def _gradient(
     ctx: Any, grad_per_token: torch.Tensor | None, grad_gradient: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of `LossInputs` from those of the losses and of their gradients."""
+) -> torch.Tensor | None:
+    """The gradient of the log-probs from those of the losses and of their gradients."""
     (gradient,) = ctx.saved_tensors
     # A gradient that carries the ratio is its own derivative, so any order is right.
     if not ctx.surrogate.gradient_carries_ratio:
@@ -72,9 +72,10 @@ def _gradients(
         gradient, grad_gradient = gradient.detach(), None
     grads = [grad for grad in (grad_per_token, grad_gradient) if grad is not None]
     if not grads:
-        return gradients_of(None)
+        return None
     whole = grads[0] if len(grads) == 1 else grads[0] + grads[1]
-    return gradients_of(gradient * whole)
+    found: torch.Tensor = gradient * whole
+    return found
 
 
 token_loss_op.register_autograd(_backward, setup_context=_save_of_op)
@@ -116,7 +117,7 @@ def weighted_sum(weight: Weight, inputs: LossInputs) -> WeightedSum:
         weight: Factor of the sum.
         inputs: Tokens with a log-prob for which `is_concrete` holds.
     """
-    _, loss, counts, sums = _WeightedSum.apply(weight, *inputs)  # type: ignore[no-untyped-call]
+    _, loss, counts, sums = _WeightedSum.apply(inputs.log_prob, inputs, weight)  # type: ignore[no-untyped-call]
     return loss, lambda: Totals.of(counts, sums)
 
 
@@ -144,23 +145,24 @@ class _TokenLossFunction(torch.autograd.Function):
         *_: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         """Returns the gradients of the inputs."""
-        if grad_total is None:
-            return _gradients(ctx, grad_per_token, grad_gradient)
-        # The sum passes its gradient to each of the losses.
-        whole = grad_total if grad_per_token is None else grad_per_token + grad_total
-        return _gradients(ctx, whole, grad_gradient)
+        whole = grad_per_token
+        if grad_total is not None:  # which each of the losses gets
+            whole = grad_total if whole is None else whole + grad_total
+        return gradients_of(_gradient(ctx, whole, grad_gradient))
 
 
 class _WeightedSum(torch.autograd.Function):
     """The weighted sum of the losses, with one gradient that is already weighted.
 
-    It has no setup_context, as `_TokenLossFunction`.
+    It has no setup_context, as `_TokenLossFunction`. Only the log-probs are an argument of their
+    own, because torch unwraps each argument at every call.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Weight, *args: Any) -> tuple[torch.Tensor, ...]:
-        inputs = LossInputs(*args)
-        if on_cuda(inputs.log_prob):
+    def forward(
+        ctx: Any, log_prob: torch.Tensor, inputs: LossInputs, weight: Weight
+    ) -> tuple[torch.Tensor, ...]:
+        if on_cuda(log_prob):
             output: tuple[torch.Tensor, ...] = kernels.weighted_sum(inputs, weight)
         else:
             output = in_rust(inputs, weight.number())
@@ -183,7 +185,7 @@ class _WeightedSum(torch.autograd.Function):
             or torch.is_grad_enabled()
             or not is_concrete(grad_loss)
         ):
-            return None, *_gradients(ctx, grad_loss, grad_gradient)
+            return _gradient(ctx, grad_loss, grad_gradient), None, None
         (saved,) = ctx.saved_tensors
         # A graph about to be freed gives its gradient away, because memory that is new to the
         # process costs more than everything else.
@@ -193,4 +195,4 @@ class _WeightedSum(torch.autograd.Function):
         elif grad_loss.numpy() != 1.0:
             # In Rust, because torch's threads would spin on the cores that the next loss needs.
             _core.scale(gradient.numpy(), grad_loss.numpy())
-        return None, *gradients_of(gradient)
+        return gradient, None, None

@@ -34,7 +34,7 @@ def is_concrete(tensor: torch.Tensor) -> bool:
 
 def needs_no_dispatcher(tensor: torch.Tensor) -> bool:
     """Returns True if Rust may read the tensor, and the host without waiting for a device."""
-    return tensor.device.type == "cpu" and is_concrete(tensor)
+    return tensor.is_cpu and is_concrete(tensor)
 
 
 def keeps_graph() -> bool:

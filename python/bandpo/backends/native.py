@@ -46,6 +46,7 @@ def in_rust(
     def array(tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.contiguous().numpy()
 
+    written = gradient.numpy()
     is_table = bounds.dtype == torch.int32
     total, counts, sums = _core.policy_loss(
         array(inputs.old_log_prob),
@@ -61,11 +62,11 @@ def in_rust(
         None if inputs.anchor_log_prob is None else array(inputs.anchor_log_prob),
         weight,
         None if per_token is None else per_token.numpy(),
-        gradient.numpy(),
+        written,
     )
     return (
         gradient,
-        torch.tensor(weight * total, dtype=log_prob.dtype, device=log_prob.device),
+        torch.from_numpy(np.array(weight * total, written.dtype)),  # not torch.tensor, 8 us more
         torch.from_numpy(counts),
         torch.from_numpy(sums),
     )

@@ -91,12 +91,13 @@ class Metrics(Mapping[str, torch.Tensor]):
         self._statistics: Statistics | Callable[[], Statistics] | None = None
         self._of_one_batch = of_one_batch
         self._values: Tensors | None = None
-        if isinstance(metrics, Mapping):
-            self._values = dict(metrics)
-        else:
+        if callable(metrics):
             self._statistics = metrics
-            if isinstance(metrics, Statistics):
-                self._all()
+        elif isinstance(metrics, Statistics):
+            self._statistics = metrics
+            self._all()
+        else:
+            self._values = dict(metrics)
 
     @staticmethod
     def merge(parts: Iterable[Metrics], *, group: ProcessGroup | None = None) -> Metrics:

@@ -38,7 +38,7 @@ from bandpo.rule import (
 )
 from bandpo.schedule import RegionSource
 from bandpo.surrogate import Surrogate
-from bandpo.tensors.check import compute_dtype
+from bandpo.tensors.check import compute_dtype, converted
 
 
 def policy_loss(
@@ -247,10 +247,10 @@ def policy_loss(
     check_mask(response_mask)
     valid = shaped(response_mask, shape)
     valid = valid if valid.dtype == torch.bool else valid != 0
-    weighted = shaped_by_row(advantages.detach().to(dtype), shape)
+    weighted = shaped_by_row(converted(advantages.detach(), dtype), shape)
     if weights is not None:
         # Every surrogate is homogeneous in the advantage, so a weight may go there.
-        weights = shaped_by_row(weights.detach().to(dtype), shape)
+        weights = shaped_by_row(converted(weights.detach(), dtype), shape)
         check_weights(weights, valid)
         weighted = weighted * weights
     # Half precision needs no copy in float32, unless torch has to compute with it as well.
@@ -265,14 +265,14 @@ def policy_loss(
     )
     stored = log_prob.dtype if narrow else dtype
     tokens = Tokens(
-        old_log_prob.detach().to(stored),
-        shaped(log_prob.to(stored), shape),
+        converted(old_log_prob.detach(), stored),
+        shaped(converted(log_prob, stored), shape),
         weighted,
         valid,
         cu_seqlens,
         None
         if anchor_log_prob is None
-        else shaped(anchor_log_prob.detach().to(stored), tuple(old_log_prob.shape)),
+        else shaped(converted(anchor_log_prob.detach(), stored), tuple(old_log_prob.shape)),
     )
     for argument, given_log_prob in (("old_log_prob", old_log_prob), ("log_prob", log_prob)):
         warn_of_positive(argument, given_log_prob, valid)
@@ -398,13 +398,13 @@ def _per_token_later(
     if isinstance(rule.region, RegionSource):  # which may have another one by then
         rule = rule._replace(region=rule.region.region)
     tensors = [tensor for tensor in given if tensor is not None]
-    versions = [version_of(tensor) for tensor in tensors]
+    versions = list(map(version_of, tensors))
     untracked = None in versions
     with_gradient = torch.is_grad_enabled()
     inference = torch.is_inference_mode_enabled()
 
     def compute() -> torch.Tensor:
-        if not untracked and [version_of(tensor) for tensor in tensors] != versions:
+        if not untracked and list(map(version_of, tensors)) != versions:
             raise InvalidValueError(
                 "per_token must be read before a tensor that was given to policy_loss is changed "
                 "in place; loss_agg_mode 'none' computes it at once"

@@ -112,7 +112,7 @@ def _source(key: int, dtype: torch.dtype, device: torch.device, exact: bool) -> 
     region = live(key)
     now = current(region)
     if isinstance(now, Clip) or not (exact or now.per_token):
-        if isinstance(region, RegionSource):
+        if now is not region:  # but that of a source
             return _Source(_live_bounds(region).on(dtype, device), 0)
         return _Source(_kept_bounds(region, dtype, device), 0)
     return _Source(None, key)

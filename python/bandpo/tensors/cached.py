@@ -24,17 +24,26 @@ class Cached:
         self.tensor = tensor
         self._filled: torch.cuda.Event | None = None
         self.mark_filled()
+        self._allocated_on = self._filled_on
 
     def mark_filled(self) -> None:
         """Records that the current stream has filled the tensor, without waiting for it."""
+        self._filled_on = None
         if self.tensor.is_cuda:
-            self._filled = torch.cuda.current_stream(self.tensor.device).record_event()
+            self._filled_on = torch.cuda.current_stream(self.tensor.device)
+            self._filled = self._filled_on.record_event()
 
     def ready(self) -> torch.Tensor:
         """Returns the tensor; the current stream waits for it and keeps it until it has read it."""
-        # A graph cannot wait for an event outside it; no fill is in flight when its capture begins.
-        if self._filled is not None and not torch.cuda.is_current_stream_capturing():
-            stream = torch.cuda.current_stream(self.tensor.device)
+        if self._filled is None:
+            return self.tensor
+        stream = torch.cuda.current_stream(self.tensor.device)
+        # On the stream of its memory and its fill, the order of the stream is enough. A graph
+        # cannot wait for an event outside it; no fill is in flight when its capture begins.
+        if not (
+            stream == self._allocated_on == self._filled_on
+            or torch.cuda.is_current_stream_capturing()
+        ):
             stream.wait_event(self._filled)
             self.tensor.record_stream(stream)
         return self.tensor

@@ -31,6 +31,11 @@ def check_tensor(argument: str, tensor: torch.Tensor) -> None:
         raise InvalidTypeError(f"{argument} must be a dense tensor, got layout {tensor.layout}")
 
 
+def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the tensor in a dtype: itself if it has that one, without the call of torch."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """Returns float64 if any of the tensors is, else float32."""
     for tensor in tensors:
