@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(THREADS, 1) band_solve(const Stored* old_log_p
   for (Index i = static_cast<Index>(blockIdx.x) * THREADS + threadIdx.x; i < 2 * count; i += stride) {
     const bool lower = i < count;
     const Index token = lower ? i : i - count;
-    log_bounds[i] = exact_bound(f, old_log_prob[token], (lower ? low : high)[token * radius_stride], lower);
+    log_bounds[i] = exact_bound(f, widened(old_log_prob[token]), (lower ? low : high)[token * radius_stride], lower);
   }
 }
 

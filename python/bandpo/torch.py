@@ -11,14 +11,13 @@
 from __future__ import annotations
 
 # First, because it reports a torch that is missing or broken.
-from bandpo.tensors.check import check_float, compute_dtype
+from bandpo.tensors.check import check_float, compute_dtype, converted
 
 # isort: split
 import torch
 
 from bandpo.backends.internals import is_transformed
-from bandpo.backends.select import default_backend
-from bandpo.backends.sides import sides_from
+from bandpo.backends.sides import reads_half, sides_from
 from bandpo.error import InvalidValueError
 from bandpo.rule import AnyRegion, check_region
 from bandpo.tensors.bounds import bounds_of
@@ -53,7 +52,7 @@ def log_bounds(
     """
     check_region(region)
     check_float("old_log_prob", old_log_prob)
-    bounds = _log_bounds(region, old_log_prob.detach().to(compute_dtype(old_log_prob)), exact)
+    bounds = _log_bounds(region, _readable(old_log_prob, compute_dtype(old_log_prob)), exact)
     log_lower, log_upper = (bound.to(old_log_prob.dtype) for bound in bounds)
     return log_lower, log_upper
 
@@ -113,7 +112,7 @@ def _clip(
     """Clips log-ratios or ratios, according to the argument's name."""
     of_ratio = argument == "ratio"
     old_log_prob, precise = _precise(region, old_log_prob, values, argument)
-    if default_backend(precise.device.type) == "cuda" and not is_transformed():
+    if reads_half(precise.device) and not is_transformed():
         shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
             old_log_prob.shape, precise.shape
         )
@@ -130,7 +129,7 @@ def _clip(
 def _precise(
     region: AnyRegion, old_log_prob: torch.Tensor, values: torch.Tensor, argument: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Checks the arguments; returns old log-probs without gradient and values, same dtype."""
+    """Checks the arguments; returns readable old log-probs, and values in float32 or float64."""
     check_region(region)
     check_float("old_log_prob", old_log_prob)
     check_float(argument, values)
@@ -140,7 +139,15 @@ def _precise(
             f"got {values.device}"
         )
     dtype = compute_dtype(old_log_prob, values)
-    return old_log_prob.detach().to(dtype), values.to(dtype)
+    return _readable(old_log_prob, dtype), converted(values, dtype)
+
+
+def _readable(old_log_prob: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Old log-probs without gradient, in a dtype, or as they are if a kernel reads them so."""
+    old_log_prob = old_log_prob.detach()
+    if dtype == torch.float32 and reads_half(old_log_prob.device):
+        return old_log_prob
+    return converted(old_log_prob, dtype)
 
 
 def _log_bounds(
@@ -151,5 +158,5 @@ def _log_bounds(
     if bounds.dtype == torch.int32 or bounds.ndim > 1:
         return log_lower, log_upper
     # A constant is the same for every token, also for a NaN.
-    unknown = torch.where(old_log_prob.isnan(), old_log_prob, 0.0)
+    unknown = torch.where(old_log_prob.isnan(), old_log_prob, 0.0).to(bounds.dtype)
     return unknown + log_lower, unknown + log_upper

@@ -856,9 +856,14 @@ class TestOperators:
             for log_prob in (old, old.half()):
                 inputs = bounds, log_prob
                 torch.library.opcheck(torch.ops.bandpo.table_log_bounds.default, inputs)
-        for of_ratio in (False, True):
-            arguments = bounds, old, x, of_ratio
-            torch.library.opcheck(torch.ops.bandpo.clipped.default, arguments)
+        half = old.half(), x.detach().float().requires_grad_()
+        for log_prob, values in ((old, x), half):
+            kind = bounds_of(region, values.detach())
+            for of_ratio in (False, True):
+                arguments = kind, log_prob, values, of_ratio
+                torch.library.opcheck(torch.ops.bandpo.clipped.default, arguments)
+            solved = log_prob, id(region)
+            torch.library.opcheck(torch.ops.bandpo.exact_log_bounds.default, solved)
 
     @pytest.mark.parametrize(
         "region", [KL, REGIONS[4], bandpo.Band("tv", np.full(9, 0.1))], ids=str
@@ -869,10 +874,10 @@ class TestOperators:
         old, new, _, _ = batch((4, 9), torch.float64)
         x = (new - old).requires_grad_()
         for function, values in ((clip, x), (clip_ratio, x.exp())):
-            monkeypatch.setattr("bandpo.torch.default_backend", lambda device: "torch")
+            monkeypatch.setattr("bandpo.torch.reads_half", lambda device: False)
             wanted = function(region, old, values)
             [slope] = torch.autograd.grad(wanted.nansum(), x, retain_graph=True)
-            monkeypatch.setattr("bandpo.torch.default_backend", lambda device: "cuda")
+            monkeypatch.setattr("bandpo.torch.reads_half", lambda device: True)
             moved = function(region, old, values)
             torch.testing.assert_close(moved, wanted, equal_nan=True)
             [moved_slope] = torch.autograd.grad(moved.nansum(), x)
@@ -883,7 +888,7 @@ class TestOperators:
     def test_clip_by_the_operator_has_the_right_derivatives(
         self, function: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("bandpo.torch.default_backend", lambda device: "cuda")
+        monkeypatch.setattr("bandpo.torch.reads_half", lambda device: True)
         old, new, _, _ = (tensor.nan_to_num() for tensor in batch((4, 9), torch.float64))
         values = new - old if function is clip else (new - old).exp()
         inside = function(KL, old, values) == values
@@ -900,6 +905,75 @@ class TestOperators:
         with forward_ad.dual_level():
             dual = moved(forward_ad.make_dual(values, tangent))
             assert torch.equal(forward_ad.unpack_dual(dual).tangent, wanted)
+
+
+class TestHalfPrecision:
+    """Functions of `bandpo.torch` with log-probs of half precision, which kernels read as such."""
+
+    @pytest.fixture
+    def launched(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Names of the kernels; on tensors of the CPU, they take the place of the operators."""
+        names: list[str] = []
+        whole = kernels.launch  # type: ignore[attr-defined]
+
+        def logged(kernel: str, *given: Any) -> None:
+            names.append(kernel)
+            whole(kernel, *given)
+
+        monkeypatch.setattr(kernels, "launch", logged)
+        if device.type == "cpu":
+            monkeypatch.setattr(kernels, "kernels_run", lambda: True)
+            for module in ("torch", "backends.sides"):
+                monkeypatch.setattr(f"bandpo.{module}.reads_half", lambda device: True)
+            for operator, kernel in (
+                ("torch.clipped_op", kernels.clipped),
+                ("backends.sides.table_log_bounds_op", kernels.table_log_bounds),
+                ("tensors.bounds.exact_log_bounds_op", kernels._exact_log_bounds),
+            ):
+                monkeypatch.setattr(f"bandpo.{operator}", kernel)
+        return names
+
+    @pytest.mark.parametrize(("dtype", "stored"), list(kernels._STORED.items())[2:], ids=str)
+    @pytest.mark.parametrize("exact", [False, True])
+    @pytest.mark.parametrize(
+        "region",
+        [KL, REGIONS[4], KL | bandpo.Band("tv", 0.1), bandpo.Band("renyi:2", np.full(50, 0.1))],
+        ids=str,
+    )
+    def test_results_are_those_of_a_float32_copy(
+        self,
+        region: bandpo.Region,
+        exact: bool,
+        dtype: torch.dtype,
+        stored: str,
+        device: torch.device,
+        launched: list[str],
+    ) -> None:
+        old, new = (tensor.to(dtype) for tensor in on(device, batch((8, 50))[:2]))
+        x = new.float() - old.float()
+        for values in (x, x.to(dtype)):
+            for function, given in (
+                (clip, values), (clip_ratio, values.exp()), (bandpo.torch.contains, values),
+            ):  # fmt: skip
+                wanted = function(region, old.float(), given, exact=exact)
+                launched.clear()
+                found = function(region, old, given, exact=exact)
+                assert all(stored in kernel for kernel in launched)
+                assert launched or isinstance(region, bandpo.Clip)
+                assert found.dtype == wanted.dtype
+                assert equal(found, wanted.cpu())
+        launched.clear()
+        bounds = bandpo.torch.log_bounds(region, old, exact=exact)
+        assert all(stored in kernel for kernel in launched)
+        single = bandpo.torch.log_bounds(region, old.float(), exact=exact)
+        for found, wanted in zip(bounds, single, strict=True):
+            assert equal(found, wanted.to(dtype).cpu())
+
+    def test_a_value_in_float64_takes_a_copy(self, launched: list[str]) -> None:
+        old = torch.tensor([-1.0, -2.0], dtype=torch.bfloat16)
+        x = torch.tensor([3.0, -3.0], dtype=torch.float64)
+        assert torch.equal(clip(KL, old, x), clip(KL, old.double(), x))
+        assert set(launched) == {"bandpo::band_clip<double, bandpo::Table>"}
 
 
 @pytest.fixture(params=REFERENCE_FILES, ids=lambda path: path.name.removesuffix(".csv.gz"))

@@ -503,8 +503,8 @@ class TestBackendsAgree:
         region = bandpo.Band("kl", 0.0123)
         batch = random_batch((4, 4))
         with mode():
-            random = [torch.rand(4, 4) for _ in batch]
-            Batch(*random).loss(region=region, backend=backend)
+            old, new, advantages = (-torch.rand(4, 4) for _ in range(3))
+            Batch(old, new, advantages, old < -0.5).loss(region=region, backend=backend)
         assert batch.gradient(region=region, backend=backend).any()
 
 
@@ -1164,7 +1164,7 @@ class TestBoundsOnTensors:
     ) -> None:
         rng = np.random.default_rng(7)
         old = torch.from_numpy(-rng.exponential(3.0, (20, 30))).to(dtype)
-        old[0, :4] = torch.tensor([0.0, 0.25, -math.inf, math.nan])
+        old[0, :4] = torch.tensor([0.0, 0.03125, -math.inf, math.nan])
         bounds = bandpo.torch.log_bounds(region, old, exact=exact)
         eps = {torch.float64: 0.0 if exact else 1e-6}.get(dtype, torch.finfo(dtype).eps)
         for bound, wanted in zip(bounds, region.log_bounds(old.double().numpy()), strict=True):

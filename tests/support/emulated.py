@@ -30,8 +30,8 @@ KERNELS = (
     "bandpo::count_valid<unsigned char>",
     *(f"bandpo::scale_gradient<{STORED[k]}>" for k in (0, 1, 3)),
     *(f"bandpo::band_bounds<{stored}>" for stored in STORED),
-    *(f"bandpo::band_clip<{stored}, {bounds}>" for stored, bounds in product(STORED[:2], BOUNDS)),
-    *(f"bandpo::band_solve<{stored}>" for stored in STORED[:2]),
+    *(f"bandpo::band_clip<{stored}, {bounds}>" for stored, bounds in product(STORED, BOUNDS)),
+    *(f"bandpo::band_solve<{stored}>" for stored in STORED),
     *(f"bandpo::band_contains<{stored}>" for stored in STORED[:2]),
 )
 """Every kernel that the CUDA backend launches."""

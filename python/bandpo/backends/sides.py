@@ -23,10 +23,17 @@ def sides_of(
 
     Args:
         region: Source of the bounds.
-        old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape.
+        old_log_prob: Old log-probabilities, float32 or float64, without gradient, any shape. Where
+            `reads_half` is True also half precision, whose bounds are float32.
         exact: Use the solver even if there is a table.
     """
     return sides_from(bounds_of(region, old_log_prob, exact=exact), old_log_prob)
+
+
+def reads_half(device: torch.device) -> bool:
+    """Returns True if bounds on a device are read by kernels, which take half precision."""
+    name: str = default_backend(device.type)
+    return name == "cuda"
 
 
 def sides_from(
@@ -34,10 +41,14 @@ def sides_from(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns `sides_of` from the result of `bounds_of` or `membership_of` for the log-probs."""
     if bounds.dtype == torch.int32:
-        if default_backend(bounds.device.type) == "cuda":
+        if reads_half(bounds.device):
             log_lower, log_upper = table_log_bounds_op(bounds, old_log_prob).unbind()
             return log_lower, log_upper
-        if needs_no_dispatcher(old_log_prob) and old_log_prob.is_contiguous():
+        if (
+            old_log_prob.is_cpu
+            and needs_no_dispatcher(old_log_prob)
+            and old_log_prob.is_contiguous()
+        ):
             lower, log_upper = (torch.empty_like(old_log_prob) for _ in range(2))
             arrays = (tensor.numpy() for tensor in (old_log_prob, lower, log_upper))
             _core.table_bounds(bounds.numpy().view(np.uint32), *arrays)

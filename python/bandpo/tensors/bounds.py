@@ -54,7 +54,6 @@ def bounds_of(
     source: _Source = _source(id(region), dtype, old_log_prob.device, exact)
     if source.bounds is not None:
         return source.bounds
-    old_log_prob = old_log_prob.to(dtype)
     if valid is not None:
         # At probability 1 the solver returns its limit at once.
         old_log_prob = torch.where(valid, old_log_prob, 0.0)

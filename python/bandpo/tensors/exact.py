@@ -10,6 +10,7 @@ from bandpo.region import Region
 from bandpo.region.live import live
 from bandpo.rule import current
 from bandpo.table import BandTable
+from bandpo.tensors.check import compute_dtype
 
 
 @torch.library.custom_op(
@@ -18,10 +19,10 @@ from bandpo.table import BandTable
     schema="(Tensor old_log_prob, int region) -> Tensor",
 )
 def exact_log_bounds_op(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
-    """Log bounds of every token, [2, ...], in the dtype of ``old_log_prob``.
+    """Log bounds of every token, [2, ...], in float32, or in float64 if the log-probs are.
 
     Args:
-        old_log_prob: Old log-probabilities, float32 or float64.
+        old_log_prob: Old log-probabilities, any float.
         region: ``id`` of a region or a source.
 
     Raises:
@@ -32,7 +33,7 @@ def exact_log_bounds_op(old_log_prob: torch.Tensor, region: int) -> torch.Tensor
 
 @exact_log_bounds_op.register_fake
 def _(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
-    return old_log_prob.new_empty((2, *old_log_prob.shape))
+    return old_log_prob.new_empty((2, *old_log_prob.shape), dtype=compute_dtype(old_log_prob))
 
 
 def log_bounds_on_host(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
@@ -40,7 +41,7 @@ def log_bounds_on_host(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     tokens = old_log_prob.detach().to("cpu", torch.float64).clamp(max=0.0).numpy()
     bounds = np.stack(exact_region(region).log_bounds(tokens))
     _check_broadcast(bounds.shape[1:], tokens.shape)
-    return torch.from_numpy(bounds).to(old_log_prob)
+    return torch.from_numpy(bounds).to(old_log_prob.device, compute_dtype(old_log_prob))
 
 
 @torch.library.custom_op(

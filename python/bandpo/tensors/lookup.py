@@ -52,10 +52,12 @@ def clipped_op(
 
     Args:
         bounds: As `bandpo.tensors.bounds.bounds_of` returns them.
-        old_log_prob: Old log-probabilities, float32 or float64.
-        values: Log-ratios, or ratios with ``of_ratio``; same shape and dtype.
+        old_log_prob: Old log-probabilities, any float.
+        values: Log-ratios, or ratios with ``of_ratio``; same shape, and the same dtype, or float32
+            for half precision.
         of_ratio: Whether the values are ratios.
     """
+    old_log_prob = old_log_prob.to(values.dtype)
     if bounds.dtype == torch.int32:
         log_lower, log_upper = table_log_bounds(bounds, old_log_prob)
     else:

@@ -252,7 +252,7 @@ def log_bounds(region: Region, old_log_prob: torch.Tensor) -> torch.Tensor | Non
     """Returns the exact log bounds of a region, float64 [2, ...], solved on the device.
 
     The bounds are always inside. They are within 1e-12 of the exact bound, relatively, if its
-    condition number is at most 20 and the log-prob, float32 or float64, is in [-690, -1e-300].
+    condition number is at most 20 and the log-prob, any float, is in [-690, -1e-300].
 
     Returns:
         None if the region has a part that only the CPU can solve: a divergence that is an
@@ -422,7 +422,7 @@ def _exact_log_bounds(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     if kernels_run():
         solved = log_bounds(exact_region(region), old_log_prob)
         if solved is not None:
-            return solved.to(old_log_prob.dtype)
+            return solved.to(compute_dtype(old_log_prob))
     return log_bounds_on_host(old_log_prob, region)
 
 
