@@ -109,12 +109,13 @@ def test_a_spill_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "loads", "stores"), [("float", 4, 2), ("bandpo::Half", 4, 2), ("double", 8, 4)]
+    ("stored", "loads", "stores"),
+    [("float", 4, 3), ("bandpo::Half", 4, 3), ("bandpo::BFloat16", 4, 3), ("double", 8, 6)],
 )
 def test_tokens_are_read_and_written_in_vectors(stored: str, loads: int, stores: int) -> None:
-    """Log-probs, log-ratios and advantages; losses and gradients: four tokens by one instruction,
-    of float64 by two. Otherwise a warp would write 4 of every 16 bytes at a time. The mask of four
-    tokens is one word.
+    """Log-probs, log-ratios and advantages; losses, gradients and weighted gradients: four tokens
+    by one instruction, of float64 by two. Otherwise a warp would write 4 of every 16 bytes at a
+    time. The mask of four tokens is one word.
     """
     nvrtc = compiler(13)
     if nvrtc is None:
