@@ -27,7 +27,7 @@ import torch
 import bandpo
 from bandpo.backends.cuda import availability, compiler, driver, kernels, launch, raw_module
 from bandpo.backends.native import token_loss_op
-from bandpo.error import BrokenExtraError, KernelError, MissingExtraError
+from bandpo.error import BrokenExtraError, InvalidValueError, KernelError, MissingExtraError
 from bandpo.tensors.bounds import bounds_of
 from conftest import SANITIZED
 from support import stub_cuda
@@ -346,6 +346,22 @@ class TestChoice:
         reason = availability.obstacle()
         assert isinstance(reason, BrokenExtraError)
         assert "cuda-bindings: No module named 'cuda.pathfinder'; cupy: not" in str(reason)
+
+    def test_a_first_use_in_a_graph_is_refused_and_is_no_obstacle_later(
+        self, simulated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A driver that captures a stream loads no kernel."""
+        simulated |= {"cuda-bindings": KernelError("cuModuleLoadData fails"), "cupy": absent("cupy")}
+        kernels_run = cache(availability.kernels_run.__wrapped__)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(InvalidValueError, match="once before a CUDA graph"):
+            kernels_run()
+        simulated["cuda-bindings"] = None
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert kernels_run()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert kernels_run()
 
     def test_torch_and_device_are_the_first_reasons(
         self, simulated: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ import torch
 
 from bandpo.backends.cuda.launch import extra, launcher
 from bandpo.error import BackendWarning, BrokenExtraError, MissingExtraError
+from bandpo.tensors.cached import check_no_capture
 
 
 def obstacle() -> ImportError | None:
@@ -37,7 +38,13 @@ def obstacle() -> ImportError | None:
 
 @cache
 def kernels_run() -> bool:
-    """Returns True if the kernels can run here; otherwise warns why not, once."""
+    """Returns True if the kernels can run here; otherwise warns why not, once.
+
+    Raises:
+        InvalidValueError: If the first call is in the capture of a CUDA graph.
+    """
+    # A driver loads no kernel in a capture, which would be taken for an obstacle for good.
+    check_no_capture(torch.device("cuda"))
     reason = obstacle()
     if reason is not None:
         message = f"CUDA tensors take the torch backend: {reason}"
