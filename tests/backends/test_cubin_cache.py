@@ -85,6 +85,18 @@ def test_a_full_disk_leaves_nothing(base: Path, monkeypatch: pytest.MonkeyPatch)
     assert list((base / "bandpo").iterdir()) == []
 
 
+def test_a_disk_that_becomes_read_only_is_no_error(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Path, *arguments: object, **options: object) -> None:
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(Path, "replace", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    write(KEY, CONTENT)
+    assert read(KEY) is None
+
+
 def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def write(key: str, content: bytes) -> None:
             file.write(_checksum(key, content) + content)
         part.replace(directory / f"{key}.cubin")
     except OSError:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # as on a disk that has become read-only
+            part.unlink()
 
 
 def _checksum(key: str, content: bytes) -> bytes:
