@@ -51,3 +51,14 @@ def test_parts_fit_in_a_visit() -> None:
     ).stdout.splitlines()
     assert listed[0].startswith("machine")
     assert len(listed) == len(set(listed))
+
+
+def test_the_second_call_keeps_the_parts_of_the_first(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    for call, part in (("1", "machine"), ("2", "counters near float32")):
+        command = [sys.executable, str(SCRIPT), str(folder), "--call", call, "--only", part]
+        subprocess.run([*command, "--seconds", "5"], capture_output=True, check=True)
+    assert list(json.loads((folder / "visit.json").read_text())) == [
+        "machine",
+        "counters near float32",
+    ]
