@@ -140,6 +140,17 @@ def batch(
     return list(random_batch(shape, seed, dtype, extremes=True))
 
 
+def after_small_steps(deviation: float) -> list[torch.Tensor]:
+    """The same after steps of the logits; few are masked, so that warps find all ways."""
+    rng = np.random.default_rng(11)
+    shape = (3, 8192)
+    logits = rng.normal(4.0, 6.0, shape)
+    moved = logits + rng.normal(0.0, deviation, shape)
+    old, new = (torch.from_numpy(-np.logaddexp(0.0, -some)).float() for some in (logits, moved))
+    advantages = torch.from_numpy(rng.normal(0.0, 1.0, shape)).float()
+    return [old, new, advantages, torch.from_numpy(rng.random(shape) < 0.999)]
+
+
 def equal(actual: torch.Tensor, wanted: torch.Tensor) -> bool:
     """The same bits, but for the sign of 0 and the kind of a NaN."""
     return torch.equal(actual.cpu().nan_to_num(nan=12345.0), wanted.nan_to_num(nan=12345.0))
@@ -187,16 +198,31 @@ def check_as_rust(
     log_ratio: torch.Tensor | None = None,
     anchor: torch.Tensor | None = None,
 ) -> None:
-    """Loss, gradient, counts and sums are those of rust/loss/mod.rs."""
+    """Loss, gradient, counts and sums are those of rust/loss/mod.rs.
+
+    With counts by probability and without, because a warp has its short ways without alone.
+    """
+    for by_probability in (False, True):
+        check_one_as_rust(device, tokens, bounds, (*rule, by_probability), log_ratio, anchor)
+
+
+def check_one_as_rust(
+    device: torch.device,
+    tokens: list[torch.Tensor],
+    bounds: torch.Tensor,
+    options: tuple[str, list[float], bool],
+    log_ratio: torch.Tensor | None,
+    anchor: torch.Tensor | None,
+) -> None:
     old, new, advantages, valid = tokens
-    wanted = token_loss_op(old, new, log_ratio, advantages, valid, bounds, *rule, True, anchor)
+    wanted = token_loss_op(old, new, log_ratio, advantages, valid, bounds, *options, anchor)
     old, new, advantages, valid, bounds = on(device, [*tokens, bounds])
     moved = None if log_ratio is None else log_ratio.to(device)
     anchor = None if anchor is None else anchor.to(device)
-    actual = kernels.token_loss(old, new, moved, advantages, valid, bounds, *rule, True, anchor)
+    actual = kernels.token_loss(old, new, moved, advantages, valid, bounds, *options, anchor)
     wide = old.dtype == torch.float64
     for mine, rusts, allowed in zip(
-        actual[:2], wanted[:2], apart(rule, tokens, wanted, log_ratio), strict=True
+        actual[:2], wanted[:2], apart(options[:2], tokens, wanted, log_ratio), strict=True
     ):
         assert mine.dtype == rusts.dtype
         if wide and device.type == "cuda":  # with CUDA's exp and expm1
@@ -330,23 +356,21 @@ class TestLoss:
         self, deviation: float, spec: str, device: torch.device
     ) -> None:
         """All ways of a warp: near, next to 0, masked in part, looked up."""
-        rng = np.random.default_rng(11)
-        shape = (3, 8192)
-        logits = rng.normal(4.0, 6.0, shape)
-        moved = logits + rng.normal(0.0, deviation, shape)
-        old, new = (torch.from_numpy(-np.logaddexp(0.0, -some)).float() for some in (logits, moved))
-        advantages = torch.from_numpy(rng.normal(0.0, 1.0, shape)).float()
-        valid = torch.from_numpy(rng.random(shape) < 0.999)
-        bounds = bounds_of(bandpo.Band(spec, 0.05), old)
+        tokens = after_small_steps(deviation)
+        bounds = bounds_of(bandpo.Band(spec, 0.05), tokens[0])
         for rule in RULES[:4]:
-            check_as_rust(device, [old, new, advantages, valid], bounds, rule)
+            check_as_rust(device, tokens, bounds, rule)
 
     @staticmethod
     def _arguments(
-        device: torch.device, tokens: list[torch.Tensor], bounds: torch.Tensor
+        device: torch.device,
+        tokens: list[torch.Tensor],
+        bounds: torch.Tensor,
+        *,
+        by_probability: bool = False,
     ) -> tuple[Any, ...]:
         old, new, advantages, valid, bounds = on(device, [*tokens, bounds])
-        return old, new, None, advantages, valid, bounds, "min-clip", [3.0], True
+        return old, new, None, advantages, valid, bounds, "min-clip", [3.0], by_probability
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_half_precision_equals_float32_of_the_same_numbers(
@@ -366,14 +390,19 @@ class TestLoss:
                 assert equal(mine, other.cpu())
 
     def test_the_result_is_independent_of_grid_and_warp_order(self, emulator: Emulator) -> None:
-        tokens = batch((5, 8192))
-        results = []
-        for emulator.grid, emulator.last_warp_first in product((1, 2, 5, 1000), (False, True)):
-            arguments = self._arguments(torch.device("cpu"), tokens, bounds_of(KL, tokens[0]))
-            results.append(kernels.token_loss(*arguments))
-        for result in results[1:]:
-            for mine, first in zip(result, results[0], strict=True):
-                assert equal(mine, first)
+        for tokens, by_probability in ((batch((5, 8192)), True), (after_small_steps(0.1), False)):
+            results = []
+            for emulator.grid, emulator.last_warp_first in product((1, 2, 5, 1000), (False, True)):
+                arguments = self._arguments(
+                    torch.device("cpu"),
+                    tokens,
+                    bounds_of(KL, tokens[0]),
+                    by_probability=by_probability,
+                )
+                results.append(kernels.token_loss(*arguments))
+            for result in results[1:]:
+                for mine, first in zip(result, results[0], strict=True):
+                    assert equal(mine, first)
 
 
 class TestTotals:
@@ -436,17 +465,39 @@ class TestWeightedSum:
             for rule in RULES:
                 self.check_as_rust(device, tokens, bounds_of(region, tokens[0]), rule)
 
+    @pytest.mark.parametrize("region", [KL, REGIONS[4]], ids=str)
+    @pytest.mark.parametrize("deviation", [0.01, 0.4])
+    def test_equals_rust_after_small_steps(
+        self, deviation: float, region: bandpo.Region, device: torch.device
+    ) -> None:
+        tokens = after_small_steps(deviation)
+        for rule in RULES[:4]:
+            self.check_as_rust(device, tokens, bounds_of(region, tokens[0]), rule)
+
     @staticmethod
     def check_as_rust(
-        device: torch.device, tokens: list[torch.Tensor], bounds: torch.Tensor, rule: Any
+        device: torch.device,
+        tokens: list[torch.Tensor],
+        bounds: torch.Tensor,
+        rule: tuple[str, list[float]],
+    ) -> None:
+        for by_probability in (False, True):
+            TestWeightedSum.check_one_as_rust(device, tokens, bounds, (*rule, by_probability))
+
+    @staticmethod
+    def check_one_as_rust(
+        device: torch.device,
+        tokens: list[torch.Tensor],
+        bounds: torch.Tensor,
+        options: tuple[str, list[float], bool],
     ) -> None:
         divisor = tokens[3].sum(dtype=torch.float64).clamp(min=1)
         old, new, advantages, valid = tokens
-        inputs = LossInputs(old, new, None, advantages, valid, bounds, rule[0], rule[1], True)
+        inputs = LossInputs(old, new, None, advantages, valid, bounds, *options)
         wanted, total, counts, _ = in_rust(inputs, 2.0 / divisor.item())
-        _, slack = apart(rule, tokens, (wanted, wanted))
+        _, slack = apart(options[:2], tokens, (wanted, wanted))
         old, new, advantages, valid, bounds = on(device, [*tokens, bounds])
-        inputs = LossInputs(old, new, None, advantages, valid, bounds, rule[0], rule[1], True)
+        inputs = LossInputs(old, new, None, advantages, valid, bounds, *options)
         on_device = kernels.token_loss(*inputs)
         for weight in (Weight(2, divisor.to(device)), Weight(2, divisor.item())):
             found, sum_of_losses, *totals = kernels.weighted_sum(inputs, weight)
