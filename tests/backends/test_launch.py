@@ -351,13 +351,14 @@ class TestChoice:
         self, simulated: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A driver that captures a stream loads no kernel."""
-        simulated |= {"cuda-bindings": KernelError("cuModuleLoadData fails"), "cupy": absent("cupy")}
+        simulated["cuda-bindings"] = KernelError("cuModuleLoadData fails")
+        simulated["cupy"] = absent("cupy")
         kernels_run = cache(availability.kernels_run.__wrapped__)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(InvalidValueError, match="once before a CUDA graph"):
             kernels_run()
-        simulated["cuda-bindings"] = None
+        simulated["cuda-bindings"] = lambda *call: None
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         assert kernels_run()
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
