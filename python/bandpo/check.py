@@ -118,7 +118,9 @@ MAX_LOG_PROB = 0.05
 
 def check_log_probs(argument: str, values: NDArray[Any]) -> None:
     """Raises InvalidValueError if a log-probability is further above 0 than rounding puts it."""
-    if values.size and (largest := np.fmax.reduce(values, axis=None)) > MAX_LOG_PROB:
+    # One of the numbers that a broadcast repeats, maybe more often than memory could hold.
+    distinct = values[tuple(slice(None) if stride else slice(1) for stride in values.strides)]
+    if values.size and (largest := np.fmax.reduce(distinct, axis=None)) > MAX_LOG_PROB:
         raise InvalidValueError(
             f"{argument} must be natural logarithms of probabilities, at most 0 but for rounding, "
             f"got {largest}; are they probabilities, or negative log-probabilities?"

@@ -218,7 +218,7 @@ def test_committed_references_equal_a_fresh_solution(reference: Reference) -> No
 
 
 def test_limits_at_both_ends_and_nan() -> None:
-    logp = np.array([0.0, 3.0, -np.inf, np.nan, -1.0])
+    logp = np.array([0.0, 0.03125, -np.inf, np.nan, -1.0])
     for spec in SPECS:
         log_lower, log_upper = Band(spec, 0.05).log_bounds(logp)
         np.testing.assert_array_equal(log_upper[:4], [0.0, 0.0, np.inf, np.nan])
