@@ -286,14 +286,16 @@ struct PerToken {
   static const bool LOWER_IS_RATIO = false;
   const T* log_lower;
   const T* log_upper;
+  Index last;  // a vector may reach beyond the last token
   BAND_FUNCTION static PerToken make(const void* bounds, const unsigned*, Index count) {
     const T* both = static_cast<const T*>(bounds);
-    const PerToken made = {both, both + count};
+    const PerToken made = {both, both + count, count - 1};
     return made;
   }
-  BAND_FUNCTION T at(Index index, T, bool lower) const { return (lower ? log_lower : log_upper)[index]; }
+  BAND_FUNCTION Index held(Index index) const { return index < last ? index : last; }
+  BAND_FUNCTION T at(Index index, T, bool lower) const { return (lower ? log_lower : log_upper)[held(index)]; }
   BAND_FUNCTION bool surely_holds(Index index, T, T log_ratio) const {
-    return fabs(log_ratio) <= T(MAX_NEAR) && log_lower[index] <= log_ratio && log_ratio <= log_upper[index];
+    return fabs(log_ratio) <= T(MAX_NEAR) && log_lower[held(index)] <= log_ratio && log_ratio <= log_upper[held(index)];
   }
   BAND_FUNCTION bool surely_hold(Index first, const T (&logp)[WIDTH], const T (&log_ratio)[WIDTH]) const {
     return each_surely_holds(*this, first, logp, log_ratio);

@@ -38,7 +38,8 @@ KERNELS = (
 
 INDEXING_TESTS = (
     "any_size or any_strides or bounds_per_token or half_precision_equals or float64_log_probs "
-    "or test_clip or combined_regions or limits or Totals"
+    "or test_clip or combined_regions or limits or Totals or are_counted or scaled_in_place "
+    "or gradient_of_half"
 )
 """Tests of test_cuda.py that run every kernel and every way to index, as an argument of ``-k``."""
 
