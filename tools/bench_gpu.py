@@ -5,7 +5,7 @@ Prints a line for each measurement and writes each time to benchmarks/gpu.json. 
     python tools/bench_gpu.py [--max 28] [--parts sizes cases calls] [--to FILE]
 
 - sizes: the kernel and its peers at 2^16 to 2^28 tokens
-- cases: the kernel on the tokens of tools/count_sass.py, by dtype, beside the predictions
+- cases: the kernel on the tokens of tools/count_sass.py, by dtype, beside copies
 - calls: the host's time of a call with 8192 tokens, with and without a graph
 
 The batch of sizes is one row of N tokens in float32, with an advantage for each token. A tenth is

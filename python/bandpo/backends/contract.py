@@ -124,7 +124,8 @@ class Weight(NamedTuple):
 
     numerator: float
     divisor: Count
-    """The count, a number or a 0-dim tensor; less than 1 is taken for 1."""
+    """The count, a number or a 0-dim tensor. Less than 1 is taken for 1, so that the loss of a
+    batch without tokens is 0, not 0/0."""
 
     def number(self) -> float:
         """Returns the quotient; waits for a count on a device."""
@@ -132,6 +133,12 @@ class Weight(NamedTuple):
         if isinstance(count, torch.Tensor):
             count = float(count.detach().cpu().double().numpy())  # numpy has no bfloat16
         return self.numerator / max(count, 1)
+
+    def times(self, total: torch.Tensor) -> torch.Tensor:
+        """Returns a total times the quotient, without waiting for a count on a device."""
+        numerator, count = self
+        total = total if numerator == 1 else total * numerator
+        return total / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
 
     def on(self, device: torch.device) -> tuple[float, torch.Tensor | None]:
         """Returns the numerator and the count, float64 on a device; None if that is 1."""

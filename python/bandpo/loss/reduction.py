@@ -168,10 +168,7 @@ class Reduction(NamedTuple):
             sequences = batch.sequences()
             lengths = sequences.spread(sequences.lengths).clamp(min=1)
             total = (losses.per_token / lengths).sum()
-        numerator, count = self.weight(lambda: losses.totals().valid, batch)
-        total = total if numerator == 1 else total * numerator
-        # The loss of a batch without tokens is 0, not 0/0.
-        loss = total / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
+        loss = self.weight(lambda: losses.totals().valid, batch).times(total)
         return loss.to(total.dtype)  # not that of a count in float64
 
 

@@ -186,9 +186,8 @@ def chunk_length(count: int) -> int:
 
     Results depend on it in their last bits, so it depends on nothing of the device.
     """
-    smallest = THREADS * WIDTH
-    wanted = -(-count // MAX_SMALL_CHUNKS)
-    return min(max(smallest, 1 << (wanted - 1).bit_length() if wanted > 0 else 0), CHUNK)
+    wanted = max(1, -(-count // MAX_SMALL_CHUNKS))
+    return min(max(THREADS * WIDTH, 1 << (wanted - 1).bit_length()), CHUNK)
 
 
 def table_log_bounds(words: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ WIDTH = 4
 """Tokens that a thread of the loss reads at a time, as in ``cuda/``."""
 
 CHUNK = 8192
-"""Tokens that a block of the loss adds up, as in ``cuda/``."""
+"""Max tokens that a block of the loss adds up, as in ``cuda/``."""
 
 COMPILER_OPTIONS = ("-std=c++17", "-fmad=false")
 """No fused multiply-adds, so that float32 has the bits that it has in Rust."""
