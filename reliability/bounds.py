@@ -5,7 +5,6 @@ python -m reliability.bounds --cases 500000
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 from bandpo import Band, Divergence
 from reliability.intervals import excess
-from reliability.result import Row, write
+from reliability.result import Row, run_cases
 from reliability.tokens import NAMES, SEED, log_probs
 
 NORMAL = sys.float_info.min
@@ -139,18 +138,5 @@ def _excess_of(case: tuple[str, float, float], bound: float) -> float:
     return 1.0
 
 
-def main() -> None:
-    """Runs the cases and writes their counts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=500_000, help="tokens, with two sides each")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parsed = parser.parse_args()
-    write(
-        "bounds",
-        f"python -m reliability.bounds --cases {parsed.cases}",
-        [bounds(parsed.cases, parsed.seed)],
-    )
-
-
 if __name__ == "__main__":
-    main()
+    run_cases("bounds", __doc__, bounds, cases=500_000, seed=SEED, of="tokens, with two sides each")

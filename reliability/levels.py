@@ -5,7 +5,6 @@ python -m reliability.levels --cases 1000000
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bandpo import Band, _core
-from reliability.result import Row, write
+from reliability.result import Row, run_cases
 from reliability.tokens import NAMES, SEED, log_probs
 
 LEVELS = ("portable", "avx2", "avx512")
@@ -100,18 +99,5 @@ def _parts(cases: int) -> Iterator[int]:
         cases -= 2**16
 
 
-def main() -> None:
-    """Runs the cases and writes their counts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=1_000_000, help="tokens")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parsed = parser.parse_args()
-    write(
-        "levels",
-        f"python -m reliability.levels --cases {parsed.cases}",
-        [levels(parsed.cases, parsed.seed)],
-    )
-
-
 if __name__ == "__main__":
-    main()
+    run_cases("levels", __doc__, levels, cases=1_000_000, seed=SEED, of="tokens")

@@ -5,14 +5,13 @@ python -m reliability.losses --cases 1000000
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import Any
 
 import numpy as np
 
 from bandpo import Band, Clip
-from reliability.result import Row, write
+from reliability.result import Row, run_cases
 from reliability.tokens import SEED
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean")
@@ -163,18 +162,5 @@ def _shares(valid: Any, mode: str) -> Any:
     return np.broadcast_to(1.0 / np.maximum(tokens, 1) / sequences, valid.shape)
 
 
-def main() -> None:
-    """Runs the cases and writes their counts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=SEED)
-    parsed = parser.parse_args()
-    write(
-        "losses",
-        f"python -m reliability.losses --cases {parsed.cases}",
-        [losses(parsed.cases, parsed.seed)],
-    )
-
-
 if __name__ == "__main__":
-    main()
+    run_cases("losses", __doc__, losses, cases=1_000_000, seed=SEED, of="batches")

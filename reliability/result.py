@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,27 @@ class Row(NamedTuple):
     cases: int
     found: str
     """What the check found, in words and figures."""
+
+
+def run_cases(
+    part: str, about: str, run: Callable[[int, int], Row], *, cases: int, seed: int, of: str
+) -> None:
+    """Runs a part of so many cases from a seed, both as the command line has them, and writes it.
+
+    Args:
+        part: Name of the module.
+        about: Its docstring.
+        run: Returns the row of a number of cases and a seed.
+        cases: The default number.
+        seed: The default seed.
+        of: What a case is.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=cases, help=of)
+    parser.add_argument("--seed", type=int, default=seed)
+    given = parser.parse_args()
+    command = f"python -m reliability.{part} --cases {given.cases}"
+    write(part, command, [run(given.cases, given.seed)])
 
 
 def write(part: str, command: str, rows: Sequence[Row]) -> None:
