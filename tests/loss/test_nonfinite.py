@@ -17,20 +17,10 @@ from torch import Tensor
 
 import bandpo
 from bandpo.loss import PolicyLossResult, policy_loss
-from bandpo.surrogate import GammaWeight, GradientPreserving, Mask, SoftGate, Surrogate
+from bandpo.surrogate import Mask
+from support.surrogates import SURROGATES as OF_EACH_KIND
 
-SURROGATES: dict[str, Surrogate] = {
-    "min-clip": "min-clip",
-    "mask": "mask",
-    "symmetric mask": Mask(symmetric=True),
-    "mask without truncation": Mask(truncation=None),
-    "mask of sequences": Mask(whole_sequence=True),
-    "weight": "weight",
-    "gradient-preserving": GradientPreserving(0.7, 0.9),
-    "soft-gate": SoftGate(2.0, 0.5),
-    "quadratic": "quadratic",
-    "gamma-weight": GammaWeight(),
-}
+SURROGATES = {**OF_EACH_KIND, "mask without truncation": Mask(truncation=None)}
 
 BAND = bandpo.Band("kl", 0.05)
 CLIP = bandpo.Clip(0.2, 0.28)

@@ -17,25 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bandpo
-from bandpo.surrogate import GammaWeight, GradientPreserving, Mask, SoftGate, Surrogate
+from bandpo.surrogate import Surrogate
 from support.batches import Batch, random_batch
+from support.surrogates import SURROGATES
 
 Loss: TypeAlias = Callable[[Tensor], Tensor]
 
 # Warnings of torch itself, on the first import of its compiler or its forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
-SURROGATES: dict[str, Surrogate] = {
-    "min-clip": "min-clip",
-    "mask": "mask",
-    "symmetric mask": Mask(symmetric=True),
-    "mask of sequences": Mask(whole_sequence=True),
-    "weight": "weight",
-    "gradient-preserving": GradientPreserving(0.7, 0.9),
-    "soft-gate": SoftGate(2.0, 0.5),
-    "quadratic": "quadratic",
-    "gamma-weight": GammaWeight(),
-}
 
 REGIONS = bandpo.Band("kl", 0.05).cap(10), bandpo.Clip(0.2, 0.28)
 """A table, and constants."""
