@@ -7,20 +7,35 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-from .grid import MULTI_TOKEN, NOISES, STUDIES, finals
+from .grid import (
+    CHOSEN_STUDIES,
+    COPIES,
+    MULTI_TOKEN,
+    SIZES,
+    STUDIES,
+    Chosen,
+    Chunk,
+    chunks,
+    noises_of,
+)
+from .policy import SMALL
 from .task import TASKS
 
 RESULTS = Path(__file__).parent / "results"
+TUNED_BY = {"finals": "tuning", "large-tuning": "finals", "large-finals": "large-tuning"}
+"""Study whose results choose the rules of another one."""
 
 
 def main() -> int:
     """Runs one command and returns its exit status: 3 if chunks are still missing."""
     parser = argparse.ArgumentParser(prog="python -m examples.rlvr")
     parser.add_argument("command", choices=["run", "count", "best", "figure", "pack"])
-    parser.add_argument("study", choices=[*STUDIES, "finals"], nargs="?", default="tuning")
+    parser.add_argument("study", choices=[*STUDIES, *CHOSEN_STUDIES], nargs="?", default="tuning")
     parser.add_argument("--reduced", action="store_true", help="the study of ten minutes")
     parser.add_argument("--task", choices=list(TASKS), action="append", help="default: all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="max time of a run")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--copies", type=int, default=COPIES, help="max runs of a chunk")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     study = "reduced" if given.reduced else given.study
@@ -29,47 +44,41 @@ def main() -> int:
     from . import compare, runner
 
     folder = given.results / study
-
-    def tuned(task: str, noise: float) -> dict[str, tuple[compare.Rule, float, float, int]]:
-        rows = runner.read(given.results / "tuning")
-        return compare.best(row for row in rows if (row["task"], row["noise"]) == (task, noise))
-
     if given.command == "best":
         for task in tasks:
-            for noise in NOISES:
-                for family, (rule, rate, area, seeds) in tuned(task, noise).items():
+            rows = runner.read(folder, given.results / f"{study}.parquet")
+            for noise in noises_of(task):
+                of_task = [row for row in rows if (row["task"], row["noise"]) == (task, noise)]
+                for family, (rule, rate, area, seeds) in compare.best(of_task).items():
                     print(f"{task} {noise:g} {family}: {rule.region} {rate:g} {area:.3f} {seeds}")
         return 0
     if given.command == "figure":
         from .figure import write_figures
 
-        write_figures(runner.read(folder), given.results)
+        write_figures(given.results)
         return 0
     if given.command == "pack":
         print(runner.pack(folder, given.results / f"{study}.parquet"))
         return 0
-    if study == "finals":
-        chunks = list(
-            chain.from_iterable(
-                finals(
-                    task,
-                    {
-                        noise: [(rule, rate) for rule, rate, *_ in winners.values()]
-                        for noise in NOISES
-                        if (winners := tuned(task, noise))
-                    },
-                )
-                for task in tasks
-            )
+
+    def chosen(task: str) -> Chosen:
+        by = TUNED_BY[study]
+        rows = runner.read(given.results / by, given.results / f"{by}.parquet")
+        return compare.choice(rows, "rare" if task == "null" else task, noises_of(task))
+
+    def runs(task: str) -> list[Chunk]:
+        of_task = (
+            CHOSEN_STUDIES[study](task, chosen(task)) if study in TUNED_BY else STUDIES[study](task)
         )
-    else:
-        chunks = list(chain.from_iterable(STUDIES[study](task) for task in tasks))
+        return list(chunks(study, task, of_task, copies=given.copies, size=SIZES.get(study, SMALL)))
+
+    every = list(chain.from_iterable(runs(task) for task in tasks))
     if given.command == "count":
-        long = sum(len(chunk.rules) for chunk in chunks if chunk.task in MULTI_TOKEN)
-        print(f"{sum(len(chunk.rules) for chunk in chunks)} runs, {long} with several tokens")
+        long = sum(len(chunk.copies) for chunk in every if chunk.task in MULTI_TOKEN)
+        print(f"{sum(len(chunk.copies) for chunk in every)} runs, {long} with several tokens")
         return 0
-    missing = runner.run(chunks, folder, seconds=60.0 * given.minutes)
-    print(f"{len(chunks) - missing} of {len(chunks)} chunks have results")
+    missing = runner.run(every, folder, seconds=60.0 * given.minutes, device=given.device)
+    print(f"{len(every) - missing} of {len(every)} chunks have results")
     return 3 if missing else 0
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from .rule import Rule, rules_of
+from .rule import Rule, rule_of
 
 
 class Difference(NamedTuple):
@@ -85,6 +85,19 @@ def best(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[Rule, float, floa
             if len(by_seed(cell)) == seeds
         }
         region, rate = max(means, key=lambda key: means[key])
-        rule = next(rule for rule in rules_of(family) if rule.region == region)
-        winners[family] = (rule, rate, means[region, rate], seeds)
+        winners[family] = (rule_of(family, region), rate, means[region, rate], seeds)
     return winners
+
+
+def choice(
+    rows: Iterable[Mapping[str, Any]], task: str, noises: Iterable[float]
+) -> dict[float, list[tuple[Rule, float]]]:
+    """Returns the best rule and rate of every family by noise, of the rows of one task."""
+    of_task = [row for row in rows if row["task"] == task]
+    return {
+        noise: [
+            (rule, rate)
+            for rule, rate, *_ in best(row for row in of_task if row["noise"] == noise).values()
+        ]
+        for noise in noises
+    }

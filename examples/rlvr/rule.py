@@ -52,6 +52,7 @@ def _capped(divergence: str, *deltas: float) -> list[str]:
 _KL = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 _FOUR = ("0.002", "0.005", "0.01", "0.05")
 
+# "kl 0.05" is the published radius, which stands beside the best one of the family.
 FAMILIES: Mapping[str, list[str]] = {
     "fixed clip": [f"clip@{eps}" for eps in ("0.1", "0.2", "0.3", "0.5", "0.7", "0.9")],
     "asymmetric clip": [
@@ -67,6 +68,7 @@ FAMILIES: Mapping[str, list[str]] = {
     "dppo-tv": [f"tv@{delta}" for delta in ("0.02", "0.05", "0.15", "0.3")],
     "dppo-kl": [f"kl@{delta}" for delta in ("0.005", "0.01", "0.05", "0.2")],
     "kl": _capped("kl", *_KL),
+    "kl 0.05": _capped("kl", 0.05),
     "reverse-kl": _capped("reverse-kl", *_KL),
     # The radius is 1/4 or twice that of kl where f''(1) is, so that narrow bands are equally wide.
     "hellinger": _capped("hellinger", *(delta / 4 for delta in _KL)),
@@ -83,23 +85,40 @@ FAMILIES: Mapping[str, list[str]] = {
 """Specs of each family that acts on single tokens."""
 
 SEQUENCE_FAMILIES: Mapping[str, list[str]] = {
-    "gspo": ["clip@3e-4,4e-4", "clip@0.003,0.004", "clip@0.03,0.04", "clip@0.2,0.28"],
+    "gspo": ["clip@3e-4,4e-4", "clip@0.003,0.004", "clip@0.03,0.04"],
 }
 """Families whose ratio is a sequence's; with answers of one token they equal a fixed clip."""
+
+MULTI_TOKEN_FAMILIES: Mapping[str, list[str]] = {
+    "fixed clip": ["clip@0.1", "clip@0.2", "clip@0.5"],
+    "asymmetric clip": ["clip@0.2,0.28", "clip@0.5,1", "clip@0.5,3"],
+    "wide constant": ["clip@0.9,9"],
+    "no clipping": FAMILIES["no clipping"],
+    "dcpo": ["(dcpo@0.16,0.2).cap(10)", "(dcpo@0.04,0.05).cap(10)"],
+    "dppo-tv": ["tv@0.05", "tv@0.15"],
+    "kl": _capped("kl", 0.002, 0.005, 0.01, 0.05),
+    "kl 0.05": FAMILIES["kl 0.05"],
+    "reverse-kl": _capped("reverse-kl", 0.005, 0.01, 0.05),
+    "band above": [f"sides(clip@0.2, (kl@{delta}).cap(10))" for delta in ("0.005", "0.05")],
+    "band below": [f"sides(kl@{delta}, clip@0.28)" for delta in ("0.005", "0.05")],
+    "union": [f"((kl@{delta}) | clip@0.2,0.28).cap(10)" for delta in ("0.005", "0.05")],
+    **SEQUENCE_FAMILIES,
+}
+"""Families and strengths on tasks of several tokens, whose runs take ten times as long."""
 
 _SURROGATES = {"cispo": "weight", "dppo-tv": "mask", "dppo-kl": "mask"}
 
 
-def rules_of(*families: str) -> list[Rule]:
-    """Returns every rule of the families, in the order of the table.
+def rule_of(family: str, spec: str) -> Rule:
+    """Returns the rule of a strength of a family."""
+    level = "sequence" if family in SEQUENCE_FAMILIES else "token"
+    return Rule(family, spec, _SURROGATES.get(family, "min-clip"), level)
+
+
+def rules_of(families: Mapping[str, list[str]], *names: str) -> list[Rule]:
+    """Returns every rule of a table, or of the named families of it, in the order of the table.
 
     Raises:
         KeyError: If a family is not in the table.
     """
-    rules = []
-    for family in families:
-        sequence = family in SEQUENCE_FAMILIES
-        for spec in (SEQUENCE_FAMILIES if sequence else FAMILIES)[family]:
-            level = "sequence" if sequence else "token"
-            rules.append(Rule(family, spec, _SURROGATES.get(family, "min-clip"), level))
-    return rules
+    return [rule_of(family, spec) for family in names or families for spec in families[family]]

@@ -21,12 +21,15 @@ from .policy import checkpoint
 from .task import TASKS
 from .train import train
 
+CURVES = ("reward", "entropy", "distinct_share")
+
 
 def run(
     chunks: Iterable[Chunk],
     folder: Path,
     *,
     seconds: float = float("inf"),
+    device: str = "cpu",
     quiet: bool = False,
 ) -> int:
     """Trains the chunks without results and returns how many are still missing.
@@ -36,8 +39,9 @@ def run(
 
     Args:
         chunks: All chunks of a study.
-        folder: Where the results are; checkpoints go into its ``checkpoints``.
+        folder: Where the results are; checkpoints go into ``checkpoints`` beside it.
         seconds: Time after which no further chunk begins.
+        device: Device of the policies, `cpu` or `cuda`.
         quiet: True leaves out the bar on stderr.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,49 +60,66 @@ def run(
     try:
         console = Console(stderr=True)
         with progress.Progress(*columns, console=console, disable=quiet) as bar:
-            shown = bar.add_task("runs", total=sum(len(chunk.rules) for chunk in missing))
+            shown = bar.add_task("runs", total=sum(len(chunk.copies) for chunk in missing))
             for done, chunk in enumerate(missing):
                 if time.monotonic() - began >= seconds:
                     return len(missing) - done
-                _write(_rows(chunk, folder / "checkpoints"), folder / chunk.name)
-                bar.advance(shown, len(chunk.rules))
+                _write(_rows(chunk, folder.parent / "checkpoints", device), folder / chunk.name)
+                bar.advance(shown, len(chunk.copies))
     finally:
         torch.set_num_threads(threads)
     return 0
 
 
-def _rows(chunk: Chunk, checkpoints: Path) -> list[dict[str, Any]]:
-    task = TASKS[chunk.task](chunk.seed)
-    path = checkpoints / f"{chunk.task}-{chunk.seed}-{chunk.pretrain_steps}.safetensors"
-    start = checkpoint(task, seed=chunk.seed, path=path, steps=chunk.pretrain_steps)
+def _rows(chunk: Chunk, checkpoints: Path, device: str) -> list[dict[str, Any]]:
+    tasks = {copy.seed: TASKS[chunk.task](copy.seed) for copy in chunk.copies}
     began = time.monotonic()
-    # The stream of one seed and stream is shared by all rules and settings.
-    runs = train(start, task, chunk.rules, chunk.setting, seed=chunk.seed * 1000 + chunk.stream)
+    starts = {
+        seed: checkpoint(
+            task,
+            seed=seed,
+            path=checkpoints
+            / f"{chunk.task}-{seed}-{chunk.size.width}-{chunk.pretrain_steps}.safetensors",
+            size=chunk.size,
+            steps=chunk.pretrain_steps,
+            device=device,
+        )
+        for seed, task in tasks.items()
+    }
+    runs = train(starts, tasks, chunk.copies, chunk.setting, size=chunk.size, device=device)
     each = (time.monotonic() - began) / len(runs)
-    of_chunk = {"study": chunk.study, "task": chunk.task, "seed": chunk.seed}
     return [
-        of_chunk
-        | {"stream": chunk.stream, "family": rule.family, "region": rule.region}
+        {"study": chunk.study, "task": chunk.task, "width": chunk.size.width}
+        | {"family": copy.rule.family, "region": copy.rule.region}
+        | {"seed": copy.seed, "stream": copy.stream, "noise": copy.noise}
         | asdict(chunk.setting)
         | {"area": sum(run.reward) / len(run.reward)}
         | asdict(run)
-        | {"seconds": each}
-        for rule, run in zip(chunk.rules, runs, strict=True)
+        | {"device": device, "seconds": each}
+        for copy, run in zip(chunk.copies, runs, strict=True)
     ]
 
 
 def _write(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes rows, with curves in float16, whose error is below that of a sampled mean."""
     table = pa.Table.from_pylist(rows)
-    for name in ("reward", "entropy"):
+    for name in CURVES:
         place = table.schema.get_field_index(name)
-        table = table.set_column(place, name, table[name].cast(pa.list_(pa.float32())))
+        table = table.set_column(place, name, table[name].cast(pa.list_(pa.float16())))
     with whole_file(path, (".parquet",)) as file:
         pq.write_table(table, file, compression="zstd")
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """Returns the rows of all files of a folder, in the order of their names."""
+def read(folder: Path, packed: Path | None = None) -> list[dict[str, Any]]:
+    """Returns the rows of all files of a folder, in the order of their names.
+
+    Args:
+        folder: Where the results of chunks are.
+        packed: File of all rows, which is read if the folder has none.
+    """
     paths = sorted(folder.glob("*.parquet"))
+    if not paths and packed is not None and packed.exists():
+        paths = [packed]
     return [row for path in paths for row in pq.read_table(path).to_pylist()]
 
 

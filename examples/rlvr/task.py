@@ -24,7 +24,7 @@ class Task(ABC):
     length: int
 
     @abstractmethod
-    def __init__(self, seed: int, prompts: int = 128) -> None: ...
+    def __init__(self, seed: int) -> None: ...
 
     @abstractmethod
     def demonstrations(self, generator: torch.Generator, count: int) -> torch.Tensor:
@@ -35,9 +35,15 @@ class Task(ABC):
         """Returns 1 for a right answer and 0 for a wrong one, float32 [..., prompts, group].
 
         Args:
-            chosen: Rows of ``prompts``, int64 [prompts].
+            chosen: Rows of ``prompts``, int64 [..., prompts].
             answers: Tokens, int64 [..., prompts, group, length].
         """
+
+    def move(self, device: str) -> None:
+        """Moves the tensors of the task, which afterwards gives rewards on that device."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
 
     def mask(self, answers: torch.Tensor) -> torch.Tensor:
         """Returns True for each token up to the end of its answer, bool, in the same shape."""
@@ -49,7 +55,8 @@ class Rare(Task):
 
     RANK = 32
 
-    def __init__(self, seed: int, prompts: int = 128) -> None:
+    def __init__(self, seed: int) -> None:
+        prompts = 128
         generator = torch.Generator().manual_seed(seed)
         self.vocabulary, self.length = 300, 1
         words = torch.randperm(26**3, generator=generator)[:prompts]
@@ -72,7 +79,7 @@ class Rare(Task):
 
     def reward(self, chosen: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
         """Returns whether the one token is the right one."""
-        return (answers[..., 0] == self.right[chosen][:, None]).float()
+        return (answers[..., 0] == self.right[chosen][..., None]).float()
 
 
 class Null(Rare):
@@ -87,7 +94,8 @@ class Many(Task):
 
     RANKS = (2, 4, 8, 16)
 
-    def __init__(self, seed: int, prompts: int = 128) -> None:
+    def __init__(self, seed: int) -> None:
+        prompts = 32
         generator = torch.Generator().manual_seed(seed)
         self.vocabulary, self.length = 32, 3
         words = torch.randperm(26**3, generator=generator)[:prompts]
@@ -109,8 +117,8 @@ class Many(Task):
 
     def reward(self, chosen: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
         """Returns whether all three tokens are right."""
-        places = torch.arange(self.length)
-        right = self.right[chosen][torch.arange(len(chosen))[:, None, None], places, answers]
+        places = torch.arange(self.length, device=answers.device)
+        right = self.right[chosen[..., None, None], places, answers]
         return right.all(-1).float()
 
 
@@ -122,7 +130,8 @@ class Countdown(Task):
 
     RIGHT_SHARE = 0.1
 
-    def __init__(self, seed: int, prompts: int = 128) -> None:
+    def __init__(self, seed: int) -> None:
+        prompts = 64
         generator = torch.Generator().manual_seed(seed)
         self.vocabulary, self.length = 12, 6
         first, rest = torch.arange(190) // 19, torch.arange(190) % 19
@@ -176,8 +185,8 @@ class Countdown(Task):
         well_formed &= ((marks >= PLUS) | ~counts[..., 1::2]).all(-1)
         well_formed &= (marks == STOP).any(-1)
         total = torch.where(written, digits, 0).sum(-1)
-        first = self._first[chosen][:, None]
-        right = (digits[..., 0] == first) & (total == first + self._rest[chosen][:, None])
+        first = self._first[chosen][..., None]
+        right = (digits[..., 0] == first) & (total == first + self._rest[chosen][..., None])
         return (well_formed & right).float()
 
 

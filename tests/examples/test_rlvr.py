@@ -18,18 +18,19 @@ import torch
 
 from bandpo import Band, policy_loss
 from examples.rlvr import bandit, compare, runner
-from examples.rlvr.grid import Chunk
-from examples.rlvr.policy import pretrain
-from examples.rlvr.rule import FAMILIES, SEQUENCE_FAMILIES, Rule, rules_of
+from examples.rlvr.grid import STUDIES, Chunk
+from examples.rlvr.policy import SMALL, pretrain
+from examples.rlvr.rule import FAMILIES, MULTI_TOKEN_FAMILIES, Rule, rules_of
 from examples.rlvr.task import PLUS, STOP, TASKS, Countdown
-from examples.rlvr.train import Setting, _scaled, pass_at, train
+from examples.rlvr.train import Copy, Run, Setting, _scaled, pass_at, train
 
 RULES = (Rule("kl", "(kl@0.005).cap(10)"), Rule("fixed clip", "clip@0.2"))
-SMALL = Setting(1e-3, batches=2, inner_steps=2, group=4, prompts_per_batch=8)
+COPIES = tuple(Copy(rule, 3) for rule in RULES)
+SHORT = Setting(1e-3, batches=2, inner_steps=2, group=4, prompts_per_batch=8)
 
 
 def chunks() -> list[Chunk]:
-    return [Chunk("test", task, 3, 0, SMALL, RULES, pretrain_steps=2) for task in TASKS]
+    return [Chunk("test", task, SHORT, COPIES, pretrain_steps=2) for task in TASKS]
 
 
 def numbers(folder: Path) -> list[dict[str, object]]:
@@ -52,29 +53,61 @@ def test_a_run_that_was_cut_off_ends_with_the_numbers_of_a_whole_one(tmp_path: P
     assert len(numbers(whole)) == len(TASKS) * len(RULES)
 
 
-def test_runs_depend_on_the_seed() -> None:
-    task = TASKS["many"](0)
-    start = pretrain(task, seed=0, steps=2)
-    first, again, other = (train(start, task, RULES, SMALL, seed=seed) for seed in (1, 1, 2))
+def runs_of(name: str, copies: list[Copy], setting: Setting = SHORT) -> list[Run]:
+    """Runs of policies that are hardly pre-trained."""
+    tasks = {copy.seed: TASKS[name](copy.seed) for copy in copies}
+    starts = {seed: pretrain(task, seed=seed, size=SMALL, steps=2) for seed, task in tasks.items()}
+    return train(starts, tasks, copies, setting, size=SMALL, device="cpu")
+
+
+def test_runs_depend_on_the_seed_and_the_stream() -> None:
+    first, again, stream, seed = (
+        runs_of("many", [Copy(RULES[0], *of)]) for of in ((0, 0), (0, 0), (0, 1), (1, 0))
+    )
     assert first == again
-    assert first != other
+    assert first not in (stream, seed)
+
+
+@pytest.mark.parametrize("task", ["rare", "countdown"])
+def test_a_run_is_the_same_among_others(task: str) -> None:
+    """Of another rule, seed, stream and noise, with one inner step, so that no answer changes."""
+    once = replace(SHORT, inner_steps=1)
+    others = [Copy(RULES[0], 1), Copy(RULES[0], 0, 1), Copy(RULES[1], 0, 0, 0.5)]
+    together = runs_of(task, others, once)
+    for copy, run in zip(others[1:], together[1:], strict=True):
+        (alone,) = runs_of(task, [copy], once)
+        np.testing.assert_allclose(run.reward, alone.reward, rtol=1e-4)
+        np.testing.assert_allclose(run.entropy, alone.entropy, rtol=1e-4)
+        assert run.distinct == pytest.approx(alone.distinct, rel=0.02)
 
 
 def test_rules_are_equal_with_one_inner_step_on_fresh_answers() -> None:
-    task = TASKS["rare"](0)
-    start = pretrain(task, seed=0, steps=2)
-    one = replace(SMALL, inner_steps=1)
-    kl, clip = train(start, task, RULES, one, seed=1)
+    once = replace(SHORT, inner_steps=1)
+    kl, clip = runs_of("rare", [Copy(rule, 0) for rule in RULES], once)
     np.testing.assert_allclose(kl.reward, clip.reward, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *SEQUENCE_FAMILIES])
-def test_every_strength_is_a_rule_of_the_loss(family: str) -> None:
+def test_every_rule_of_a_study_has_its_runs_on_every_seed() -> None:
+    for task in TASKS:
+        for study in STUDIES.values():
+            for _, copies in study(task):
+                every = list(copies)
+                names = {copy.rule for copy in every}
+                places = {(copy.seed, copy.stream, copy.noise) for copy in every}
+                assert len(set(every)) == len(every) == len(names) * len(places)
+
+
+@pytest.mark.parametrize(
+    ("families", "family"),
+    [(table, family) for table in (FAMILIES, MULTI_TOKEN_FAMILIES) for family in table],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_strength_is_a_rule_of_the_loss(families: dict[str, list[str]], family: str) -> None:
     make = torch.Generator().manual_seed(0)
     old = -4.0 * torch.rand(6, 5, generator=make)
     new = torch.clamp(old + 0.3 * torch.randn(6, 5, generator=make), max=0.0).requires_grad_()
     advantages, mask = torch.randn(6, generator=make), torch.ones(6, 5)
-    rules = rules_of(family)
+    rules = rules_of(families, family)
     assert len({rule.name for rule in rules}) == len(rules)
     for rule in rules[:: max(1, len(rules) - 1)]:  # the first and the last
         given = rule.arguments()
@@ -87,7 +120,7 @@ def test_every_strength_is_a_rule_of_the_loss(family: str) -> None:
 def test_the_demonstrations_of_countdown_are_right_as_often_as_stated() -> None:
     task = Countdown(0)
     answers = task.demonstrations(torch.Generator().manual_seed(0), 400)
-    rewards = task.reward(torch.arange(128), answers[None])[0]
+    rewards = task.reward(torch.arange(64), answers[None])[0]
 
     def is_right(row: int, tokens: list[int]) -> bool:
         text = "".join({PLUS: "+", STOP: ";"}.get(token, str(token)) for token in tokens)
@@ -97,7 +130,7 @@ def test_the_demonstrations_of_countdown_are_right_as_often_as_stated() -> None:
         whole = len(digits) == len(terms) and ";" in text
         return whole and digits[0] == first and sum(digits) == 10 * tens + ones
 
-    for row in range(128):
+    for row in range(64):
         for drawn in range(5):
             assert rewards[row, drawn] == is_right(row, answers[row, drawn].tolist())
     assert 0.1 < rewards.mean() < 0.25  # a tenth on purpose, and others by chance
