@@ -29,17 +29,38 @@ TUNED_BY = {"finals": "tuning", "large-tuning": "finals", "large-finals": "large
 def main() -> int:
     """Runs one command and returns its exit status: 3 if chunks are still missing."""
     parser = argparse.ArgumentParser(prog="python -m examples.rlvr")
-    parser.add_argument("command", choices=["run", "count", "best", "figure", "pack"])
-    parser.add_argument("study", choices=[*STUDIES, *CHOSEN_STUDIES], nargs="?", default="tuning")
-    parser.add_argument("--reduced", action="store_true", help="the study of ten minutes")
-    parser.add_argument("--task", choices=list(TASKS), action="append", help="default: all")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="max time of a run")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--copies", type=int, default=COPIES, help="max runs of a chunk")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    commands = parser.add_subparsers(dest="command", required=True)
+    results = argparse.ArgumentParser(add_help=False)
+    results.add_argument("--results", type=Path, default=RESULTS)
+    for name, about in {
+        "run": "train the runs that are missing",
+        "count": "print the number of runs",
+        "best": "print the best strength and rate of every family",
+        "pack": "write the results of a study into one file",
+    }.items():
+        of_study = commands.add_parser(name, help=about, parents=[results])
+        of_study.add_argument("study", choices=[*STUDIES, *CHOSEN_STUDIES])
+        of_study.add_argument("--task", choices=list(TASKS), action="append", help="default: all")
+        if name in ("run", "count"):
+            of_study.add_argument("--copies", type=int, default=COPIES, help="max runs of a chunk")
+        if name == "run":
+            of_study.add_argument("--minutes", type=float, default=float("inf"), help="max time")
+            of_study.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    of_figures = commands.add_parser("figure", help="draw a figure", parents=[results])
+    of_figures.add_argument("name", choices=["differences", "radius", "curves", "bandit"])
+    commands.add_parser("report", help="print the comparisons", parents=[results])
     given = parser.parse_args()
-    study = "reduced" if given.reduced else given.study
-    tasks = given.task or list(TASKS)
+    if given.command == "report":
+        from .report import report
+
+        print(report(given.results), end="")
+        return 0
+    if given.command == "figure":
+        from .figure import write_figure
+
+        write_figure(given.name, given.results)
+        return 0
+    study, tasks = given.study, given.task or list(TASKS)
 
     from . import compare, runner
 
@@ -51,11 +72,6 @@ def main() -> int:
                 of_task = [row for row in rows if (row["task"], row["noise"]) == (task, noise)]
                 for family, (rule, rate, area, seeds) in compare.best(of_task).items():
                     print(f"{task} {noise:g} {family}: {rule.region} {rate:g} {area:.3f} {seeds}")
-        return 0
-    if given.command == "figure":
-        from .figure import write_figures
-
-        write_figures(given.results)
         return 0
     if given.command == "pack":
         print(runner.pack(folder, given.results / f"{study}.parquet"))

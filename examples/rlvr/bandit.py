@@ -77,6 +77,7 @@ def simulate(
         gain = rewarded_right * (group - right) - rewarded_wrong * right
         lower, upper = band.bounds(np.log(now))
         ratio = np.where(gain > 0, upper, np.where(gain < 0, lower, 1.0))
-        now = np.where(going, now * ratio, now)
+        # An arm that a false reward took to 0 waits for ever, as one at the smallest number does.
+        now = np.where(going, np.maximum(now * ratio, np.finfo(np.float64).tiny), now)
         taken[going & (now >= 0.5)] = batch
     return taken

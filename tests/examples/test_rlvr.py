@@ -16,15 +16,18 @@ pytest.importorskip("scipy")
 
 import torch
 
-from bandpo import Band, policy_loss
+from bandpo import Band, policy_loss, region_from_spec
 from examples.rlvr import bandit, compare, runner
+from examples.rlvr.figure import FIGURES, write_figure
 from examples.rlvr.grid import STUDIES, Chunk
 from examples.rlvr.policy import SMALL, pretrain
+from examples.rlvr.report import MATCHED, report
 from examples.rlvr.rule import FAMILIES, MULTI_TOKEN_FAMILIES, Rule, rules_of
 from examples.rlvr.task import PLUS, STOP, TASKS, Countdown
 from examples.rlvr.train import Copy, Run, Setting, _scaled, pass_at, train
 
 RULES = (Rule("kl", "(kl@0.005).cap(10)"), Rule("fixed clip", "clip@0.2"))
+RESULTS = Path(runner.__file__).parent / "results"
 COPIES = tuple(Copy(rule, 3) for rule in RULES)
 SHORT = Setting(1e-3, batches=2, inner_steps=2, group=4, prompts_per_batch=8)
 
@@ -187,3 +190,27 @@ def test_batches_to_half_are_those_of_a_simulated_bandit_without_noise() -> None
     expected = bandit.batches_to_half(0.01, 0.001, group=16)
     # One step of rounding up, and the spread of the mean.
     assert abs(taken.mean() - expected) < 1.0 + 4.0 * taken.std() / np.sqrt(len(taken))
+
+
+def test_matched_strengths_have_equal_radii_over_second_derivatives() -> None:
+    def width(region: str) -> float:
+        band = region_from_spec(region).parts[0]
+        return float(band.delta_low) / float(band.divergence.curvature)
+
+    for family in MATCHED:
+        for region, kl in zip(FAMILIES[family], FAMILIES["kl"], strict=True):
+            assert width(region) == pytest.approx(width(kl), rel=1e-12)
+
+
+def test_the_report_is_that_of_the_committed_results() -> None:
+    assert report(RESULTS) == (RESULTS / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_drawn_for_both_pages(name: str, tmp_path: Path) -> None:
+    for path in RESULTS.glob("*.parquet"):
+        (tmp_path / path.name).symlink_to(path)
+    write_figure(name, tmp_path)
+    light, dark = (tmp_path / f"{name}-{page}.svg" for page in ("light", "dark"))
+    assert light.read_text().startswith("<?xml")
+    assert light.read_bytes() != dark.read_bytes()
