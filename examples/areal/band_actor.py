@@ -9,7 +9,7 @@ from areal.engine import FSDPPPOActor
 
 from bandpo.integrations.areal import install
 
-install(region="(kl@0.05).cap(10)")
+install(region="(kl@0.01).cap(10)")
 
 
 class BandActor(FSDPPPOActor):

@@ -7,4 +7,4 @@ The file is a plugin, and all other arguments are ms-swift's::
 
 from bandpo.integrations.ms_swift import install
 
-install(region="(kl@0.05).cap(10)")
+install(region="(kl@0.01).cap(10)")

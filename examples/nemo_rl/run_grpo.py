@@ -10,5 +10,5 @@ import runpy
 from bandpo.integrations.nemo_rl import install
 
 if __name__ == "__main__":
-    install(region="(kl@0.05).cap(10)")
+    install(region="(kl@0.01).cap(10)")
     runpy.run_path("examples/run_grpo.py", run_name="__main__")

@@ -66,6 +66,7 @@ def report(folder: Path) -> str:
             "1. The same with 9.8 million parameters",
             _bands(results, "large-tuning", "large-finals"),
         ),
+        ("1. The end of the runs", _ends(results)),
         ("2. Divergences at matched strength", _divergences(results)),
         ("3. Sides", _sides(results)),
         ("4. Best radius of kl", _radii(results)),
@@ -133,6 +134,26 @@ def _bands(results: Results, tuning: str, finals: str) -> str:
                     pairs.append(_compared(results, finals, task, noise, band, other))
         tables.append(_pairs(pairs))
     return "\n\n".join(tables)
+
+
+def _ends(results: Results) -> str:
+    """Means after the last batch, of kl at both radii, the best clip and no clipping."""
+    rows = []
+    for task, noise in _settings(results, "finals"):
+        clip = results.leader("tuning", CLIPS, task=task, noise=noise)
+        for family in ("kl", "kl 0.05", clip, "no clipping"):
+            runs = _finals(results, "finals", task, noise, family)
+            means = [
+                sum(float(run[name]) for run in runs) / len(runs)
+                for name in ("pass_1", "pass_16", "distinct")
+            ]
+            entropy = sum(float(run["entropy"][-1]) for run in runs) / len(runs)
+            rows.append(
+                [f"{task}, {noise:.0%} flipped", f"{family} `{runs[0]['region']}`"]
+                + [f"{value:.2f}" for value in (*means, entropy)]
+            )
+    header = ["where", "rule", "p@1", "p@16", "distinct right of 64", "entropy, nats"]
+    return _table(header, rows)
 
 
 def _divergences(results: Results) -> str:

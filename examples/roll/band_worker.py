@@ -7,4 +7,4 @@ from bandpo.integrations.settings import LossSettings
 class MyWorker(BandActorWorker):
     """The worker that ``actor_train.worker_cls`` names."""
 
-    settings = LossSettings("(kl@0.05).cap(10)")
+    settings = LossSettings("(kl@0.01).cap(10)")

@@ -10,5 +10,5 @@ from skyrl.train.entrypoints import main_base
 from bandpo.integrations.skyrl import register
 
 if __name__ == "__main__":
-    register(region="(kl@0.05).cap(10)")  # before SkyRL checks the name and starts Ray
+    register(region="(kl@0.01).cap(10)")  # before SkyRL checks the name and starts Ray
     main_base.main()

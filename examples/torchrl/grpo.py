@@ -86,5 +86,5 @@ MODEL = Qwen2ForCausalLM(Qwen2Config(vocab_size=WORDS, **SIZES, **HEADS, **IDS))
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--region", default="(kl@0.05).cap(10)")
+    parser.add_argument("--region", default="(kl@0.01).cap(10)")
     main(**vars(parser.parse_args()))

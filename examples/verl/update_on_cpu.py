@@ -199,7 +199,7 @@ def main(batches: int = 8, epochs: int = 4) -> list[dict[str, Any]]:
         rollout_n=GROUP,
         ppo_micro_batch_size_per_gpu=MICRO_BATCH,
         policy_loss=BandPOPolicyLossConfig(
-            region="(kl@0.05).cap(10)", schedule=f"linear(0.05, 0.01, {batches * epochs})"
+            region="(kl@0.01).cap(10)", schedule=f"linear(0.05, 0.01, {batches * epochs})"
         ),
     )
     actor.set_loss_fn(partial(ppo_loss, config=config))

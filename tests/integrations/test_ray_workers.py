@@ -76,7 +76,7 @@ def test_workers_get_the_variables_and_the_hook(variables: dict[str, str]) -> No
         ("BANDPO_RULE", '"kl@0.05"', "fields by name"),
         ("BANDPO_RULE", '{"region": "kll@0.05"}', "kll"),
         ("BANDPO_RULE", '{"regoin": "kl@0.05"}', "regoin.*region"),
-        ("BANDPO_RULE", "{}", "dual_clip must be None .* preset 'bandpo-kl'.*'preset:bandpo-kl'"),
+        ("BANDPO_RULE", "{}", "dual_clip must be None .* preset 'bandpo-kl'.*region='.kl@0.01"),
         ("BANDPO_RULE", '{"preset": "icepop"}', "preset must be left out with OpenRLHF"),
         ("BANDPO_RULE", '{"preset": "dppo-kl"}', "surrogate must be 'min-clip' with OpenRLHF"),
         (

@@ -19,10 +19,13 @@ from bandpo.region import Region
 from bandpo.schedule import Bapo, Constant, Linear, ScheduledBand
 from bandpo.surrogate import GradientPreserving, MinClip
 
+DEFAULT = {"preset": "bandpo-kl", "region": "(kl@0.01).cap(10)"}
 
-def test_settings_without_a_field_are_the_rule_of_the_paper() -> None:
+
+def test_settings_without_a_field_are_the_rule_of_the_paper_at_the_radius_of_the_study() -> None:
     expected = preset("bandpo-kl").arguments()
     del expected["loss_agg_mode"]
+    expected["region"] = Band("kl", 0.01).cap(10)
     assert LossSettings().arguments() == expected
 
 
@@ -237,7 +240,8 @@ def test_a_clamp_has_the_region_alone() -> None:
         (
             {},
             r"^dual_clip must be None with t, .* got 10.0 of the preset 'bandpo-kl', which is "
-            r"taken where no rule is given; give region='preset:bandpo-kl' for the region alone$",
+            r"taken where no rule is given; give region='\(kl@0.01\).cap\(10\)' for the region "
+            r"alone$",
         ),
         (
             {"preset": "dppo-kl"},
@@ -280,9 +284,9 @@ def test_a_field_that_a_trainer_cannot_take_is_refused_with_another_way() -> Non
     ],
 )
 def test_settings_as_json_are_all_fields_that_are_given(fields: dict[str, Any]) -> None:
-    default = {} if "region" in fields or "preset" in fields else {"preset": "bandpo-kl"}
+    default = {} if "region" in fields or "preset" in fields else DEFAULT
     assert json.loads(json.dumps(LossSettings(**fields).as_json())) == {**fields, **default}
-    assert LossSettings().as_json() == {"preset": "bandpo-kl"}
+    assert LossSettings().as_json() == DEFAULT
 
 
 def test_objects_in_settings_have_text_that_makes_an_equal_rule() -> None:
@@ -297,7 +301,7 @@ def test_objects_in_settings_have_text_that_makes_an_equal_rule() -> None:
     without = LossSettings(Band("kl", 0.05).table(), schedule=None).as_json()
     assert without["region"].startswith("BandTable(")
     assert LossSettings(schedule=Linear(0.1, 0.05, 10)).as_json() == {
-        "preset": "bandpo-kl",
+        **DEFAULT,
         "schedule": "Linear(0.1, 0.05, 10)",
     }
 

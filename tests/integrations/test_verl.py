@@ -168,9 +168,9 @@ def test_micro_batches_of_two_ranks_add_up_to_the_whole(mode: str, split: tuple[
     assert_same((torch.as_tensor(loss), gradient), whole)
 
 
-def test_without_fields_of_ours_the_rule_is_the_papers() -> None:
+def test_without_fields_of_ours_the_rule_is_the_papers_at_the_radius_of_the_study() -> None:
     batch = trainer_batch()
-    wanted = batch.wanted(**preset("bandpo-kl").arguments())
+    wanted = batch.wanted(**{**preset("bandpo-kl").arguments(), "region": "(kl@0.01).cap(10)"})
     for config in (actor(PolicyLossConfig(loss_mode="bandpo")), actor(BandPOPolicyLossConfig())):
         assert_same(called("bandpo", config, batch, "token-mean")[0], wanted)
     loss, _ = get_policy_loss_fn("bandpo")(
@@ -266,7 +266,7 @@ def test_the_configuration_of_the_trainer_reaches_the_loss() -> None:
     batch = trainer_batch()
     found = composed("policy_loss.loss_mode=bandpo")
     assert type(found.policy_loss) is PolicyLossConfig
-    wanted = batch.wanted(**preset("bandpo-kl").arguments())
+    wanted = batch.wanted(**{**preset("bandpo-kl").arguments(), "region": "(kl@0.01).cap(10)"})
     assert_same(called("bandpo", found, batch, "token-mean")[0], wanted)
 
     found = composed(

@@ -108,9 +108,8 @@ def test_the_hook_of_the_documentation_is_enough(verl: FakeVerl) -> None:
     loss_fn = core.get_policy_loss_fn("bandpo")
     assert loss_fn is adapter.policy_loss
     loss, metrics = loss_fn(*batch(), loss_agg_mode="seq-mean-token-mean")
-    expected = policy_loss(
-        *batch(), **preset("bandpo-kl").arguments(loss_agg_mode="seq-mean-token-mean")
-    )
+    paper = preset("bandpo-kl").arguments(loss_agg_mode="seq-mean-token-mean")
+    expected = policy_loss(*batch(), **{**paper, "region": "(kl@0.01).cap(10)"})
     assert torch.equal(loss, expected.loss)
     assert metrics["actor/band/ratio_max"] == expected.metrics["ratio_max"].item()
     config: dict[str, Any] = {

@@ -4,7 +4,7 @@ Ray calls `runtime_env` in the driver, and `install` in each worker, which write
 
     export RAY_RUNTIME_ENV_HOOK=bandpo.integrations.ray_workers.runtime_env
     export RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
-    export BANDPO_TRAINER=openrlhf BANDPO_RULE='{"region": "(kl@0.05).cap(10)"}'
+    export BANDPO_TRAINER=openrlhf BANDPO_RULE='{"region": "(kl@0.01).cap(10)"}'
 
 The second line matters under ``uv run``: without it Ray takes a hook of its own for uv in place of
 this one, and the clip stays the trainer's. It has no effect otherwise. With it, workers have the

@@ -19,7 +19,9 @@ from bandpo.spec import region_or_source_from_spec, schedule_from_spec, spec_fro
 from bandpo.surrogate import BY_NAME, MinClip, Surrogate, TokenSurrogate
 
 DEFAULT_PRESET = "bandpo-kl"
-"""The rule of settings that name neither a preset nor a region."""
+"""Preset of settings that name neither a preset nor a region, but for its region."""
+DEFAULT_REGION = "(kl@0.01).cap(10)"
+"""Region in place of that of `DEFAULT_PRESET`, for the reasons in docs/evidence.md."""
 
 ANCHORS = ("old", "rollout")
 
@@ -32,10 +34,11 @@ class LossSettings:
     """The rule of `bandpo.loss.policy_loss` as text and numbers, for YAML and command lines.
 
     A field that is None leaves the value of the preset, or else the default of `policy_loss`. With
-    neither a preset nor a region the preset is `DEFAULT_PRESET`. The aggregation is the trainer's.
+    neither a preset nor a region the rule is `DEFAULT_PRESET` with `DEFAULT_REGION`. Aggregation is
+    the trainer's.
 
     Args:
-        region: Source of the bounds: a spec such as ``"(kl@0.05).cap(10)"`` or
+        region: Source of the bounds: a spec such as ``"(kl@0.01).cap(10)"`` or
             ``"preset:dppo-kl"`` (see `bandpo.spec`), or a region or a source of one as an object.
         preset: A whole rule by name (see `bandpo.presets`), of which other fields replace parts.
         surrogate: Loss of a token: a name; its arguments with its name, such as
@@ -142,12 +145,12 @@ class LossSettings:
     def as_json(self) -> dict[str, Any]:
         """Returns the fields that are given, as JSON has them, for the metadata of a record.
 
-        `of` makes an equal rule of them. Without a preset and a region, the preset is
-        `DEFAULT_PRESET`. An object that no text stands for, such as a table, is its repr.
+        `of` makes an equal rule of them. Without a preset and a region, those of the default are
+        given. An object that no text stands for, such as a table, is its repr.
         """
         given = {own.name: getattr(self, own.name) for own in fields(self)}
         if self.preset is None and self.region is None:
-            given["preset"] = DEFAULT_PRESET
+            given |= {"preset": DEFAULT_PRESET, "region": DEFAULT_REGION}
         return {name: _as_json(value) for name, value in given.items() if value not in _UNSET}
 
     @property
@@ -263,17 +266,25 @@ class LossSettings:
             field == "dual_clip" and self.surrogate is not None
         ):
             return ""
-        name = DEFAULT_PRESET if self.preset is None else self.preset
-        chosen = ", which is taken where no rule is given" if self.preset is None else ""
-        instead = "leave preset out" if self.region is not None else f"give region='preset:{name}'"
-        return f" of the preset {name!r}{chosen}; {instead} for the region alone"
+        if self.preset is None:
+            return (
+                f" of the preset {DEFAULT_PRESET!r}, which is taken where no rule is given; "
+                f"give region={DEFAULT_REGION!r} for the region alone"
+            )
+        instead = (
+            f"give region='preset:{self.preset}'" if self.region is None else "leave preset out"
+        )
+        return f" of the preset {self.preset!r}; {instead} for the region alone"
 
     def _base(self) -> Preset:
         """The preset, or the defaults, with the region of the settings."""
         region = self.region
+        if region is None and self.preset is None:
+            return replace(
+                preset(DEFAULT_PRESET), region=region_or_source_from_spec(DEFAULT_REGION)
+            )
         if region is None:
-            name = DEFAULT_PRESET if self.preset is None else self.preset
-            return preset(name)
+            return preset(self.preset)
         if isinstance(region, str):
             if region.strip() in PRESETS:
                 raise InvalidValueError(
@@ -297,7 +308,7 @@ def check_settings(given: object) -> LossSettings:
     """
     if not isinstance(given, LossSettings):
         raise InvalidTypeError(
-            f"settings must be a LossSettings, such as LossSettings('(kl@0.05).cap(10)'), "
+            f"settings must be a LossSettings, such as LossSettings('(kl@0.01).cap(10)'), "
             f"got {given!r}"
         )
     return given
@@ -306,7 +317,7 @@ def check_settings(given: object) -> LossSettings:
 def wrong_region(given: object) -> InvalidTypeError:
     """Returns the error for a region of a configuration that is neither text nor an object."""
     return InvalidTypeError(
-        f"region must be a spec, such as '(kl@0.05).cap(10)', 'clip@0.2,0.28' or "
+        f"region must be a spec, such as '(kl@0.01).cap(10)', 'clip@0.2,0.28' or "
         f"'preset:bandpo-kl', or a bandpo.Region, got {given!r}"
     )
 
@@ -319,7 +330,7 @@ def refuse_delta(delta: object, trainer: str) -> None:
     if delta is not None:
         raise InvalidValueError(
             f"delta, a cap of the ratio in {trainer}, must be left out with a region, which has "
-            f"the bounds, got {delta!r}; region='(kl@0.05).cap(10)' has a cap where the advantage "
+            f"the bounds, got {delta!r}; region='(kl@0.01).cap(10)' has a cap where the advantage "
             f"is positive"
         )
 

@@ -1,6 +1,6 @@
 """SkyRL: a policy loss for its registry.
 
-``register(region="(kl@0.05).cap(10)")`` in the entry point of a run, before the configuration is
+``register(region="(kl@0.01).cap(10)")`` in the entry point of a run, before the configuration is
 checked, and ``trainer.algorithm.policy_loss_type=bandpo``.
 """
 

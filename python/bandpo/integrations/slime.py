@@ -79,6 +79,6 @@ def _rule(args: Namespace) -> Mapping[str, Any]:
     if not isinstance(rule, Mapping):
         raise InvalidTypeError(
             f"bandpo must be the fields of a rule in the file of --custom-config-path, such as "
-            f"bandpo: {{region: kl@0.05}}, got {type(rule).__name__}"
+            f"bandpo: {{region: kl@0.01}}, got {type(rule).__name__}"
         )
     return rule

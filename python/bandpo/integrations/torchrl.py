@@ -1,6 +1,6 @@
 """torchrl: `GRPOLoss` and `ClipPPOLoss` with the bounds of a region.
 
-``BandGRPOLoss(actor, settings=LossSettings("(kl@0.05).cap(10)"))`` takes the place of
+``BandGRPOLoss(actor, settings=LossSettings("(kl@0.01).cap(10)"))`` takes the place of
 ``GRPOLoss(actor)``, and `BandClipPPOLoss` likewise. All but the loss of a token, or the clip, is
 torchrl's.
 """

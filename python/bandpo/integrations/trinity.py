@@ -13,7 +13,7 @@ from trinity.algorithm.policy_loss_fn.policy_loss_fn import PolicyLossFn
 from trinity.algorithm.utils import aggregate_loss
 
 from bandpo.integrations.loss import TrainerLoss
-from bandpo.integrations.settings import DEFAULT_PRESET, LossSettings
+from bandpo.integrations.settings import LossSettings
 from bandpo.integrations.version import check_version
 from bandpo.loss import Metrics
 
@@ -65,4 +65,4 @@ class BandPolicyLossFn(PolicyLossFn):  # type: ignore[misc]
     @classmethod
     def default_args(cls) -> dict[str, Any]:
         """Returns the arguments of a configuration that has none."""
-        return {"preset": DEFAULT_PRESET, "loss_agg_mode": "token-mean"}
+        return {"loss_agg_mode": "token-mean"}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.integrations.recording import Recording
-from bandpo.integrations.settings import LossSettings, wrong_region
+from bandpo.integrations.settings import DEFAULT_REGION, LossSettings, wrong_region
 from bandpo.region import Region
 from bandpo.spec import spec_from_region
 
@@ -22,9 +22,9 @@ class BandFields:
     """Fields of the rule in TRL's arguments, which are saved as text."""
 
     region: RegionField = field(
-        default="preset:bandpo-kl",
+        default=DEFAULT_REGION,
         metadata={
-            "help": "Bounds of the ratio, such as '(kl@0.05).cap(10)', 'kl@0.01|clip@0.2,0.28' or "
+            "help": "Bounds of the ratio, such as '(kl@0.01).cap(10)', 'kl@0.01|clip@0.2,0.28' or "
             "'preset:dppo-kl'."
         },
     )

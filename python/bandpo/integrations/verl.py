@@ -4,7 +4,8 @@ verl 0.9 imports it where bandpo is installed, by the entry point group ``verl.p
 versions, and rLLM, with ``VERL_USE_EXTERNAL_MODULES=bandpo.integrations.verl``. ``bandpo doctor
 --verl`` tries it.
 
-``actor_rollout_ref.actor.policy_loss.loss_mode=bandpo`` is the rule of the preset bandpo-kl. With
+``actor_rollout_ref.actor.policy_loss.loss_mode=bandpo`` is the band of kl, with delta 0.01 and
+ratios up to 10. With
 ``policy_loss._target_=bandpo.integrations.verl.BandPOPolicyLossConfig`` it has fields for others.
 docs/integrations/verl.md has the rest.
 """
