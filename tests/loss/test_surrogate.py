@@ -17,7 +17,7 @@ import bandpo
 import bandpo.torch
 from bandpo.check import Float64Array
 from bandpo.loss import PolicyLoss, policy_loss
-from bandpo.surrogate import BY_NAME, GradientPreserving, Mask, Surrogate
+from bandpo.surrogate import BY_NAME, GradientPreserving, Mask, SoftGate, Surrogate
 from conftest import BACKENDS
 from support.batches import Batch, assert_close, random_batch
 from support.formulas import FORMULAS, BoundedTokens, LossAndGradient, rounded_size
@@ -600,3 +600,23 @@ def test_a_nan_of_a_masked_token_is_no_width(backend: str) -> None:
     for surrogate in ("soft-gate", "quadratic"):
         found = batch.loss(region=region, surrogate=surrogate, backend=backend)
         assert bool(found.loss.isfinite())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_soft_gate_closes_at_one_place_in_all_backends(dtype: torch.dtype) -> None:
+    """Where sech^2 is below the rounding error of 1: at 40 widths over tau."""
+    old = torch.zeros(3, dtype=dtype)
+    # tau (r - 1)/width of 39.5, 40.5 and 60.
+    new = torch.log(1.0 + torch.tensor([39.5, 40.5, 60.0], dtype=dtype) / 10.0)
+    for backend in ("native", "torch"):
+        moved = new.clone().requires_grad_()
+        given = {
+            "region": bandpo.Clip(1.0, 1.0),
+            "surrogate": SoftGate(10.0, 10.0),
+            "backend": backend,
+        }
+        loss = policy_loss(old - 1.0, moved - 1.0, torch.ones(3), torch.ones(3), **given).loss
+        (gradient,) = torch.autograd.grad(loss, moved)
+        wanted = -math.exp(float(new[0])) / 3.0 / math.cosh(39.5 / 2.0) ** 2
+        torch.testing.assert_close(gradient[0].item(), wanted, rtol=1e-4, atol=0.0)
+        assert gradient[1:].tolist() == [0.0, 0.0]

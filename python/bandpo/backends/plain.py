@@ -12,6 +12,9 @@ from bandpo.backends.contract import PROBABILITY_BINS, LossInputs, TokenLosses, 
 from bandpo.surrogate import BY_NAME, LOG_RATIO_LIMIT, MIN_WIDTH, PROBABILITY_EDGES
 from bandpo.tensors.lookup import read_table
 
+_CLOSED = 40.0
+"""Argument from which a soft gate counts as closed; as in ``rust/loss/surrogate.rs``."""
+
 
 def token_losses(inputs: LossInputs) -> TokenLosses:
     """Returns the losses, with their gradient to ``log_prob`` by autograd."""
@@ -178,7 +181,7 @@ def _soft_gate(tokens: _Tokens, parameters: list[float]) -> _Loss:
     falling = -z.abs()
     e = falling.exp()
     tanh = (-falling.expm1() / (1.0 + e)).copysign(z)
-    gate = 4.0 * e / (1.0 + e).square()
+    gate = torch.where(falling < -_CLOSED, 0.0, 4.0 * e / (1.0 + e).square())
     value = 2.0 / tau + 2.0 * width * tanh / tau
     slope = torch.where(tokens.clamped, 0.0, tokens.r * gate)
     bend = slope * (1.0 - tau * (1.0 + excess) / width * tanh)
