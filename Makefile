@@ -155,7 +155,7 @@ results: $(VENV)/bench.stamp
 # reliability/results, and may be run alone with fewer cases.
 reliability: export PYTHONPATH = python:tests:.
 reliability: $(VENV)/reliability.stamp
-	for part in fuzz expressions convexity bounds losses levels faults long_run trust; do \
+	for part in fuzz fuzz_rust expressions convexity bounds losses levels faults long_run trust; do \
 	  $(BIN)/python -m reliability.$$part || exit 1; done
 	$(BIN)/python tools/make_reliability.py
 

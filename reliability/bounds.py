@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ NORMAL = sys.float_info.min
 
 TIGHT = 1e-14
 """Relative distance of a bound from the exact one, by docs/accuracy.md, if well-conditioned."""
+
+FARTHER = f"farther in than {TIGHT:g} of it (of a large condition number or next to saturation)"
 
 
 def _spec(rng: np.random.Generator) -> str:
@@ -52,7 +56,7 @@ def _deltas(rng: np.random.Generator, spec: str, logp: Any) -> Any:
     return delta
 
 
-def bounds(cases: int, seed: int = SEED) -> Row:
+def bounds(cases: int, seed: int = SEED) -> Iterator[Row]:
     """Both bounds of random f, delta and p: inside, and next to the edge.
 
     Deltas from 1e-8 to 10 are those of the promise in docs/accuracy.md; smaller ones, subnormal
@@ -63,8 +67,8 @@ def bounds(cases: int, seed: int = SEED) -> Row:
             exact one does not.
     """
     rng = np.random.default_rng(seed)
-    done, undecided, farther = 0, 0, 0
-    outside = dict.fromkeys(("normal", "subnormal"), (0, 0, 0.0))
+    done = 0
+    counts = {name: _Counts() for name in ("from 1e-8 to 10", "others", "others, subnormal")}
     while done < cases:
         spec, count = _spec(rng), min(200, cases - done)
         logp = log_probs(rng, count)
@@ -73,30 +77,38 @@ def bounds(cases: int, seed: int = SEED) -> Row:
         for place in range(count):
             case = spec, float(logp[place]), float(delta[place])
             promised = 1e-8 <= case[2] <= 10.0
-            name = "normal" if case[2] >= NORMAL else "subnormal"
-            sides, found, size = outside[name]
-            outside[name] = sides + 2 * (not promised), found, size
+            name = "others" if case[2] >= NORMAL else "others, subnormal"
+            found = counts["from 1e-8 to 10" if promised else name]
             for side, bound in (("lower", log_lower[place]), ("upper", log_upper[place])):
                 inside = _inside(case, side, float(bound))
-                undecided += inside is None
+                found.sides += 1
+                found.undecided += inside is None
                 if inside is False:
                     assert not promised, (case, side, bound, "outside")
-                    sides, found, size = outside[name]
-                    outside[name] = sides, found + 1, max(size, _excess_of(case, float(bound)))
+                    found.outside += 1
+                    found.excess = max(found.excess, _excess_of(case, float(bound)))
                 elif promised:
-                    farther += _is_far(case, side, float(bound))
+                    found.farther += _is_far(case, side, float(bound))
         done += count
-    return Row(
-        "sides of exact bounds in ball arithmetic",
-        2 * cases,
-        f"delta from 1e-8 to 10: 0 outside, {farther} farther than {TIGHT:g} of the bound (of a "
-        "large condition number or next to saturation); "
-        + "".join(
-            f"other {name} deltas: {found} of {sides} outside, by up to {size:.0e} of the bound; "
-            for name, (sides, found, size) in outside.items()
-        )
-        + f"{undecided} undecided at 40000 bits",
-    )
+    for name, each in counts.items():
+        words: dict[str, float] = {"outside": each.outside}
+        if each.outside:
+            words["of the bound"] = each.excess
+        if name == "from 1e-8 to 10":
+            words[FARTHER] = each.farther
+        words["undecided at 40000 bits"] = each.undecided
+        yield Row(f"sides of exact bounds, delta {name}", each.sides, words)
+
+
+@dataclass
+class _Counts:
+    """What was found for some deltas."""
+
+    sides: int = 0
+    outside: int = 0
+    excess: float = 0.0
+    farther: int = 0
+    undecided: int = 0
 
 
 def _is_saturated(logp: float, side: str, bound: float) -> bool:

@@ -6,14 +6,14 @@ more than the balls, f is not convex: that is a proof, whatever the package foun
 without such a point is counted by the reason, and those that may be convex are listed.
 
     python -m reliability.convexity --cases 100000
+    python -c "from reliability.convexity import run; print(*run(3000).unexplained, sep='; ')"
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flint
@@ -22,7 +22,7 @@ from flint import arb
 
 from bandpo import Divergence
 from bandpo.error import InvalidValueError
-from reliability.result import Row, write
+from reliability.result import Row, run_cases
 
 SEED = 20260304
 BITS = 256
@@ -175,41 +175,20 @@ def run(cases: int, seed: int = SEED) -> Found:
     return Found(accepted, missed, disproved, refused, unexplained)
 
 
-def main() -> None:
-    """Judges formulas and writes the counts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--list", action="store_true", help="print refused f that may be convex")
-    parsed = parser.parse_args()
-    found = run(parsed.cases, parsed.seed)
+def convexity(cases: int, seed: int = SEED) -> Iterator[Row]:
+    """Rows of random formulas."""
+    found = run(cases, seed)
+    missed = [f"{text} at {points}" for text, points in found.missed]
+    accepted = {"proven not to be convex": len(missed)}
+    yield Row("formulas accepted", found.accepted, accepted, missed)
     kinds = Counter(
         next((name for name, part in REASONS if part in message), message)
         for _, message in found.unexplained
     )
-    rows = [
-        Row(
-            "formulas accepted",
-            found.accepted,
-            f"{len(found.missed)} proven not to be convex, by a dent between two samples of the "
-            "slope"
-            if found.missed
-            else "none proven not to be convex",
-        ),
-        Row(
-            "formulas refused",
-            sum(found.refused.values()),
-            f"{found.disproved} proven not to be convex; refused without such a proof: "
-            + ", ".join(f"{count} for {kind}" for kind, count in kinds.most_common()),
-        ),
-    ]
-    write("convexity", f"python -m reliability.convexity --cases {parsed.cases}", rows)
-    for text, points in found.missed:
-        print(f"accepted, and not convex at {points}: {text}")
-    if parsed.list:
-        for text, message in found.unexplained:
-            print(text, message.rpartition(": ")[2], sep="\n    ")
+    refused = {f"for {kind} without such a proof": count for kind, count in kinds.most_common()}
+    proven = {"proven not to be convex": found.disproved}
+    yield Row("formulas refused", sum(found.refused.values()), {**proven, **refused})
 
 
 if __name__ == "__main__":
-    main()
+    run_cases("convexity", __doc__, convexity, cases=100_000, seed=SEED, of="formulas")

@@ -102,11 +102,11 @@ def main() -> None:
     seconds, size = found[slowest][0], max(each[1] for each in found.values())
     assert seconds < MAX_SECONDS, f"{slowest}: {seconds} s"
     assert size < MAX_BYTES, size
-    row = Row(
-        f"texts of up to {LONGEST} bytes, of one kind each",
-        len(found),
-        f"at most {1e3 * seconds:.0f} ms of a processor ({slowest}) and {size / 2**20:.1f} MiB",
-    )
+    counts = {
+        f"ms of a processor ({slowest})": 1e3 * seconds,
+        "MiB": size / 2**20,
+    }
+    row = Row(f"texts of up to {LONGEST} bytes, of one kind each", len(found), counts)
     write("expressions", "python -m reliability.expressions", [row])
 
 

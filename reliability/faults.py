@@ -90,7 +90,7 @@ def killed(name: str, kills: int, seed: int = SEED) -> Row:
             died += process.wait() != 0
             check(folder / file)
             assert (folder / file).read_bytes() == first, f"{name}: another file"
-    return Row(f"kills of {name}", kills, f"{died} before its end; the file was whole each time")
+    return Row(f"kills of {name}", kills, {"before its end": died, "files not whole": 0})
 
 
 VERIFY = """
@@ -139,11 +139,8 @@ def resumed(kills: int, values: int = 2_000_000, seed: int = SEED) -> Row:
             ends += 1
             assert BandTable.load(path) == wanted, "a resumed verification differs"
             assert not path.with_suffix(".json").exists()
-    return Row(
-        f"kills of a verification of {values} values",
-        kills,
-        f"{ends} ended after resumptions, each equal to an uninterrupted one",
-    )
+    counts = {"ended after resumptions": ends, "other than an uninterrupted one": 0}
+    return Row(f"kills of a verification of {values} values", kills, counts)
 
 
 WRITE = """
@@ -179,9 +176,8 @@ def shared(writes: int) -> Row:
             reads += 1
         assert [writer.wait() for writer in writers] == [0, 0]
         assert [file.name for file in Path(place).iterdir()] == [path.name]
-    return Row(
-        "writes of one table by two processes", 2 * writes, f"{reads} reads, each a whole table"
-    )
+    counts = {"reads meanwhile": reads, "of a table that was not whole": 0}
+    return Row("writes of one table by two processes", 2 * writes, counts)
 
 
 def main() -> None:

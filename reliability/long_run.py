@@ -1,13 +1,12 @@
 """Many calls in one process: memory does not grow, caches are bounded, nothing compiles again.
 
-python -m reliability.long_run --losses 1000000 --bands 100000 --steps 100000 --compiled 10000
+python -m reliability.long_run --cases 1000000
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from bandpo.loss import policy_loss
 from bandpo.region.base import _table
 from bandpo.schedule import Constant, Linear, ScheduledBand
 from bandpo.tensors.cached import _CACHED
-from reliability.result import Row, write
+from reliability.result import Row, run_cases
 
 MIB = 2**20
 
@@ -53,8 +52,12 @@ def repeated(check: str, calls: int, call: Callable[[int], object]) -> Row:
     assert len(_CACHED) <= CACHED_TENSORS, f"{check}: {len(_CACHED)} cached tensors"
     tables = _table.cache_info()
     assert tables.currsize <= (tables.maxsize or 0)
-    found = f"memory grows by {max(growth, 0) / MIB:.1f} MiB after the first tenth; "
-    return Row(check, calls, f"{found}{len(_CACHED)} cached tensors, {tables.currsize} tables")
+    found = {
+        "MiB more memory after the first tenth": max(growth, 0) / MIB,
+        "cached tensors": float(len(_CACHED)),
+        "tables": float(tables.currsize),
+    }
+    return Row(check, calls, found)
 
 
 def _batch(number: int) -> tuple[torch.Tensor, ...]:
@@ -131,21 +134,17 @@ def compiled(calls: int) -> Row:
 
     row = repeated("compiled losses with changing shapes", calls, call)
     assert graphs <= 3, f"compiled {graphs} times"
-    return row._replace(found=f"{row.found}; compiled {graphs} times")
+    return row._replace(found={**row.found, "compilations": float(graphs)})
 
 
-def main() -> None:
-    """Runs all parts and writes their counts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, calls in (("losses", 10**6), ("bands", 10**5), ("steps", 10**5), ("compiled", 10**4)):
-        parser.add_argument(f"--{name}", type=int, default=calls)
-    parsed = parser.parse_args()
+def long_run(cases: int, _: int = 0) -> Iterator[Row]:
+    """All parts; bands and steps a tenth of the losses, compiled calls a hundredth."""
     torch.set_num_threads(1)
-    parts = {"losses": losses, "bands": bands, "steps": steps, "compiled": compiled}
-    rows = [part(getattr(parsed, name)) for name, part in parts.items()]
-    counts = " ".join(f"--{name} {getattr(parsed, name)}" for name in parts)
-    write("long-run", f"python -m reliability.long_run {counts}", rows)
+    yield losses(cases)
+    yield bands(cases // 10)
+    yield steps(cases // 10)
+    yield compiled(cases // 100)
 
 
 if __name__ == "__main__":
-    main()
+    run_cases("long_run", __doc__, long_run, cases=1_000_000, seed=0, of="losses with gradient")

@@ -6,6 +6,7 @@ python -m reliability.losses --cases 1000000
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from reliability.tokens import SEED
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean")
 
 
-def losses(cases: int, seed: int = SEED) -> Row:
+def losses(cases: int, seed: int = SEED) -> Iterator[Row]:
     """Losses and gradients: native against torch, and both in float64 against formulas in numpy.
 
     Raises:
@@ -55,11 +56,8 @@ def losses(cases: int, seed: int = SEED) -> Row:
                     found.numpy(), number_wanted, rtol=1e-9, atol=1e-9 * scale,
                     err_msg=f"case {number}, {options}",
                 )  # fmt: skip
-    return Row(
-        "random batches, native against torch",
-        cases,
-        f"losses and gradients agree; {compared} of them also with formulas in numpy",
-    )
+    found = {"where the backends differ": 0, "compared with formulas in numpy as well": compared}
+    yield Row("random batches, native against torch", cases, found)
 
 
 def _batch(rng: np.random.Generator, regions: tuple[Any, ...]) -> tuple[dict[str, Any], Any, Any]:

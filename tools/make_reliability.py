@@ -13,15 +13,21 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "reliability" / "results"
+sys.path.append(str(ROOT))
+
+from reliability.result import RESULTS, rows_of  # noqa: E402
+
 PAGE = ROOT / "docs" / "reliability.md"
 
 SECTIONS = {
-    "fuzzing": (
-        "Fuzzing",
-        "Random and damaged input gives a result or an error of bandpo. Cases are made by a seed; "
-        "those of the Python entries may also be steered by coverage (`--guided`). "
-        "`tests/data/corpus` holds their beginnings.",
+    "fuzz": (
+        "Fuzzing of the Python entries",
+        "Random and damaged input gives a result or an error of bandpo. Cases are made by a seed, "
+        "or steered by coverage (`guided`). `tests/data/corpus` holds their beginnings.",
+    ),
+    "fuzz_rust": (
+        "Fuzzing of the Rust entries",
+        "Random and damaged input of the parsers and of the reader of tables does not panic.",
     ),
     "expressions": (
         "Long expressions",
@@ -62,7 +68,7 @@ SECTIONS = {
         "`cargo deny check bans licenses sources` and `pip-audit` check what others wrote. "
         "`tests/trust/test_untrusted_files.py` has the files that are refused.",
     ),
-    "long-run": (
+    "long_run": (
         "Long run",
         "Memory after the first tenth of the calls, in one process.",
     ),
@@ -78,18 +84,23 @@ def page() -> str:
     parts = [
         "# Reliability\n\n"
         "Written by `python tools/make_reliability.py` from the counts of the last run of each "
-        "part.\nThe command above a table is the one that was run; `make reliability` runs the "
-        "default numbers, which are larger.\nMutation tests, coverage and sanitizers are not part "
-        "of it.\nTests of `tests/trust` run a small part of each.\n"
+        "part.\nA part may run in shards: `--shard 3/64 --into FOLDER` in each, then "
+        "`python -m reliability.result FOLDER`.\nThe command above a table is the one that was "
+        "run; `make reliability` runs the default numbers, which are larger.\n"
+        "Mutation tests, coverage and sanitizers are not part of it.\n"
+        "Tests of `tests/trust` run a small part of each.\n"
     ]
     for name, (heading, text) in SECTIONS.items():
         if name not in known:
             parts.append(f"## {heading}\n\n{text}\n\nNot run yet.\n")
             continue
         found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        rows = [f"| {row['check']} | {row['cases']:,} | {row['found']} |" for row in found["rows"]]
+        rows = [f"| {row.check} | {row.cases:,} | {row.words()} |" for row in rows_of(found)]
+        command = f"`{found['command']}`"
+        if found["shards"] > 1:
+            command += f", in {found['shards']} shards"
         table = "\n".join(["| check | cases | found |", "| --- | ---: | --- |", *rows])
-        parts.append(f"## {heading}\n\n{text}\n\n`{found['command']}`\n\n{table}\n")
+        parts.append(f"## {heading}\n\n{text}\n\n{command}\n\n{table}\n")
     return "\n".join(parts)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from reliability import fuzz
+from reliability import fuzz, result
 from reliability.expressions import TEXTS
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +56,7 @@ def test_bounds_are_inside_and_next_to_the_edge_of_ball_arithmetic() -> None:
     from reliability.bounds import bounds
     from reliability.intervals import excess
 
-    bounds(300)
+    list(bounds(300))
     # A bound that was moved outwards is found to be outside.
     from bandpo import Band
 
@@ -66,13 +69,13 @@ def test_losses_of_the_backends_agree_on_random_batches() -> None:
     pytest.importorskip("torch")
     from reliability import losses
 
-    losses.losses(60)
+    list(losses.losses(60))
 
 
 def test_levels_of_instructions_give_the_same_bits() -> None:
     from reliability import levels
 
-    levels.levels(500)
+    list(levels.levels(500))
 
 
 def test_memory_stays_and_nothing_compiles_again() -> None:
@@ -109,6 +112,54 @@ def test_texts_that_take_too_long_are_refused_by_their_work() -> None:
         with pytest.raises(InvalidValueError, match="too long to judge"):
             Divergence.from_expression(TEXTS[name])
     assert Divergence.from_expression("(u-1)^2" + "+max(u-1.5,0)" * 5).curvature
+
+
+def _shard(folder: Path, number: int, found: dict[str, float], command: str = "x") -> None:
+    row = result.Row("a check", 10, found, [f"case of {number}"])
+    content = {"command": command, "shards": 2, "failed": [], "rows": [row._asdict()]}
+    (folder / f"part.{number}-2.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_shards_are_merged_by_their_sums_and_maxima(tmp_path: Path) -> None:
+    _shard(tmp_path, 1, {"accepted": 3, "MiB": 0.5})
+    with pytest.raises(SystemExit, match="2-2 are missing"):
+        result.merge(tmp_path, tmp_path / "results")
+    _shard(tmp_path, 2, {"accepted": 4, "MiB": 2.5, "of one shard alone": 1})
+    result.merge(tmp_path, tmp_path / "results")
+    content = json.loads((tmp_path / "results" / "part.json").read_text(encoding="utf-8"))
+    (row,) = result.rows_of(content)
+    assert (row.cases, content["shards"]) == (20, 2)
+    assert row.words() == (
+        "7 accepted, at most 2.5 MiB, 1 of one shard alone, `case of 1`, `case of 2`"
+    )
+    _shard(tmp_path, 2, {"accepted": 4}, command="y")
+    with pytest.raises(SystemExit, match="several commands"):
+        result.merge(tmp_path, tmp_path / "results")
+
+
+def test_a_shard_has_its_share_of_the_cases_and_keeps_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(cases: int, seed: int) -> Iterator[result.Row]:
+        yield result.Row("a check", cases, {"of the seed": seed})
+        if seed == 12:
+            raise AssertionError("case 5")
+
+    def started(shard: str) -> None:
+        words = ["--cases", "10", "--seed", "10", "--shard", shard, "--into", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["part", *words])
+        result.run_cases("part", "A part.", run, cases=1, seed=1, of="cases")
+
+    cases = []
+    for shard in ("1/3", "2/3", "3/3"):
+        with pytest.raises(SystemExit) as ended:
+            started(shard)
+        path = tmp_path / f"part.{shard.replace('/', '-')}.json"
+        cases.append(json.loads(path.read_text(encoding="utf-8"))["rows"][0]["cases"])
+        assert ended.value.code == ("seed 12: case 5" if shard == "3/3" else None)
+    assert sum(cases) == 10
+    with pytest.raises(SystemExit, match="1 cases failed\nseed 12: case 5"):
+        result.merge(tmp_path, tmp_path / "results")
 
 
 @pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="needs a checkout")
