@@ -38,7 +38,7 @@ def bounded(batch: Batch, positive: bandpo.Region, negative: bandpo.Region) -> B
     return one._replace(
         **{
             name: np.where(falls, getattr(other, name), getattr(one, name))
-            for name in ("lower", "upper", "log_lower", "log_upper")
+            for name in ("log_lower", "log_upper")
         }
     )
 

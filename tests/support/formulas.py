@@ -23,8 +23,6 @@ class BoundedTokens(NamedTuple):
     advantage: Float64Array
     valid: BoolArray
     unclamped: Float64Array
-    lower: Float64Array
-    upper: Float64Array
     log_lower: Float64Array
     log_upper: Float64Array
 
@@ -35,8 +33,18 @@ class BoundedTokens(NamedTuple):
         """The tokens of a batch with their own log-ratios, or with others."""
         old, new, advantage = (tensor.double().numpy() for tensor in batch[:3])
         unclamped = new - old if log_ratio is None else log_ratio
-        bounds = *region.bounds(old), *region.log_bounds(old)
-        return cls(new, advantage, batch.response_mask.numpy() != 0, unclamped, *bounds)
+        log_lower, log_upper = region.log_bounds(old)
+        valid = batch.response_mask.numpy() != 0
+        return cls(new, advantage, valid, unclamped, log_lower, log_upper)
+
+    @property
+    def lower(self) -> Float64Array:
+        """The bound as a ratio, which ends where the clamp of ratios does."""
+        return np.asarray(np.exp(np.clip(self.log_lower, -20.0, 20.0)))
+
+    @property
+    def upper(self) -> Float64Array:
+        return np.asarray(np.exp(np.clip(self.log_upper, -20.0, 20.0)))
 
     @property
     def log_ratio(self) -> Float64Array:
@@ -58,13 +66,20 @@ class BoundedTokens(NamedTuple):
                         np.expm1(np.minimum(self.log_upper, 20.0)))  # fmt: skip
         return np.maximum(side, 1e-6)
 
+    # The published losses have no clamp: the ratio as it is decides what has left the region. In
+    # logarithms, because a ratio of e^-800 is 0 and a bound of e^800 infinite.
+    @property
+    def outside(self) -> tuple[BoolArray, BoolArray]:
+        """Tokens below the lower and above the upper bound, whatever their advantage."""
+        return self.unclamped < self.log_lower, self.unclamped > self.log_upper
+
     @property
     def below(self) -> BoolArray:
-        return (self.advantage < 0) & (self.ratio < self.lower)
+        return (self.advantage < 0) & self.outside[0]
 
     @property
     def above(self) -> BoolArray:
-        return (self.advantage > 0) & (self.ratio > self.upper)
+        return (self.advantage > 0) & self.outside[1]
 
     @property
     def beyond(self) -> BoolArray:
@@ -115,8 +130,8 @@ def gradient_preserving(
 
 def symmetric_mask(tokens: BoundedTokens, truncation: float) -> LossAndGradient:
     """IPO of prime-rl, #2798: a mask on both sides, whatever the sign of the advantage."""
-    outside = (tokens.ratio < tokens.lower) | (tokens.ratio > tokens.upper)
-    weight = np.where(outside, 0.0, np.minimum(tokens.ratio, truncation))
+    below, above = tokens.outside
+    weight = np.where(below | above, 0.0, np.minimum(tokens.ratio, truncation))
     return -tokens.advantage * weight * tokens.log_prob, -tokens.advantage * weight
 
 
