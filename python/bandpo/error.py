@@ -1,5 +1,8 @@
 """Errors of bandpo: one root, each also the builtin that a caller expects."""
 
+import inspect
+from types import FrameType
+
 
 class BandpoError(Exception):
     """Root of all errors raised by bandpo."""
@@ -67,6 +70,10 @@ class MismatchWarning(UserWarning):
     """Two policies' log-probabilities of the same tokens are far apart; the message has causes."""
 
 
+class ClipWarning(UserWarning):
+    """The widths of a clip are likely meant as its ends; the message names `Clip.between`."""
+
+
 class LogProbWarning(UserWarning):
     """Log-probabilities are above 0 by more than rounding; the message has the likely mistakes."""
 
@@ -85,6 +92,21 @@ class ResumeWarning(UserWarning):
 
 class VersionWarning(UserWarning):
     """A trainer's version is not one that its adapter was tested with; the message has both."""
+
+
+def caller_level() -> int:
+    """Returns the ``stacklevel`` of the first frame outside of this package and of torch.
+
+    No constant, because a loss may be called as a module, which adds frames of torch.
+    """
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and _package_of(frame) in ("bandpo", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _package_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).split(".")[0]
 
 
 def __dir__() -> list[str]:

@@ -330,7 +330,9 @@ def _text(region: Region) -> str:
     if isinstance(region, Clip):
         clip = f"clip@{_pair(region.eps_low, region.eps_high, ',')}"
         log_clip = f"log-clip@{_pair(-region.log_lower, region.log_upper, ',')}"
-        return min((clip, log_clip), key=lambda text: (region_from_spec(text) != region, len(text)))
+        # The widths may make another clip than the log-ratios that it was given by, or a warning.
+        is_plain = "clip" in region.describe() and not region.has_likely_ends
+        return min((clip, log_clip) if is_plain else (log_clip,), key=len)
     if isinstance(region, Dcpo):
         return f"dcpo@{_digits(region.eps_low)},{_digits(region.eps_high)}"
     if not isinstance(region, Combined):

@@ -40,7 +40,7 @@ def test_a_curve_holds_bounds_and_changes_of_probability() -> None:
 
 def test_regions_have_names() -> None:
     assert named_region("dapo") == Clip(0.2, 0.28)
-    assert named_region("bapo") == Clip(0.4, 1.2 - 1)
+    assert named_region("bapo") == Clip(0.4, 0.2)
     assert named_region("alpha:0.5@0.1") == Band("alpha:0.5", 0.1)
     assert named_region("kl@0.1|dapo") == Band("kl", 0.1) | Clip(0.2, 0.28)
     with pytest.raises(BandpoError, match=r"'x' is neither a preset \(ppo, .*kl@0.05"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import bandpo
 import bandpo.plot
 import bandpo.spec
 from bandpo import Band, BandTable, Clip, Dcpo, Region, sides
-from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.error import ClipWarning, InvalidTypeError, InvalidValueError
 from bandpo.region import from_description
 from bandpo.schedule import Bapo, Constant
 
@@ -335,6 +336,44 @@ def test_between_refuses_an_interval_without_1(
 ) -> None:
     with pytest.raises(error, match=message):
         Clip.between(lower, upper)
+
+
+ENDS = [(0.8, 1.28), (0.9, 1.1), (0.999, 1.002), (0.51, 1.99)]
+
+
+@pytest.mark.parametrize(("low", "high"), ENDS)
+def test_widths_that_are_more_likely_ends_warn_at_the_line_of_the_caller(
+    low: float, high: float
+) -> None:
+    message = rf"from {low} to {high} write {re.escape(repr(Clip.between(low, high)))}"
+    makers: list[Callable[[], Region]] = [
+        lambda: Clip(low, high),
+        lambda: bandpo.spec.region_from_spec(f"kl@0.1|clip@{low},{high}"),
+        lambda: Band("kl", 0.1).at_least(low, high),
+    ]
+    for make in makers:
+        with pytest.warns(ClipWarning, match=message) as caught:
+            make()
+        assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.2, 0.28), (0.8, 4.0), (0.5, 1.0), (1.0, 1.0), (1.0, 1.28), (0.8, 2.0), (0.8, 0.8)],
+)
+def test_wide_constants_do_not_warn(low: float, high: float) -> None:
+    assert Clip(low, high).eps_low == low
+    bandpo.spec.region_from_spec(f"clip@{low},{high}")
+
+
+@pytest.mark.parametrize(("low", "high"), ENDS)
+def test_a_clip_that_was_meant_does_not_warn_again(low: float, high: float) -> None:
+    clip = Clip.between(1.0 - low, 1.0 + high)
+    assert clip.eps_low == pytest.approx(low, rel=1e-15)
+    assert bandpo.spec.region_from_spec(bandpo.spec.spec_from_region(clip)) == clip
+    assert from_description(clip.describe()) == clip
+    assert pickle.loads(pickle.dumps(clip)) == clip  # noqa: S301
+    assert clip.table().region == clip
 
 
 def test_a_pair_of_deltas_may_be_a_list() -> None:

@@ -174,6 +174,7 @@ regions = st.recursive(
 )
 
 
+@pytest.mark.filterwarnings("ignore::bandpo.error.ClipWarning")  # of the arguments alone
 @settings(max_examples=200, deadline=None)
 @given(regions)
 def test_a_region_is_its_spec_read_back(region: Region) -> None:

@@ -347,11 +347,11 @@ def test_bapo_equals_the_published_algorithm(target: float) -> None:
 
 def test_bapo_restarts_from_the_low_ends_at_every_batch() -> None:
     source = Bapo()
-    assert source.region == Clip(0.4, 1.2 - 1)
+    assert source.region == Clip(0.4, 0.2)
     source.step(*rollout(1, -1.0))
-    assert source.region != Clip(0.4, 1.2 - 1)
+    assert source.region != Clip(0.4, 0.2)
     source.step(*rollout(1, 2.0))
-    assert source.region == Clip(0.4, 1.2 - 1)
+    assert source.region == Clip(0.4, 0.2)
 
 
 @pytest.mark.parametrize(

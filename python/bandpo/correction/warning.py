@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from types import FrameType
 
 import torch
 
 from bandpo.backends.internals import needs_no_dispatcher
 from bandpo.correction.rule import MISMATCH_LIMIT
-from bandpo.error import MismatchWarning
+from bandpo.error import MismatchWarning, caller_level
 from bandpo.surrogate import LOG_RATIO_LIMIT
 
 _WARNED: set[str] = set()
@@ -62,18 +60,3 @@ def warn_of_first_mismatch(
     _COMPARED.add(argument)
     log_ratio = (old_log_prob - log_prob).reshape(valid.shape)
     warn_of_mismatch(argument, torch.where(valid, log_ratio, 0.0), valid)
-
-
-def caller_level() -> int:
-    """Returns the ``stacklevel`` of the first frame outside of this package and of torch.
-
-    No constant, because a loss may be called as a module, which adds frames of torch.
-    """
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and _package_of(frame) in ("bandpo", "torch"):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def _package_of(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__")).split(".")[0]

@@ -9,8 +9,7 @@ import torch
 
 from bandpo.backends.internals import needs_no_dispatcher
 from bandpo.check import MAX_LOG_PROB
-from bandpo.correction.warning import caller_level
-from bandpo.error import LogProbWarning, StepWarning
+from bandpo.error import LogProbWarning, StepWarning, caller_level
 from bandpo.schedule import RegionSource
 
 LOSSES_WITHOUT_STEP = 50

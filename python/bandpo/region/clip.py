@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from bandpo.check import Float64Array, log_probs, positive_number, real_number
-from bandpo.error import InvalidValueError
+from bandpo.error import ClipWarning, InvalidValueError, caller_level
 from bandpo.region.base import Curves, Region
 
 
@@ -18,7 +19,8 @@ class Clip(Region):
 
     ``Clip(0.2)`` is PPO's, ``Clip(0.2, 0.28)`` DAPO's clip-higher, ``Clip(1, inf)`` does not clip.
     The arguments are widths; `Clip.between` takes the ends: ``Clip(0.2, 0.28)`` is
-    ``Clip.between(0.8, 1.28)``.
+    ``Clip.between(0.8, 1.28)``. A low width between 0.5 and 1 with a high one between 1 and 2 gives
+    a `ClipWarning`, because they are more likely ends.
 
     Args:
         eps_low: How far below 1 the ratio may fall, in [0, 1].
@@ -30,7 +32,25 @@ class Clip(Region):
     """
 
     def __init__(self, eps_low: float, eps_high: float | None = None) -> None:
-        eps_high = eps_low if eps_high is None else eps_high
+        self._set(eps_low, eps_low if eps_high is None else eps_high)
+        if self.has_likely_ends:
+            meant = Clip.between(self.eps_low, self.eps_high)
+            warnings.warn(
+                f"Clip({self.eps_low}, {self.eps_high}) takes widths and allows ratios from "
+                f"{1.0 - self.eps_low:.6g} to {1.0 + self.eps_high:.6g}: for ratios from "
+                f"{self.eps_low} to {self.eps_high} write {meant!r}, or Clip.between with the ends",
+                ClipWarning,
+                stacklevel=caller_level(),
+            )
+
+    @classmethod
+    def _of(cls, eps_low: float, eps_high: float) -> Clip:
+        """The clip of two widths that are known to be meant as such."""
+        clip = cls.__new__(cls)
+        clip._set(eps_low, eps_high)
+        return clip
+
+    def _set(self, eps_low: float, eps_high: float) -> None:
         self.eps_low = real_number("eps_low", eps_low)
         self.eps_high = real_number("eps_high", eps_high)
         if not 0.0 <= self.eps_low <= 1.0:
@@ -65,7 +85,7 @@ class Clip(Region):
         if not high >= 1.0:
             raise InvalidValueError(f"upper must be at least 1, got {upper}")
         # The widths that a user would write: 1 - 0.8 is not 0.2 in binary.
-        return cls(_rounded(1.0 - low, low), _rounded(high - 1.0, high))
+        return cls._of(_rounded(1.0 - low, low), _rounded(high - 1.0, high))
 
     @classmethod
     def from_log_ratio(cls, log_low: float, log_high: float | None = None) -> Clip:
@@ -87,7 +107,7 @@ class Clip(Region):
             if not width >= 0.0:
                 raise InvalidValueError(f"{argument} must be a width, at least 0, got {width}")
         with np.errstate(over="ignore"):
-            clip = cls(float(-np.expm1(-low)), float(np.expm1(high)))
+            clip = cls._of(float(-np.expm1(-low)), float(np.expm1(high)))
         # As given, because an epsilon next to 1 has lost the digits of a log bound.
         clip.log_lower, clip.log_upper = -low, high
         return clip
@@ -111,6 +131,11 @@ class Clip(Region):
         return cls.from_log_ratio(-_kl3_root(value, -1.0), _kl3_root(value, 1.0))
 
     @property
+    def has_likely_ends(self) -> bool:
+        """True if the widths are more likely meant as the ends of the interval."""
+        return 0.5 < self.eps_low < 1.0 < self.eps_high < 2.0
+
+    @property
     def per_token(self) -> bool:
         """False; see `Region.per_token`."""
         return False
@@ -127,7 +152,7 @@ class Clip(Region):
 
     def _widths(self) -> tuple[str, float, float]:
         """Returns a constructor's kind and the arguments that make the same clip bit for bit."""
-        plain = Clip(self.eps_low, self.eps_high)
+        plain = Clip._of(self.eps_low, self.eps_high)
         if plain == self:
             return "clip", self.eps_low, self.eps_high
         return "log-clip", -self.log_lower, self.log_upper

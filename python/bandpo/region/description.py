@@ -15,7 +15,7 @@ from bandpo.region.dcpo import Dcpo
 from bandpo.region.price import PriceBand
 
 _WIDTHS: dict[str, Callable[[float, float], Region]] = {
-    "clip": Clip,
+    "clip": Clip._of,
     "log-clip": Clip.from_log_ratio,
     "dcpo": Dcpo,
 }

@@ -187,4 +187,4 @@ def _sums(
 
 
 def _interval(lower: float, upper: float) -> Clip:
-    return Clip(1.0 - lower, max(upper - 1.0, 0.0))
+    return Clip.between(lower, max(upper, 1.0))
