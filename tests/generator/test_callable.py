@@ -14,6 +14,7 @@ from bandpo import Band, BandpoError
 from bandpo.check import BoolArray, Float64Array
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.generator import BLOCK, LOG_REACH, MAX_CALLS, CallableGenerator
+from bandpo.generator.function import _grid
 from support.tokens import log_probs
 
 RELATIVE = 1e-10
@@ -401,6 +402,38 @@ def test_the_exception_of_the_function_is_the_cause() -> None:
     with pytest.raises(InvalidValueError) as caught:
         CallableGenerator(raises)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+GROWING: dict[str, Callable[[Any], Any]] = {
+    "exp(u)": np.exp,
+    "exp(5u)": lambda u: np.exp(5.0 * u),
+    "exp(u^2)": lambda u: np.exp(u * u),
+    "exp(1/u)": lambda u: np.exp(1.0 / u),
+    "u^8": lambda u: u**8.0,
+    "u^-3": lambda u: u**-3.0,
+    "u ln u": lambda u: u * np.log(u),
+}
+
+
+@pytest.mark.parametrize("share", [0.3, 0.03, 0.01])
+@pytest.mark.parametrize("kink", [0.7, 1.3, 2.9])
+@pytest.mark.parametrize("name", GROWING)
+def test_a_concave_kink_shows_where_the_curvature_grows_fast(
+    name: str, kink: float, share: float
+) -> None:
+    """f' falls by a share of what it gains between two points of the grid."""
+    smooth = GROWING[name]
+    grid = np.exp(_grid())
+    points = grid[np.searchsorted(grid, kink) + np.array([-1, 0, 1])]
+    slopes = np.diff(smooth(points)) / np.diff(points)
+    fall = share * (slopes[1] - slopes[0])
+
+    def concave(u: Any) -> Any:
+        return smooth(u) - 0.5 * fall * np.abs(u - kink)
+
+    with pytest.raises(InvalidValueError, match="not convex"):
+        CallableGenerator(lambda u: concave(u) - concave(np.ones(1)))
+    CallableGenerator(lambda u: smooth(u) - smooth(np.ones(1)))
 
 
 @pytest.mark.parametrize("multiple", [0.0, 1.0, -30.0, 1e6])

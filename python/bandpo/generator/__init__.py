@@ -23,11 +23,11 @@ class CallableGenerator:
 
     The constructor evaluates ``fn`` at 4001 points ``u = e^t``, ``|t| <= 300``, and a few beyond.
     It refuses an ``fn`` that is not finite, not convex or not 0 at ``u = 1``. Kinks and flat parts
-    are allowed. A dip of f'' among neighbours gets a finer grid, because the curvature around a
+    are allowed. A dip of f'' below its course gets a finer grid, because the curvature around a
     concave kink may hide it between two points. Three faults are not detected:
 
-    - a kink at which f' falls by less than 1 % of its gain between two points (6e-5 apart around 1,
-      1.3 % of u at 10), or by less than the growth of f'' adds to that gain;
+    - a kink at which f' falls by less than 0.5 % of its gain between two points (6e-5 apart around
+      1, 1.3 % of u at 10);
     - a smooth dent between two points;
     - anything below the rounding errors of ``fn``.
 

@@ -302,15 +302,14 @@ class Function:
                     f"f is not convex: at u = {u[row, at + 1]:.6g} its slope falls by "
                     f"{(slope[row, at] - slope[row, at + 1]):.3g}"
                 )
-            # f'' beside that of its neighbours, both with the error that rounding may have made.
-            curvature = np.where(bent, np.diff(slope) / width, np.nan)
-            doubt = (noise[:, :-1] + noise[:, 1:]) / width
-            floor = np.minimum(curvature[:, :-4], curvature[:, 4:]) - doubt[:, :-4] - doubt[:, 4:]
-            dip = curvature[:, 2:-2] + doubt[:, 2:-2] < DIP * floor
-            rows, columns = np.nonzero(dip)
+            with np.errstate(all="ignore"):  # NaN where rounding hides f''
+                curvature = np.where(bent, np.diff(slope) / width, np.nan)
+                doubt = (noise[:, :-1] + noise[:, 1:]) / width
+                depth = _depth_of_dips(np.log(curvature - doubt), np.log(curvature + doubt))
+            rows, columns = np.nonzero(depth < math.log(DIP))
             if rows.size == 0:
                 return
-            deepest = np.argsort((curvature[:, 2:-2] / floor)[dip])[:MAX_SUSPECTS]
+            deepest = np.argsort(depth[rows, columns])[:MAX_SUSPECTS]
             rows, columns = rows[deepest], columns[deepest]
             left, right = u[rows, columns + 1], u[rows, columns + 5]
             u = (
@@ -408,6 +407,30 @@ def _grid() -> Float64Array:
     t = 0.01 * np.sinh(np.linspace(-spread, spread, 2 * GRID_HALF + 1))
     t[GRID_HALF] = 0.0
     return np.asarray(t)
+
+
+def _depth_of_dips(low: Float64Array, high: Float64Array) -> Float64Array:
+    """Returns how far ln f'' lies below its course in each row; NaN where that is not known.
+
+    The course is the lower of two neighbours, or their mean if ln f'' is about as straight around
+    them: so a dip shows in an f'' that grows fast as well.
+
+    Args:
+        low: ln f'' at least, [rows, n].
+        high: ln f'' at most, [rows, n].
+
+    Returns:
+        The depths, negative for dips, of the points from the third to the last but two.
+    """
+    beside = high[:, 2:-2] - np.minimum(low[:, :-4], low[:, 4:])
+    # The bend is above 0 next to a dip, and changes slowly if f'' is smooth.
+    least = low[:, 2:-2] - 0.5 * (high[:, :-4] + high[:, 4:])
+    bend = high[:, 2:-2] - 0.5 * (low[:, :-4] + low[:, 4:])
+    depth: Float64Array = beside
+    depth[:, 3:-3] = np.fmin(
+        depth[:, 3:-3], bend[:, 3:-3] - np.minimum(least[:, :-6], least[:, 6:])
+    )
+    return depth
 
 
 def _scale(log_u: Float64Array, f: Float64Array, tangent: float) -> float:

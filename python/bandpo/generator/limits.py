@@ -61,8 +61,8 @@ GRID_HALF = 2000
 ROUNDING = 32.0
 """Rounding errors that are no violation, in units of eps and of the terms of f."""
 
-DIP = 0.99
-"""A finer grid is laid where f'' is below this times its values two points away on both sides."""
+DIP = 0.999
+"""A finer grid is laid where f'' is below this times its course, which its neighbours tell."""
 
 REFINED_INTERVALS = 24
 """Intervals of a finer grid, which spans 4 of the coarser one."""
