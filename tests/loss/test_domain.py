@@ -23,7 +23,7 @@ from bandpo.error import InvalidTypeError, InvalidValueError, LogProbWarning, St
 from bandpo.loss import Metrics, PolicyLoss, policy_loss
 from bandpo.region import Dcpo
 from bandpo.schedule import Bapo, Constant, Linear, RegionSource, ScheduledBand
-from support.batches import random_batch
+from support.batches import Batch, random_batch
 
 CLIP = Clip(0.2)
 
@@ -115,6 +115,31 @@ def test_positive_log_probs_are_read_as_0_by_table_and_solver(region: Region, ba
         options: dict[str, Any] = {"region": region, "backend": backend, "exact": exact}
         found, wanted = above.gradient(**options), zero.gradient(**options)
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("surrogate", ["min-clip", "mask", "weight", "gradient-preserving"])
+@pytest.mark.parametrize(
+    "region",
+    [Band("kl", 0.05) | CLIP, (Band("tv", 0.1) | CLIP).cap(10), Dcpo(), Band("kl", 0.1) & CLIP],
+    ids=str,
+)
+def test_a_sure_token_has_the_same_loss_from_table_and_solver(
+    region: Region, surrogate: Any, backend: str
+) -> None:
+    """Only a new probability above 1 shows that a table ends at the ratio 1/p."""
+    old = torch.tensor([-0.1, -0.01, -1e-3, -1e-7, 0.0, 1e-3], dtype=torch.float64)
+    moves = torch.tensor([[-0.4], [-0.05], [5e-4], [0.02], [0.15], [0.3]])
+    old = old.expand(6, 6).contiguous()
+    for sign in (1.0, -1.0):
+        new = torch.minimum(old + moves, 0.01 * old).clamp(max=0.0)
+        batch = Batch(old, new, torch.full_like(old, sign), torch.ones_like(old))
+        options: dict[str, Any] = {"region": region, "backend": backend, "surrogate": surrogate}
+        found, wanted = (
+            batch.gradient(**options, loss_agg_mode="token-sum", exact=exact)
+            for exact in (False, True)
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0.0)
+        assert found.any()
 
 
 @pytest.mark.parametrize("per_row", [False, True])

@@ -158,7 +158,8 @@ def policy_loss(
         old_log_prob: Natural log-probabilities of the tokens under the policy in the denominator
             of the ratio, [B, T], [B, T, 1] or packed [N]; float32, float64, bfloat16 or float16.
         log_prob: The same under the policy being trained. In float16, a gradient above 65504 is
-            inf, which ``nonfinite_tokens`` does not count.
+            inf. No metric counts it, because the scale of the loss is known at the backward pass
+            alone; ``torch.amp.GradScaler`` skips such a step.
         advantages: One a token, or one a sequence as [B, 1] or [B]; same dtypes.
         response_mask: Which tokens count (0: not), bool, int or float; a float is 0 or 1, which is
             checked on a CPU only.

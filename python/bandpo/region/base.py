@@ -95,7 +95,9 @@ class Region(Live, ABC):
     def table(self) -> BandTable:
         """Returns the bounds as a lookup table, built once for each region.
 
-        A table keeps to the simplex, ``log_upper <= -logp``, which a region such as `Clip` may not.
+        A table keeps to the simplex, ``log_upper <= -logp``, which `Clip`, `Dcpo` and their unions
+        do not. So it differs from the solver for a new probability that rounding puts above 1, and
+        in the width that soft-gate and quadratic divide by, where ``1/p`` is the nearer bound.
 
         Raises:
             InvalidValueError: If a delta is an array, or a side has more than eight smooth pieces.
