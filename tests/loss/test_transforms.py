@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import pytest
@@ -11,12 +12,16 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bandpo
+from bandpo.error import InvalidTypeError
 from bandpo.surrogate import Surrogate
 from support.batches import Batch, random_batch
 from support.surrogates import SURROGATES
@@ -171,6 +176,51 @@ class _Subclass(Tensor):
     """A tensor of another class, as DTensor or a parameter is."""
 
 
+class _Module(torch.nn.Module):
+    """A module whose parameter is the log-probs, and whose value is the loss."""
+
+    def __init__(self, loss: Loss, x: Tensor) -> None:
+        super().__init__()
+        self.loss = loss
+        self.log_prob = torch.nn.Parameter(torch.zeros_like(x))
+
+    def forward(self) -> Tensor:
+        return self.loss(self.log_prob)
+
+
+def _functional_call(loss: Loss, x: Tensor) -> Tensor:
+    module = _Module(loss, x)
+
+    def called(x: Tensor) -> Tensor:
+        value: Tensor = torch.func.functional_call(module, {"log_prob": x}, ())
+        return value
+
+    torch.testing.assert_close(torch.func.grad(called)(x), _backward(loss, x))
+    return _backward(called, x)
+
+
+@contextmanager
+def _one_rank() -> Iterator[DeviceMesh]:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield DeviceMesh("cpu", [0])
+    finally:
+        dist.destroy_process_group()
+
+
+def _distributed(loss: Loss, x: Tensor) -> Tensor:
+    """The log-probs are a shard or a replica of one rank, and the loss is of its local tensor."""
+    with _one_rank() as mesh:
+        for place in (Shard(0), Replicate()):
+            leaf = distribute_tensor(x.detach(), mesh, [place])
+            local: Tensor = leaf.requires_grad_().to_local()  # type: ignore[attr-defined]
+            torch.autograd.backward(loss(local))
+            assert isinstance(leaf.grad, DTensor)
+            found = leaf.grad.full_tensor()
+    return found
+
+
 def _vmapped(loss: Loss, x: Tensor) -> Tensor:
     values: Tensor = torch.func.vmap(loss)(torch.stack([x, x - 0.125]))
     torch.testing.assert_close(values[1], loss(x - 0.125))
@@ -222,6 +272,8 @@ GRADIENTS: dict[str, Callable[[Loss, Tensor], Tensor]] = {
     "autocast": _autocast,
     "subclass": lambda loss, x: _backward(lambda x: loss(x.as_subclass(_Subclass)), x),
     "parameter": lambda loss, x: _backward(loss, torch.nn.Parameter(x)),
+    "functional_call": _functional_call,
+    "DTensor": _distributed,
 }
 """Ways to its gradient."""
 
@@ -308,3 +360,13 @@ def test_each_gives_the_number_of_an_ordinary_call(
         if name in TANGENTS:
             wanted = (wanted * _random(x)).sum()
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("argument", Batch._fields)
+def test_a_distributed_tensor_is_refused_with_what_to_pass(
+    batch: Batch, argument: str, backend: str
+) -> None:
+    with _one_rank() as mesh:
+        tensor = distribute_tensor(getattr(batch, argument), mesh, [Shard(0)])
+        with pytest.raises(InvalidTypeError, match=rf"{argument} must be .* \.to_local\(\)"):
+            batch._replace(**{argument: tensor}).loss(region=REGIONS[0], backend=backend)

@@ -27,6 +27,11 @@ def check_tensor(argument: str, tensor: torch.Tensor) -> None:
             f"{argument} must be a dense tensor, got a nested one: of a jagged tensor, pass the "
             f".values() as packed [N], and the .offsets() as cu_seqlens"
         )
+    if hasattr(tensor, "to_local"):  # a DTensor, whose import takes long
+        raise InvalidTypeError(
+            f"{argument} must be a tensor of one rank, got a {type(tensor).__name__}: pass its "
+            f".to_local() with the counts of the global batch, or its .full_tensor()"
+        )
     if tensor.layout != torch.strided:
         raise InvalidTypeError(f"{argument} must be a dense tensor, got layout {tensor.layout}")
 
