@@ -50,6 +50,12 @@ SECTIONS = {
         "Losses and gradients of the backends against each other, and in float64 against formulas "
         "in numpy. Masked tokens hold NaN and infinities; batches may be packed or weighted.",
     ),
+    "mutation": (
+        "Mutation",
+        "An operator or a number of `python/bandpo/loss` is changed, and `tests/loss` is run. "
+        "This part is run alone. The change that survived has no effect: the sum that it is in is "
+        "replaced by an infinity.",
+    ),
     "levels": (
         "Levels",
         "`BANDPO_SIMD` selects the level of vector instructions; all give the same bits.",
@@ -84,7 +90,7 @@ def page() -> str:
         "part.\nA part may run in shards: `--shard 3/64 --into FOLDER` in each, then "
         "`python -m reliability.result FOLDER`.\nThe command above a table is the one that was "
         "run; `make reliability` runs the default numbers, which are larger.\n"
-        "Mutation tests, coverage and sanitizers are not part of it.\n"
+        "Coverage and sanitizers are not part of it.\n"
         "Tests of `tests/trust` run a small part of each.\n"
     ]
     for name, (heading, text) in SECTIONS.items():
