@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
+SHOWN = 2
+"""Listed cases of a row that a line of text has; the file has all."""
 
 
 class Row(NamedTuple):
@@ -35,7 +37,9 @@ class Row(NamedTuple):
             f"at most {size:.2g} {name}" if isinstance(size, float) else f"{size:,} {name}"
             for name, size in self.found.items()
         ]
-        return ", ".join([*counts, *(f"`{text}`" for text in self.listed)])
+        shown = [f"`{text}`" for text in self.listed[:SHOWN]]
+        more = [f"and {len(self.listed) - SHOWN} more"] if len(self.listed) > SHOWN else []
+        return ", ".join([*counts, *shown, *more])
 
     def plus(self, other: Row) -> Row:
         """The row of both runs: counts are added, a max is the larger one."""
