@@ -20,6 +20,9 @@ DIVERGENCES = tuple(_core.DIVERGENCES)
 
 EXPRESSION = "u*ln(u) - u + 1"
 
+ORDERS = ("alpha:-0.5", "alpha:0.3", "alpha:1.37", "renyi:3.5", "vajda:4")
+"""Orders without special formulas."""
+
 PEER_DIVERGENCES = ("kl", "reverse-kl", "jensen-shannon")
 """Divergences that `peers.find_root` solves."""
 
@@ -36,7 +39,7 @@ ROOTS_A_TOKEN = 2
 
 def region(divergence: str) -> bandpo.Band:
     """Returns a band of a built-in divergence or of an expression, without a table."""
-    if divergence in DIVERGENCES:
+    if divergence in (*DIVERGENCES, *ORDERS):
         return bandpo.Band(divergence, DELTA)
     return bandpo.Band(bandpo.Divergence.from_expression(divergence), DELTA)
 
@@ -68,7 +71,7 @@ def compare_to_find_root(divergence: str, size: int = SIZE, seconds: float = 2.0
 class Bounds:
     """Times of every divergence; find_root takes tokens whose two bounds are roots."""
 
-    params: ClassVar = [METHODS, (*DIVERGENCES, EXPRESSION)]
+    params: ClassVar = [METHODS, (*DIVERGENCES, EXPRESSION, *ORDERS)]
     param_names: ClassVar = ["method", "divergence"]
     timeout = 300
 

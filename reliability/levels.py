@@ -21,6 +21,12 @@ from reliability.tokens import NAMES, SEED, log_probs
 
 LEVELS = ("portable", "avx2", "avx512")
 
+FAMILIES = (
+    *("alpha:0.5", "alpha:-0.7", "alpha:0.3", "alpha:1.37", "renyi:2", "renyi:3.5"),
+    *("vajda:1.5", "bwcs:0.3", "hockey-stick:1.2"),
+)
+"""Divergences with a parameter, of every formula."""
+
 
 def levels(cases: int, seed: int = SEED) -> Iterator[Row]:
     """Bounds, lookups, losses and gradients under each level of instructions.
@@ -59,7 +65,7 @@ def print_bits(cases: int, seed: int) -> None:
     losses, exact = hashlib.sha256(), hashlib.sha256()
     for part in _parts(cases):
         logp = log_probs(rng, part)
-        for spec in (*NAMES, "alpha:0.5", "vajda:1.5", "bwcs:0.3", "hockey-stick:1.2", "renyi:2"):
+        for spec in (*NAMES, *FAMILIES):
             for bound in Band(spec, 0.05).log_bounds(logp[: max(1, part // 16)]):
                 exact.update(bound.tobytes())
         for spec in ("kl", "tv", "renyi:2"):

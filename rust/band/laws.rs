@@ -3,6 +3,7 @@
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
+use crate::band::powers::{self, Alpha, Vajda};
 use crate::divergence::Generator;
 use crate::simd::doubles::{Doubles, Truth, Vector};
 
@@ -11,6 +12,12 @@ const MAX_STEPS: u32 = 6;
 
 /// Step relative to `m` after which the error of Halley's method is below 1e-17.
 const LAST_STEP: f64 = 3e-6;
+
+/// Max relative distance of `D` from the radius after a step of at most [`LAST_STEP`].
+const MAX_OFF: f64 = 0.01;
+
+/// Max `D` at the end of a side. A larger or infinite one is taken for this.
+pub(super) const MAX_DIVERGENCE: f64 = 1e300;
 
 /// Min `ln` of a factor that is not taken as 0. A smaller factor changes no sum, and its square would be denormal, on
 /// which arithmetic is slow.
@@ -46,7 +53,13 @@ pub(super) fn with_law<W: WithLaw>(generator: &Generator, work: W) -> W::Output 
         Generator::Alpha(-1.0) => work.run(ChiSquare { blend: 1.0, scale: 2.0 }),
         Generator::Bwcs(blend) => work.run(ChiSquare { blend, scale: 1.0 }),
         Generator::LeCam => work.run(ChiSquare { blend: 0.5, scale: 4.0 }),
-        Generator::Vajda(_) | Generator::Alpha(_) | Generator::Expression(_) => work.scalar(),
+        Generator::Alpha(order) if !powers::is_vector_order(order) => work.scalar(),
+        Generator::Alpha(order) if powers::is_adjoint(order) => {
+            work.run(Iterated(Alpha::<true>::new(order)))
+        }
+        Generator::Alpha(order) => work.run(Iterated(Alpha::<false>::new(order))),
+        Generator::Vajda(order) if Vajda::is_vector_order(order) => work.run(Vajda { order }),
+        Generator::Vajda(_) | Generator::Expression(_) => work.scalar(),
     }
 }
 
@@ -100,8 +113,10 @@ fn condition<L: Doubles>(
 
 /// A generator without a closed form.
 pub(super) trait Curve: Copy {
+    /// True if f or its derivatives may overflow at an ordinary token.
+    const STEEP: bool = false;
     /// `f(0)`, infinite for some.
-    const AT_ZERO: f64;
+    fn at_zero(self) -> f64;
     /// f and its derivatives.
     fn at<L: Doubles>(self, point: Point<L>) -> Values<L>;
     /// Approximate `m`, from which the iteration starts.
@@ -114,6 +129,8 @@ pub(super) struct Point<L: Doubles> {
     pub(super) u: Vector<L>,
     /// `ln u`
     pub(super) log: Vector<L>,
+    /// What rounding took from `log`.
+    pub(super) low: Vector<L>,
     /// `u - 1`
     pub(super) excess: Vector<L>,
     /// `u - 1 - ln u`
@@ -126,12 +143,14 @@ impl<L: Doubles> Point<L> {
         let clamped = log.max(log.constant(MIN_LOG));
         let power = clamped.exponential();
         let u = log.less(clamped).select(log.constant(0.0), power.u);
-        Self { u, log, excess: power.excess, gap: power.gap + (clamped - log) }
+        let low = log.constant(0.0);
+        Self { u, log, low, excess: power.excess, gap: power.gap + (clamped - log) }
     }
     #[inline(always)]
     fn from_excess(excess: Vector<L>) -> Self {
         let log = excess.log_1p();
-        Self { u: excess + excess.constant(1.0), log: log.log, excess, gap: log.gap }
+        let u = excess + excess.constant(1.0);
+        Self { u, log: log.log, low: log.low, excess, gap: log.gap }
     }
 }
 
@@ -153,11 +172,13 @@ impl<C: Curve> Law for Iterated<C> {
     #[inline(always)]
     fn max_divergence<L: Doubles>(self, split: &Split<L>) -> Option<Vector<L>> {
         // Not a closure, because one would not be compiled for the instructions of the vectors.
-        if C::AT_ZERO == f64::INFINITY {
+        let at_zero = self.0.at_zero();
+        if at_zero == f64::INFINITY {
             return None;
         }
         let grown = self.0.at(Point::from_excess(split.odds)).value;
-        Some(split.growing.mul_add(grown, split.shrinking * C::AT_ZERO))
+        let end = split.growing.mul_add(grown, split.shrinking * at_zero);
+        Some(if C::STEEP { end.min(end.constant(MAX_DIVERGENCE)) } else { end })
     }
 
     #[inline(always)]
@@ -191,7 +212,13 @@ impl<C: Curve> Law for Iterated<C> {
             let square = sigma * sigma * scale;
             let run = (square * 2.0 - log_off * change).max(square);
             let rise = -(log_off * sigma * rho * 2.0);
-            let converged = rise.abs().less(run * LAST_STEP);
+            let mut converged = rise.abs().less(run * LAST_STEP);
+            if C::STEEP {
+                // Far below the radius rho rounds to 0, and with it the step. An infinite run, of a curvature that
+                // overflowed, would seem to have converged too.
+                let near = off.abs().less(radius.constant(MAX_OFF));
+                converged = converged & near & run.less(radius.constant(f64::MAX));
+            }
             steps += 1;
             if steps == MAX_STEPS || !(!converged).any() {
                 let step = rise / run;
@@ -227,7 +254,9 @@ struct Kl;
 const KL_START: [f64; 3] = [0.424, 0.409, 0.235];
 
 impl Curve for Kl {
-    const AT_ZERO: f64 = f64::INFINITY;
+    fn at_zero(self) -> f64 {
+        f64::INFINITY
+    }
 
     #[inline(always)]
     fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
@@ -249,7 +278,7 @@ impl Curve for Kl {
 }
 
 #[derive(Clone, Copy)]
-struct ReverseKl;
+pub(super) struct ReverseKl;
 
 /// Fits of the start of [`ReverseKl`], by `tools/make_constants.py`.
 const REVERSE_KL_NUMERATOR: [f64; 4] = [5.2662e-5, 0.0163546, 0.326014, 1.0];
@@ -257,11 +286,13 @@ const REVERSE_KL_DENOMINATOR: [f64; 3] = [0.00117282, 0.160436, 1.0];
 const REVERSE_KL_FALL: [f64; 2] = [0.0647, 0.0722];
 
 impl Curve for ReverseKl {
-    const AT_ZERO: f64 = 1.0;
+    fn at_zero(self) -> f64 {
+        1.0
+    }
 
     #[inline(always)]
     fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
-        let Point { u, log, excess, gap } = point;
+        let Point { u, log, excess, gap, .. } = point;
         let near = gap.less(u.constant(0.125));
         // Around 1, u ln u and u - 1 cancel.
         let value = near.select(excess.mul_add(excess, -(u * gap)), u.mul_add(log, -excess));
@@ -295,7 +326,9 @@ fn log_loss<L: Doubles>(lost: Vector<L>) -> Vector<L> {
 struct Jeffreys;
 
 impl Curve for Jeffreys {
-    const AT_ZERO: f64 = f64::INFINITY;
+    fn at_zero(self) -> f64 {
+        f64::INFINITY
+    }
 
     #[inline(always)]
     fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {
@@ -339,7 +372,9 @@ const ENTROPY: [f64; 13] = [
 ];
 
 impl Curve for JensenShannon {
-    const AT_ZERO: f64 = 0.5 * std::f64::consts::LN_2;
+    fn at_zero(self) -> f64 {
+        0.5 * std::f64::consts::LN_2
+    }
 
     #[inline(always)]
     fn at<L: Doubles>(self, point: Point<L>) -> Values<L> {

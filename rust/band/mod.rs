@@ -32,6 +32,7 @@ mod laws;
 mod limits;
 mod membership;
 mod polish;
+mod powers;
 pub mod price;
 pub(crate) mod root;
 mod side;

@@ -234,11 +234,25 @@ mod tests {
     }
 
     /// Divergences without a vector law.
-    const SCALAR: [&str; 1] = ["vajda:1.5"];
+    const SCALAR: [&str; 3] = ["alpha:100", "alpha:1e-9", "vajda:100"];
+
+    /// Orders that [`ALL`] lacks, of every formula.
+    const ORDERS: [&str; 10] = [
+        "vajda:1",
+        "vajda:2",
+        "vajda:4",
+        "alpha:-1",
+        "alpha:2",
+        "alpha:-3",
+        "alpha:0.3",
+        "alpha:0.7",
+        "alpha:1.37",
+        "renyi:3.5",
+    ];
 
     #[test]
     fn bounds_are_independent_of_vector_width_and_neighbours() {
-        for &name in ALL.iter().chain(&["vajda:1", "vajda:2", "alpha:-1", "alpha:2"]) {
+        for &name in ALL.iter().chain(&ORDERS).chain(&SCALAR) {
             with_law(&Divergence::parse(name).unwrap().generator, Compare(name));
         }
     }

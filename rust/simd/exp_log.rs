@@ -95,6 +95,8 @@ pub struct Exponential<L: Doubles> {
 pub struct Logarithm<L: Doubles> {
     /// `ln(1 + x)`
     pub log: Vector<L>,
+    /// What rounding took from `log`. Both together have the absolute error of a logarithm below 1/2.
+    pub low: Vector<L>,
     /// `x - ln(1 + x)`
     pub gap: Vector<L>,
 }
@@ -140,7 +142,13 @@ impl<L: Doubles> Vector<L> {
     /// Logarithm of a positive normal number.
     #[inline(always)]
     pub fn ln(self) -> Self {
-        (self - self.constant(1.0)).log_of(self, self.constant(0.0)).log
+        self.ln_and_low().log
+    }
+
+    /// Logarithm of a positive normal number, with what rounding took from it.
+    #[inline(always)]
+    pub fn ln_and_low(self) -> Logarithm<L> {
+        (self - self.constant(1.0)).log_of(self, self.constant(0.0))
     }
 
     /// Logarithm of `u + lost = 1 + self`, where `lost` is less than an ulp of `u`.
@@ -168,7 +176,8 @@ impl<L: Doubles> Vector<L> {
         let gap = s * (d - square * square.polynomial(&LOG_TAIL));
         let fraction = d - k.mul_add(self.constant(-LN_2_F64[1]), gap);
         let log = k.mul_add(self.constant(LN_2_F64[0]), fraction);
-        Logarithm { log, gap: near.select(gap, self - log) }
+        let low = fraction - k.mul_add(self.constant(-LN_2_F64[0]), log);
+        Logarithm { log, low, gap: near.select(gap, self - log) }
     }
 }
 

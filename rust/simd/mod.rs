@@ -24,7 +24,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(crate) mod doubles;
-mod exp_log;
+pub(crate) mod exp_log;
 mod interleaved;
 pub(crate) mod lanes;
 mod lookup;
