@@ -109,8 +109,9 @@ class Polynomial:
             yield f"{self.file}: {self.name} is off by {mp.nstr(error, 3)}, not {self.error}"
         if self.copy:
             code = numbers((ROOT / self.copy).read_text(encoding="utf-8").replace("f;", ";"))
-            singles = [float(np.float32(number)) for number in code]
-            if not any(singles[i : i + self.count] == expected for i in range(len(singles))):
+            if self.single:
+                code = [float(np.float32(number)) for number in code]
+            if not any(code[i : i + self.count] == expected for i in range(len(code))):
                 yield f"{self.copy} has not the coefficients of {self.name}"
 
     def __str__(self) -> str:
@@ -126,6 +127,10 @@ POLYNOMIALS = (
     Polynomial("rust/simd/exp_log.rs", "EXP_GAP", exp_gap, "-0.7", "0.7", 13, 1e-17),
     Polynomial("rust/simd/exp_log.rs", "LOG_TAIL", log_tail, "0", "0.0626", 10, 6e-17),
     Polynomial("rust/band/laws.rs", "ENTROPY", entropy, "0", "0.2501", 13, 2e-17),
+    Polynomial(
+        "rust/simd/exp_log.rs", "GAP_F64", exp_gap, "-0.3469", "0.3469", 11, 3e-18,
+        copy="cuda/math.cuh",
+    ),
 )  # fmt: skip
 
 
@@ -160,6 +165,7 @@ class Digits:
 
 EXACT = (
     Digits("rust/simd/exp_log.rs", "LN_2_F32", lambda: parts(mp.log(2), 10, 2, mp.nint)),
+    Digits("rust/simd/exp_log.rs", "LN_2_SHORT_F64", lambda: parts(mp.log(2), 44, 2, mp.nint)),
     Digits("rust/simd/exp_log.rs", "LN_2_F64", lambda: parts(mp.log(2), 53, 2, mp.nint)),
     Digits("rust/number/dd.rs", "LN_2_PARTS", lambda: parts(mp.log(2), 33, 3, mp.floor)),
     Digits("rust/number/dd.rs", "HALF_PI_PARTS", lambda: parts(mp.pi / 2, 33, 3, mp.floor)),

@@ -6,9 +6,11 @@
 
 use std::arch::x86_64::*;
 
+use crate::simd::avx512::Avx512;
 use crate::simd::doubles::Doubles;
 use crate::simd::interleaved::Interleaved;
 use crate::simd::lanes::{FloatBits, Lanes};
+use crate::simd::wide::{LossDoubles, Wide};
 use crate::simd::{WithDoubles, WithLanes};
 
 /// Exists only where the processor has AVX2.
@@ -19,6 +21,12 @@ impl Avx2 {
     /// `None` where the processor lacks the instructions.
     pub fn new() -> Option<Self> {
         is_x86_feature_detected!("avx2").then_some(Self(()))
+    }
+
+    /// Those of a processor with AVX-512, which has AVX2 as well.
+    #[inline(always)]
+    pub(super) fn of_avx512(_: Avx512) -> Self {
+        Self(())
     }
 
     /// Does the work in a function that is compiled for these instructions.
@@ -49,6 +57,16 @@ impl Avx2Fused {
             work.run(Interleaved(Interleaved(lanes)));
         }
         // SAFETY: `self` exists, so the processor has the instructions. All that have AVX2 have popcnt.
+        unsafe { compiled(self, work) }
+    }
+
+    /// Does work of the loss in a function that is compiled for these instructions.
+    pub fn run_loss<W: WithLanes<f64>>(self, work: W) -> W::Output {
+        #[target_feature(enable = "avx2,fma,popcnt")]
+        fn compiled<W: WithLanes<f64>>(lanes: Avx2Fused, work: W) -> W::Output {
+            work.run(Wide(Interleaved(lanes)))
+        }
+        // SAFETY: as in `run`.
         unsafe { compiled(self, work) }
     }
 }
@@ -86,6 +104,28 @@ const RANKS: [u64; 256] = {
     }
     all
 };
+
+/// The words of [`SET_LANES`] or [`RANKS`] for each mask of four doubles, by the table of their halves.
+const fn of_doubles(halves: &[u64; 256]) -> [u64; 16] {
+    let mut all = [0; 16];
+    let mut mask = 0;
+    while mask < 16 {
+        let (mut both, mut lane) = (0, 0);
+        while lane < 4 {
+            both |= ((mask >> lane & 1) * 3) << (2 * lane);
+            lane += 1;
+        }
+        all[mask] = halves[both];
+        mask += 1;
+    }
+    all
+}
+
+/// [`SET_LANES`] of four doubles, in words.
+const SET_DOUBLES: [u64; 16] = of_doubles(&SET_LANES);
+
+/// [`RANKS`] of four doubles, in words.
+const DOUBLE_RANKS: [u64; 16] = of_doubles(&RANKS);
 
 /// Eight bytes as eight words.
 ///
@@ -286,5 +326,92 @@ impl Doubles for Avx2Fused {
         fn and_words(self, a: __m256i, b: __m256i) -> __m256i { _mm256_and_si256(a, b) }
         fn exponent_up(self, a: __m256i) -> __m256i { _mm256_slli_epi64::<52>(a) }
         fn exponent_down(self, a: __m256i) -> __m256i { _mm256_srli_epi64::<52>(a) }
+    }
+}
+
+impl Avx2Fused {
+    /// [`Lanes::compress`] of four doubles. Returns their number.
+    #[inline(always)]
+    fn compress(self, mask: __m256d, a: __m256d, to: &mut [f64]) -> usize {
+        let bits = self.bits(mask);
+        // SAFETY: `self` exists, so the processor has the instructions; `to` has 4 elements.
+        unsafe {
+            let lanes = permutation(SET_DOUBLES[bits as usize]);
+            let packed = _mm256_permutevar8x32_ps(_mm256_castpd_ps(a), lanes);
+            _mm256_storeu_pd(to[..4].as_mut_ptr(), _mm256_castps_pd(packed));
+        }
+        bits.count_ones() as usize
+    }
+
+    /// [`Lanes::expand`] of four doubles. Returns their number too.
+    #[inline(always)]
+    fn expand(self, mask: __m256d, from: &[f64]) -> (__m256d, usize) {
+        let bits = self.bits(mask);
+        // SAFETY: `self` exists, so the processor has the instructions; `from` has 4 elements.
+        let spread = unsafe {
+            let places = permutation(DOUBLE_RANKS[bits as usize]);
+            let packed = _mm256_castpd_ps(_mm256_loadu_pd(from[..4].as_ptr()));
+            _mm256_and_pd(mask, _mm256_castps_pd(_mm256_permutevar8x32_ps(packed, places)))
+        };
+        (spread, bits.count_ones() as usize)
+    }
+
+    instructions! {
+        fn less_or_equal(self, a: __m256d, b: __m256d) -> __m256d { _mm256_cmp_pd::<_CMP_LE_OQ>(a, b) }
+        fn load_mask(self, four: u32) -> __m256d {
+            let bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four as i32));
+            _mm256_castsi256_pd(_mm256_cmpgt_epi64(bytes, _mm256_setzero_si256()))
+        }
+        fn mask_of(self, bits: u32) -> __m256d {
+            let each = _mm256_setr_epi64x(1, 2, 4, 8);
+            let here = _mm256_and_si256(_mm256_set1_epi64x(i64::from(bits)), each);
+            _mm256_castsi256_pd(_mm256_cmpeq_epi64(here, each))
+        }
+    }
+}
+
+impl LossDoubles for Interleaved<Avx2Fused> {
+    type Narrow = Avx2;
+
+    #[inline(always)]
+    fn narrow(self) -> Avx2 {
+        Avx2(())
+    }
+    #[inline(always)]
+    fn less_or_equal(self, a: Self::Float, b: Self::Float) -> Self::Mask {
+        (self.0.less_or_equal(a.0, b.0), self.0.less_or_equal(a.1, b.1))
+    }
+    #[inline(always)]
+    fn load_mask(self, from: &[u8]) -> Self::Mask {
+        let four = |first: usize| {
+            u32::from_le_bytes([from[first], from[first + 1], from[first + 2], from[first + 3]])
+        };
+        (self.0.load_mask(four(0)), self.0.load_mask(four(4)))
+    }
+    #[inline(always)]
+    fn mask_of(self, bits: u32) -> Self::Mask {
+        (self.0.mask_of(bits), self.0.mask_of(bits >> 4))
+    }
+    #[inline(always)]
+    fn compress(self, mask: Self::Mask, a: Self::Float, to: &mut [f64]) {
+        let count = self.0.compress(mask.0, a.0, to);
+        self.0.compress(mask.1, a.1, &mut to[count..]);
+    }
+    #[inline(always)]
+    fn expand(self, mask: Self::Mask, from: &[f64]) -> Self::Float {
+        let (first, count) = self.0.expand(mask.0, from);
+        (first, self.0.expand(mask.1, &from[count..]).0)
+    }
+
+    instructions! {
+        fn rounded(self, a: (__m256d, __m256d)) -> __m256 {
+            _mm256_set_m128(_mm256_cvtpd_ps(a.1), _mm256_cvtpd_ps(a.0))
+        }
+        fn widened(self, a: __m256) -> (__m256d, __m256d) {
+            (
+                _mm256_cvtps_pd(_mm256_castps256_ps128(a)),
+                _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(a)),
+            )
+        }
     }
 }

@@ -6,9 +6,11 @@
 
 use std::arch::x86_64::*;
 
+use crate::simd::avx2::Avx2;
 use crate::simd::doubles::Doubles;
 use crate::simd::interleaved::Interleaved;
 use crate::simd::lanes::{FloatBits, Lanes};
+use crate::simd::wide::{LossDoubles, Wide};
 use crate::simd::{WithDoubles, WithLanes};
 
 /// Exists only where the processor has AVX-512 F, BW, DQ and VL.
@@ -40,6 +42,16 @@ impl Avx512 {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
         fn compiled<W: WithDoubles>(lanes: Avx512, work: W) {
             work.run(Interleaved(Interleaved(lanes)));
+        }
+        // SAFETY: as in `run`.
+        unsafe { compiled(self, work) }
+    }
+
+    /// Does work of the loss in float64 in a function that is compiled for these instructions.
+    pub fn run_loss<W: WithLanes<f64>>(self, work: W) -> W::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
+        fn compiled<W: WithLanes<f64>>(lanes: Avx512, work: W) -> W::Output {
+            work.run(Wide(lanes))
         }
         // SAFETY: as in `run`.
         unsafe { compiled(self, work) }
@@ -249,5 +261,46 @@ impl Doubles for Avx512 {
         fn and_words(self, a: __m512i, b: __m512i) -> __m512i { _mm512_and_si512(a, b) }
         fn exponent_up(self, a: __m512i) -> __m512i { _mm512_slli_epi64::<52>(a) }
         fn exponent_down(self, a: __m512i) -> __m512i { _mm512_srli_epi64::<52>(a) }
+    }
+}
+
+impl LossDoubles for Avx512 {
+    type Narrow = Avx2;
+
+    #[inline(always)]
+    fn narrow(self) -> Avx2 {
+        Avx2::of_avx512(self)
+    }
+    #[inline(always)]
+    fn load_mask(self, from: &[u8]) -> __mmask8 {
+        // SAFETY: `self` exists, so the processor has the instructions; `from` has 8 elements.
+        unsafe {
+            let bytes = _mm_loadl_epi64(from[..8].as_ptr().cast());
+            _mm_test_epi8_mask(bytes, bytes) as __mmask8
+        }
+    }
+    #[inline(always)]
+    fn mask_of(self, bits: u32) -> __mmask8 {
+        bits as __mmask8
+    }
+    #[inline(always)]
+    fn compress(self, mask: __mmask8, a: __m512d, to: &mut [f64]) {
+        // SAFETY: `self` exists, so the processor has the instructions; `to` has 8 elements.
+        unsafe {
+            _mm512_storeu_pd(to[..8].as_mut_ptr(), _mm512_maskz_compress_pd(mask, a));
+        }
+    }
+    #[inline(always)]
+    fn expand(self, mask: __mmask8, from: &[f64]) -> __m512d {
+        // SAFETY: `self` exists, so the processor has the instructions; `from` has 8 elements.
+        unsafe { _mm512_maskz_expand_pd(mask, _mm512_loadu_pd(from[..8].as_ptr())) }
+    }
+
+    instructions! {
+        fn rounded(self, a: __m512d) -> __m256 { _mm512_cvtpd_ps(a) }
+        fn widened(self, a: __m256) -> __m512d { _mm512_cvtps_pd(a) }
+        fn less_or_equal(self, a: __m512d, b: __m512d) -> __mmask8 {
+            _mm512_cmp_pd_mask::<_CMP_LE_OQ>(a, b)
+        }
     }
 }

@@ -9,7 +9,7 @@ use crate::image::{
     REACH_RANGES, SCALE, START, UPPER_REACH,
 };
 use crate::simd::lanes::{FloatBits, Lanes};
-use crate::simd::portable::Double;
+use crate::simd::wide::{LossDoubles, Wide};
 
 /// Bits of infinity.
 const INFINITY: u32 = f32::INFINITY.to_bits();
@@ -126,18 +126,28 @@ impl<L: FloatBits> LookUp for L {
     }
 }
 
-/// The scalar lookup of [`Image`], in float32.
-impl LookUp for Double {
-    fn reach(self, _: Image<'_>, _: f64, _: bool) -> f64 {
-        0.0 // the reaches of a table hold in float32 alone
+/// The lookup in float32.
+impl<D: LossDoubles> LookUp for Wide<D> {
+    #[inline(always)]
+    fn reach(self, image: Image<'_>, old_log_prob: D::Float, lower: D::Mask) -> D::Float {
+        let (doubles, narrow) = (self.0, self.0.narrow());
+        let narrow_lower = narrow.mask_of(self.bits(lower));
+        let reach = narrow.reach(image, doubles.rounded(old_log_prob), narrow_lower);
+        // The slack of a reach covers the rounding of y to a normal float32 alone.
+        let tiny = self.less(self.abs(old_log_prob), self.splat(f64::from(f32::MIN_POSITIVE)));
+        self.select(tiny, self.splat(0.0), doubles.widened(reach))
     }
-    fn look_up(self, image: Image<'_>, old_log_prob: f64, lower: bool) -> f64 {
-        let y = Image::y(old_log_prob as f32);
-        if lower {
-            return f64::from(image.lower(y));
-        }
-        let tabulated = image.log_upper(y);
+
+    #[inline(always)]
+    fn look_up(self, image: Image<'_>, old_log_prob: D::Float, lower: D::Mask) -> D::Float {
+        let (doubles, narrow) = (self.0, self.0.narrow());
+        let logp = doubles.rounded(old_log_prob);
+        let found = narrow.look_up(image, logp, narrow.mask_of(self.bits(lower)));
+        let (found, y) = (doubles.widened(found), minus_log_prob(narrow, logp));
         // y in float32 may be below -old_log_prob, which would forbid a new probability of 1.
-        if tabulated >= y && old_log_prob <= 0.0 { -old_log_prob } else { f64::from(tabulated) }
+        let at_end = self.less_or_equal(doubles.widened(y), found);
+        let at_end = self.and(at_end, self.less_or_equal(old_log_prob, self.splat(0.0)));
+        let end = self.sub(self.splat(0.0), old_log_prob);
+        self.select(self.and_not(at_end, lower), end, found)
     }
 }

@@ -31,6 +31,7 @@ mod lookup;
 mod portable;
 #[cfg(test)]
 mod tests;
+mod wide;
 
 use std::env;
 use std::sync::LazyLock;
@@ -44,7 +45,8 @@ use crate::simd::doubles::Doubles;
 use crate::simd::exp_log::Exponentials;
 use crate::simd::interleaved::Interleaved;
 use crate::simd::lookup::LookUp;
-use crate::simd::portable::{Double, Portable, PortableDoubles};
+use crate::simd::portable::{Portable, PortableDoubles};
+use crate::simd::wide::Wide;
 
 /// Environment variable that names a [`Level`].
 const SWITCH: &str = "BANDPO_SIMD";
@@ -112,7 +114,7 @@ impl AnyLanes {
     }
 }
 
-/// Registers of the solver that the processor has.
+/// Registers of the solver, and of the loss in float64, that the processor has.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum AnyDoubles {
     Portable,
@@ -153,6 +155,16 @@ impl AnyDoubles {
             Self::Avx2(lanes) => lanes.run(work),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512(lanes) => lanes.run_doubles(work),
+        }
+    }
+
+    fn run_loss<W: WithLanes<f64>>(self, work: W) -> W::Output {
+        match self {
+            Self::Portable => work.run(Wide(Interleaved(PortableDoubles))),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(lanes) => lanes.run_loss(work),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(lanes) => lanes.run_loss(work),
         }
     }
 }
@@ -233,7 +245,7 @@ impl Number for f64 {
     const ZERO: Self = 0.0;
 
     fn run<W: WithLanes<Self>>(work: W) -> W::Output {
-        work.run(Double)
+        widest().doubles.run_loss(work)
     }
 
     fn to_f64(self) -> f64 {

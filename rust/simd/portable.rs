@@ -4,7 +4,9 @@
 #![allow(clippy::inline_always)]
 
 use crate::simd::doubles::Doubles;
+use crate::simd::interleaved::Interleaved;
 use crate::simd::lanes::{FloatBits, Lanes};
+use crate::simd::wide::LossDoubles;
 
 #[inline(always)]
 fn each<const N: usize, A: Copy, T>(a: [A; N], operation: impl Fn(A) -> T) -> [T; N] {
@@ -217,90 +219,6 @@ impl FloatBits for Portable {
     }
 }
 
-/// One float64, for the loss in double precision.
-#[derive(Clone, Copy)]
-pub struct Double;
-
-impl Lanes for Double {
-    type Scalar = f64;
-    type Float = f64;
-    type Mask = bool;
-    const COUNT: usize = 1;
-
-    fn splat(self, value: f64) -> f64 {
-        value
-    }
-    fn load(self, from: &[f64]) -> f64 {
-        from[0]
-    }
-    fn store(self, value: f64, to: &mut [f64]) {
-        to[0] = value;
-    }
-    fn load_mask(self, from: &[u8]) -> bool {
-        from[0] != 0
-    }
-    fn add(self, a: f64, b: f64) -> f64 {
-        a + b
-    }
-    fn sub(self, a: f64, b: f64) -> f64 {
-        a - b
-    }
-    fn mul(self, a: f64, b: f64) -> f64 {
-        a * b
-    }
-    fn div(self, a: f64, b: f64) -> f64 {
-        a / b
-    }
-    fn abs(self, a: f64) -> f64 {
-        a.abs()
-    }
-    fn min(self, a: f64, b: f64) -> f64 {
-        if a < b { a } else { b }
-    }
-    fn max(self, a: f64, b: f64) -> f64 {
-        if a > b { a } else { b }
-    }
-    fn clamp_max(self, limit: f64, a: f64) -> f64 {
-        if a > limit { limit } else { a }
-    }
-    fn clamp_min(self, limit: f64, a: f64) -> f64 {
-        if a < limit { limit } else { a }
-    }
-    fn less(self, a: f64, b: f64) -> bool {
-        a < b
-    }
-    fn less_or_equal(self, a: f64, b: f64) -> bool {
-        a <= b
-    }
-    fn is_nan(self, a: f64) -> bool {
-        a.is_nan()
-    }
-    fn and(self, a: bool, b: bool) -> bool {
-        a && b
-    }
-    fn or(self, a: bool, b: bool) -> bool {
-        a || b
-    }
-    fn and_not(self, a: bool, b: bool) -> bool {
-        a && !b
-    }
-    fn select(self, mask: bool, a: f64, b: f64) -> f64 {
-        if mask { a } else { b }
-    }
-    fn bits(self, mask: bool) -> u32 {
-        u32::from(mask)
-    }
-    fn mask_of(self, bits: u32) -> bool {
-        bits != 0
-    }
-    fn compress(self, _: bool, a: f64, to: &mut [f64]) {
-        to[0] = a;
-    }
-    fn expand(self, mask: bool, from: &[f64]) -> f64 {
-        if mask { from[0] } else { 0.0 }
-    }
-}
-
 /// Four float64 in an array, for the solver.
 #[derive(Clone, Copy)]
 pub struct PortableDoubles;
@@ -402,5 +320,58 @@ impl Doubles for PortableDoubles {
     #[inline(always)]
     fn exponent_down(self, a: [u64; 4]) -> [u64; 4] {
         each(a, |a| a >> 52)
+    }
+}
+
+impl LossDoubles for Interleaved<PortableDoubles> {
+    type Narrow = Portable;
+
+    #[inline(always)]
+    fn narrow(self) -> Portable {
+        Portable
+    }
+    #[inline(always)]
+    fn rounded(self, a: Self::Float) -> [f32; EIGHT] {
+        std::array::from_fn(|lane| if lane < 4 { a.0[lane] as f32 } else { a.1[lane - 4] as f32 })
+    }
+    #[inline(always)]
+    fn widened(self, a: [f32; EIGHT]) -> Self::Float {
+        let half = |first: usize| std::array::from_fn(|lane| f64::from(a[first + lane]));
+        (half(0), half(4))
+    }
+    #[inline(always)]
+    fn less_or_equal(self, a: Self::Float, b: Self::Float) -> Self::Mask {
+        (pairwise(a.0, b.0, |a, b| a <= b), pairwise(a.1, b.1, |a, b| a <= b))
+    }
+    #[inline(always)]
+    fn load_mask(self, from: &[u8]) -> Self::Mask {
+        let half = |first: usize| std::array::from_fn(|lane| from[first + lane] != 0);
+        (half(0), half(4))
+    }
+    #[inline(always)]
+    fn mask_of(self, bits: u32) -> Self::Mask {
+        let half = |first: usize| std::array::from_fn(|lane| bits >> (first + lane) & 1 != 0);
+        (half(0), half(4))
+    }
+    #[inline(always)]
+    fn compress(self, mask: Self::Mask, a: Self::Float, to: &mut [f64]) {
+        let mut place = 0;
+        for (mask, a) in [(mask.0, a.0), (mask.1, a.1)] {
+            for lane in 0..4 {
+                to[place] = a[lane];
+                place += usize::from(mask[lane]);
+            }
+        }
+    }
+    #[inline(always)]
+    fn expand(self, mask: Self::Mask, from: &[f64]) -> Self::Float {
+        let mut place = 0;
+        let mut half = |mask: [bool; 4]| {
+            std::array::from_fn(|lane| {
+                place += usize::from(mask[lane]);
+                if mask[lane] { from[place - 1] } else { 0.0 }
+            })
+        };
+        (half(mask.0), half(mask.1))
     }
 }

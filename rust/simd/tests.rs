@@ -4,13 +4,15 @@
 #![allow(clippy::inline_always)]
 
 mod lanes {
+    use std::fmt::Debug;
+
     use crate::band::Band;
     use crate::divergence::Divergence;
     use crate::image::Image;
-    use crate::simd::exp_log::{ExpAndGap, Exponentials};
+    use crate::simd::exp_log::ExpAndGap;
     use crate::simd::lanes::MAX_LANES;
-    use crate::simd::portable::{Double, Portable};
-    use crate::simd::{AnyLanes, LossLanes, WithLanes};
+    use crate::simd::portable::Portable;
+    use crate::simd::{AnyDoubles, AnyLanes, LossLanes, WithLanes};
     use crate::table::BandTable;
 
     /// Bits of exp, gap, `log_upper` and `lower` of each number.
@@ -154,25 +156,40 @@ mod lanes {
         type Output = ();
 
         fn run<L: LossLanes<Scalar = f32>>(self, lanes: L) {
-            for pattern in 0..256_u32 {
-                let bytes: [u8; MAX_LANES] =
-                    std::array::from_fn(|lane| (pattern >> (lane % 8) & 1) as u8 * 3);
-                let numbers: [f32; MAX_LANES] = std::array::from_fn(|lane| 1.0 + lane as f32);
-                let mask = lanes.load_mask(&bytes);
-                assert_eq!(lanes.bits(lanes.mask_of(lanes.bits(mask))), lanes.bits(mask));
-                let chosen: Vec<f32> = (0..L::COUNT)
-                    .filter(|&lane| bytes[lane] > 0)
-                    .map(|lane| numbers[lane])
-                    .collect();
-                let mut packed = [-1.0; MAX_LANES];
-                lanes.compress(mask, lanes.load(&numbers), &mut packed);
-                assert_eq!(packed[..chosen.len()], chosen[..], "{pattern:b}");
-                let mut spread = [-1.0; MAX_LANES];
-                lanes.store(lanes.expand(mask, &packed), &mut spread);
-                for lane in 0..L::COUNT {
-                    let expected = if bytes[lane] > 0 { numbers[lane] } else { 0.0 };
-                    assert_eq!(spread[lane], expected, "{pattern:b} {lane}");
-                }
+            check_packing(lanes);
+        }
+    }
+
+    impl WithLanes<f64> for Packed {
+        type Output = ();
+
+        fn run<L: LossLanes<Scalar = f64>>(self, lanes: L) {
+            check_packing(lanes);
+        }
+    }
+
+    fn check_packing<L: LossLanes>(lanes: L)
+    where
+        L::Scalar: From<f32> + PartialEq + Debug,
+    {
+        let number = L::Scalar::from;
+        for pattern in 0..256_u32 {
+            let bytes: [u8; MAX_LANES] =
+                std::array::from_fn(|lane| (pattern >> (lane % 8) & 1) as u8 * 3);
+            let numbers: [L::Scalar; MAX_LANES] =
+                std::array::from_fn(|lane| number(1.0 + lane as f32));
+            let mask = lanes.load_mask(&bytes);
+            assert_eq!(lanes.bits(lanes.mask_of(lanes.bits(mask))), lanes.bits(mask));
+            let chosen: Vec<L::Scalar> =
+                (0..L::COUNT).filter(|&lane| bytes[lane] > 0).map(|lane| numbers[lane]).collect();
+            let mut packed = [number(-1.0); MAX_LANES];
+            lanes.compress(mask, lanes.load(&numbers), &mut packed);
+            assert_eq!(packed[..chosen.len()], chosen[..], "{pattern:b}");
+            let mut spread = [number(-1.0); MAX_LANES];
+            lanes.store(lanes.expand(mask, &packed), &mut spread);
+            for lane in 0..L::COUNT {
+                let expected = if bytes[lane] > 0 { numbers[lane] } else { number(0.0) };
+                assert_eq!(spread[lane], expected, "{pattern:b} {lane}");
             }
         }
     }
@@ -182,6 +199,20 @@ mod lanes {
         for lanes in AnyLanes::all() {
             lanes.run(Packed);
         }
+        for doubles in AnyDoubles::all() {
+            doubles.run_loss(Packed);
+        }
+    }
+
+    /// In double precision.
+    fn exact(x: f64) -> ExpAndGap<f64> {
+        // A series where the difference cancels. The next term is 3e-15 of the sum.
+        let gap = if x.abs() < 1e-3 {
+            x * x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0))))
+        } else {
+            x.exp_m1() - x
+        };
+        ExpAndGap { exp: x.exp(), gap }
     }
 
     /// Errors stated in docs/numerics.md.
@@ -201,7 +232,7 @@ mod lanes {
                     continue;
                 }
                 let [exp, gap] = [found[0], found[1]].map(|bits| f64::from(f32::from_bits(bits)));
-                let exact = Double.exp_and_gap(f64::from(x));
+                let exact = exact(f64::from(x));
                 let ulp = f64::from((exact.exp as f32).next_up()) - f64::from(exact.exp as f32);
                 worst_exp = worst_exp.max((exp - exact.exp).abs() / ulp);
                 // Below 2^-126 float32 has no digits left.
@@ -212,6 +243,145 @@ mod lanes {
         }
         assert!(worst_exp <= 1.2, "{worst_exp}");
         assert!(worst_gap <= 1e-6, "{worst_gap}");
+    }
+}
+
+mod wide {
+    use crate::band::Band;
+    use crate::divergence::Divergence;
+    use crate::image::Image;
+    use crate::number::{Dd, Real};
+    use crate::simd::exp_log::ExpAndGap;
+    use crate::simd::lanes::MAX_LANES;
+    use crate::simd::{AnyDoubles, LossLanes, WithLanes};
+    use crate::table::BandTable;
+
+    /// `[exp, gap]` of each number, clamped to the range of log-ratios, then `[log_upper, lower]` and the reaches.
+    struct Each<'a> {
+        x: &'a [f64],
+        image: Image<'a>,
+    }
+
+    impl WithLanes<f64> for Each<'_> {
+        type Output = Vec<[f64; 6]>;
+
+        fn run<L: LossLanes<Scalar = f64>>(self, lanes: L) -> Self::Output {
+            let mut out = Vec::new();
+            for part in self.x.chunks_exact(L::COUNT) {
+                let x = lanes.load(part);
+                let within = lanes.clamp_max(20.0, lanes.clamp_min(-80.0, x));
+                let ExpAndGap { exp, gap } = lanes.exp_and_gap(within);
+                let (every, none) = (lanes.less_or_equal(x, x), lanes.less(x, x));
+                let found = [
+                    exp,
+                    gap,
+                    lanes.look_up(self.image, x, none),
+                    lanes.look_up(self.image, x, every),
+                    lanes.reach(self.image, x, none),
+                    lanes.reach(self.image, x, every),
+                ];
+                let mut columns = [[0.0; MAX_LANES]; 6];
+                for (column, values) in columns.iter_mut().zip(found) {
+                    lanes.store(values, column);
+                }
+                out.extend((0..L::COUNT).map(|lane| columns.map(|column| column[lane])));
+            }
+            out
+        }
+    }
+
+    fn kinds(x: &[f64], image: Image<'_>) -> Vec<(AnyDoubles, Vec<[f64; 6]>)> {
+        let on = |doubles: AnyDoubles| (doubles, doubles.run_loss(Each { x, image }));
+        AnyDoubles::all().into_iter().map(on).collect()
+    }
+
+    fn table(spec: &str, delta: f64) -> BandTable {
+        let band = Band::new(Divergence::parse(spec).unwrap(), delta, delta).unwrap();
+        BandTable::of_band(&band).unwrap()
+    }
+
+    /// Log-probs of every size down to the smallest float32, floats themselves and neighbours of them, and 0.
+    fn log_probs() -> Vec<f64> {
+        let floats = (0..1 << 16).map(|i: u32| f64::from(-f32::from_bits(i * 33_000)));
+        let mut found: Vec<f64> = floats
+            .filter(|logp| logp.is_finite())
+            .flat_map(|logp| [logp, logp * (1.0 + 3e-8), logp * (1.0 - 2e-8), logp * 0.999])
+            .chain([0.0, -0.0, -1e-320, -1e-60, -1e60, f64::NEG_INFINITY, 0.25])
+            .collect();
+        found.resize(found.len().next_multiple_of(MAX_LANES), -1.0);
+        found
+    }
+
+    #[test]
+    fn all_registers_give_the_bits_of_the_scalar_lookup() {
+        for (spec, delta) in [("kl", 0.05), ("reverse-kl", 0.3), ("tv", 0.1), ("jeffreys", 1e-4)] {
+            let table = table(spec, delta);
+            let image = table.image();
+            let x = log_probs();
+            let kinds = kinds(&x, image);
+            for (name, found) in &kinds {
+                for ((&logp, found), portable) in x.iter().zip(found).zip(&kinds[0].1) {
+                    let y = Image::y(logp as f32);
+                    let tabulated = image.log_upper(y);
+                    let upper =
+                        if tabulated >= y && logp <= 0.0 { -logp } else { f64::from(tabulated) };
+                    assert_eq!(
+                        found[2..4],
+                        [upper, f64::from(image.lower(y))],
+                        "{spec} {name:?} {logp:e}"
+                    );
+                    assert_eq!(found.map(f64::to_bits), portable.map(f64::to_bits));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn log_ratio_within_reach_is_within_bounds() {
+        for delta in [1e-4, 0.05, 1.0] {
+            for spec in ["kl", "reverse-kl", "tv", "jeffreys", "hockey-stick:1.2", "renyi:3.5"] {
+                let table = table(spec, delta);
+                let x = log_probs();
+                let mut useful = [0; 2];
+                for (logp, found) in x.iter().zip(&kinds(&x, table.image())[0].1) {
+                    let [_, _, upper, lower, reach_up, reach_down] = *found;
+                    assert!(
+                        (0.0..=upper).contains(&reach_up.min(20.0)),
+                        "{spec} {logp:e} {found:?}"
+                    );
+                    let inside =
+                        reach_down <= 0.0 && (reach_down <= -20.0 || reach_down.exp() >= lower);
+                    assert!(inside, "{spec} {logp:e} {found:?}");
+                    useful[0] += usize::from(reach_up > 0.0);
+                    useful[1] += usize::from(reach_down < 0.0);
+                }
+                assert!(useful[0] > x.len() / 2 && useful[1] > 0, "{spec} {useful:?}");
+            }
+        }
+    }
+
+    /// Errors stated in docs/numerics.md.
+    #[test]
+    fn exponentials_are_as_accurate_as_documented() {
+        let dense =
+            (0..1 << 17).map(|i| f64::from(i - (100 << 10)) * (80.0 / f64::from(100 << 10)));
+        let small = (0..1 << 12).flat_map(|i| {
+            let size = (-f64::from(i) * 0.006 - 0.5).exp();
+            [size, -size]
+        });
+        let x: Vec<f64> = dense.chain(small).filter(|x| *x <= 20.0).collect();
+        let x = &x[..x.len() / MAX_LANES * MAX_LANES];
+        let (mut worst_exp, mut worst_gap) = (0.0_f64, 0.0_f64);
+        for (&x, found) in x.iter().zip(&kinds(x, table("kl", 0.05).image())[0].1) {
+            let (wide, [exp, gap]) = (Dd::of(x), [found[0], found[1]]);
+            let (exact_exp, exact_gap) = (wide.exp(), wide.exp_m1() - wide);
+            let ulp = exact_exp.to_f64().next_up() - exact_exp.to_f64();
+            worst_exp = worst_exp.max((Dd::of(exp) - exact_exp).to_f64().abs() / ulp);
+            worst_gap = worst_gap.max(((Dd::of(gap) - exact_gap) / exact_gap).to_f64().abs());
+        }
+        println!("exp within {worst_exp} ulp, gap within {worst_gap:e}");
+        assert!(worst_exp <= 1.0, "{worst_exp}");
+        assert!(worst_gap <= 2e-15, "{worst_gap}");
     }
 }
 

@@ -225,7 +225,7 @@ def check_one_as_rust(
         actual[:2], wanted[:2], apart(options[:2], tokens, wanted, log_ratio), strict=True
     ):
         assert mine.dtype == rusts.dtype
-        if wide and device.type == "cuda":  # with CUDA's exp and expm1
+        if wide and device.type == "cuda":  # not compared on a GPU yet
             assert_within(mine, rusts, allowed)
         else:
             assert equal(mine, rusts)
@@ -503,7 +503,7 @@ class TestWeightedSum:
             found, sum_of_losses, *totals = kernels.weighted_sum(inputs, weight)
             assert found.dtype == wanted.dtype
             assert sum_of_losses.dtype == total.dtype
-            if device.type == "cuda" and old.dtype == torch.float64:  # with CUDA's exp and expm1
+            if device.type == "cuda" and old.dtype == torch.float64:  # not compared on a GPU yet
                 assert_within(found, wanted, slack)
             else:
                 assert equal(found, wanted)
