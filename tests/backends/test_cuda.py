@@ -1020,9 +1020,11 @@ class TestHalfPrecision:
         for found, wanted in zip(bounds, single, strict=True):
             assert equal(found, wanted.to(dtype).cpu())
 
-    def test_a_value_in_float64_takes_a_copy(self, launched: list[str]) -> None:
-        old = torch.tensor([-1.0, -2.0], dtype=torch.bfloat16)
-        x = torch.tensor([3.0, -3.0], dtype=torch.float64)
+    def test_a_value_in_float64_takes_a_copy(
+        self, device: torch.device, launched: list[str]
+    ) -> None:
+        old = torch.tensor([-1.0, -2.0], dtype=torch.bfloat16, device=device)
+        x = torch.tensor([3.0, -3.0], dtype=torch.float64, device=device)
         assert torch.equal(clip(KL, old, x), clip(KL, old.double(), x))
         assert set(launched) == {"bandpo::band_clip<double, bandpo::Table>"}
 
