@@ -123,6 +123,17 @@ BAND_FUNCTION const Lane* lanes_of(const unsigned* words) {
   return lanes;
 }
 
+// 0 - value, which is never -0. A subnormal number is not flushed to 0.
+BAND_FUNCTION float negated(float value) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("sub.rn.f32 %0, 0f00000000, %1;" : "=f"(result) : "f"(value));
+  return result;
+#else
+  return (bits_of(value) & 0x7fffffffu) == 0u ? 0.0f : float_of(bits_of(value) ^ 0x80000000u);
+#endif
+}
+
 // z of docs/table-format.md, at y = -logp. A subnormal y is not flushed to 0; its product with a scale is normal
 // wherever there is a grid.
 BAND_FUNCTION float scaled_distance(float logp, float origin, float scale) {
@@ -182,14 +193,22 @@ BAND_FUNCTION void bounds_at(const Bounds& bounds, Index first, const T (&logp)[
   for (int k = 0; k < WIDTH; ++k) bound[k] = bounds.at(first + k, logp[k], lower[k]);
 }
 
-// The limit of the clamp; false for a NaN.
+// Min and max of a vector; NaN if a number is.
 template <class T>
-BAND_FUNCTION bool need_no_clamp(const T (&log_ratio)[WIDTH]) {
-  bool all = true;
+struct Range {
+  T min, max;
+  BAND_FUNCTION static Range of(const T (&values)[WIDTH]) {
+    Range range = {values[0], values[0]};
 #pragma unroll
-  for (int k = 0; k < WIDTH; ++k) all &= fabs(log_ratio[k]) <= T(LOG_RATIO_LIMIT);
-  return all;
-}
+    for (int k = 1; k < WIDTH; ++k) {
+      range.min = minimum(range.min, values[k]);
+      range.max = maximum(range.max, values[k]);
+    }
+    return range;
+  }
+  // As log-ratios.
+  BAND_FUNCTION bool needs_no_clamp() const { return T(-LOG_RATIO_LIMIT) <= min && max <= T(LOG_RATIO_LIMIT); }
+};
 
 template <class T>
 struct Constant {
@@ -207,8 +226,8 @@ struct Constant {
   BAND_FUNCTION bool surely_hold(Index first, const T (&logp)[WIDTH], const T (&log_ratio)[WIDTH]) const {
     return each_surely_holds(*this, first, logp, log_ratio);
   }
-  BAND_FUNCTION bool are_ordinary(const T (&)[WIDTH], const T (&log_ratio)[WIDTH]) const {
-    return need_no_clamp(log_ratio);
+  BAND_FUNCTION bool are_ordinary(const T (&)[WIDTH], const Range<T>& log_ratios) const {
+    return log_ratios.needs_no_clamp();
   }
   BAND_FUNCTION void at_ordinary(Index first, const T (&logp)[WIDTH], const bool (&lower)[WIDTH],
                                  T (&bound)[WIDTH]) const {
@@ -247,35 +266,37 @@ struct Table {
   BAND_FUNCTION bool surely_hold(Index first, const float (&logp)[WIDTH], const float (&log_ratio)[WIDTH]) const {
     return each_surely_holds(*this, first, logp, log_ratio);
   }
-  BAND_FUNCTION bool are_ordinary(const float (&logp)[WIDTH], const float (&log_ratio)[WIDTH]) const {
-    bool all = true;
+  BAND_FUNCTION bool are_ordinary(const float (&logp)[WIDTH], const Range<float>& log_ratios) const {
+    unsigned y = 0u;
 #pragma unroll
     for (int k = 0; k < WIDTH; ++k) {
-      all = all && magnitude(log_ratio[k]) <= static_cast<float>(LOG_RATIO_LIMIT);
-      all = all && logp[k] <= 0.0f;
-      all = all && -float_of(FAR_BITS) < logp[k];
+      const unsigned of_token = bits_of(negated(logp[k]));
+      y = y < of_token ? of_token : y;  // negative floats have the largest bits
     }
-    return all;
+    return log_ratios.needs_no_clamp() && y < FAR_BITS;
   }
   BAND_FUNCTION void at_ordinary(Index, const float (&logp)[WIDTH], const bool (&lower)[WIDTH],
                                  float (&bound)[WIDTH]) const {
-    unsigned lane[WIDTH];
+    float y[WIDTH];
+    const Lane* lane[WIDTH];
 #pragma unroll
-    for (int k = 0; k < WIDTH; ++k) lane[k] = lower[k] ? PIECES : 0u;
+    for (int k = 0; k < WIDTH; ++k) {
+      y[k] = negated(logp[k]);
+      lane[k] = lower[k] ? lanes + PIECES : lanes;
+    }
 #pragma unroll 1
     for (unsigned piece = 1; piece < pieces; ++piece) {
 #pragma unroll
       for (int k = 0; k < WIDTH; ++k) {
         // Bits of floats that are not negative are in the order of the floats.
-        lane[k] += lanes[piece + (lower[k] ? PIECES : 0u)].start <= (bits_of(logp[k]) & 0x7fffffffu) ? 1u : 0u;
+        lane[k] += lanes[piece + (lower[k] ? PIECES : 0u)].start <= bits_of(y[k]) ? 1 : 0;
       }
     }
 #pragma unroll
     for (int k = 0; k < WIDTH; ++k) {
-      const Lane& at = lanes[lane[k]];
-      const float inner = in_cell(words, at, logp[k]);
-      const float value = (bits_of(logp[k]) & 0x7fffffffu) == 0u ? at.at_zero : inner;
-      bound[k] = lower[k] ? value : fminf(value, -logp[k]);
+      const float inner = in_cell(words, *lane[k], logp[k]);
+      const float value = bits_of(y[k]) == 0u ? lane[k]->at_zero : inner;
+      bound[k] = lower[k] ? value : fminf(value, y[k]);
     }
   }
   BAND_FUNCTION bool surely_holds(Index, double, double) const { return false; }  // reaches are those of float32
@@ -300,8 +321,8 @@ struct PerToken {
   BAND_FUNCTION bool surely_hold(Index first, const T (&logp)[WIDTH], const T (&log_ratio)[WIDTH]) const {
     return each_surely_holds(*this, first, logp, log_ratio);
   }
-  BAND_FUNCTION bool are_ordinary(const T (&)[WIDTH], const T (&log_ratio)[WIDTH]) const {
-    return need_no_clamp(log_ratio);
+  BAND_FUNCTION bool are_ordinary(const T (&)[WIDTH], const Range<T>& log_ratios) const {
+    return log_ratios.needs_no_clamp();
   }
   BAND_FUNCTION void at_ordinary(Index first, const T (&logp)[WIDTH], const bool (&lower)[WIDTH],
                                  T (&bound)[WIDTH]) const {

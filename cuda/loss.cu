@@ -13,7 +13,8 @@ enum Layout : unsigned {
   WHOLE = 1,           // every input can be read in vectors
   ROW_ADVANTAGES = 2,  // but a row, of whole vectors, has one advantage
   GIVEN = 4,           // log-ratios are given
-  NEAR_PATH = 8        // set by the kernel, where tokens may take it
+  NEAR_PATH = 8,       // set by the kernel, where tokens may take it
+  PER_TOKEN_LOSS = 16  // set by the kernel, where losses are written
 };
 
 const Index MAX_PLACE = (1ll << 32) - 2 * CHUNK;
@@ -29,15 +30,17 @@ BAND_FUNCTION double weight_of(double numerator, const double* count) {
   return count ? numerator / (*count < 1.0 ? 1.0 : *count) : numerator;
 }
 
-// Writes a vector of tokens, of which the first `left` exist.
+// Writes a vector of tokens from begin + at on, of which the first `left` exist. `place` is the first in 32 bits.
 template <class T, class Narrow>
-BAND_FUNCTION void store(const T (&values)[WIDTH], Narrow* to, Index first, int left, bool is_whole) {
+BAND_FUNCTION void store(const T (&values)[WIDTH], Narrow* to, Index begin, int at, unsigned place, int left,
+                         bool is_whole) {
   if (is_whole) {
-    store_vector(to + static_cast<unsigned>(first), values);
+    store_vector(to + place, values);
   } else {
+    keep_in_register(at);  // otherwise the address in 64 bits is computed for whole vectors as well
 #pragma unroll
     for (int k = 0; k < WIDTH; ++k) {
-      if (k < left) to[first + k] = narrowed(values[k], Narrow());
+      if (k < left) to[begin + at + k] = narrowed(values[k], Narrow());
     }
   }
 }
@@ -69,6 +72,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
   typedef typename Computed<Stored>::Type T;
   typedef typename Weighted<Stored>::Type Gradient;
   BAND_TABLE_IN_SHARED_MEMORY(table);
+  __shared__ Held<T> held;
   copy_table(bounds, table_words, table);
   const Bounds<T> token_bounds = Bounds<T>::make(bounds, table, count);
   const Rule<T, FAMILY> rule = {surrogate, first, second, log_first};
@@ -80,14 +84,17 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
   const bool anchored = FAMILY == EXTENDED && anchor_log_prob;
   constexpr bool HAS_NEAR_PATH = FAMILY != EXTENDED && sizeof(T) == 4;
   if (HAS_NEAR_PATH && rule.leaves_near_ratios() && !by_probability) layout |= NEAR_PATH;
+  if (loss) layout |= PER_TOKEN_LOSS;
   keep_in_register(layout);
 
   const int thread = threadIdx.x;
-  const T weight = weight_of(numerator, divisor);
+  T minus_weight = -weight_of(numerator, divisor);
+  keep_in_register(minus_weight);
   const Index chunks = (count + chunk_length - 1) / chunk_length;
   for (Index chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Totals<T> totals;
     totals.clear();
+    if (by_probability) held.clear_bins();
     const Index begin = chunk * chunk_length;
     const int length = count - begin < chunk_length ? static_cast<int>(count - begin) : chunk_length;
     // Vectors have places of 32 bits, because those of 64 take twice the instructions.
@@ -97,7 +104,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
 #pragma unroll 1
     for (int at = thread * WIDTH; at < length + thread * WIDTH; at += THREADS * WIDTH) {
       const bool is_whole = at + WIDTH <= whole_length;
-      const unsigned first_token = static_cast<unsigned>(begin) + static_cast<unsigned>(at);
+      unsigned first_token = static_cast<unsigned>(begin) + static_cast<unsigned>(at);
+      keep_in_register(first_token);
       T old_logp[WIDTH], new_logp[WIDTH], anchor_logp[WIDTH], advantage[WIDTH], unclamped[WIDTH];
       unsigned is_valid;  // a byte for each token
       if (is_whole) {
@@ -134,7 +142,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
         for (int k = 0; k < WIDTH; ++k) unclamped[k] = new_logp[k] - old_logp[k];
       }
 
-      T losses[WIDTH], slopes[WIDTH];
+      // Negated, because the weight takes the sign for nothing.
+      T minus_loss[WIDTH], minus_slope[WIDTH];
       // One way for the warp, because lanes of several would take the time of all.
       bool done = false;
       if constexpr (HAS_NEAR_PATH) {
@@ -144,25 +153,31 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
 #pragma unroll
             for (int k = 0; k < WIDTH; ++k) {
               if ((is_valid & 0xffu << 8 * k) == 0u) {
-                old_logp[k] = new_logp[k] = advantage[k] = unclamped[k] = T(0);
+                old_logp[k] = new_logp[k] = unclamped[k] = T(0);
+                advantage[k] = -T(0);  // so that its gradient is 0, not -0
               }
             }
           }
-          done = __all_sync(0xffffffffu, token_bounds.surely_hold(begin + at, old_logp, unclamped));
+          // The first of each lane before all, because it decides for most warps of large steps.
+          done = __all_sync(0xffffffffu, token_bounds.surely_holds(begin + at, old_logp[0], unclamped[0]));
+          if (done) done = __all_sync(0xffffffffu, token_bounds.surely_hold(begin + at, old_logp, unclamped));
           if (done) {
             if (all_count) {
-              near_outcomes<true>(rule, is_valid, old_logp, new_logp, unclamped, advantage, losses, slopes, totals);
+              near_outcomes<true>(rule, is_valid, old_logp, new_logp, unclamped, advantage, minus_loss, minus_slope,
+                                  totals);
             } else {
-              near_outcomes<false>(rule, is_valid, old_logp, new_logp, unclamped, advantage, losses, slopes, totals);
+              near_outcomes<false>(rule, is_valid, old_logp, new_logp, unclamped, advantage, minus_loss, minus_slope,
+                                   totals);
             }
           } else if constexpr (FAMILY == MIN_CLIP_ALONE) {
-            done = __all_sync(0xffffffffu, token_bounds.are_ordinary(old_logp, unclamped));
+            const Range<T> range = Range<T>::of(unclamped);
+            done = __all_sync(0xffffffffu, token_bounds.are_ordinary(old_logp, range));
             if (done && all_count) {
-              ordinary_outcomes<true>(rule, token_bounds, begin + at, is_valid, old_logp, unclamped, advantage, losses,
-                                      slopes, totals);
+              ordinary_outcomes<true>(rule, token_bounds, begin + at, is_valid, old_logp, unclamped, range, advantage,
+                                      minus_loss, minus_slope, totals);
             } else if (done) {
-              ordinary_outcomes<false>(rule, token_bounds, begin + at, is_valid, old_logp, unclamped, advantage, losses,
-                                       slopes, totals);
+              ordinary_outcomes<false>(rule, token_bounds, begin + at, is_valid, old_logp, unclamped, range, advantage,
+                                       minus_loss, minus_slope, totals);
             }
           }
         }
@@ -175,22 +190,28 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
             const Anchor<T, FAMILY> anchor = {anchored, anchored ? anchor_logp[k] : T(0)};
             token = outcome(rule, token_bounds, begin + at + k, old_logp[k], new_logp[k], unclamped[k],
                             (layout & GIVEN) != 0u, advantage[k], anchor);
-            totals.add(token, old_logp[k], by_probability != 0);
+            totals.add(token, old_logp[k]);
+            if (by_probability) held.add_to_bins(token, old_logp[k]);
           }
-          losses[k] = token.loss;
-          slopes[k] = token.slope;
+          minus_loss[k] = -token.loss;
+          minus_slope[k] = -token.slope;
         }
       }
-      if (loss) {
-        store(losses, loss, begin + at, length - at, is_whole);
-        store(slopes, static_cast<T*>(gradient), begin + at, length - at, is_whole);
+      if ((layout & PER_TOKEN_LOSS) != 0u) {
+#pragma unroll
+        for (int k = 0; k < WIDTH; ++k) {
+          minus_loss[k] = -minus_loss[k];
+          minus_slope[k] = -minus_slope[k];
+        }
+        store(minus_loss, loss, begin, at, first_token, length - at, is_whole);
+        store(minus_slope, static_cast<T*>(gradient), begin, at, first_token, length - at, is_whole);
       } else {
 #pragma unroll
-        for (int k = 0; k < WIDTH; ++k) slopes[k] *= weight;
-        store(slopes, static_cast<Gradient*>(gradient), begin + at, length - at, is_whole);
+        for (int k = 0; k < WIDTH; ++k) minus_slope[k] *= minus_weight;
+        store(minus_slope, static_cast<Gradient*>(gradient), begin, at, first_token, length - at, is_whole);
       }
     }
-    store_totals(totals, by_probability != 0, chunk, chunks, sums, counts);
+    store_totals(totals, held, by_probability != 0, chunk, chunks, sums, counts);
   }
 }
 

@@ -34,14 +34,13 @@ BAND_FUNCTION int probability_bin(T old_log_prob) {
 template <class T>
 struct Totals {
   T kl, kl_k3, entropy, gradient_unclipped, gradient_removed, log_ratio_min, log_ratio_max, loss;
-  unsigned counts;                                                 // packed, by Count
-  unsigned valid_by_bin, clipped_low_by_bin, clipped_high_by_bin;  // packed, by bin
+  unsigned counts;  // packed, by Count
 
   BAND_FUNCTION void clear() {
     kl = kl_k3 = entropy = gradient_unclipped = gradient_removed = loss = T(0);
     log_ratio_min = infinity(T());
     log_ratio_max = -infinity(T());
-    counts = valid_by_bin = clipped_low_by_bin = clipped_high_by_bin = 0u;
+    counts = 0u;
   }
 
   // Counts the losses that are not finite; there are none where their sum of sizes is finite.
@@ -53,7 +52,7 @@ struct Totals {
     }
   }
 
-  BAND_FUNCTION void add(const Outcome<T>& token, T old_log_prob, bool by_probability) {
+  BAND_FUNCTION void add(const Outcome<T>& token, T old_log_prob) {
     kl -= token.log_ratio;
     kl_k3 += token.kl_k3;
     entropy -= old_log_prob;
@@ -67,12 +66,6 @@ struct Totals {
     if (token.clipped_low) counts += packed_one(CLIPPED_LOW);
     if (token.clipped_high) counts += packed_one(CLIPPED_HIGH);
     if (token.limited) counts += packed_one(LIMITED);
-    if (by_probability) {
-      const unsigned one = packed_one(probability_bin(old_log_prob));
-      valid_by_bin += one;
-      if (token.clipped_low) clipped_low_by_bin += one;
-      if (token.clipped_high) clipped_high_by_bin += one;
-    }
   }
 };
 
@@ -81,21 +74,21 @@ struct Totals {
 template <bool ALL_COUNT, class Rule>
 BAND_FUNCTION void near_outcomes(const Rule& rule, unsigned is_valid, const float (&old_log_prob)[WIDTH],
                                  const float (&log_prob)[WIDTH], const float (&log_ratio)[WIDTH],
-                                 const float (&advantage)[WIDTH], float (&loss)[WIDTH], float (&slope)[WIDTH],
-                                 Totals<float>& totals) {
+                                 const float (&advantage)[WIDTH], float (&minus_loss)[WIDTH],
+                                 float (&minus_slope)[WIDTH], Totals<float>& totals) {
   float size = 0.0f, size_of_losses = 0.0f;
 #pragma unroll
   for (int k = 0; k < WIDTH; ++k) {
     const bool is_counted = ALL_COUNT || (is_valid & 0xffu << 8 * k) != 0u;
     const float x = log_ratio[k];
     const Exponentials<float> exponential = near_exponentials(x);
-    slope[k] = (0.0f - advantage[k]) * exponential.exp;
-    loss[k] = rule.loss_is_ratio() ? slope[k] : slope[k] * log_prob[k];
+    minus_slope[k] = advantage[k] * exponential.exp;
+    minus_loss[k] = rule.loss_is_ratio() ? minus_slope[k] : minus_slope[k] * log_prob[k];
     totals.kl -= x;
     totals.kl_k3 += exponential.gap;
-    totals.loss += loss[k];
-    size += magnitude(slope[k]);
-    if (!rule.loss_is_ratio()) size_of_losses += magnitude(loss[k]);
+    totals.loss -= minus_loss[k];
+    size += magnitude(minus_slope[k]);
+    if (!rule.loss_is_ratio()) size_of_losses += magnitude(minus_loss[k]);
     totals.entropy -= old_log_prob[k];
     totals.log_ratio_min = minimum(totals.log_ratio_min, is_counted ? x : infinity(1.0f));
     totals.log_ratio_max = maximum(totals.log_ratio_max, is_counted ? x : -infinity(1.0f));
@@ -103,7 +96,7 @@ BAND_FUNCTION void near_outcomes(const Rule& rule, unsigned is_valid, const floa
   }
   if (ALL_COUNT) totals.counts += WIDTH * packed_one(VALID);
   totals.gradient_unclipped += size;
-  totals.count_nonfinite(rule.loss_is_ratio() ? size : size_of_losses, loss);
+  totals.count_nonfinite(rule.loss_is_ratio() ? size : size_of_losses, minus_loss);
 }
 
 // Tokens whose log-ratios need no clamp and whose log-probs are ordinary, under min-clip. The operations on a token are
@@ -111,8 +104,8 @@ BAND_FUNCTION void near_outcomes(const Rule& rule, unsigned is_valid, const floa
 template <bool ALL_COUNT, class Rule, class Bounds>
 BAND_FUNCTION void ordinary_outcomes(const Rule& rule, const Bounds& bounds, Index first, unsigned is_valid,
                                      const float (&old_log_prob)[WIDTH], const float (&log_ratio)[WIDTH],
-                                     const float (&advantage)[WIDTH], float (&loss)[WIDTH], float (&slope)[WIDTH],
-                                     Totals<float>& totals) {
+                                     const Range<float>& log_ratios, const float (&advantage)[WIDTH],
+                                     float (&minus_loss)[WIDTH], float (&minus_slope)[WIDTH], Totals<float>& totals) {
   bool by_lower[WIDTH];
   float bound[WIDTH];
 #pragma unroll
@@ -121,36 +114,51 @@ BAND_FUNCTION void ordinary_outcomes(const Rule& rule, const Bounds& bounds, Ind
   float size = 0.0f;
 #pragma unroll
   for (int k = 0; k < WIDTH; ++k) {
-    const float x = log_ratio[k], minus_advantage = 0.0f - advantage[k];
+    const float x = log_ratio[k];
     const Exponentials<float> exponential = exponentials(x);
-    const bool is_counted = ALL_COUNT || (is_valid & 0xffu << 8 * k) != 0u;
     const bool clipped_low = by_lower[k] && (Bounds::LOWER_IS_RATIO ? exponential.exp : x) < bound[k];
     const bool clipped_high = advantage[k] > 0.0f && bound[k] < x;
     // A bound that a log-ratio is beyond needs no clamp either.
     float kept = clipped_low && Bounds::LOWER_IS_RATIO ? bound[k] : exponential.exp;
     if (clipped_high || (clipped_low && !Bounds::LOWER_IS_RATIO)) kept = exponentials(bound[k]).exp;
-    const bool limited = by_lower[k] && rule.log_first <= x;
-    if (limited) kept = rule.first;
-    const bool removed = clipped_low || clipped_high || limited;
-    const float unclipped = minus_advantage * exponential.exp;
-    loss[k] = minus_advantage * kept;
-    slope[k] = removed ? 0.0f : unclipped;
+    const float unclipped = advantage[k] * exponential.exp;
+    minus_loss[k] = advantage[k] * kept;
+    minus_slope[k] = clipped_low || clipped_high ? -0.0f : unclipped;
     totals.kl -= x;
     totals.kl_k3 += exponential.gap;
     totals.entropy -= old_log_prob[k];
-    totals.loss += loss[k];
     size += magnitude(unclipped);
-    if (removed) totals.gradient_removed += magnitude(unclipped);
-    totals.log_ratio_min = minimum(totals.log_ratio_min, is_counted ? x : infinity(1.0f));
-    totals.log_ratio_max = maximum(totals.log_ratio_max, is_counted ? x : -infinity(1.0f));
-    if (!ALL_COUNT && is_counted) totals.counts += packed_one(VALID);
+    if (clipped_low || clipped_high) totals.gradient_removed += magnitude(unclipped);
     if (clipped_low) totals.counts += packed_one(CLIPPED_LOW);
     if (clipped_high) totals.counts += packed_one(CLIPPED_HIGH);
-    if (limited) totals.counts += packed_one(LIMITED);
+    if (!ALL_COUNT) {
+      const bool is_counted = (is_valid & 0xffu << 8 * k) != 0u;
+      totals.log_ratio_min = minimum(totals.log_ratio_min, is_counted ? x : infinity(1.0f));
+      totals.log_ratio_max = maximum(totals.log_ratio_max, is_counted ? x : -infinity(1.0f));
+      if (is_counted) totals.counts += packed_one(VALID);
+    }
   }
-  if (ALL_COUNT) totals.counts += WIDTH * packed_one(VALID);
+  if (rule.log_first <= static_cast<float>(LOG_RATIO_LIMIT)) {
+#pragma unroll
+    for (int k = 0; k < WIDTH; ++k) {
+      // No bound clips it, because its ratio is above 1.
+      if (by_lower[k] && rule.log_first <= log_ratio[k]) {
+        totals.gradient_removed += magnitude(minus_slope[k]);
+        totals.counts += packed_one(LIMITED);
+        minus_loss[k] = advantage[k] * rule.first;
+        minus_slope[k] = -0.0f;
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < WIDTH; ++k) totals.loss -= minus_loss[k];
+  if (ALL_COUNT) {
+    totals.log_ratio_min = minimum(totals.log_ratio_min, log_ratios.min);
+    totals.log_ratio_max = maximum(totals.log_ratio_max, log_ratios.max);
+    totals.counts += WIDTH * packed_one(VALID);
+  }
   totals.gradient_unclipped += size;
-  totals.count_nonfinite(size, loss);  // no loss is larger than its unclipped one and its advantage
+  totals.count_nonfinite(size, minus_loss);  // no loss is larger than its unclipped one and its advantage
 }
 
 struct Add {
@@ -185,12 +193,24 @@ BAND_FUNCTION T reduced_warp(T value, Combine combine) {
 }
 
 // Values of all threads, in memory that the block shares. Of float64, two threads share a place, so that a table of the
-// max size fits beside.
+// max size fits beside. Counts by probability are only here, because they would take registers of every loss.
 template <class T>
 struct Held {
   static const int SHARERS = sizeof(T) == 8 ? 2 : 1;
   T values[SUMS][THREADS / SHARERS];
   unsigned counts[1 + BINNED_COUNTS][THREADS];
+
+  BAND_FUNCTION void clear_bins() {
+#pragma unroll
+    for (int k = 1; k <= BINNED_COUNTS; ++k) counts[k][threadIdx.x] = 0u;
+  }
+
+  BAND_FUNCTION void add_to_bins(const Outcome<T>& token, T old_log_prob) {
+    const unsigned one = packed_one(probability_bin(old_log_prob));
+    counts[1 + BINNED_VALID][threadIdx.x] += one;
+    if (token.clipped_low) counts[1 + BINNED_CLIPPED_LOW][threadIdx.x] += one;
+    if (token.clipped_high) counts[1 + BINNED_CLIPPED_HIGH][threadIdx.x] += one;
+  }
 };
 
 // Combines the values of a row of Held in a warp, in double precision; the first lane has the result.
@@ -224,9 +244,8 @@ BAND_FUNCTION void store_counts(const unsigned (&row)[THREADS], int lane, int fi
 
 // Writes the totals of a block to one column of sums and counts. Every thread of the block takes part.
 template <class T>
-BAND_FUNCTION void store_totals(const Totals<T>& totals, bool by_probability, Index column, Index columns,
-                                double* sums, int* counts) {
-  __shared__ Held<T> held;
+BAND_FUNCTION void store_totals(const Totals<T>& totals, Held<T>& held, bool by_probability, Index column,
+                                Index columns, double* sums, int* counts) {
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   T of_thread[SUMS] = {totals.kl, totals.kl_k3, totals.entropy, totals.gradient_unclipped, totals.gradient_removed,
                        totals.log_ratio_min, totals.log_ratio_max, totals.loss};
@@ -243,11 +262,6 @@ BAND_FUNCTION void store_totals(const Totals<T>& totals, bool by_probability, In
     }
   }
   held.counts[0][thread] = totals.counts;
-  if (by_probability) {
-    held.counts[1 + BINNED_VALID][thread] = totals.valid_by_bin;
-    held.counts[1 + BINNED_CLIPPED_LOW][thread] = totals.clipped_low_by_bin;
-    held.counts[1 + BINNED_CLIPPED_HIGH][thread] = totals.clipped_high_by_bin;
-  }
   __syncthreads();
   const double result = warp == LOG_RATIO_MIN   ? combined(held.values[warp], lane, Minimum())
                         : warp == LOG_RATIO_MAX ? combined(held.values[warp], lane, Maximum())

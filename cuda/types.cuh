@@ -73,14 +73,15 @@ BAND_FUNCTION bool is_nan(T value) {
 }
 
 // Otherwise a compiler may compute a value again at each use.
-template <class T>
-BAND_FUNCTION void keep_in_register(T& value) {
 #ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(value));
+BAND_FUNCTION void keep_in_register(unsigned& value) { asm volatile("" : "+r"(value)); }
+BAND_FUNCTION void keep_in_register(int& value) { asm volatile("" : "+r"(value)); }
+BAND_FUNCTION void keep_in_register(float& value) { asm volatile("" : "+f"(value)); }
+BAND_FUNCTION void keep_in_register(double& value) { asm volatile("" : "+d"(value)); }
 #else
-  (void)value;
+template <class T>
+BAND_FUNCTION void keep_in_register(T&) {}
 #endif
-}
 
 struct Half {
   unsigned short bits;
