@@ -174,7 +174,7 @@ def demo(parsed: argparse.Namespace) -> int:
     """Runs the demo."""
     from bandpo.demo import print_report, run
 
-    chosen = {name: getattr(parsed, name) for name in ("seeds", "batches")}
+    chosen = {name: getattr(parsed, name) for name in ("seeds", "batches", "noise")}
     picture = Path(parsed.output)
     result = run(
         picture,

@@ -248,18 +248,26 @@ def _add_presets(to: _Commands) -> None:
 
 
 def _add_demo(to: _Commands) -> None:
-    parser = to.add_parser("demo", help="train a small policy under several clip rules")
+    parser = to.add_parser(
+        "demo",
+        help="train a small policy under several clip rules",
+        description="Trains a small policy under two KL bands, a fixed clip and no clipping, with"
+        " clean and with noisy rewards.",
+    )
     parser.add_argument(
         "-o", "--output", type=_path, default="bandpo-demo.png", help="picture (%(default)s)"
     )
-    parser.add_argument("--seeds", type=int, help="runs for each rule")
+    parser.add_argument(
+        "--seeds", type=int, help="runs for each rule, with clean and with noisy rewards"
+    )
     parser.add_argument("--batches", type=int, help="rollout batches a run")
+    parser.add_argument("--noise", type=_number, help="share of rewards that are flipped (0.05)")
     _add_json(parser, commands.demo)
     parser.notes = (
         "Tokens of one run are recorded into a folder beside the picture (bandpo-demo-tokens), and"
         " the last line is the command that replays them.",
     )
-    parser.examples = ("bandpo demo", "bandpo demo --seeds 1 --batches 20 --json")
+    parser.examples = ("bandpo demo", "bandpo demo --seeds 1 --noise 0.1 --json")
 
 
 def _add_doctor(to: _Commands) -> None:

@@ -2,8 +2,8 @@
 
 A transformer of 0.12 M parameters is fitted to a made-up corpus in which the right answer to every
 prompt is rare, then trained by GRPO on a verifiable reward, with several optimiser steps on each
-rollout batch so that clipping acts. The same seeds are run under a fixed clip, the KL band with the
-published cap, and two baselines: no clipping, and the constant interval [0.1, 10].
+rollout batch so that clipping acts. The same seeds are run under the KL band at two radii, a fixed
+clip and no clipping, once with clean rewards and once with some of them flipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from bandpo.demo.progress import Progress, bars
 from bandpo.demo.report import conclusion, print_report
 from bandpo.demo.result import Result, Run
-from bandpo.demo.rule import band_table, regions
+from bandpo.demo.rule import FIXED_SPEC, regions
 from bandpo.demo.settings import Settings
 from bandpo.error import MissingExtraError
 from bandpo.record import Recorder
@@ -42,7 +42,7 @@ def run(
         output: The picture to write, .png, .svg or .pdf; None for none. That it can be written is
             checked before any training.
         tokens: The folder that a `bandpo.record.Recorder` writes tokens of the fixed clip into, on
-            the first seed; None for none. Those of an earlier demo are replaced.
+            the first seed with clean rewards; None for none. Those of an earlier demo are replaced.
         quiet: True leaves out the progress bars on stderr.
         progress: Called with a stage, its steps done and its steps in all; replaces the bars.
         **settings: Any field of `Settings`.
@@ -55,7 +55,7 @@ def run(
             left.
     """
     chosen = Settings(**settings)
-    table = band_table(chosen.delta)
+    rules = regions(chosen.delta)
     try:
         if output is not None:
             from bandpo import plot
@@ -73,13 +73,13 @@ def run(
         recorder or nullcontext() as record,
         bars(quiet=quiet) if progress is None else nullcontext(progress) as report,
     ):
-        result = experiment.run_all(chosen, table, report, record)
+        result = experiment.run_all(chosen, rules, report, record)
     result = replace(result, conclusion=conclusion(result))
     if tokens is not None:
         result = replace(result, tokens=os.fspath(tokens))
     if output is not None:
         result = replace(result, picture=os.fspath(output))
-        plot.save(demo_figure(result, regions(table)), output)
+        plot.save(demo_figure(result, rules), output)
     return result
 
 
@@ -94,7 +94,7 @@ def _recorder(folder: str | os.PathLike[str], settings: Settings) -> Recorder:
         tokens_per_step=max(4096, settings.prompts_per_batch * settings.group),
         temperature=1.0,
         old_policy="trainer",
-        rule={"region": "clip@0.2,0.28", "surrogate": "min-clip"},
+        rule={"region": FIXED_SPEC, "surrogate": "min-clip"},
         rank=0,
         world_size=1,
     )

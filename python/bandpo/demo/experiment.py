@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 
 import torch
 
-from bandpo import BandTable
+from bandpo import Region
 from bandpo.demo.grpo import train
 from bandpo.demo.policy import Policy, pretrain
 from bandpo.demo.progress import Progress
 from bandpo.demo.result import Result, Run
-from bandpo.demo.rule import FIXED, regions
+from bandpo.demo.rule import FIXED
 from bandpo.demo.settings import Settings
 from bandpo.demo.task import Task, make_task
 from bandpo.record import Recorder
 
 
 def run_all(
-    settings: Settings, table: BandTable, progress: Progress, record: Recorder | None = None
+    settings: Settings,
+    rules: Mapping[str, Region],
+    progress: Progress,
+    record: Recorder | None = None,
 ) -> Result:
-    """Pre-trains a policy for every seed, then trains a copy of it under every rule.
+    """Pre-trains a policy for every seed, then trains a copy of it for every noise and rule.
 
-    The recorder gets the tokens of the fixed clip on the first seed.
+    The recorder gets the tokens of the fixed clip on the first seed, with clean rewards.
     """
-    rules = regions(table)
+    noises = (0.0, settings.noise)
     totals = {
         "pre-training": settings.seeds * settings.pretrain_steps,
-        **dict.fromkeys(rules, settings.seeds * settings.batches),
+        **dict.fromkeys(rules, settings.seeds * len(noises) * settings.batches),
     }
     done = Counter[str]()
 
@@ -52,23 +56,22 @@ def run_all(
                 task, seed=seed, steps=settings.pretrain_steps, on_step=step_of("pre-training")
             )
             base_probability.append(_right_probability(policy, task))
-            for rule, region in rules.items():
+            for noise, (rule, region) in product(noises, rules.items()):
                 run = train(
                     policy,
                     task,
                     rule,
                     region,
                     seed=seed,
+                    noise=noise,
                     settings=settings,
-                    record=record if (seed, rule) == (0, FIXED) else None,
+                    record=record if (seed, noise, rule) == (0, 0.0, FIXED) else None,
                     on_batch=step_of(rule),
                 )
                 runs.append(run)
 
     return Result(
         settings=settings,
-        table_nbytes=table.nbytes,
-        table_max_error=table.max_error,
         base_probability=tuple(base_probability),
         runs=tuple(runs),
     )

@@ -25,6 +25,7 @@ def train(
     region: Region,
     *,
     seed: int,
+    noise: float,
     settings: Settings,
     record: Recorder | None = None,
     on_batch: Callable[[], object],
@@ -33,19 +34,20 @@ def train(
 
     A batch samples `settings.group` answers to each of `settings.prompts_per_batch` prompts, then
     takes `settings.inner_steps` optimiser steps on all of them: the first is on-policy, and a clip
-    rule acts on the later ones. An answer is one token, so every tensor is [tokens, 1].
+    rule acts on the later ones. An answer is one token, so every tensor is [tokens, 1]. Runs of one
+    seed have the same random numbers, also for the flips, whatever their rule and ``noise``.
     """
     policy = copy.deepcopy(pretrained)
     optimizer = torch.optim.Adam(policy.parameters(), settings.learning_rate, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    rewards, entropies = [], []
+    expected_rewards, entropies = [], []
     counts = torch.zeros(4, len(BIN_NAMES), dtype=torch.int64)
 
     def evaluate() -> torch.Tensor:
         with torch.no_grad():
             log_probs: torch.Tensor = policy(task.prompts)
         probs = log_probs.exp()
-        rewards.append(probs.gather(1, task.right[:, None]).mean().item())
+        expected_rewards.append(probs.gather(1, task.right[:, None]).mean().item())
         entropies.append(-(probs * log_probs).sum(-1).mean().item())
         return log_probs
 
@@ -58,7 +60,9 @@ def train(
             log_probs[chosen].exp(), settings.group, replacement=True, generator=generator
         )
         old_log_prob = log_probs[chosen].gather(1, answers).reshape(-1, 1)
-        advantages = group_advantages(reward(answers, task.right[chosen])).reshape(-1, 1)
+        uniform = torch.rand(answers.shape, generator=generator)
+        rewards = flipped(reward(answers, task.right[chosen]), uniform, noise)
+        advantages = group_advantages(rewards).reshape(-1, 1)
         response_mask = torch.ones_like(advantages, dtype=torch.bool)
 
         for _ in range(settings.inner_steps):
@@ -79,7 +83,19 @@ def train(
         on_batch()
 
     positive, up, negative, down = (tuple(row) for row in counts.tolist())
-    return Run(rule, seed, tuple(rewards), tuple(entropies), positive, up, negative, down)
+    curves = tuple(expected_rewards), tuple(entropies)
+    return Run(rule, seed, noise, *curves, positive, up, negative, down)
+
+
+def flipped(rewards: torch.Tensor, uniform: torch.Tensor, noise: float) -> torch.Tensor:
+    """Returns 1 - reward where a uniform number is below the noise, otherwise the reward.
+
+    Args:
+        rewards: 0 or 1, float32 [prompts, group].
+        uniform: Numbers in [0, 1), in the same shape.
+        noise: Probability of a flip.
+    """
+    return torch.where(uniform < noise, 1.0 - rewards, rewards)
 
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""The report: a conclusion that is computed from the runs, and two tables."""
+"""The report: a conclusion that is computed from the runs, and three tables."""
 
 from __future__ import annotations
 
-import math
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,14 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from bandpo.demo.result import BIN_NAMES, Result
-from bandpo.demo.rule import BAND, CAP, FIXED
+from bandpo.demo.rule import CAP, FIXED, NO_CLIP, PAPER_DELTA, band_name
 
 
 def print_report(result: Result, console: Console | None = None) -> None:
-    """Prints the conclusion, the two tables and the settings, to stdout by default."""
+    """Prints the conclusion, the three tables and the settings, to stdout by default."""
     console = Console() if console is None else console
     console.print(result.conclusion, highlight=False)
-    for table in (_outcome_table(result), _clip_table(result)):
+    outcomes = [_outcome_table(result, noise) for noise in result.noises]
+    for table in (*outcomes, _clip_table(result)):
         console.print()
         unbounded = console.options.update(max_width=10_000)
         if console.measure(table, options=unbounded).maximum <= console.width:
@@ -29,33 +29,35 @@ def print_report(result: Result, console: Console | None = None) -> None:
             _print_rows(table, console)
     settings = result.settings
     console.print(
-        f"\nBand: KL, delta {settings.delta:g}, upper bound capped at {CAP:g}, from a table of "
-        f"{result.table_nbytes} bytes (largest error found {max(result.table_max_error):.1g}); "
-        "no dual clip.\n"
+        f"\nBands: radius {settings.delta}, and {PAPER_DELTA} as published; no ratio above "
+        f"{CAP:g}.\n"
+        f"Noisy rewards: each is flipped with probability {settings.noise}, in training alone.\n"
         f"Task: {settings.prompts} prompts, each with one right answer of its own, of probability "
         f"{statistics.median(result.base_probability):.2g} after pre-training (median).\n"
         f"GRPO: {settings.batches} batches of {settings.prompts_per_batch} prompts with "
         f"{settings.group} answers each, {settings.inner_steps} steps on a batch, "
         f"Adam at {settings.learning_rate:g}.\n"
-        f"Seeds: {settings.seeds}; each has a task and a pre-trained policy of its own, from which "
-        "all rules start.",
+        f"Seeds: {settings.seeds}; each has a task, a pre-trained policy and random numbers of its "
+        "own, which all rules share.",
         highlight=False,
     )
     if result.picture is not None:
         console.print(f"Picture: {result.picture}", highlight=False, markup=False, soft_wrap=True)
     if result.tokens is not None:
         console.print(
-            f"Tokens of the {FIXED}, seed 0: {result.tokens}\n\nOther rules on these tokens:\n  "
-            f"{replay_command(result.tokens)}",
+            f"Tokens of {FIXED}, clean rewards, seed 0: {result.tokens}\n\n"
+            f"Other rules on these tokens:\n  {replay_command(result.tokens, settings.delta)}",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
 
 
-def replay_command(tokens: str) -> str:
-    """Returns the command that replays the tokens of a demo."""
-    words = ["bandpo", "replay", tokens, "--rule", "dapo", "--rule", "bandpo-kl"]
+def replay_command(tokens: str, delta: float) -> str:
+    """Returns the command that replays the tokens of a demo, with its first band."""
+    words = ["bandpo", "replay", tokens]
+    for rule in ("dapo", "bandpo-kl", f"(kl@{delta}).cap({CAP:g})"):
+        words += ["--rule", rule]
     page = f"{tokens.removesuffix('-tokens')}.html"
     return shlex.join([*words, "--match", "clip-fraction", "--html", page])
 
@@ -77,141 +79,105 @@ def _print_rows(table: Table, console: Console) -> None:
 
 
 def conclusion(result: Result) -> str:
-    """Returns the comparison of the band with every other rule.
+    """Returns the comparison of the first band with every other rule, in paragraphs.
 
-    A seed gives all rules the same start, so they are compared seed by seed: one is called faster
-    or slower, higher or lower, only if it is so on every seed.
+    A seed gives all rules the same start, so they are compared seed by seed: a number is called
+    higher or lower only if it is so on every seed.
     """
-    return " ".join(_sentences(result))
+    band = band_name(result.settings.delta)
+    paragraphs = [headline(result)]
+    for noise in result.noises:
+        final, mean, entropy = (
+            _against_others(result, band, noise, measure) for measure in _MEASURES
+        )
+        paragraphs.append(
+            f"With {rewards_text(noise)}, the final reward of {band} {final}. "
+            f"Its mean reward over all batches {mean}. Its final entropy {entropy}."
+        )
+    seeds = result.settings.seeds
+    few = f"So few seeds ({seeds}) do not show how far they spread. " if seeds < 3 else ""
+    paragraphs.append(
+        f"{few}The study in docs/evidence.md has 8 seeds, and more tasks, rules and rates of noise."
+    )
+    return "\n".join(paragraphs)
 
 
 def headline(result: Result) -> str:
-    """Returns the first sentence of the conclusion."""
-    return _sentences(result)[0]
-
-
-def _sentences(result: Result) -> list[str]:
-    seeds, limit = result.settings.seeds, result.settings.batches
-    sentences = []
-
-    speed = [_compare(result, rule, _batches_to_half) for rule in result.rules]
-    if all(math.isinf(standing.median) for standing in speed):
-        sentences.append(
-            f"No rule reached half reward within {limit} batches on more than half of the seeds."
+    """Returns the first paragraph: the lowest and the highest final reward with each noise."""
+    parts = []
+    for noise in result.noises:
+        medians = {
+            rule: statistics.median(_final_rewards(result, rule, noise)) for rule in result.rules
+        }
+        low, high = (best(medians, key=lambda rule: medians[rule]) for best in (min, max))
+        parts.append(
+            f"with {rewards_text(noise)} {medians[low]:.2f} ({low}) to {medians[high]:.2f} ({high})"
         )
-    else:
-        first = min(standing.median for standing in speed)
-        winners = [standing.rule for standing in speed if standing.median == first]
-        sentences.append(
-            f"Half reward came first under {_listed(winners)} (median {first:g} batches)."
-        )
-    if any(run.batches_to_half is not None for run in result.runs):
-        text = _batches_text(limit)
-        sentences.append(_against_others(f"The {BAND}", speed, text, "faster", "slower"))
-        sentences.append(_verdict(speed))
+    return f"Final reward {'; '.join(parts)}."
 
-    reward = [_compare(result, rule, _missed_reward) for rule in result.rules]
-    text = _reward_text([standing.median for standing in reward])
-    sentences.append(_against_others(f"The {BAND}'s final reward", reward, text, "higher", "lower"))
-    if seeds < 3:
-        sentences.append(f"So few seeds ({seeds}) do not show how far they spread.")
-    return sentences
+
+def rewards_text(noise: float) -> str:
+    """Returns the words for rewards that are flipped with that probability."""
+    return f"{100.0 * noise:g} % of rewards flipped" if noise else "clean rewards"
+
+
+def _final_rewards(result: Result, rule: str, noise: float) -> list[float]:
+    return [run.reward[-1] for run in result.of(rule, noise)]
+
+
+def _mean_rewards(result: Result, rule: str, noise: float) -> list[float]:
+    return [run.mean_reward for run in result.of(rule, noise)]
+
+
+def _final_entropies(result: Result, rule: str, noise: float) -> list[float]:
+    return [run.entropy[-1] for run in result.of(rule, noise)]
 
 
 @dataclass(frozen=True)
-class _Standing:
-    """A rule's median, and on how many seeds the band did better (wins) or worse (losses)."""
+class _Measure:
+    """A number of a run: its heading and digits in the table, and its values by seed."""
 
-    rule: str
-    median: float
-    wins: int
-    losses: int
-    seeds: int
-
-    @property
-    def beaten(self) -> bool:
-        return self.wins == self.seeds
-
-    @property
-    def ahead(self) -> bool:
-        return self.losses == self.seeds
+    heading: str
+    digits: int
+    values: Callable[[Result, str, float], list[float]]
 
 
-def _compare(
-    result: Result, rule: str, cost: Callable[[Result, str], Sequence[float]]
-) -> _Standing:
-    ours, theirs = cost(result, BAND), cost(result, rule)
-    return _Standing(
-        rule=rule,
-        median=statistics.median(theirs),
-        wins=sum(our < their for our, their in zip(ours, theirs, strict=True)),
-        losses=sum(our > their for our, their in zip(ours, theirs, strict=True)),
-        seeds=len(theirs),
-    )
+_MEASURES = (
+    _Measure("final reward", 3, _final_rewards),
+    _Measure("mean reward\nover all batches", 3, _mean_rewards),
+    _Measure("final entropy\nin nats", 2, _final_entropies),
+)
 
 
-def _against_others(
-    subject: str,
-    standings: Sequence[_Standing],
-    text: Callable[[float], str],
-    better: str,
-    worse: str,
-) -> str:
-    band = next(standing for standing in standings if standing.rule == BAND)
-    others = [standing for standing in standings if standing.rule != BAND]
-    clauses = []
-    for word, group in (
-        (better, [standing for standing in others if standing.beaten]),
-        (worse, [standing for standing in others if standing.ahead]),
-    ):
-        if group:
-            rules = _listed([f"{standing.rule} ({text(standing.median)})" for standing in group])
-            clauses.append(f"{word} than {rules} on every seed")
-    level = [
-        f"{standing.rule} ({text(standing.median)}; {better} on {standing.wins} of "
-        f"{standing.seeds}, {worse} on {standing.losses})"
-        for standing in others
-        if not (standing.beaten or standing.ahead)
+def _against_others(result: Result, band: str, noise: float, measure: _Measure) -> str:
+    """The predicate of a sentence, which names each other rule once, with its median."""
+    values = {rule: measure.values(result, rule, noise) for rule in result.rules}
+    medians = {rule: statistics.median(of_rule) for rule, of_rule in values.items()}
+    digits = _digits(list(medians.values()))
+    clauses: dict[str, list[str]] = {"higher": [], "lower": [], "level": []}
+    for rule in result.rules:
+        if rule == band:
+            continue
+        differences = [
+            ours - theirs for ours, theirs in zip(values[band], values[rule], strict=True)
+        ]
+        higher, lower = (sum(sign * each > 0.0 for each in differences) for sign in (1, -1))
+        seeds = len(differences)
+        median = f"{medians[rule]:.{digits}f}"
+        if seeds in (higher, lower):
+            clauses["higher" if higher else "lower"].append(f"{rule} ({median})")
+        else:
+            clauses["level"].append(
+                f"{rule} ({median}; higher on {higher} of {seeds}, lower on {lower})"
+            )
+    parts = [
+        f"{word} than {_listed(clauses[word])} on every seed"
+        for word in ("higher", "lower")
+        if clauses[word]
     ]
-    if level:
-        clauses.append(f"within the seed spread of {_listed(level)}")
-    return f"{subject} ({text(band.median)}) was {'; '.join(clauses)}."
-
-
-def _verdict(speed: Sequence[_Standing]) -> str:
-    beaten = [standing.rule for standing in speed if standing.beaten]
-    unbeaten = [
-        standing.rule for standing in speed if not standing.beaten and standing.rule != BAND
-    ]
-    if not beaten:
-        return "So in speed it beat none of them."
-    if not unbeaten:
-        return "So in speed it beat the fixed clip and both baselines."
-    if beaten == [FIXED]:
-        return (
-            "So in speed it beat the fixed clip but neither baseline, which is no evidence for the "
-            "band over a looser rule without one."
-        )
-    return f"So in speed it beat {_listed(beaten)} but not {_listed(unbeaten)}."
-
-
-def _batches_to_half(result: Result, rule: str) -> list[float]:
-    counts = [run.batches_to_half for run in result.of_rule(rule)]
-    return [math.inf if count is None else count for count in counts]
-
-
-def _missed_reward(result: Result, rule: str) -> list[float]:
-    return [1.0 - run.reward[-1] for run in result.of_rule(rule)]
-
-
-def _batches_text(limit: int) -> Callable[[float], str]:
-    return lambda batches: f"more than {limit}" if math.isinf(batches) else f"{batches:g}"
-
-
-def _reward_text(missed: Sequence[float]) -> Callable[[float], str]:
-    """Rewards with two digits, or with as many as show which of these differ."""
-    digits = _digits([1.0 - value for value in missed])
-    return lambda value: f"{1.0 - value:.{digits}f}"
+    if clauses["level"]:
+        parts.append(f"within the seed spread of {_listed(clauses['level'])}")
+    return f"({medians[band]:.{digits}f}) was {'; '.join(parts)}"
 
 
 def _digits(values: Sequence[float]) -> int:
@@ -227,35 +193,23 @@ def _listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _outcome_table(result: Result) -> Table:
+def _outcome_table(result: Result, noise: float) -> Table:
+    title = rewards_text(noise)
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title="Median over seeds (min..max)",
-        caption="Reward and entropy are exact means over all prompts, not sampled.",
+        collapse_padding=True,
+        title=f"{title[0].upper()}{title[1:]}: median over seeds (min..max)",
+        caption="Reward and entropy are exact means over all prompts, never flipped.",
     )
     table.add_column("clip rule", no_wrap=True)
-    for heading in ("batches to\nhalf reward", "final reward", "final entropy\nin nats"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    limit = result.settings.batches
-    reward, entropy = (
-        {rule: [getattr(run, name)[-1] for run in result.of_rule(rule)] for rule in result.rules}
-        for name in ("reward", "entropy")
-    )
-    reward_digits, entropy_digits = (
-        _digits([statistics.median(values) for values in of_rule.values()])
-        for of_rule in (reward, entropy)
-    )
-    for rule in result.rules:
-        table.add_row(
-            rule,
-            _spread(
-                _batches_to_half(result, rule),
-                lambda batches: f">{limit}" if math.isinf(batches) else f"{batches:g}",
-            ),
-            _spread(reward[rule], f"{{:.{reward_digits}f}}".format),
-            _spread(entropy[rule], f"{{:.{entropy_digits}f}}".format),
-        )
+    columns = []
+    for measure in _MEASURES:
+        table.add_column(measure.heading, justify="right", no_wrap=True)
+        values = [measure.values(result, rule, noise) for rule in result.rules]
+        columns.append([_spread(of_rule, f"{{:.{measure.digits}f}}".format) for of_rule in values])
+    for row in zip(result.rules, *columns, strict=True):
+        table.add_row(*row)
     return table
 
 
@@ -270,17 +224,20 @@ def _clip_table(result: Result) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title="Clip fraction in the last inner step, by old probability p of the token",
+        title=f"{100.0 * result.settings.noise:g} % of rewards flipped: clip fraction, by old "
+        "probability",
         caption="up: share of the tokens with A > 0 that were above the upper bound\n"
         "down: share of those with A < 0 that were below the lower bound\n"
-        "-: no such token",
+        "-: no such token; all in the last inner step of a batch",
     )
     table.add_column("clip rule", no_wrap=True)
     table.add_column("side", no_wrap=True)
     for name in BIN_NAMES:
         table.add_column(name.replace("-", "-\n"), justify="right", no_wrap=True)
     for rule in result.rules:
-        up, down = result.clip_fractions(rule)
+        if rule == NO_CLIP:
+            continue
+        up, down = result.clip_fractions(rule, result.settings.noise)
         table.add_row(rule, "up", *map(_fraction, up))
         table.add_row("", "down", *map(_fraction, down))
     return table

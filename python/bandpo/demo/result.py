@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,13 +15,14 @@ BIN_NAMES = ("< 0.001", "0.001-0.01", "0.01-0.1", "0.1-0.5", ">= 0.5")
 
 @dataclass(frozen=True)
 class Run:
-    """One rule on one seed.
+    """One rule on one seed, with clean or noisy rewards.
 
     Attributes:
         rule: Name of the clip rule.
         seed: The seed.
-        reward: Expected reward over all prompts, exact and not sampled, before the first batch and
-            after each one.
+        noise: Probability that a reward was flipped in training, 0 for clean rewards.
+        reward: Expected reward over all prompts, never flipped, exact and not sampled, before the
+            first batch and after each one.
         entropy: Mean entropy of the answers over all prompts, in nats, at the same times.
         positive_tokens: Tokens with A > 0 by bin of their old probability, over all batches.
         clipped_up: Those of them whose ratio was above the upper bound in the last inner step.
@@ -30,6 +32,7 @@ class Run:
 
     rule: str
     seed: int
+    noise: float
     reward: tuple[float, ...]
     entropy: tuple[float, ...]
     positive_tokens: tuple[int, ...]
@@ -38,9 +41,9 @@ class Run:
     clipped_down: tuple[int, ...]
 
     @property
-    def batches_to_half(self) -> int | None:
-        """Batches until the expected reward is 1/2 for the first time, None if it never is."""
-        return next((batch for batch, reward in enumerate(self.reward) if reward >= 0.5), None)
+    def mean_reward(self) -> float:
+        """Mean of ``reward`` over its times, the area under its curve."""
+        return math.fsum(self.reward) / len(self.reward)
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,14 @@ class Result:
 
     Attributes:
         settings: Those of the run.
-        table_nbytes: Size of the band's table in bytes.
-        table_max_error: Its max error found, in log_upper and in lower.
         base_probability: Median probability of the right answer after pre-training, for each seed.
-        runs: One for each rule and seed.
+        runs: One for each seed, noise and rule.
         conclusion: The comparison of the rules, in words.
         picture: Path of the picture, None for none.
         tokens: Path of the recorded tokens, None for none.
     """
 
     settings: Settings
-    table_nbytes: int
-    table_max_error: tuple[float, float]
     base_probability: tuple[float, ...]
     runs: tuple[Run, ...]
     conclusion: str = ""
@@ -72,17 +71,24 @@ class Result:
         """Names of the rules, in the order in which they were run."""
         return tuple(dict.fromkeys(run.rule for run in self.runs))
 
-    def of_rule(self, rule: str) -> list[Run]:
-        """The runs of one rule, in the order of the seeds."""
-        return [run for run in self.runs if run.rule == rule]
+    @property
+    def noises(self) -> tuple[float, float]:
+        """Probabilities of a flipped reward: 0, and that of the settings."""
+        return 0.0, self.settings.noise
 
-    def clip_fractions(self, rule: str) -> tuple[list[float | None], list[float | None]]:
+    def of(self, rule: str, noise: float) -> list[Run]:
+        """The runs of one rule with one noise, in the order of the seeds."""
+        return [run for run in self.runs if (run.rule, run.noise) == (rule, noise)]
+
+    def clip_fractions(
+        self, rule: str, noise: float
+    ) -> tuple[list[float | None], list[float | None]]:
         """Clip fraction up and down by bin, over all seeds; None where a bin has no such token.
 
         Up is the share of the tokens with A > 0 whose ratio was above the upper bound in the last
         inner step, down the share of those with A < 0 whose ratio was below the lower bound.
         """
-        runs = self.of_rule(rule)
+        runs = self.of(rule, noise)
         return (
             _shares([run.clipped_up for run in runs], [run.positive_tokens for run in runs]),
             _shares([run.clipped_down for run in runs], [run.negative_tokens for run in runs]),
@@ -92,11 +98,14 @@ class Result:
         """Everything as dicts, tuples and numbers that `json.dumps` takes."""
         document = asdict(self)
         for run, written in zip(self.runs, document["runs"], strict=True):
-            written["batches_to_half"] = run.batches_to_half
-        fractions = {rule: self.clip_fractions(rule) for rule in self.rules}
+            written["mean_reward"] = run.mean_reward
         document["probability_bins"] = BIN_NAMES
-        document["clip_fraction_up"] = {rule: up for rule, (up, _) in fractions.items()}
-        document["clip_fraction_down"] = {rule: down for rule, (_, down) in fractions.items()}
+        for word, noise in zip(("clean", "noisy"), self.noises, strict=True):
+            fractions = {rule: self.clip_fractions(rule, noise) for rule in self.rules}
+            document[f"clip_fraction_up_{word}"] = {rule: up for rule, (up, _) in fractions.items()}
+            document[f"clip_fraction_down_{word}"] = {
+                rule: down for rule, (_, down) in fractions.items()
+            }
         return document
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from bandpo.check import positive_number, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 
 # Answers that the policy chooses from. Each prompt has a right one of its own.
@@ -17,7 +18,7 @@ class Settings:
 
     Attributes:
         seeds: How many, counted from 0. Each has a task, a pre-trained policy and a stream of
-            random numbers of its own, which all rules share.
+            random numbers of its own, which all rules share, with clean and with noisy rewards.
         batches: Rollout batches of one training run.
         prompts: Prompts in a task, at most `ANSWERS`.
         prompts_per_batch: How many of them a batch has, drawn without replacement.
@@ -25,22 +26,25 @@ class Settings:
         inner_steps: Optimiser steps on a batch, each on all of its tokens.
         learning_rate: Adam's, constant.
         pretrain_steps: Optimiser steps that fit the policy to the corpus.
-        delta: Radius of the KL band.
+        delta: Radius of the first KL band; the second has `bandpo.demo.rule.PAPER_DELTA`.
+        noise: Probability that a reward is flipped in training, in the runs with noisy rewards;
+            above 0 and below 1/2, where a reward carries nothing.
 
     Raises:
-        InvalidTypeError: If a count is not an int.
+        InvalidTypeError: If a count is not an int, or another setting not a real number.
         InvalidValueError: If a setting is out of range.
     """
 
-    seeds: int = 4
+    seeds: int = 2
     batches: int = 60
     prompts: int = 128
     prompts_per_batch: int = 64
     group: int = 16
     inner_steps: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     pretrain_steps: int = 300
-    delta: float = 0.05
+    delta: float = 0.01
+    noise: float = 0.05
 
     def __post_init__(self) -> None:
         ranges = {
@@ -58,7 +62,7 @@ class Settings:
             if not low <= value <= high:
                 allowed = f"at least {low}" if high == math.inf else f"in {low}..{high}"
                 raise InvalidValueError(f"{field.name} must be {allowed}, got {value}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0.0):
-            raise InvalidValueError(
-                f"learning_rate must be finite and above 0, got {self.learning_rate}"
-            )
+        positive_number("learning_rate", self.learning_rate)
+        positive_number("delta", self.delta)
+        if not 0.0 < real_number("noise", self.noise) < 0.5:
+            raise InvalidValueError(f"noise must be above 0 and below 0.5, got {self.noise}")
