@@ -364,6 +364,13 @@ def test_a_bad_setting_is_refused(setting: dict[str, Any], error: type[Exception
         demo.run(None, **{**SMALL, **setting})
 
 
+def test_the_command_passes_the_noise_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", "--noise", "0.7", "-o", str(tmp_path / "demo.png")]) == 2
+    assert "noise must be above 0 and below 0.5, got 0.7" in capsys.readouterr().err
+
+
 def test_right_answers_are_rare_and_differ_between_prompts() -> None:
     made = task.make_task(128, seed=3)
     assert len(set(made.right.tolist())) == len(set(map(tuple, made.prompts.tolist()))) == 128
