@@ -64,7 +64,7 @@ def losses(cases: int, seed: int = SEED) -> Iterator[Row]:
 
 
 def _name_of(surrogate: Any) -> str:
-    return surrogate if isinstance(surrogate, str) else surrogate.name
+    return surrogate if isinstance(surrogate, str) else str(surrogate.name)
 
 
 def _unclipped_size(given: dict[str, Any]) -> float:
@@ -74,7 +74,8 @@ def _unclipped_size(given: dict[str, Any]) -> float:
     )
     size = advantages.abs() * (new - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     size = size * given.get("rollout_is_weights", mask).double()
-    return float(size[mask.bool()].nan_to_num(0.0).sum()) / mask.numel()
+    total: float = size[mask.bool()].nan_to_num(0.0).sum().item()
+    return total / int(mask.numel())
 
 
 def _batch(rng: np.random.Generator, regions: tuple[Any, ...]) -> tuple[dict[str, Any], Any, Any]:

@@ -71,11 +71,11 @@ class Replicas(torch.nn.Module):
         x = functional.embedding(rows, w["token"].flatten(0, 1)) + w["place"][:, None, :places]
         for layer in range(layers):
             h = _normalised(x, w[f"attention_norm_{layer}"])
-            qkv = _linear(h, w[f"qkv_{layer}"]).unflatten(-1, (3, heads, -1))
+            qkv = _linear(h, w[f"qkv_{layer}"]).reshape(*h.shape[:-1], 3, heads, -1)
             # Sequences and heads on one axis, because a GPU takes 65535 of the first at most.
             q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
             mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            mixed = mixed.unflatten(1, (sequences, heads)).transpose(2, 3).flatten(-2)
+            mixed = mixed.reshape(copies, sequences, heads, places, -1).transpose(2, 3).flatten(-2)
             if layer == layers - 1:  # the places before are read by attention alone
                 x, mixed = (part[:, :, places - length :] for part in (x, mixed))
             x = x + _linear(mixed, w[f"out_{layer}"])

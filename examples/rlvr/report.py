@@ -42,7 +42,7 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._rows: dict[str, list[Row]] = {}
+        self._rows: dict[str, list[dict[str, Any]]] = {}
 
     def of(self, study: str, **where: Any) -> list[Row]:
         """Returns the rows of a study whose columns have the values of ``where``."""
@@ -101,13 +101,13 @@ def _finals(results: Results, study: str, task: str, noise: float, family: str) 
     return results.of(study, task=task, noise=noise, family=family)
 
 
-def _compared(results: Results, study: str, task: str, noise: float, *families: str) -> Pair:
-    first, second = (_finals(results, study, task, noise, family) for family in families)
-    names = (
-        f"{family} `{rows[0]['region']}`"
-        for family, rows in zip(families, (first, second), strict=True)
-    )
-    return Pair(f"{task}, {noise:.0%} flipped", *names, paired(by_seed(first), by_seed(second)))
+def _compared(
+    results: Results, study: str, task: str, noise: float, first: str, second: str
+) -> Pair:
+    runs = [_finals(results, study, task, noise, family) for family in (first, second)]
+    one, other = (f"{rows[0]['family']} `{rows[0]['region']}`" for rows in runs)
+    difference = paired(*(by_seed(rows) for rows in runs))
+    return Pair(f"{task}, {noise:.0%} flipped", one, other, difference)
 
 
 def _settings(results: Results, study: str) -> list[tuple[str, float]]:
@@ -171,16 +171,16 @@ def _divergences(results: Results) -> str:
             pairs.append(Pair(f"rare, {noise:.0%} flipped", f"`{region}`", f"`{kl}`", difference))
     corrected = holm([pair.difference.p_value for pair in pairs])
     significant = sum(p_value <= 0.05 for p_value in corrected)
-    rows = []
+    lines = []
     for family in MATCHED:
         of_family = [pair for pair in pairs if pair.first.startswith(f"`({family}")]
         means = [pair.difference.mean for pair in of_family]
         mean, span = sum(means) / len(means), f"{min(means):+.3f} to {max(means):+.3f}"
-        rows.append([family, f"{len(means)}", f"{mean:+.3f}", span])
-    rows.append(["all", f"{len(pairs)}", f"{significant} with a corrected p of at most 0.05", ""])
+        lines.append([family, f"{len(means)}", f"{mean:+.3f}", span])
+    lines.append(["all", f"{len(pairs)}", f"{significant} with a corrected p of at most 0.05", ""])
     header = ["divergence less kl", "radii and noises", "mean difference", "from and to"]
     tv = [_compared(results, "finals", "rare", noise, "tv", "kl") for noise in noises_of("rare")]
-    return _table(header, rows) + "\n\n" + _pairs(tv)
+    return _table(header, lines) + "\n\n" + _pairs(tv)
 
 
 def _sides(results: Results) -> str:
@@ -306,13 +306,10 @@ def _published(results: Results) -> str:
 
 
 def _areas(results: Results, study: str) -> str:
-    """Mean area of each family's choice, with its rate where that differs."""
+    """Mean area, spec and rate of each family's choice."""
     settings = _settings(results, study)
     families = dict.fromkeys(row["family"] for row in results.of(study) if row["task"] != "null")
-    found = [
-        best(results.of(study, task=task, noise=noise)) if settings else {}
-        for task, noise in settings
-    ]
+    found = [best(results.of(study, task=task, noise=noise)) for task, noise in settings]
     rows = []
     for family in families:
         cells = []

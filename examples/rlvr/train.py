@@ -213,7 +213,7 @@ def train(
     every = torch.arange(count, device=device).expand(len(copies), -1)
     now = {name: value.detach() for name, value in policy.named_parameters()}
     uniform = streams.uniform(count, FINAL_ANSWERS, all_tasks.length)
-    parts = uniform.split(FINAL_PART, 2)
+    parts = torch.split(uniform, FINAL_PART, 2)
     drawn = [_sample(policy, now, all_tasks.prompts, part) for part in parts]
     answers, entropy = (torch.cat([part[place] for part in drawn], 2) for place in (0, 2))
     clean = all_tasks.reward(every, answers)
@@ -261,7 +261,7 @@ class _Step:
         """Records a step, after three that make the tables, the kernels and the state of Adam."""
         parameters = [value.detach().clone() for value in self._policy.parameters()]
         self._recorded = _Batch(*(part.clone() for part in batch))
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -354,7 +354,10 @@ def _sample(
         picked.append(every.gather(-1, drawn)[..., 0])
         entropies.append(-(every.exp() * every).sum(-1))
     answers = tokens[..., -length:].reshape(uniform.shape)
-    return answers, *(torch.stack(part, -1).reshape(uniform.shape) for part in (picked, entropies))
+    log_probs, entropy = (
+        torch.stack(part, -1).reshape(uniform.shape) for part in (picked, entropies)
+    )
+    return answers, log_probs, entropy
 
 
 def _draw(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

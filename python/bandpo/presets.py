@@ -381,8 +381,9 @@ def preset(name: str) -> Preset:
     ``"bandpo-kl"`` is BandPO's rule: the band of KL(old || new) with delta 0.05, and no ratio above
     10. The cap matters: without it the upper bound grows without limit as p falls (48 782 at
     p = 1e-6), so that one rare token may take almost the whole gradient of a batch. As to delta,
-    0.05 is the paper's. In this project's study of small tasks, docs/evidence.md, 0.001 to 0.005 did
-    better on two of three where some rewards were wrong; no difference was significant otherwise.
+    0.05 is the paper's. In this project's study of small tasks, docs/evidence.md, 0.001 to 0.005
+    did better on two of three where some rewards were wrong, and no difference was significant
+    otherwise.
 
     Args:
         name: The name of a method, one of `PRESETS`.

@@ -17,6 +17,7 @@ pytest.importorskip("scipy")
 import torch
 
 from bandpo import Band, policy_loss, region_from_spec
+from bandpo.region.combined import Combined
 from examples.rlvr import bandit, compare, runner
 from examples.rlvr.figure import FIGURES, write_figure
 from examples.rlvr.grid import STUDIES, Chunk
@@ -194,8 +195,12 @@ def test_batches_to_half_are_those_of_a_simulated_bandit_without_noise() -> None
 
 def test_matched_strengths_have_equal_radii_over_second_derivatives() -> None:
     def width(region: str) -> float:
-        band = region_from_spec(region).parts[0]
-        return float(band.delta_low) / float(band.divergence.curvature)
+        capped = region_from_spec(region)
+        assert isinstance(capped, Combined)
+        band = capped.parts[0]
+        assert isinstance(band, Band)
+        assert band.divergence.curvature is not None
+        return float(band.delta_low) / band.divergence.curvature
 
     for family in MATCHED:
         for region, kl in zip(FAMILIES[family], FAMILIES["kl"], strict=True):

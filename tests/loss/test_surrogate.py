@@ -610,7 +610,7 @@ def test_a_soft_gate_closes_at_one_place_in_all_backends(dtype: torch.dtype) -> 
     new = torch.log(1.0 + torch.tensor([39.5, 40.5, 60.0], dtype=dtype) / 10.0)
     for backend in ("native", "torch"):
         moved = new.clone().requires_grad_()
-        given = {
+        given: dict[str, Any] = {
             "region": bandpo.Clip(1.0, 1.0),
             "surrogate": SoftGate(10.0, 10.0),
             "backend": backend,

@@ -279,12 +279,11 @@ class LossSettings:
     def _base(self) -> Preset:
         """The preset, or the defaults, with the region of the settings."""
         region = self.region
-        if region is None and self.preset is None:
-            return replace(
-                preset(DEFAULT_PRESET), region=region_or_source_from_spec(DEFAULT_REGION)
-            )
         if region is None:
-            return preset(self.preset)
+            if self.preset is not None:
+                return preset(self.preset)
+            of_default = region_or_source_from_spec(DEFAULT_REGION)
+            return replace(preset(DEFAULT_PRESET), region=of_default)
         if isinstance(region, str):
             if region.strip() in PRESETS:
                 raise InvalidValueError(
