@@ -47,7 +47,7 @@ class Results:
     def of(self, study: str, **where: Any) -> list[Row]:
         """Returns the rows of a study whose columns have the values of ``where``."""
         if study not in self._rows:
-            self._rows[study] = read(self._folder / study, self._folder / f"{study}.parquet")
+            self._rows[study] = read(self._folder, study)
         return [
             row
             for row in self._rows[study]
@@ -240,10 +240,17 @@ def _radii(results: Results) -> str:
 
 def _matched(results: Results) -> str:
     """Band against clip where the reward first reaches a level; runs that never do are left out."""
-    pairs, reached = [], []
-    for task, noise in _settings(results, "finals"):
-        if task not in MULTI_TOKEN:
-            continue
+    tables: list[str] = []
+    reached: list[str] = []
+    for task in MULTI_TOKEN:
+        tables.append(_pairs(_matched_pairs(results, task, reached)))
+    return "\n\n".join(tables) + f"\n\nRuns that reach the reward: {'; '.join(reached)}."
+
+
+def _matched_pairs(results: Results, task: str, reached: list[str]) -> list[Pair]:
+    """Comparisons on one task; ``reached`` gets the number of runs that each is made of."""
+    pairs = []
+    for noise in noises_of(task):
         where = {"task": task, "noise": noise}
         families = (
             results.leader("tuning", BANDS, **where),
@@ -265,10 +272,10 @@ def _matched(results: Results) -> str:
                 if measure == "entropy":
                     reached.append(f"{family} {len(rows)} of 16 on {task} with {noise:.0%}")
             if len(values[0].keys() & values[1].keys()) >= 2:
-                pairs.append(
-                    Pair(f"{task}, {noise:.0%} flipped, {measure}", *families, paired(*values))
-                )
-    return _pairs(pairs) + f"\n\nRuns that reach the reward: {'; '.join(reached)}."
+                difference = paired(*values)
+                where_of = f"{task}, {noise:.0%} flipped, {measure}, {difference.pairs} seeds"
+                pairs.append(Pair(where_of, *families, difference))
+    return pairs
 
 
 def _null(results: Results) -> str:

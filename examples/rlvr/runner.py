@@ -110,21 +110,20 @@ def _write(rows: list[dict[str, Any]], path: Path) -> None:
         pq.write_table(table, file, compression="zstd")
 
 
-def read(folder: Path, packed: Path | None = None) -> list[dict[str, Any]]:
-    """Returns the rows of all files of a folder, in the order of their names.
-
-    Args:
-        folder: Where the results of chunks are.
-        packed: File of all rows, which is read if the folder has none.
-    """
-    paths = sorted(folder.glob("*.parquet"))
-    if not paths and packed is not None and packed.exists():
-        paths = [packed]
-    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+def files(results: Path, study: str) -> list[Path]:
+    """Returns the files of a study: those of its chunks by name, or else the packed one, if any."""
+    chunks = sorted((results / study).glob("*.parquet"))
+    packed = results / f"{study}.parquet"
+    return chunks or ([packed] if packed.exists() else [])
 
 
-def pack(folder: Path, path: Path) -> int:
-    """Writes all rows of a folder into one file and returns their number."""
-    rows = read(folder)
-    _write(rows, path)
+def read(results: Path, study: str) -> list[dict[str, Any]]:
+    """Returns the rows of all files of a study, none if it has no file."""
+    return [row for path in files(results, study) for row in pq.read_table(path).to_pylist()]
+
+
+def pack(results: Path, study: str) -> int:
+    """Writes all rows of a study into one file and returns their number."""
+    rows = read(results, study)
+    _write(rows, results / f"{study}.parquet")
     return len(rows)

@@ -13,6 +13,7 @@ import torch
 from torch.func import functional_call
 
 from bandpo import Band
+from bandpo.check import check_name
 from bandpo.loss import policy_loss
 
 from .policy import Parameters, Replicas, Size, inputs
@@ -38,6 +39,9 @@ class Setting:
         staleness: Batches of training between the policy that samples and its use, plus 1.
         mismatch: Rounding of the old log-probs, one of `MISMATCHES`.
         prompts_per_batch: Prompts of a batch.
+
+    Raises:
+        InvalidValueError: If the mismatch is unknown.
     """
 
     rate: float
@@ -47,6 +51,9 @@ class Setting:
     staleness: int = 1
     mismatch: str = "none"
     prompts_per_batch: int = 64
+
+    def __post_init__(self) -> None:
+        check_name("mismatch", self.mismatch, MISMATCHES)
 
 
 @dataclass(frozen=True)

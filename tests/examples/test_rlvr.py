@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -17,8 +19,10 @@ pytest.importorskip("scipy")
 import torch
 
 from bandpo import Band, policy_loss, region_from_spec
+from bandpo.error import InvalidValueError
 from bandpo.region.combined import Combined
 from examples.rlvr import bandit, compare, runner
+from examples.rlvr.__main__ import main, parser
 from examples.rlvr.figure import FIGURES, write_figure
 from examples.rlvr.grid import STUDIES, Chunk
 from examples.rlvr.policy import SMALL, pretrain
@@ -31,6 +35,20 @@ RULES = (Rule("kl", "(kl@0.005).cap(10)"), Rule("fixed clip", "clip@0.2"))
 RESULTS = Path(runner.__file__).parent / "results"
 COPIES = tuple(Copy(rule, 3) for rule in RULES)
 SHORT = Setting(1e-3, batches=2, inner_steps=2, group=4, prompts_per_batch=8)
+README = Path(runner.__file__).with_name("README.md")
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Final answers in two parts in place of four, and one thread, as the runner has it.
+
+    Final answers take most of the time of a short run. Threads wait for each other on busy cores.
+    """
+    monkeypatch.setattr("examples.rlvr.train.FINAL_ANSWERS", 20)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def chunks() -> list[Chunk]:
@@ -40,7 +58,7 @@ def chunks() -> list[Chunk]:
 def numbers(folder: Path) -> list[dict[str, object]]:
     return [
         {name: value for name, value in row.items() if name != "seconds"}
-        for row in runner.read(folder)
+        for row in runner.read(folder.parent, folder.name)
     ]
 
 
@@ -55,6 +73,33 @@ def test_a_run_that_was_cut_off_ends_with_the_numbers_of_a_whole_one(tmp_path: P
     assert kept.stat().st_mtime_ns == written
     assert numbers(parts) == numbers(whole)
     assert len(numbers(whole)) == len(TASKS) * len(RULES)
+
+
+def test_the_commands_of_the_readme_are_accepted() -> None:
+    lines = [line for line in README.read_text().splitlines() if line.startswith("python -m ")]
+    assert len(lines) > 10
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert words[:3] == ["python", "-m", "examples.rlvr"]
+        parser().parse_args(words[3:])
+
+
+@pytest.mark.parametrize(
+    "words", ["report", "figure radius", "best tuning", "pack axes", "count finals"]
+)
+def test_missing_results_are_named(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["rlvr", *words.split(), "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    study = "axes" if words == "pack axes" else "tuning"
+    assert f"argument --results: {tmp_path} has no results of {study}" in capsys.readouterr().err
+
+
+def test_an_unknown_mismatch_is_named() -> None:
+    with pytest.raises(InvalidValueError, match="mismatch"):
+        Setting(1e-3, mismatch="fp8")
 
 
 def runs_of(name: str, copies: list[Copy], setting: Setting = SHORT) -> list[Run]:
