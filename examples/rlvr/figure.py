@@ -90,7 +90,8 @@ def _radius(figure: Any, results: Results, theme: Theme, dark: bool) -> None:
         clip = max(found[2] for found in best(row for row in of if row["family"] in CLIPS).values())
         look = look_of(name, dark=dark) | {"linestyle": "-"}
         axes.plot(radii, areas, marker="o", markersize=3, **look)
-        axes.axhline(clip, linewidth=0.9, color=look["color"], linestyle=(0, (1.0, 1.5)))
+        dotted = {"linewidth": 0.9, "linestyles": [(0, (1.0, 1.5))]}
+        axes.hlines(clip, radii[0], radii[-1], colors=look["color"], **dotted)
         label = {"color": look["color"], "va": "center", "fontsize": 8}
         axes.text(radii[-1] * 1.15, areas[-1], f"{noise:.0%} flipped", **label)
     axes.set_xscale("log")
