@@ -589,7 +589,7 @@ def test_an_entropy_targeted_delta_follows_the_entropy_of_trl(tmp_path: Path) ->
         ({"loss_type": "vespo"}, "loss_type must be"),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be 'token'"),
         ({"delta": 3.0}, "delta, a cap of the ratio in TRL, must be left out with a region"),
-        ({"delta": "3"}, "got '3'; region='(kl@0.05).cap(10)' has a cap where"),
+        ({"delta": "3"}, "got '3'; region='(kl@0.01).cap(10)' has a cap where"),
         ({"use_liger_kernel": True}, "use_kernels"),
         ({"anchor": "rollout"}, "use_vllm"),
         ({"anchor": "new"}, "anchor must be one of old, rollout"),
