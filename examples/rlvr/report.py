@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,12 +84,12 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _pairs(pairs: Sequence[Pair], *, digits: int = 3) -> str:
+def _pairs(pairs: Sequence[Pair]) -> str:
     """A table with p-values that are corrected over its rows."""
     corrected = holm([pair.difference.p_value for pair in pairs])
     rows = []
     for pair, p_value in zip(pairs, corrected, strict=True):
-        mean, low, high = (f"{value:+.{digits}f}" for value in pair.difference[:3])
+        mean, low, high = (f"{value:+.3f}" for value in pair.difference[:3])
         mark = "**" if p_value <= 0.05 else ""
         interval, chance = f"{low} to {high}", f"{p_value:.2g}"
         rows.append([*pair[:3], f"{mark}{mean}{mark}", interval, chance])
@@ -97,17 +97,23 @@ def _pairs(pairs: Sequence[Pair], *, digits: int = 3) -> str:
     return _table(header, rows)
 
 
-def _finals(results: Results, study: str, task: str, noise: float, family: str) -> list[Row]:
-    return results.of(study, task=task, noise=noise, family=family)
+def _finals(results: Results, task: str, noise: float, family: str) -> list[Row]:
+    return results.of("finals", task=task, noise=noise, family=family)
 
 
-def _compared(
-    results: Results, study: str, task: str, noise: float, first: str, second: str
-) -> Pair:
-    runs = [_finals(results, study, task, noise, family) for family in (first, second)]
+def _compared(results: Results, task: str, noise: float, first: str, second: str) -> Pair:
+    runs = [_finals(results, task, noise, family) for family in (first, second)]
     one, other = (f"{rows[0]['family']} `{rows[0]['region']}`" for rows in runs)
     difference = paired(*(by_seed(rows) for rows in runs))
     return Pair(f"{task}, {noise:.0%} flipped", one, other, difference)
+
+
+def _by_task(results: Results, compared: Callable[[str, float], Iterable[Pair]]) -> str:
+    """A table of the finals for each task, with the comparisons at each noise."""
+    tables = []
+    for task, settings in groupby(_settings(results, "finals"), lambda setting: setting[0]):
+        tables.append(_pairs([pair for _, noise in settings for pair in compared(task, noise)]))
+    return "\n\n".join(tables)
 
 
 def _settings(results: Results, study: str) -> list[tuple[str, float]]:
@@ -121,18 +127,14 @@ def _settings(results: Results, study: str) -> list[tuple[str, float]]:
 
 
 def _bands(results: Results) -> str:
-    tables = []
-    settings = _settings(results, "finals")
-    for task in dict.fromkeys(task for task, _ in settings):
-        pairs = []
-        for noise in (noise for its_task, noise in settings if its_task == task):
-            where = {"task": task, "noise": noise}
-            band = results.leader("tuning", BANDS, **where)
-            clip = results.leader("tuning", CLIPS, **where)
-            for other in (clip, "wide constant", "no clipping"):
-                pairs.append(_compared(results, "finals", task, noise, band, other))
-        tables.append(_pairs(pairs))
-    return "\n\n".join(tables)
+    def compared(task: str, noise: float) -> Iterator[Pair]:
+        where = {"task": task, "noise": noise}
+        band = results.leader("tuning", BANDS, **where)
+        clip = results.leader("tuning", CLIPS, **where)
+        for other in (clip, "wide constant", "no clipping"):
+            yield _compared(results, task, noise, band, other)
+
+    return _by_task(results, compared)
 
 
 def _ends(results: Results) -> str:
@@ -141,7 +143,7 @@ def _ends(results: Results) -> str:
     for task, noise in _settings(results, "finals"):
         clip = results.leader("tuning", CLIPS, task=task, noise=noise)
         for family in ("kl", "kl 0.05", clip, "no clipping"):
-            runs = _finals(results, "finals", task, noise, family)
+            runs = _finals(results, task, noise, family)
             means = [
                 sum(float(run[name]) for run in runs) / len(runs)
                 for name in ("pass_1", "pass_16", "distinct")
@@ -179,25 +181,15 @@ def _divergences(results: Results) -> str:
         lines.append([family, f"{len(means)}", f"{mean:+.3f}", span])
     lines.append(["all", f"{len(pairs)}", f"{significant} with a corrected p of at most 0.05", ""])
     header = ["divergence less kl", "radii and noises", "mean difference", "from and to"]
-    tv = [_compared(results, "finals", "rare", noise, "tv", "kl") for noise in noises_of("rare")]
+    tv = [_compared(results, "rare", noise, "tv", "kl") for noise in noises_of("rare")]
     return _table(header, lines) + "\n\n" + _pairs(tv)
 
 
 def _sides(results: Results) -> str:
-    tables = []
-    settings = _settings(results, "finals")
-    for task in dict.fromkeys(task for task, _ in settings):
-        noises = [noise for its_task, noise in settings if its_task == task]
-        kinds = (("band above", "band below"), ("band above", "kl"), ("band below", "kl"))
-        tables.append(
-            _pairs(
-                [
-                    _compared(results, "finals", task, noise, *kind)
-                    for noise, kind in product(noises, kinds)
-                ]
-            )
-        )
-    return "\n\n".join(tables)
+    kinds = (("band above", "band below"), ("band above", "kl"), ("band below", "kl"))
+    return _by_task(
+        results, lambda task, noise: [_compared(results, task, noise, *kind) for kind in kinds]
+    )
 
 
 _AXES: Sequence[tuple[str, str, Callable[[Row], bool]]] = (
@@ -240,48 +232,45 @@ def _radii(results: Results) -> str:
 
 def _matched(results: Results) -> str:
     """Band against clip where the reward first reaches a level; runs that never do are left out."""
-    tables: list[str] = []
-    reached: list[str] = []
+    tables, reached = [], []
     for task in MULTI_TOKEN:
-        tables.append(_pairs(_matched_pairs(results, task, reached)))
+        pairs = []
+        for noise in noises_of(task):
+            where = {"task": task, "noise": noise}
+            band, clip = (results.leader("tuning", names, **where) for names in (BANDS, CLIPS))
+            matched = []
+            for family in (band, clip):
+                matched.append(_at_level(_finals(results, task, noise, family)))
+                reached.append(f"{family} {len(matched[-1])} of 16 on {task} with {noise:.0%}")
+            for measure in ("entropy", "distinct_share"):
+                first, second = (by_seed(rows, measure) for rows in matched)
+                if len(first.keys() & second.keys()) >= 2:
+                    difference = paired(first, second)
+                    what = f"{task}, {noise:.0%} flipped, {measure}, {difference.pairs} seeds"
+                    pairs.append(Pair(what, band, clip, difference))
+        tables.append(_pairs(pairs))
     return "\n\n".join(tables) + f"\n\nRuns that reach the reward: {'; '.join(reached)}."
 
 
-def _matched_pairs(results: Results, task: str, reached: list[str]) -> list[Pair]:
-    """Comparisons on one task; ``reached`` gets the number of runs that each is made of."""
-    pairs = []
-    for noise in noises_of(task):
-        where = {"task": task, "noise": noise}
-        families = (
-            results.leader("tuning", BANDS, **where),
-            results.leader("tuning", CLIPS, **where),
-        )
-        for measure in ("entropy", "distinct_share"):
-            values: list[dict[int, float]] = []
-            for family in families:
-                rows = []
-                for row in _finals(results, "finals", task, noise, family):
-                    level = MATCHED_REWARD[task]
-                    # The last evaluation has no distinct answers of a batch.
-                    place = next(
-                        (k for k, reward in enumerate(row["reward"][:-1]) if reward >= level), None
-                    )
-                    if place is not None:
-                        rows.append({"seed": row["seed"], measure: row[measure][place]})
-                values.append(by_seed(rows, measure))
-                if measure == "entropy":
-                    reached.append(f"{family} {len(rows)} of 16 on {task} with {noise:.0%}")
-            if len(values[0].keys() & values[1].keys()) >= 2:
-                difference = paired(*values)
-                where_of = f"{task}, {noise:.0%} flipped, {measure}, {difference.pairs} seeds"
-                pairs.append(Pair(where_of, *families, difference))
-    return pairs
+def _at_level(runs: Iterable[Row]) -> list[Row]:
+    """Seed, entropy and distinct share of each run when its reward first reached the level."""
+    rows: list[Row] = []
+    for run in runs:
+        level = MATCHED_REWARD[run["task"]]
+        # The last evaluation has no distinct answers of a batch.
+        places = (k for k, reward in enumerate(run["reward"][:-1]) if reward >= level)
+        if (place := next(places, None)) is not None:
+            rows.append(
+                {"seed": run["seed"]}
+                | {name: run[name][place] for name in ("entropy", "distinct_share")}
+            )
+    return rows
 
 
 def _null(results: Results) -> str:
     families = dict.fromkeys(row["family"] for row in results.of("finals", task="null"))
     pairs = [
-        _compared(results, "finals", "null", 0.0, family, "no clipping")
+        _compared(results, "null", 0.0, family, "no clipping")
         for family in families
         if family != "no clipping"
     ]
@@ -294,22 +283,14 @@ def _null(results: Results) -> str:
 
 
 def _published(results: Results) -> str:
-    tables = []
-    settings = _settings(results, "finals")
-    for task in dict.fromkeys(task for task, _ in settings):
-        pairs = []
-        for noise in (noise for its_task, noise in settings if its_task == task):
-            clip = results.leader("tuning", CLIPS, task=task, noise=noise)
-            for first, second in (
-                ("kl", "kl 0.05"),
-                ("kl 0.05", clip),
-                ("kl 0.05", "no clipping"),
-            ):
-                pair = _compared(results, "finals", task, noise, first, second)
-                if pair.first.partition(" `")[2] != pair.second.partition(" `")[2]:
-                    pairs.append(pair)
-        tables.append(_pairs(pairs))
-    return "\n\n".join(tables)
+    def compared(task: str, noise: float) -> Iterator[Pair]:
+        clip = results.leader("tuning", CLIPS, task=task, noise=noise)
+        for names in (("kl", "kl 0.05"), ("kl 0.05", clip), ("kl 0.05", "no clipping")):
+            pair = _compared(results, task, noise, *names)
+            if pair.first.partition(" `")[2] != pair.second.partition(" `")[2]:
+                yield pair
+
+    return _by_task(results, compared)
 
 
 def _areas(results: Results, study: str) -> str:
