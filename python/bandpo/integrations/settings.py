@@ -307,7 +307,7 @@ def check_settings(given: object) -> LossSettings:
     """
     if not isinstance(given, LossSettings):
         raise InvalidTypeError(
-            f"settings must be a LossSettings, such as LossSettings('(kl@0.01).cap(10)'), "
+            f"settings must be a LossSettings, such as LossSettings({DEFAULT_REGION!r}), "
             f"got {given!r}"
         )
     return given
@@ -316,7 +316,7 @@ def check_settings(given: object) -> LossSettings:
 def wrong_region(given: object) -> InvalidTypeError:
     """Returns the error for a region of a configuration that is neither text nor an object."""
     return InvalidTypeError(
-        f"region must be a spec, such as '(kl@0.01).cap(10)', 'clip@0.2,0.28' or "
+        f"region must be a spec, such as {DEFAULT_REGION!r}, 'clip@0.2,0.28' or "
         f"'preset:bandpo-kl', or a bandpo.Region, got {given!r}"
     )
 
@@ -329,7 +329,7 @@ def refuse_delta(delta: object, trainer: str) -> None:
     if delta is not None:
         raise InvalidValueError(
             f"delta, a cap of the ratio in {trainer}, must be left out with a region, which has "
-            f"the bounds, got {delta!r}; region='(kl@0.01).cap(10)' has a cap where the advantage "
+            f"the bounds, got {delta!r}; region={DEFAULT_REGION!r} has a cap where the advantage "
             f"is positive"
         )
 
