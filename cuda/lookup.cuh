@@ -173,14 +173,15 @@ BAND_FUNCTION float in_cell(const unsigned* words, const Lane& lane, float logp)
 // - `make`, which reads the argument of a kernel;
 // - `at`, a token's lower or upper bound: an upper one is a log-ratio, a lower one is a ratio where LOWER_IS_RATIO;
 // - `surely_holds`, true only for a log-ratio that is near and inside both bounds, never for a NaN, and `surely_hold`
-//   for those of a vector;
-// - `are_ordinary`, true for log-ratios that need no clamp and log-probs that have their bounds from `at_ordinary`. That
-//   writes the bounds of a vector, a lower one only where it is above 0, in fewer instructions than `at`.
+//   for those of a vector, of which no log-prob is positive;
+// - `are_ordinary`, true for log-ratios that need no clamp and log-probs that are not positive and have their bounds from
+//   `at_ordinary`. That writes the bounds of a vector, a lower one only where it is above 0, in fewer instructions than
+//   `at`.
 
 template <class Bounds, class T>
 BAND_FUNCTION bool each_surely_holds(const Bounds& bounds, Index first, const T (&logp)[WIDTH],
                                      const T (&log_ratio)[WIDTH]) {
-  bool all = true;
+  bool all = !is_positive(largest(logp));
 #pragma unroll
   for (int k = 0; k < WIDTH; ++k) all &= bounds.surely_holds(first + k, logp[k], log_ratio[k]);
   return all;
@@ -223,11 +224,13 @@ struct Constant {
   BAND_FUNCTION bool surely_holds(Index, T, T log_ratio) const {
     return fabs(log_ratio) <= T(MAX_NEAR) && log_lower <= log_ratio && log_ratio <= log_upper;
   }
-  BAND_FUNCTION bool surely_hold(Index first, const T (&logp)[WIDTH], const T (&log_ratio)[WIDTH]) const {
-    return each_surely_holds(*this, first, logp, log_ratio);
+  BAND_FUNCTION bool surely_hold(Index first, const T (&logp)[WIDTH], const T (&new_logp)[WIDTH],
+                                 const T (&log_ratio)[WIDTH]) const {
+    return !is_positive(largest(new_logp)) && each_surely_holds(*this, first, logp, log_ratio);
   }
-  BAND_FUNCTION bool are_ordinary(const T (&)[WIDTH], const Range<T>& log_ratios) const {
-    return log_ratios.needs_no_clamp();
+  BAND_FUNCTION bool are_ordinary(const T (&logp)[WIDTH], const T (&new_logp)[WIDTH],
+                                  const Range<T>& log_ratios) const {
+    return log_ratios.needs_no_clamp() && !is_positive(largest(logp)) && !is_positive(largest(new_logp));
   }
   BAND_FUNCTION void at_ordinary(Index first, const T (&logp)[WIDTH], const bool (&lower)[WIDTH],
                                  T (&bound)[WIDTH]) const {
@@ -263,17 +266,21 @@ struct Table {
     const bool next_to_zero = (y < saturated) & (-floor <= log_ratio) & (log_ratio <= y);
     return next_to_zero | (fabsf(log_ratio) <= reach);
   }
-  BAND_FUNCTION bool surely_hold(Index first, const float (&logp)[WIDTH], const float (&log_ratio)[WIDTH]) const {
+  // No new log-prob inside the bounds is positive, because the slope is below 1. Only sequences, which have no table, have
+  // log-ratios that are given.
+  BAND_FUNCTION bool surely_hold(Index first, const float (&logp)[WIDTH], const float (&)[WIDTH],
+                                 const float (&log_ratio)[WIDTH]) const {
     return each_surely_holds(*this, first, logp, log_ratio);
   }
-  BAND_FUNCTION bool are_ordinary(const float (&logp)[WIDTH], const Range<float>& log_ratios) const {
+  BAND_FUNCTION bool are_ordinary(const float (&logp)[WIDTH], const float (&new_logp)[WIDTH],
+                                  const Range<float>& log_ratios) const {
     unsigned y = 0u;
 #pragma unroll
     for (int k = 0; k < WIDTH; ++k) {
       const unsigned of_token = bits_of(negated(logp[k]));
       y = y < of_token ? of_token : y;  // negative floats have the largest bits
     }
-    return log_ratios.needs_no_clamp() && y < FAR_BITS;
+    return log_ratios.needs_no_clamp() && y < FAR_BITS && !is_positive(largest(new_logp));
   }
   BAND_FUNCTION void at_ordinary(Index, const float (&logp)[WIDTH], const bool (&lower)[WIDTH],
                                  float (&bound)[WIDTH]) const {
@@ -318,11 +325,13 @@ struct PerToken {
   BAND_FUNCTION bool surely_holds(Index index, T, T log_ratio) const {
     return fabs(log_ratio) <= T(MAX_NEAR) && log_lower[held(index)] <= log_ratio && log_ratio <= log_upper[held(index)];
   }
-  BAND_FUNCTION bool surely_hold(Index first, const T (&logp)[WIDTH], const T (&log_ratio)[WIDTH]) const {
-    return each_surely_holds(*this, first, logp, log_ratio);
+  BAND_FUNCTION bool surely_hold(Index first, const T (&logp)[WIDTH], const T (&new_logp)[WIDTH],
+                                 const T (&log_ratio)[WIDTH]) const {
+    return !is_positive(largest(new_logp)) && each_surely_holds(*this, first, logp, log_ratio);
   }
-  BAND_FUNCTION bool are_ordinary(const T (&)[WIDTH], const Range<T>& log_ratios) const {
-    return log_ratios.needs_no_clamp();
+  BAND_FUNCTION bool are_ordinary(const T (&logp)[WIDTH], const T (&new_logp)[WIDTH],
+                                  const Range<T>& log_ratios) const {
+    return log_ratios.needs_no_clamp() && !is_positive(largest(logp)) && !is_positive(largest(new_logp));
   }
   BAND_FUNCTION void at_ordinary(Index first, const T (&logp)[WIDTH], const bool (&lower)[WIDTH],
                                  T (&bound)[WIDTH]) const {

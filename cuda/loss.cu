@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
   typedef typename Weighted<Stored>::Type Gradient;
   BAND_TABLE_IN_SHARED_MEMORY(table);
   __shared__ Held<T> held;
+  if (threadIdx.x == 0) held.positive = 0;
   copy_table(bounds, table_words, table);
   const Bounds<T> token_bounds = Bounds<T>::make(bounds, table, count);
   const Rule<T, FAMILY> rule = {surrogate, first, second, log_first};
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
           }
           // The first of each lane before all, because it decides for most warps of large steps.
           done = __all_sync(0xffffffffu, token_bounds.surely_holds(begin + at, old_logp[0], unclamped[0]));
-          if (done) done = __all_sync(0xffffffffu, token_bounds.surely_hold(begin + at, old_logp, unclamped));
+          if (done) done = __all_sync(0xffffffffu, token_bounds.surely_hold(begin + at, old_logp, new_logp, unclamped));
           if (done) {
             if (all_count) {
               near_outcomes<true>(rule, is_valid, old_logp, new_logp, unclamped, advantage, minus_loss, minus_slope,
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
             }
           } else if constexpr (FAMILY == MIN_CLIP_ALONE) {
             const Range<T> range = Range<T>::of(unclamped);
-            done = __all_sync(0xffffffffu, token_bounds.are_ordinary(old_logp, range));
+            done = __all_sync(0xffffffffu, token_bounds.are_ordinary(old_logp, new_logp, range));
             if (done && all_count) {
               ordinary_outcomes<true>(rule, token_bounds, begin + at, is_valid, old_logp, unclamped, range, advantage,
                                       minus_loss, minus_slope, totals);
@@ -191,6 +192,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(Stored) == 8    ? 1
             token = outcome(rule, token_bounds, begin + at + k, old_logp[k], new_logp[k], unclamped[k],
                             (layout & GIVEN) != 0u, advantage[k], anchor);
             totals.add(token, old_logp[k]);
+            held.count_positive(old_logp[k], new_logp[k]);
             if (by_probability) held.add_to_bins(token, old_logp[k]);
           }
           minus_loss[k] = -token.loss;

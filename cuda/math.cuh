@@ -3,6 +3,7 @@
 namespace bandpo {
 
 const double LOG_RATIO_LIMIT = 20;  // log-ratios are clamped to plus and minus this
+const double MAX_LOG_PROB = 0.05;   // rounding puts no logarithm of a probability above this
 
 // e^x, and e^x - 1 - x without cancellation.
 template <class T>
@@ -101,5 +102,20 @@ BAND_FUNCTION float maximum(float a, float b) {
   return result;
 }
 #endif
+
+// The maximum of a vector, or NaN if one is NaN.
+template <class T>
+BAND_FUNCTION T largest(const T (&values)[WIDTH]) {
+  T result = values[0];
+#pragma unroll
+  for (int k = 1; k < WIDTH; ++k) result = maximum(result, values[k]);
+  return result;
+}
+
+// True if rounding alone does not put a log-prob so far above 0.
+template <class T>
+BAND_FUNCTION bool is_positive(T log_prob) {
+  return static_cast<T>(MAX_LOG_PROB) < log_prob;
+}
 
 }  // namespace bandpo

@@ -54,8 +54,8 @@ struct Anchor {
   BAND_FUNCTION bool given() const { return FAMILY == EXTENDED && is_given; }
 };
 
-// Counts of a loss, in the order of its output.
-enum Count { VALID, NONFINITE, CLIPPED_LOW, CLIPPED_HIGH, LIMITED, COUNTS };
+// Counts of a loss, in the order of its output. POSITIVE has no place in a word with the others.
+enum Count { VALID, NONFINITE, CLIPPED_LOW, CLIPPED_HIGH, LIMITED, POSITIVE, COUNTS };
 
 // Five counts of up to 63 share a word, six bits each.
 BAND_FUNCTION unsigned packed_one(int position) { return 1u << 6 * position; }

@@ -193,16 +193,22 @@ BAND_FUNCTION T reduced_warp(T value, Combine combine) {
 }
 
 // Values of all threads, in memory that the block shares. Of float64, two threads share a place, so that a table of the
-// max size fits beside. Counts by probability are only here, because they would take registers of every loss.
+// max size fits beside. Counts by probability and of positive log-probs are only here, because they would take registers
+// of every loss.
 template <class T>
 struct Held {
   static const int SHARERS = sizeof(T) == 8 ? 2 : 1;
   T values[SUMS][THREADS / SHARERS];
   unsigned counts[1 + BINNED_COUNTS][THREADS];
+  int positive;  // tokens of the block with a log-prob above MAX_LOG_PROB; few have one
 
   BAND_FUNCTION void clear_bins() {
 #pragma unroll
     for (int k = 1; k <= BINNED_COUNTS; ++k) counts[k][threadIdx.x] = 0u;
+  }
+
+  BAND_FUNCTION void count_positive(T old_log_prob, T log_prob) {
+    if (is_positive(old_log_prob) || is_positive(log_prob)) atomicAdd(&positive, 1);
   }
 
   BAND_FUNCTION void add_to_bins(const Outcome<T>& token, T old_log_prob) {
@@ -267,8 +273,12 @@ BAND_FUNCTION void store_totals(const Totals<T>& totals, Held<T>& held, bool by_
                         : warp == LOG_RATIO_MAX ? combined(held.values[warp], lane, Maximum())
                                                 : combined(held.values[warp], lane, Add());
   if (lane == 0) sums[warp * columns + column] = result;
+  if (thread == 0) {
+    counts[POSITIVE * columns + column] = held.positive;
+    held.positive = 0;
+  }
   if (warp == WARPS - 1) {
-    store_counts(held.counts[0], lane, COUNTS, columns, counts + column);
+    store_counts(held.counts[0], lane, POSITIVE, columns, counts + column);
     for (int k = 0; by_probability && k < BINNED_COUNTS; ++k) {
       store_counts(held.counts[1 + k], lane, BINS, columns, counts + (COUNTS + BINS * k) * columns + column);
     }

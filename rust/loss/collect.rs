@@ -6,12 +6,12 @@
 use std::marker::PhantomData;
 
 use crate::loss::bounds::Bounds;
-use crate::loss::columns::{Columns, load};
+use crate::loss::columns::{Columns, load, padded};
 use crate::loss::nan::{min_or_nan, sides, with_nan_of};
 use crate::loss::scratch::{Candidates, Column};
 use crate::loss::surrogate::Rule;
 use crate::loss::totals::{reduce, sum};
-use crate::loss::{Float, LOG_RATIO_LIMIT, Totals};
+use crate::loss::{Float, LOG_RATIO_LIMIT, MAX_LOG_PROB, Totals};
 use crate::simd::lanes::Lanes;
 use crate::simd::{LossLanes, WithLanes};
 
@@ -46,6 +46,7 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> WithLanes<T>
             old_log_prob: zero,
             min: lanes.splat(f64::INFINITY),
             max: lanes.splat(f64::NEG_INFINITY),
+            max_log_prob: zero,
         };
         let count = self.columns.mask.len();
         let (mut index, mut candidates) = (0, 0);
@@ -60,10 +61,28 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> WithLanes<T>
         }
         self.candidates.count = candidates;
         sums.add_to(lanes, self.totals);
+        if sums.has_positive(lanes) {
+            self.totals.positive += self.count_positive(lanes);
+        }
     }
 }
 
 impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B, ANCHORED> {
+    /// The number of tokens that count and have a log-prob above [`MAX_LOG_PROB`].
+    #[inline(always)]
+    fn count_positive<L: LossLanes<Scalar = T>>(&self, lanes: L) -> u64 {
+        let Columns { old_log_prob, log_prob, mask, .. } = self.columns;
+        let limit = lanes.splat(MAX_LOG_PROB);
+        let is_above = |part: &[T]| lanes.less(limit, lanes.load(&padded(part, T::ZERO)));
+        let vectors = old_log_prob.chunks(L::COUNT).zip(log_prob.chunks(L::COUNT));
+        let counts = vectors.zip(mask.chunks(L::COUNT)).map(|((old, new), mask)| {
+            let valid = lanes.load_mask(&padded(mask, 0));
+            let above = lanes.and(valid, lanes.or(is_above(old), is_above(new)));
+            u64::from(lanes.bits(above).count_ones())
+        });
+        counts.sum()
+    }
+
     /// # Safety
     /// Every column meets the condition of [`load`].
     #[inline(always)]
@@ -83,9 +102,10 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B,
             lanes.select(valid, load::<WHOLE, L>(lanes, column, index), zero)
         };
         let old_log_prob = column(columns.old_log_prob);
+        let log_prob = column(columns.log_prob);
         let log_ratio = match columns.log_ratio {
             Some(given) => column(given),
-            None => lanes.sub(column(columns.log_prob), old_log_prob),
+            None => lanes.sub(log_prob, old_log_prob),
         };
         let neg_advantage = lanes.sub(zero, column(columns.advantages));
         let clamped = clamp(lanes, log_ratio);
@@ -94,7 +114,7 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B,
                 let anchor = column(anchor);
                 let compared = match columns.log_ratio {
                     Some(_) => lanes.sub(log_ratio, lanes.sub(anchor, old_log_prob)),
-                    None => lanes.sub(column(columns.log_prob), anchor),
+                    None => lanes.sub(log_prob, anchor),
                 };
                 (anchor, compared, with_nan_of(lanes, compared, neg_advantage))
             }
@@ -137,6 +157,8 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B,
         // A NaN may get lost here, but not in the sum of the log-ratios.
         sums.min = lanes.min(lanes.select(valid, clamped, sums.min), sums.min);
         sums.max = lanes.max(lanes.select(valid, clamped, sums.max), sums.max);
+        let larger = lanes.max(log_prob, sums.max_log_prob);
+        sums.max_log_prob = lanes.max(old_log_prob, larger);
     }
 }
 
@@ -147,9 +169,16 @@ struct Sums<L: Lanes> {
     old_log_prob: L::Float,
     min: L::Float,
     max: L::Float,
+    max_log_prob: L::Float,
 }
 
 impl<L: Lanes<Scalar: Float>> Sums<L> {
+    /// True if a log-prob is above [`MAX_LOG_PROB`].
+    #[inline(always)]
+    fn has_positive(&self, lanes: L) -> bool {
+        lanes.bits(lanes.less(lanes.splat(MAX_LOG_PROB), self.max_log_prob)) != 0
+    }
+
     #[inline(always)]
     fn add_to(&self, lanes: L, totals: &mut Totals) {
         totals.valid += u64::from(self.valid);

@@ -59,7 +59,9 @@ use crate::threads::map_parts;
 pub use crate::LOG_RATIO_LIMIT;
 pub use crate::loss::bounds::BoundSource;
 pub use crate::loss::read::{table_bounds, table_log_bounds};
-pub use crate::loss::totals::{PROBABILITY_BINS, PROBABILITY_EDGES, ProbabilityBin, Totals};
+pub use crate::loss::totals::{
+    MAX_LOG_PROB, PROBABILITY_BINS, PROBABILITY_EDGES, ProbabilityBin, Totals,
+};
 
 /// Tokens of a part of the batch. Fixed, otherwise sums would depend on the number of threads.
 const CHUNK: usize = 8192;

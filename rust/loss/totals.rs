@@ -9,6 +9,9 @@ use crate::loss::nan::min_or_nan;
 use crate::simd::Number;
 use crate::simd::lanes::Lanes;
 
+/// Max log-probability that rounding may make of one that is at most 0, also in bfloat16.
+pub const MAX_LOG_PROB: f64 = 0.05;
+
 /// Edges between bins of the old probability. An edge belongs to the bin above it.
 pub const PROBABILITY_EDGES: [f64; 4] = [1e-3, 1e-2, 1e-1, 0.5];
 
@@ -31,6 +34,8 @@ pub struct Totals {
     pub clipped_high: u64,
     /// Tokens that the dual clip acts on, or whose weight was truncated.
     pub limited: u64,
+    /// Tokens with a log-prob above [`MAX_LOG_PROB`].
+    pub positive: u64,
     /// Sum of the losses.
     pub loss: f64,
     /// Sum of `-x`.
@@ -70,6 +75,7 @@ impl Default for Totals {
             clipped_low: 0,
             clipped_high: 0,
             limited: 0,
+            positive: 0,
             loss: 0.0,
             kl: 0.0,
             kl_k3: 0.0,
@@ -90,6 +96,7 @@ impl Totals {
         self.clipped_low += other.clipped_low;
         self.clipped_high += other.clipped_high;
         self.limited += other.limited;
+        self.positive += other.positive;
         self.loss += other.loss;
         self.kl += other.kl;
         self.kl_k3 += other.kl_k3;

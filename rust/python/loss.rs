@@ -151,6 +151,7 @@ fn counts_of(totals: &Totals, by_probability: bool) -> Vec<i64> {
         totals.clipped_low,
         totals.clipped_high,
         totals.limited,
+        totals.positive,
     ];
     if by_probability {
         let bins = &totals.by_probability;

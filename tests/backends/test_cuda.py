@@ -137,7 +137,16 @@ def batch(
     shape: tuple[int, int], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[torch.Tensor]:
     """Old and new log-probs, advantages and the mask of random tokens, some of them extreme."""
-    return list(random_batch(shape, seed, dtype, extremes=True))
+    return with_positive(list(random_batch(shape, seed, dtype, extremes=True)))
+
+
+def with_positive(tokens: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same with some log-probs above 0, by rounding or by mistake."""
+    for log_prob, start in zip(tokens[:2], (40, 60), strict=True):
+        flat = log_prob.view(-1)
+        flat[start::397], flat[start + 7 :: 401] = 0.04, 0.06
+    tokens[0].view(-1)[80::397], tokens[1].view(-1)[80::397] = 0.2, 0.1
+    return tokens
 
 
 def after_small_steps(deviation: float) -> list[torch.Tensor]:
@@ -148,6 +157,7 @@ def after_small_steps(deviation: float) -> list[torch.Tensor]:
     moved = logits + rng.normal(0.0, deviation, shape)
     old, new = (torch.from_numpy(-np.logaddexp(0.0, -some)).float() for some in (logits, moved))
     advantages = torch.from_numpy(rng.normal(0.0, 1.0, shape)).float()
+    with_positive([old[2:], new[2:]])  # the rows before have none, so that all ways are taken
     return [old, new, advantages, torch.from_numpy(rng.random(shape) < 0.999)]
 
 
@@ -258,7 +268,7 @@ class TestLoss:
         self, dtype: torch.dtype, device: torch.device
     ) -> None:
         tokens = batch((5, 97), dtype)
-        low, high = KL.log_bounds(np.nan_to_num(tokens[0].numpy()))
+        low, high = KL.log_bounds(np.minimum(np.nan_to_num(tokens[0].numpy()), 0.0))
         bounds = torch.from_numpy(np.stack([low, high])).to(dtype)
         for rule in RULES[:1] if SANITIZED else RULES:  # rules index nothing
             check_as_rust(device, tokens, bounds, rule)

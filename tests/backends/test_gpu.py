@@ -356,7 +356,7 @@ def test_more_tokens_than_the_max_int32_are_counted() -> None:
     loss, slope, counts, sums = kernels.token_loss(
         half, new, None, advantages, valid, bounds, "min-clip", [], False
     )
-    assert counts.tolist() == [MORE_THAN_INT32, 0, 0, 1, 0]
+    assert counts.tolist() == [MORE_THAN_INT32, 0, 0, 1, 0, 0]
     assert sums[0].item() == -2.0
     assert (loss[0, -2].item(), slope[0, -2].item(), slope[0, -1].item()) == (-1.0, -1.0, 0.0)
     del loss, slope

@@ -418,6 +418,7 @@ def test_logged_metrics_are_those_of_the_tokens_since_the_last_log(tmp_path: Pat
         wanted = {name: value.double().mean() for name, value in wanted.items()}
         wanted |= {"ratio_min": ratio.min(), "ratio_max": ratio.max()}
         wanted |= {"valid_tokens": torch.tensor(len(p)), "nonfinite_tokens": torch.tensor(0)}
+        wanted["positive_log_probs"] = torch.tensor(0)
         wanted["dual_clip_fraction"] = torch.tensor(0.0)
         stopped = low | high
         removed = (advantages.abs() * ratio)[stopped].sum() / (advantages.abs() * ratio).sum()

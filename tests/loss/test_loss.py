@@ -774,6 +774,7 @@ class TestMetrics:
             "ratio_min": ratio[valid].min(),
             "ratio_max": ratio[valid].max(),
             "nonfinite_tokens": 0,
+            "positive_log_probs": (batch.log_prob.numpy()[valid] > 0.05).sum(),
             "valid_tokens": count,
         }
         options: dict[str, Any] = {

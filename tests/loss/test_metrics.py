@@ -16,9 +16,10 @@ import torch
 from torch.utils.data import default_collate
 
 from bandpo import Band, Clip, Mask
+from bandpo.check import MAX_LOG_PROB
 from bandpo.correction import Correction, rollout_correction
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.loss import Metrics
+from bandpo.loss import Metrics, policy_loss
 from support.batches import Batch, random_batch
 
 BAND = Band("kl", 0.05)
@@ -103,6 +104,35 @@ def test_batches_without_a_token_merge_to_the_metrics_of_nothing(backend: str) -
         assert empty["valid_tokens"] == 0
     nothing = rollout_correction(*batch[:2], batch.response_mask, region=Clip(0.2)).metrics
     assert Metrics.merge([nothing, nothing])["weight_max"] == 1.0
+
+
+@pytest.mark.filterwarnings("ignore::bandpo.error.LogProbWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", RULES)
+def test_positive_log_probs_are_counted(rule: str, dtype: torch.dtype, backend: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    shape = 9, 131  # several blocks of vectors, and an end
+    # Above 0 by rounding, at the limit, and beyond it.
+    values = torch.tensor([-math.inf, -2.0, -1e-3, 0.0, 0.01, 0.05, 0.0508, 0.4, 7.0, math.inf])
+    old, new = (
+        values[torch.randint(len(values), shape, generator=generator)].to(dtype) for _ in range(2)
+    )
+    old[3, 5], new[3, 5], old[4, 6], new[4, 6] = math.nan, 0.1, 0.1, math.nan
+    mask = torch.rand(shape, generator=generator) < 0.8
+    mask[3:5] = True
+    advantages = torch.randn(shape, generator=generator)
+    wide = dtype if dtype == torch.float64 else torch.float32
+    above = [(log_prob.to(wide) > MAX_LOG_PROB) & mask for log_prob in (old, new)]
+    wanted = int((above[0] | above[1]).sum())
+    assert 100 < wanted < int(mask.sum())
+    parts = [
+        policy_loss(
+            old[rows], new[rows], advantages[rows], mask[rows], **RULES[rule], backend=backend
+        ).metrics
+        for rows in (slice(None), slice(1), slice(1, None))
+    ]
+    assert int(parts[0]["positive_log_probs"]) == wanted
+    assert int(Metrics.merge(parts[1:])["positive_log_probs"]) == wanted
 
 
 def test_a_nan_stays_in_the_merged_metrics(backend: str) -> None:

@@ -205,8 +205,9 @@ struct Call<Kernel> {
 #define threadIdx emulator::thread_index
 #define __syncthreads() emulator::wait(emulator::State::AT_BLOCK_BARRIER, __COUNTER__)
 // The emulator runs one thread at a time.
-static inline double atomicAdd(double* at, double value) {
-  const double before = *at;
+template <class T>
+static inline T atomicAdd(T* at, T value) {
+  const T before = *at;
   *at = before + value;
   return before;
 }

@@ -1290,6 +1290,18 @@ def _sts(one: Instruction, machine: Machine) -> Step:
     return step
 
 
+@_op("ATOMS")
+def _atoms(one: Instruction, machine: Machine) -> Step:
+    if one.modifiers != ("POPC", "INC", "32") or one.operands[0] != "RZ":
+        raise UnknownInstructionError("an operation on shared memory")
+    where = _address(one.operands[1], machine)
+
+    def step(warp: Warp, mask: Any) -> None:
+        np.add.at(machine.shared.view(np.uint32), where(warp)[mask] // 4, np.uint32(1))
+
+    return step
+
+
 @_op("F2F")
 def _f2f(one: Instruction, machine: Machine) -> Step:
     if one.modifiers[:2] == ("F64", "F32"):
@@ -1370,14 +1382,15 @@ def _f2i(one: Instruction, machine: Machine) -> Step:
 def _bra(one: Instruction, machine: Machine) -> Step:
     *conditions, label = one.operands
     target = machine.program.labels[label.strip("`()")]
-    if "DIV" in one.modifiers:
-        # Taken by a warp that is not whole.
+    if "DIV" in one.modifiers or "CONV" in one.modifiers:
+        # Taken by a warp that is not whole, or by one that is.
+        whole = "CONV" in one.modifiers
 
-        def divergent(warp: Warp, mask: Any) -> None:
-            if not (mask | warp.exited).all():
+        def by_whole(warp: Warp, mask: Any) -> None:
+            if (mask | warp.exited).all() == whole:
                 machine.jump(warp, mask, target)
 
-        return divergent
+        return by_whole
     reads = [_predicate(text) for text in conditions]
     uniform = "U" in one.modifiers
 

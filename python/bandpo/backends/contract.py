@@ -73,6 +73,8 @@ class Totals(NamedTuple):
     clipped_high: torch.Tensor
     limited: torch.Tensor
     """Tokens that the dual clip or the truncation limits."""
+    positive: torch.Tensor
+    """Tokens with an old or new log-prob above `bandpo.check.MAX_LOG_PROB`."""
     kl: torch.Tensor
     """Sum of -x."""
     kl_k3: torch.Tensor
@@ -91,7 +93,7 @@ class Totals(NamedTuple):
 
     @classmethod
     def of(cls, counts: torch.Tensor, sums: torch.Tensor) -> Totals:
-        """Returns views of the counts, [5], or [5 + 3 bins], and the sums, [7], of a backend."""
+        """Returns views of the counts, [6], or [6 + 3 bins], and the sums, [7], of a backend."""
         by_bin = None
         if counts.shape[0] > COUNTS:
             counts, by_bin = counts[:COUNTS], counts[COUNTS:].reshape(3, PROBABILITY_BINS)

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from bandpo.backends.contract import PROBABILITY_BINS, LossInputs, TokenLosses, Totals
+from bandpo.check import MAX_LOG_PROB
 from bandpo.surrogate import BY_NAME, LOG_RATIO_LIMIT, MIN_WIDTH, PROBABILITY_EDGES
 from bandpo.tensors.lookup import read_table
 
@@ -93,6 +94,7 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
         clipped_low=clipped_low.sum(),
         clipped_high=clipped_high.sum(),
         limited=torch.zeros_like(clipped_low).sum() if limited is None else limited.sum(),
+        positive=((log_prob.detach() > MAX_LOG_PROB) | (old_log_prob > MAX_LOG_PROB)).sum(),
         kl=(-x).sum(),
         kl_k3=_gap(x).sum(),
         entropy=(-old_log_prob).sum(),

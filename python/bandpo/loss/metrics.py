@@ -61,6 +61,7 @@ def _metrics_of(statistics: Statistics, limited_metric: str | None, dtype: torch
         "ratio_min": log_ratio_min.exp().to(dtype),
         "ratio_max": log_ratio_max.exp().to(dtype),
         "nonfinite_tokens": sums["nonfinite"],
+        "positive_log_probs": sums["positive"],
         "valid_tokens": valid,
     }
     if limited_metric is not None:

@@ -148,6 +148,8 @@ def policy_loss(
     - approx_kl: mean of ``-ln r``, approx_kl_k3: mean of ``r - 1 - ln r``, both with the clamped r
     - ratio_min, ratio_max: extremes of the clamped r
     - valid_tokens (int64), and nonfinite_tokens (int64): those of them whose loss is inf or NaN
+    - positive_log_probs (int64): tokens with ``old_log_prob`` or ``log_prob`` above 0.05, more than
+      rounding puts a logarithm of a probability above 0
     - with ``metrics_by_probability``, over the bins of the old probability between
       `PROBABILITY_EDGES`: tokens_by_probability (int64), and clip_fraction_low_by_probability and
       clip_fraction_high_by_probability, as fractions of the bin's tokens
