@@ -16,7 +16,7 @@ from bandpo.tensors.check import check_float, compute_dtype, converted
 # isort: split
 import torch
 
-from bandpo.backends.internals import is_transformed
+from bandpo.tensors.internals import is_transformed
 from bandpo.backends.sides import reads_half, sides_from
 from bandpo.error import InvalidValueError
 from bandpo.rule import AnyRegion, check_region

@@ -20,7 +20,7 @@ from bandpo.backends.contract import (
     gradients_of,
 )
 from bandpo.backends.cuda import kernels
-from bandpo.backends.internals import (
+from bandpo.tensors.internals import (
     has_saved_tensor_hooks,
     is_concrete,
     is_transformed,

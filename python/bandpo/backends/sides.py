@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from bandpo import _core
-from bandpo.backends.internals import needs_no_dispatcher
+from bandpo.tensors.internals import needs_no_dispatcher
 from bandpo.backends.select import default_backend
 from bandpo.rule import AnyRegion
 from bandpo.tensors.bounds import bounds_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bandpo.backends.internals import needs_no_dispatcher
+from bandpo.tensors.internals import needs_no_dispatcher
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.tensors.check import check_float, check_tensor
 

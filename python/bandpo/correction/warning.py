@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from bandpo.backends.internals import needs_no_dispatcher
+from bandpo.tensors.internals import needs_no_dispatcher
 from bandpo.correction.rule import MISMATCH_LIMIT
 from bandpo.error import MismatchWarning, caller_level
 from bandpo.surrogate import LOG_RATIO_LIMIT

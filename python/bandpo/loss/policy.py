@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bandpo.backends.contract import Backend, Count
-from bandpo.backends.internals import is_concrete, version_of
+from bandpo.tensors.internals import is_concrete, version_of
 from bandpo.backends.select import select
 from bandpo.batch.check import check_cu_seqlens, check_mask, check_tokens, check_weights
 from bandpo.batch.metrics import Metrics, Statistics

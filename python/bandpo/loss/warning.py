@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from bandpo.backends.internals import needs_no_dispatcher
+from bandpo.tensors.internals import needs_no_dispatcher
 from bandpo.check import MAX_LOG_PROB
 from bandpo.error import LogProbWarning, StepWarning, caller_level
 from bandpo.schedule import RegionSource
