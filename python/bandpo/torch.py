@@ -16,11 +16,11 @@ from bandpo.tensors.check import check_float, compute_dtype, converted
 # isort: split
 import torch
 
-from bandpo.tensors.internals import is_transformed
 from bandpo.backends.sides import reads_half, sides_from
 from bandpo.error import InvalidValueError
 from bandpo.rule import AnyRegion, check_region
 from bandpo.tensors.bounds import bounds_of
+from bandpo.tensors.internals import is_transformed
 from bandpo.tensors.lookup import clipped_op
 
 __all__ = ["clip", "clip_ratio", "contains", "log_bounds"]

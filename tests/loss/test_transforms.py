@@ -14,14 +14,18 @@ pytest.importorskip("torch")
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import bandpo
 from bandpo.error import InvalidTypeError
+from bandpo.region import BySign
+from bandpo.schedule import Linear, ScheduledBand
 from bandpo.surrogate import Surrogate
 from support.batches import Batch, random_batch
 from support.surrogates import SURROGATES
@@ -172,6 +176,14 @@ def _checkpointed(loss: Loss, x: Tensor) -> Tensor:
     return _backward(lambda x: checkpoint(loss, x, use_reentrant=False), x)
 
 
+def _negated(loss: Loss, x: Tensor) -> Tensor:
+    """The log-probs are a view that torch negates where it is read."""
+    leaf = (-x.detach()).requires_grad_()
+    torch.autograd.backward(loss(torch._neg_view(leaf)))
+    assert leaf.grad is not None
+    return -leaf.grad
+
+
 class _Subclass(Tensor):
     """A tensor of another class, as DTensor or a parameter is."""
 
@@ -272,6 +284,7 @@ GRADIENTS: dict[str, Callable[[Loss, Tensor], Tensor]] = {
     "autocast": _autocast,
     "subclass": lambda loss, x: _backward(lambda x: loss(x.as_subclass(_Subclass)), x),
     "parameter": lambda loss, x: _backward(loss, torch.nn.Parameter(x)),
+    "negated view": _negated,
     "functional_call": _functional_call,
     "DTensor": _distributed,
 }
@@ -370,3 +383,121 @@ def test_a_distributed_tensor_is_refused_with_what_to_pass(
         tensor = distribute_tensor(getattr(batch, argument), mesh, [Shard(0)])
         with pytest.raises(InvalidTypeError, match=rf"{argument} must be .* \.to_local\(\)"):
             batch._replace(**{argument: tensor}).loss(region=REGIONS[0], backend=backend)
+
+
+def test_masked_tensors_are_refused_with_what_to_pass(batch: Batch, backend: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about a prototype
+        masked = torch.masked.masked_tensor(batch.old_log_prob, batch.response_mask.bool())
+        with pytest.raises(InvalidTypeError, match=r"old_log_prob must be .* \.get_data\(\)"):
+            batch._replace(old_log_prob=masked).loss(region=REGIONS[0], backend=backend)
+
+
+class _Wrapped(Tensor):
+    """A tensor without memory of its own, whose operators run on the one inside."""
+
+    within: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> _Wrapped:
+        made: _Wrapped = Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, device=inner.device
+        )
+        made.within = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        def opened(value: object) -> object:
+            return value.within if isinstance(value, _Wrapped) else value
+
+        def wrapped(value: object) -> object:
+            return _Wrapped(value) if isinstance(value, Tensor) else value
+
+        return tree_map(wrapped, func(*tree_map(opened, args), **tree_map(opened, kwargs or {})))
+
+
+@pytest.mark.parametrize("argument", Batch._fields)
+@pytest.mark.parametrize("mode", MODES)
+def test_any_argument_may_be_of_another_class_or_a_negated_view(
+    batch: Batch, argument: str, mode: str, backend: str
+) -> None:
+    given: Tensor = getattr(batch, argument)
+    ways: list[Tensor] = [_Wrapped(given)]
+    if given.is_floating_point():
+        ways.append(torch._neg_view(-given))
+    for region in REGIONS:
+        options: dict[str, Any] = {"region": region, "loss_agg_mode": mode, "backend": backend}
+        wanted = batch.loss(**options).loss
+        for way in ways:
+            found = batch._replace(**{argument: way}).loss(**options).loss
+            if isinstance(found, _Wrapped):
+                found = found.within
+            torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mask_may_be_made_in_inference_mode(
+    batch: Batch, surrogate: str, mode: str, backend: str
+) -> None:
+    with torch.inference_mode():
+        of_rollout = batch._replace(
+            old_log_prob=batch.old_log_prob.clone(),
+            advantages=batch.advantages.clone(),
+            response_mask=batch.response_mask.clone(),
+        )
+    assert of_rollout.response_mask.is_inference()
+    results = []
+    for made in (batch, of_rollout):
+        leaf = batch.log_prob.detach().clone().requires_grad_()
+        result = made._replace(log_prob=leaf).loss(
+            region=REGIONS[0],
+            surrogate=SURROGATES[surrogate],
+            loss_agg_mode=mode,
+            backend=backend,
+            log_ratio_penalty=0.5,
+        )
+        torch.autograd.backward(result.loss)
+        results.append(leaf.grad)
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fake_mode_takes_regions_that_real_tensors_have_used(
+    batch: Batch, mode: str, exact: bool, backend: str
+) -> None:
+    stepped = ScheduledBand("kl", Linear(0.1, 0.01, steps=5))
+    for region in (*REGIONS, stepped, BySign(bandpo.Clip(0.1), bandpo.Band("tv", 0.05))):
+        options: dict[str, Any] = {
+            "region": region, "loss_agg_mode": mode, "exact": exact, "backend": backend,
+        }  # fmt: skip
+        before = batch.loss(**options).loss
+        with FakeTensorMode() as fake:
+            faked = Batch(*(fake.from_tensor(tensor) for tensor in batch))
+            faked.log_prob.requires_grad_()
+            loss = faked.loss(**options).loss
+            loss.backward()  # type: ignore[no-untyped-call]
+            assert faked.log_prob.grad is not None
+            assert faked.log_prob.grad.shape == batch.log_prob.shape
+        assert torch.equal(batch.loss(**options).loss, before)
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # about speed
+def test_offsets_of_packed_sequences_may_be_batched(batch: Batch, backend: str) -> None:
+    packed = Batch(*(tensor.reshape(-1) for tensor in batch))
+
+    def loss(offsets: Tensor) -> Tensor:
+        return packed.loss(
+            region=REGIONS[0],
+            cu_seqlens=offsets,
+            loss_agg_mode="seq-mean-token-mean",
+            backend=backend,
+        ).loss
+
+    offsets = torch.tensor([[0, 7, 14, 21], [0, 3, 15, 21]])
+    found = torch.func.vmap(loss)(offsets)
+    torch.testing.assert_close(found, torch.stack([loss(row) for row in offsets]))

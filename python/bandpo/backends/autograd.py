@@ -20,6 +20,10 @@ from bandpo.backends.contract import (
     gradients_of,
 )
 from bandpo.backends.cuda import kernels
+from bandpo.backends.native import all_in_rust, in_rust, token_loss_op
+from bandpo.error import InvalidValueError
+from bandpo.surrogate import BY_NAME
+from bandpo.tensors.check import compute_dtype
 from bandpo.tensors.internals import (
     has_saved_tensor_hooks,
     is_concrete,
@@ -27,10 +31,6 @@ from bandpo.tensors.internals import (
     keeps_graph,
     needs_no_dispatcher,
 )
-from bandpo.backends.native import all_in_rust, in_rust, token_loss_op
-from bandpo.error import InvalidValueError
-from bandpo.surrogate import BY_NAME
-from bandpo.tensors.check import compute_dtype
 
 
 def on_cuda(tensor: torch.Tensor) -> bool:
@@ -88,7 +88,8 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
     """
     if is_transformed():
         return plain.token_losses(_widened(inputs))
-    if not needs_no_dispatcher(inputs.log_prob):
+    others = inputs.old_log_prob, inputs.advantages, inputs.valid, inputs.anchor_log_prob
+    if not needs_no_dispatcher(inputs.log_prob, inputs.log_ratio, inputs.bounds, *others):
         per_token, _, counts, sums = token_loss_op(*inputs)
         sums = sums.detach()
         return TokenLosses(per_token, per_token.sum(), lambda: Totals.of(counts, sums))

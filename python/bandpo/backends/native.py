@@ -44,7 +44,11 @@ def in_rust(
     gradient = _empty_like(log_prob)
 
     def array(tensor: torch.Tensor) -> NDArray[Any]:
-        return tensor.contiguous().numpy()
+        contiguous = tensor.contiguous()
+        try:
+            return contiguous.numpy()
+        except RuntimeError:  # a negated view, or zeros without memory
+            return contiguous.numpy(force=True)
 
     written = gradient.numpy()
     is_table = bounds.dtype == torch.int32

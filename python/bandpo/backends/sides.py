@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from bandpo import _core
-from bandpo.tensors.internals import needs_no_dispatcher
 from bandpo.backends.select import default_backend
 from bandpo.rule import AnyRegion
 from bandpo.tensors.bounds import bounds_of
+from bandpo.tensors.internals import needs_no_dispatcher
 from bandpo.tensors.lookup import table_log_bounds, table_log_bounds_op
 
 
@@ -50,8 +50,9 @@ def sides_from(
             and old_log_prob.is_contiguous()
         ):
             lower, log_upper = (torch.empty_like(old_log_prob) for _ in range(2))
-            arrays = (tensor.numpy() for tensor in (old_log_prob, lower, log_upper))
-            _core.table_bounds(bounds.numpy().view(np.uint32), *arrays)
+            tokens = old_log_prob.numpy(force=True)  # also of a negated view
+            words = bounds.numpy().view(np.uint32)
+            _core.table_bounds(words, tokens, lower.numpy(), log_upper.numpy())
             return lower.log_(), log_upper
         return table_log_bounds(bounds, old_log_prob)
     log_lower, log_upper = bounds.unbind()

@@ -6,10 +6,10 @@ import warnings
 
 import torch
 
-from bandpo.tensors.internals import needs_no_dispatcher
 from bandpo.correction.rule import MISMATCH_LIMIT
 from bandpo.error import MismatchWarning, caller_level
 from bandpo.surrogate import LOG_RATIO_LIMIT
+from bandpo.tensors.internals import needs_no_dispatcher
 
 _WARNED: set[str] = set()
 """Arguments that a warning has been given of."""

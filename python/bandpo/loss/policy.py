@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from bandpo.backends.contract import Backend, Count
-from bandpo.tensors.internals import is_concrete, version_of
 from bandpo.backends.select import select
 from bandpo.batch.check import check_cu_seqlens, check_mask, check_tokens, check_weights
 from bandpo.batch.metrics import Metrics, Statistics
 from bandpo.batch.tokens import Tokens, shaped, shaped_by_row
-from bandpo.check import check_name, nonnegative_number
+from bandpo.check import check_bool, check_name, nonnegative_number
 from bandpo.correction import Correction, RolloutCorrection
 from bandpo.correction.rule import correction_of
 from bandpo.correction.warning import warn_of_first_mismatch
@@ -39,6 +38,7 @@ from bandpo.rule import (
 from bandpo.schedule import RegionSource
 from bandpo.surrogate import Surrogate
 from bandpo.tensors.check import compute_dtype, converted
+from bandpo.tensors.internals import is_concrete, savable, version_of
 
 
 def policy_loss(
@@ -218,9 +218,12 @@ def policy_loss(
         BrokenExtraError: With backend "cuda", if the kernels cannot run.
     """
     rule = Rule.of(resolved(region), surrogate, dual_clip, ratio_level)
-    if log_ratio_penalty != 0.0:
-        nonnegative_number("log_ratio_penalty", log_ratio_penalty)
+    # Not checked at every call, because the default needs no check.
+    if type(log_ratio_penalty) is not float or log_ratio_penalty != 0.0:
+        log_ratio_penalty = nonnegative_number("log_ratio_penalty", log_ratio_penalty)
     check_name("backend", backend, BACKENDS)
+    check_bool("exact", exact)
+    check_bool("metrics_by_probability", metrics_by_probability)
     reduction = Reduction.of(
         loss_agg_mode,
         global_batch,
@@ -249,7 +252,7 @@ def policy_loss(
         dtype = compute_dtype(old_log_prob, log_prob, anchor_log_prob)
     check_mask(response_mask)
     valid = shaped(response_mask, shape)
-    valid = valid if valid.dtype == torch.bool else valid != 0
+    valid = savable(valid) if valid.dtype == torch.bool else valid != 0
     weighted = shaped_by_row(converted(advantages.detach(), dtype), shape)
     if weights is not None:
         # Every surrogate is homogeneous in the advantage, so a weight may go there.
@@ -291,7 +294,9 @@ def policy_loss(
         and reduction.is_one_weight()
         and not rule.changes_tokens()
         and log_ratio_penalty == 0.0
-        and is_concrete(log_prob)
+        and is_concrete(
+            log_prob, tokens.old_log_prob, weighted, valid, tokens.anchor_log_prob, cu_seqlens
+        )
     ):
         weight = reduction.weight(lambda: count_valid(valid), tokens)
         inputs = inputs_of(rule, tokens, exact=exact, by_probability=metrics_by_probability)

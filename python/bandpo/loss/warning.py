@@ -7,10 +7,10 @@ import weakref
 
 import torch
 
-from bandpo.tensors.internals import needs_no_dispatcher
 from bandpo.check import MAX_LOG_PROB
 from bandpo.error import LogProbWarning, StepWarning, caller_level
 from bandpo.schedule import RegionSource
+from bandpo.tensors.internals import needs_no_dispatcher
 
 LOSSES_WITHOUT_STEP = 50
 """Losses of a source after which it should have been stepped."""

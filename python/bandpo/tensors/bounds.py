@@ -17,6 +17,7 @@ from bandpo.schedule import RegionSource
 from bandpo.tensors.cached import Cached, cached, check_no_capture, upload
 from bandpo.tensors.check import compute_dtype
 from bandpo.tensors.exact import exact_contains_op, exact_log_bounds_op
+from bandpo.tensors.internals import faked
 
 
 def bounds_of(
@@ -112,8 +113,8 @@ def _source(key: int, dtype: torch.dtype, device: torch.device, exact: bool) -> 
     now = current(region)
     if isinstance(now, Clip) or not (exact or now.per_token):
         if now is not region:  # but that of a source
-            return _Source(_live_bounds(region).on(dtype, device), 0)
-        return _Source(_kept_bounds(region, dtype, device), 0)
+            return _Source(faked(_live_bounds(region).on(dtype, device)), 0)
+        return _Source(faked(_kept_bounds(region, dtype, device)), 0)
     return _Source(None, key)
 
 

@@ -32,6 +32,11 @@ def check_tensor(argument: str, tensor: torch.Tensor) -> None:
             f"{argument} must be a tensor of one rank, got a {type(tensor).__name__}: pass its "
             f".to_local() with the counts of the global batch, or its .full_tensor()"
         )
+    if hasattr(tensor, "get_mask"):  # of torch.masked
+        raise InvalidTypeError(
+            f"{argument} must be a tensor without masked elements, got a {type(tensor).__name__}: "
+            f"pass its .get_data(), and its .get_mask() as the mask of the tokens"
+        )
     if tensor.layout != torch.strided:
         raise InvalidTypeError(f"{argument} must be a dense tensor, got layout {tensor.layout}")
 

@@ -7,6 +7,8 @@ import torch
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_mode_of = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
+_mode_keys = getattr(torch._C, "_TorchDispatchModeKey", None)
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore: True)
 
@@ -21,20 +23,27 @@ def is_transformed() -> bool:
     return _transforms_are_active() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
-def is_concrete(tensor: torch.Tensor) -> bool:
-    """Returns True if the tensor is neither traced nor transformed, on any device."""
+def is_concrete(tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Returns True if the tensors are neither traced nor transformed, on any device.
+
+    Args:
+        tensor: The one that carries the gradient.
+        others: Further ones, of which only the class counts: a mode or a transform that wraps one
+            of them is active for all.
+    """
     return (
         type(tensor) is torch.Tensor
         and not torch.compiler.is_compiling()
+        and all(type(other) is torch.Tensor for other in others if other is not None)
         and _modes() == 0  # one of torch.utils._python_dispatch, such as that of a trace
         and not is_transformed()
         and not _is_legacy_batched(tensor)  # autograd's own, of is_grads_batched
     )
 
 
-def needs_no_dispatcher(tensor: torch.Tensor) -> bool:
-    """Returns True if Rust may read the tensor, and the host without waiting for a device."""
-    return tensor.is_cpu and is_concrete(tensor)
+def needs_no_dispatcher(tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Returns True if Rust may read the tensors, and the host without waiting for a device."""
+    return tensor.is_cpu and is_concrete(tensor, *others)
 
 
 def keeps_graph() -> bool:
@@ -53,3 +62,26 @@ def has_saved_tensor_hooks() -> bool:
 def version_of(tensor: torch.Tensor) -> int | None:
     """Returns a number that every change in place raises; None if the tensor has none."""
     return None if tensor.is_inference() else tensor._version
+
+
+def faked(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a kept tensor as the active fake mode takes it; itself without such a mode.
+
+    A trace keeps its constants, so it gets the tensor itself.
+    """
+    if _modes() == 0 or _mode_keys is None or _mode_of(_mode_keys.PROXY) is not None:
+        return tensor
+    mode = _mode_of(_mode_keys.FAKE)
+    found: torch.Tensor = tensor if mode is None else mode.from_tensor(tensor)
+    return found
+
+
+def savable(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor that autograd may save: a copy of one that was made in inference mode."""
+    if (
+        torch.compiler.is_compiling()  # which cannot trace the next line, and saves what it reads
+        or not tensor.is_inference()
+        or torch.is_inference_mode_enabled()
+    ):
+        return tensor
+    return tensor.clone()
