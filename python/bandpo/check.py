@@ -25,18 +25,16 @@ def real_number(argument: str, value: object) -> float:
         InvalidTypeError: If it is none of these; the message names ``argument``.
         InvalidValueError: If it is a whole number beyond a float64.
     """
-    # Float and int before Real, whose check takes a microsecond.
-    if isinstance(value, (float, int, Real)) and not isinstance(value, bool):
+    # Float and int before Real, whose check takes a microsecond. A timedelta64 is a whole number
+    # for Python.
+    if isinstance(value, (float, int, Real)) and not isinstance(value, (bool, np.timedelta64)):
         try:
             return float(value)
         except OverflowError:  # a whole number or a fraction
             raise InvalidValueError(f"{argument} must be a number that a float64 holds") from None
-        except TypeError:  # a timedelta64 is a whole number for Python
-            raise InvalidTypeError(
-                f"{argument} must be a real number, got {type(value).__name__}"
-            ) from None
     try:
-        array = np.asarray(value)
+        # The value of a masked element means nothing.
+        array = np.asarray(None if np.ma.is_masked(value) else value)
     except (ValueError, TypeError, RuntimeError):
         array = np.asarray(None)
     if array.dtype.kind not in "fiu":
@@ -201,7 +199,7 @@ def check_bool(argument: str, value: object) -> None:
 def check_name(argument: str, name: object, names: Iterable[str]) -> None:
     """Raises InvalidValueError unless ``name`` is one of the names; suggests the nearest."""
     names = tuple(names)
-    if name not in names:
+    if not isinstance(name, str) or name not in names:  # an array is compared by element
         raise InvalidValueError(
             f"{argument} must be one of {', '.join(names)}, got {name!r}{suggestion(name, names)}"
         )

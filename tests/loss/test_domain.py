@@ -181,6 +181,22 @@ def test_metrics_can_be_rebuilt_as_a_mapping() -> None:
     assert torch.equal(together["approx_kl"], metrics["approx_kl"].repeat(2))
 
 
+def test_scalars_of_a_rebuilt_mapping_are_named_by_what_they_are() -> None:
+    metrics = random_batch((3, 5)).loss(region=CLIP, metrics_by_probability=True).metrics
+    wanted = metrics.scalars("a/")
+    single = {name: value for name, value in metrics.items() if value.ndim == 0}
+    floats = Metrics({name: value.item() for name, value in single.items()})  # type: ignore[misc]
+    assert floats.scalars("a/") == {f"a/{name}": wanted[f"a/{name}"] for name in single}
+    assert "approx_kl" in floats._repr_html_()
+    collated = default_collate([metrics] * 5)  # as many as there are bins
+    found = collated.scalars("a/")
+    for name in single:
+        assert [found[f"a/{name}/{k}"] for k in range(5)] == [wanted[f"a/{name}"]] * 5
+    assert f"a/approx_kl/{0:g}-{1e-3:g}" not in found
+    with pytest.raises(InvalidTypeError, match="prefix must be a str, got NoneType"):
+        metrics.scalars(None)  # type: ignore[arg-type]
+
+
 SOURCES: dict[str, Callable[[], RegionSource]] = {
     "linear": lambda: ScheduledBand("kl", Linear(0.1, 0.01, steps=10)),
     "bapo": Bapo,
@@ -255,3 +271,35 @@ def test_the_width_of_a_micro_batch_is_no_norm_of_the_global_batch() -> None:
     mode: Any = "seq-mean-token-sum-norm"
     with pytest.raises(InvalidValueError, match="loss_scale_factor must be given"):
         policy_loss(*batch, region=CLIP, loss_agg_mode=mode, global_batch_size=4)
+
+
+@pytest.mark.parametrize("argument", ["exact", "metrics_by_probability"])
+@pytest.mark.parametrize("value", ["no", 0, None, np.True_])
+def test_a_flag_is_a_bool(argument: str, value: Any) -> None:
+    options: dict[str, Any] = {"region": CLIP, argument: value}
+    for make in (lambda: random_batch((2, 3)).loss(**options), lambda: PolicyLoss(**options)):
+        with pytest.raises(InvalidTypeError, match=f"{argument} must be a bool, got"):
+            make()
+
+
+@pytest.mark.parametrize("argument", ["batch_num_tokens", "global_batch_size"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_a_count_on_the_cpu_is_finite_and_at_least_0(argument: str, value: float) -> None:
+    for count in (value, torch.tensor(value)):
+        with pytest.raises(InvalidValueError, match=f"{argument} must be finite and at least 0"):
+            random_batch((2, 3)).loss(region=CLIP, **{argument: count})
+
+
+@pytest.mark.parametrize("value", [np.array(0.5), torch.tensor(0.5), np.float32(0.5)])
+def test_a_penalty_is_a_number_of_any_origin(value: Any) -> None:
+    batch = random_batch((2, 3))
+    found = batch.loss(region=CLIP, log_ratio_penalty=value).loss
+    assert torch.equal(found, batch.loss(region=CLIP, log_ratio_penalty=0.5).loss)
+    assert PolicyLoss(CLIP, log_ratio_penalty=value).log_ratio_penalty == 0.5
+
+
+def test_only_several_metrics_are_merged() -> None:
+    metrics = random_batch((2, 3)).loss(region=CLIP).metrics
+    for parts in (None, 1.0, metrics):
+        with pytest.raises(InvalidTypeError, match="parts must be "):
+            Metrics.merge(parts)  # type: ignore[arg-type]

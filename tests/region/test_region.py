@@ -246,6 +246,13 @@ def test_bad_input_is_refused_with_the_argument(
 
 def test_a_tensor_of_deltas_is_refused() -> None:
     torch = pytest.importorskip("torch")
+    for delta in (
+        torch.tensor(0.1, requires_grad=True),
+        torch.tensor(0.1, dtype=torch.bfloat16),
+        torch.tensor(0.1, device="meta"),
+    ):
+        with pytest.raises(InvalidTypeError, match=r"delta must be a number.* got Tensor"):
+            Band("kl", delta)
     with pytest.raises(InvalidTypeError, match=r"a number, .* or a numpy array, got Tensor"):
         Band("kl", torch.full((3,), 0.1))
 

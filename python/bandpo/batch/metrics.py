@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
+from bandpo.check import check_text
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.notebook import html_table
 from bandpo.ranks import of_all_ranks
@@ -130,6 +131,8 @@ class Metrics(Mapping[str, torch.Tensor]):
             InvalidValueError: If there is no part, or parts are of different rules or dtypes, or
                 were made from values alone, likewise.
         """
+        if not isinstance(parts, Iterable):
+            raise InvalidTypeError(f"parts must be several Metrics, got {type(parts).__name__}")
         if group is None:
             return Metrics(Statistics.merged([_statistics_of(part) for part in parts]))
 
@@ -144,21 +147,38 @@ class Metrics(Mapping[str, torch.Tensor]):
         """Returns the metrics as floats, for a logger.
 
         Those by probability become one for each bin, with its edges in the name, such as
-        ``tokens_by_probability/0.001-0.01``. The host waits for the device, once.
+        ``tokens_by_probability/0.001-0.01``. Others of several elements, which a collation makes,
+        are numbered, such as ``entropy/0``. The host waits for the device, once.
 
         Args:
             prefix: Begins every name, such as ``"actor/"``.
+
+        Raises:
+            InvalidTypeError: If the prefix is not a str.
         """
+        check_text("prefix", prefix)
         names: list[str] = []
-        for name, value in self._all().items():
-            bins = [f"/{low:g}-{high:g}" for low, high in pairwise(PROBABILITY_EDGES)]
-            names += [prefix + name + end for end in (bins if value.ndim == 1 else [""])]
+        values = self._tensors()
+        for name, value in values.items():
+            ends = [f"/{low:g}-{high:g}" for low, high in pairwise(PROBABILITY_EDGES)]
+            if not (name.endswith("_by_probability") and value.shape == (len(ends),)):
+                ends = [f"/{k}" for k in range(value.numel())] if value.ndim else [""]
+            names += [prefix + name + end for end in ends]
         # One copy, because each waits. Float64 holds every count; MPS does not have it.
-        parts = [value.reshape(-1) for value in self._all().values()]
+        parts = [value.reshape(-1) for value in values.values()]
         on_mps = any(part.device.type == "mps" for part in parts)
         dtype = torch.float32 if on_mps else torch.float64
         row = torch.cat([part.to(dtype) for part in parts]).tolist() if parts else []
         return dict(zip(names, row, strict=True))
+
+    def _tensors(self) -> Tensors:
+        """The metrics, of which a rebuilt mapping may hold plain numbers, as tensors."""
+        return {
+            name: value
+            if isinstance(value, torch.Tensor)
+            else torch.tensor(value, dtype=torch.float64, device="cpu")
+            for name, value in self._all().items()
+        }
 
     def _all(self) -> Tensors:
         if self._values is None:
@@ -182,8 +202,9 @@ class Metrics(Mapping[str, torch.Tensor]):
 
     def _repr_html_(self) -> str:
         bins = [f"p in {low:g}..{high:g}" for low, high in pairwise(PROBABILITY_EDGES)]
-        single = {name: value for name, value in self.items() if value.ndim == 0}
-        by_bin = {name: value for name, value in self.items() if value.ndim == 1}
+        values = self._tensors()
+        by_bin = {name: value for name, value in values.items() if value.shape == (len(bins),)}
+        single = {name: value for name, value in values.items() if name not in by_bin}
         tables = [html_table(("metric", "value"), ([n, *_texts(v)] for n, v in single.items()))]
         if by_bin:
             rows = ([name, *_texts(value)] for name, value in by_bin.items())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bandpo.backends.contract import Count
-from bandpo.check import check_name, nonnegative_number
+from bandpo.check import check_bool, check_name, nonnegative_number
 from bandpo.correction import Correction, RolloutCorrection
 from bandpo.correction.rule import correction_of
 from bandpo.error import InvalidValueError
@@ -63,15 +63,16 @@ class PolicyLoss(torch.nn.Module):
         super().__init__()
         region = resolved(region)
         Rule.of(region, surrogate, dual_clip, ratio_level)
-        nonnegative_number("log_ratio_penalty", log_ratio_penalty)
         check_name("backend", backend, BACKENDS)
+        check_bool("exact", exact)
+        check_bool("metrics_by_probability", metrics_by_probability)
         Reduction.of(loss_agg_mode, None, dp_size, None, None, loss_scale_factor)
         self.region = region
         self.surrogate: Surrogate = surrogate
         self.dual_clip = dual_clip
         self.ratio_level: RatioLevel = ratio_level
         self.loss_agg_mode: AggregationMode = loss_agg_mode
-        self.log_ratio_penalty = log_ratio_penalty
+        self.log_ratio_penalty = nonnegative_number("log_ratio_penalty", log_ratio_penalty)
         self.correction = None if correction is None else correction_of(correction)
         self.backend: BackendName = backend
         self.exact = exact

@@ -14,6 +14,7 @@ from bandpo.batch.tokens import Tokens
 from bandpo.check import check_name, nonnegative_number, positive_number, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.rule import AGGREGATION_MODES, AggregationMode
+from bandpo.tensors.internals import needs_no_dispatcher
 
 
 @dataclass(frozen=True)
@@ -184,5 +185,8 @@ def _check_counts(dp_size: int, scale: float | None, **counts: Count | None) -> 
                 raise InvalidValueError(
                     f"{argument} must be a number or a 0-dim tensor, got shape {tuple(count.shape)}"
                 )
+            # On another device, reading the value would make the host wait.
+            if needs_no_dispatcher(count):
+                nonnegative_number(argument, count.item())
         elif count is not None:
             nonnegative_number(argument, count)

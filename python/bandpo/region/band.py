@@ -105,13 +105,14 @@ class Band(Region):
             deltas = float64_array("delta", delta).copy()
             deltas.flags.writeable = False
             self.delta_low = self.delta_high = deltas
-        elif np.ndim(delta) == 0 and np.asarray(delta).dtype.kind in "fiu":
-            self.delta_low = self.delta_high = real_number("delta", delta)
         else:
-            raise InvalidTypeError(
-                f"delta must be a number, a pair (low, high) or a numpy array, got "
-                f"{type(delta).__name__}; bandpo.schedule.ScheduledBand has one that changes"
-            )
+            try:
+                self.delta_low = self.delta_high = real_number("delta", delta)
+            except InvalidTypeError:
+                raise InvalidTypeError(
+                    f"delta must be a number, a pair (low, high) or a numpy array, got "
+                    f"{type(delta).__name__}; bandpo.schedule.ScheduledBand has one that changes"
+                ) from None
         for side in (self.delta_low, self.delta_high):
             allowed = (np.asarray(side) > 0.0) & np.isfinite(side)
             if not np.all(allowed):
