@@ -638,3 +638,12 @@ def test_weights_multiply_the_loss_of_a_policy(name: str) -> None:
     plain = policy_loss(*given, **options).loss
     corrected = policy_loss(*given, rollout_is_weights=found.weights, **options).loss
     torch.testing.assert_close(corrected, plain * found.weights)
+
+
+@pytest.mark.parametrize("value", [0.5, math.nan, -1.0, 2.0])
+def test_a_mask_of_floats_has_0_and_1_alone(value: float) -> None:
+    log_prob = torch.full((2, 3), -1.0)
+    mask = torch.ones(2, 3)
+    mask[1, 1] = value
+    with pytest.raises(InvalidValueError, match="response_mask must hold 0 and 1 if it is a float"):
+        Correction(Clip(0.2))(log_prob, log_prob, mask)

@@ -6,8 +6,11 @@ import json
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -349,7 +352,8 @@ def test_content_that_is_no_log_is_refused(content: bytes, message: str, tmp_pat
         ("weight", [1.0, math.inf, 1.0], "must be finite and above 0"),
         ("step", [1.0, 1.5, 2.0], "must hold whole numbers"),
         ("sequence", [1.0, 2.0**54, 2.0], "must hold whole numbers"),
-        ("response_mask", [1.0, math.nan, 0.0], "must have a number for each token"),
+        ("response_mask", [1.0, math.nan, 0.0], "must have a whole number for each token"),
+        ("response_mask", [1.0, 0.5, 0.0], "must have a whole number for each token"),
     ],
 )
 def test_numbers_that_are_not_allowed_are_refused(
@@ -381,6 +385,9 @@ def test_numbers_that_are_not_allowed_are_refused(
         ('{"a": 1, "b": 1, "c": 1}\n{"a": \n{}\n', "line 2 is no JSON"),
         ("[" * 100_000 + "\n", "must be Parquet"),
         ('{"a": ' + "[" * 100_000 + "\n", "is no JSON"),
+        ('{"a": 1, "b": 1, "c": 1, "a": 2}\n', "line 1 is no JSON: it has more than one 'a'"),
+        ('{"a": {"x": 1, "x": 2}, "b": 1, "c": 1}\n', "it has more than one 'x'"),
+        ("a,b,c,b\n1,2,3,4\n", "has more than one column 'b'"),
         ("a,b,c\n1,2\n1,2,3\n", "line 2 has 2 cells in place of 3"),
         ("a,b,c\n1,2,x\n", "'c' must hold real numbers"),
         ("a,b,c\n1,2,[1\n", "has a list that is no JSON"),
@@ -426,6 +433,20 @@ def test_arrays_that_do_not_fit_are_refused(
     path = tmp_path / "log.npz"
     write_npz(path, FEW | log)
     with pytest.raises(TokenFileError, match=message):
+        read(path)
+
+
+def test_an_array_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log.npz"
+    write_npz(path, FEW)
+    with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of zipfile, about the name
+        archive.writestr("log_prob.npy", archive.read("old_log_prob.npy"))
+    with pytest.raises(TokenFileError, match="has more than one column 'log_prob'"):
+        read(path)
+    header = b'{"log_prob":{},"log_prob":{}}'
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(TokenFileError, match="it has more than one 'log_prob'"):
         read(path)
 
 

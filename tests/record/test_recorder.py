@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import math
 import os
 import signal
 import subprocess
@@ -665,6 +666,24 @@ def test_any_other_error_of_the_thread_is_a_warning_and_loses_that_step_alone(
     )
     found = read(tmp_path)
     assert np.bincount(found.step).tolist() == [12, 0, 12]
+
+
+@pytest.mark.parametrize("value", [0.5, math.nan, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_of_floats_has_0_and_1_alone(
+    value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    numbers = -torch.ones(4)
+    mask = torch.tensor([1.0, value, 0.0, 1.0], dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Recorder(tmp_path, every=1) as record:
+            record(numbers, numbers, numbers, mask, step=0)
+            record(numbers, numbers, numbers, mask.isfinite().float(), step=1)
+    (warning,) = caught
+    assert warning.category is RecordWarning
+    assert "response_mask must hold 0 and 1 if it is a float" in str(warning.message)
+    assert set(read(tmp_path).step.tolist()) == {1}
 
 
 def test_files_end_below_their_max_size_with_one_warning(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bandpo.batch.check import check_alike, check_cu_seqlens
+from bandpo.batch.check import check_alike, check_cu_seqlens, check_mask
 from bandpo.correction.rule import Correction
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.tensors.check import check_float, check_tensor
@@ -21,7 +21,8 @@ def check_batch(
 
     Raises:
         InvalidTypeError: If a tensor is none, or has a dtype that is not accepted.
-        InvalidValueError: If shapes or devices do not match, or advantages are missing.
+        InvalidValueError: If shapes or devices do not match, advantages are missing, or a mask of
+            floats on the CPU has another number than 0 and 1.
     """
     if rollout_log_prob is None:
         raise InvalidTypeError(
@@ -41,7 +42,9 @@ def check_batch(
         check_float("advantages", advantages)
         of_rows.append(("advantages", advantages))
     of_tokens = [("rollout_log_prob", rollout_log_prob), ("response_mask", response_mask)]
-    return check_alike("old_log_prob", old_log_prob, of_tokens, of_rows, response_mask)
+    shape = check_alike("old_log_prob", old_log_prob, of_tokens, of_rows, response_mask)
+    check_mask(response_mask)
+    return shape
 
 
 def check_sequences(

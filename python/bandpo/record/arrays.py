@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 import math
 import os
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bandpo.error import TokenFileError
+from bandpo.record.keys import parsed
 from bandpo.record.layout import LONGEST_ROW, Block, Column
 from bandpo.record.tokens import LogMetadata
 
@@ -64,7 +64,7 @@ class NpzFile:
         with self._archive() as archive:
             files = [info.filename for info in archive.infolist()]
         self._members = {file.removesuffix(".npy"): file for file in files}
-        self.names = tuple(self._members)
+        self.names = tuple(file.removesuffix(".npy") for file in files)
 
     def blocks(self, columns: Mapping[str, str], tokens: int) -> Iterator[Block]:
         """Yields all rows; see `bandpo.record.layout.TokenFile`."""
@@ -142,7 +142,7 @@ class SafetensorsFile:
         if size > min(bytes_of_file - 8, _LONGEST_HEADER):
             raise ValueError(f"its header has {size} bytes, and the file {bytes_of_file}")
         try:
-            header = json.loads(file.read(size))
+            header = parsed(file.read(size))
         except RecursionError:
             raise ValueError("its header is nested too deeply") from None
         if not isinstance(header, dict):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bandpo.check import BoolArray
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.record.reservoir import Columns
 from bandpo.record.tokens import UNKNOWN, Int64Array
@@ -92,11 +93,12 @@ class HostBatch(NamedTuple):
             stride: Difference between the numbers of two.
 
         Raises:
-            InvalidValueError: If ``cu_seqlens`` are no offsets of the tokens.
+            InvalidValueError: If ``cu_seqlens`` are no offsets of the tokens, or a mask of floats
+                has another number than 0 and 1.
         """
         arrays = {name: copy() for name, copy in self.copies.items()}
         total = int(np.prod(self.shape))
-        token = np.flatnonzero(arrays.pop("response_mask").reshape(-1) != 0)
+        token = np.flatnonzero(_checked_mask(arrays.pop("response_mask").reshape(-1)))
         offsets = arrays.pop("cu_seqlens", None)
         if len(self.shape) == 2:
             sequences, width = self.shape
@@ -167,6 +169,13 @@ def _shapes_of_sequences(arrays: dict[str, Array], shape: tuple[int, ...]) -> li
     if len(offsets.shape) != 1 or offsets.shape[0] < 1:
         raise InvalidValueError(f"cu_seqlens must have shape [S + 1], got {tuple(offsets.shape)}")
     return [(int(offsets.shape[0]) - 1,)]
+
+
+def _checked_mask(mask: NDArray[Any]) -> BoolArray:
+    other = mask[(mask != 0) & (mask != 1)] if mask.dtype.kind == "f" else mask[:0]
+    if other.size:
+        raise InvalidValueError(f"response_mask must hold 0 and 1 if it is a float, got {other[0]}")
+    return mask != 0
 
 
 def _checked_offsets(offsets: NDArray[Any], total: int) -> Int64Array:

@@ -87,11 +87,13 @@ class Place(NamedTuple):
 
         Raises:
             TokenFileError: If a column is missing that is required, or that has a name in
-                ``wanted``.
+                ``wanted``, or is there twice.
         """
         found = {}
         for field in FIELDS:
             name = wanted.get(field, field)
+            if file.names.count(name) > 1:
+                raise TokenFileError(f"{file.path}: has more than one column {name!r}")
             if name in file.names:
                 found[field] = name
             elif field in REQUIRED or field in wanted:
@@ -200,8 +202,11 @@ def _whole(field: str, values: NDArray[Any], place: Place) -> Int64Array:
 
 def _valid(values: NDArray[Any], place: Place) -> BoolArray:
     """Returns which tokens count."""
-    if values.dtype.kind == "f" and np.isnan(values).any():
-        raise place.error("response_mask", "must have a number for each token, 0 if masked")
+    if values.dtype.kind == "f" and not (values == np.floor(values)).all():
+        raise place.error(
+            "response_mask",
+            "must have a whole number for each token, 0 if masked; shares of tokens are a weight",
+        )
     return np.asarray(values != 0)
 
 

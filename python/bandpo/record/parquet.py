@@ -91,8 +91,6 @@ class ParquetFile:
                 }
 
     def _check_type(self, field: str, name: str, schema: Any) -> None:
-        if schema.get_all_field_indices(name) != [schema.get_field_index(name)]:
-            raise TokenFileError(f"{self.path}: has more than one column {name!r}")
         given = schema.field(name).type
         kind = given.value_type if _is_list(given) else given
         types = pyarrow.types

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bandpo.error import TokenFileError
+from bandpo.record.keys import parsed
 from bandpo.record.layout import WHOLE, Block, Column
 from bandpo.record.tokens import LogMetadata
 
@@ -65,7 +66,7 @@ class JsonLinesFile:
             if line.isspace():
                 continue
             try:
-                row = json.loads(line)
+                row = parsed(line)
             except (ValueError, RecursionError) as error:
                 if lines.is_cut:  # its writer was stopped
                     break
