@@ -9,9 +9,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
-from bandpo import Band, Divergence, PriceBand
+from bandpo import Band, Divergence, PriceBand, Region
 from bandpo.check import Float64Array
+from bandpo.region import Dcpo, parts
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals of Unix")
 
@@ -47,6 +49,14 @@ def square(u: Float64Array) -> Float64Array:
     return np.asarray((u - 1.0) ** 2)
 
 
+class Stored(Region):
+    """Bounds that take no time, so that their ratios do."""
+
+    def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
+        found = np.asarray(logp)
+        return found, found
+
+
 CALLS: dict[str, Callable[[Float64Array], object]] = {
     "bounds": lambda logp: Band("vajda:1.37", 0.05).log_bounds(logp),
     "bounds by vectors": lambda logp: Band("jensen-shannon", 0.05).log_bounds(logp),
@@ -60,6 +70,8 @@ CALLS: dict[str, Callable[[Float64Array], object]] = {
     "prices": lambda logp: PriceBand("kl", 0.1).log_bounds(logp),
     "membership of a price": lambda logp: PriceBand("kl", 0.1).contains(logp, logp / 64.0),
     "diagnosis": lambda logp: Band("kl", 0.05).diagnose(logp),
+    "closed form": lambda logp: [Dcpo().bounds(logp) for _ in range(99)],
+    "ratios": lambda logp: [Stored().bounds(logp) for _ in range(999)],
 }
 
 
@@ -100,3 +112,18 @@ def test_deltas_go_with_their_tokens() -> None:
     for part in (slice(0, 3000), slice(9000, 20_000)):
         found = np.array(Band("kl", deltas[part]).log_bounds(logp[part]))
         assert np.array_equal(whole[:, part], found)
+
+
+@pytest.mark.parametrize("call", [Dcpo().bounds, Stored().bounds])
+def test_parts_of_numpy_change_no_bit_and_take_every_shape(
+    call: Callable[[Float64Array], tuple[Float64Array, Float64Array]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logp = np.append(tokens(1000), [-np.inf, np.nan, -800.0, -0.0])
+    shapes = (logp, logp.reshape(4, -1).T, np.broadcast_to(logp, (3, len(logp))), logp[:0], logp[0])
+    whole = [call(values) for values in shapes]
+    monkeypatch.setattr(parts, "_PART", 7)
+    for values, wanted in zip(shapes, whole, strict=True):
+        for a, b in zip(call(values), wanted, strict=True):
+            assert a.shape == values.shape
+            assert np.array_equal(a, b, equal_nan=True)

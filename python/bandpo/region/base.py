@@ -15,6 +15,7 @@ from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, log_
 from bandpo.divergence import Sampler
 from bandpo.error import InvalidValueError, MissingExtraError
 from bandpo.region.live import Live
+from bandpo.region.parts import in_parts
 
 if TYPE_CHECKING:
     from bandpo.table import BandTable
@@ -56,9 +57,7 @@ class Region(Live, ABC):
         """
         log_lower, log_upper = self.log_bounds(logp)
         with np.errstate(over="ignore", under="ignore"):
-            lower, upper = np.exp(log_lower), np.exp(log_upper)
-        underflowed = (lower == 0.0) & (log_lower > -np.inf)
-        return np.asarray(np.where(underflowed, _MIN_POSITIVE, lower)), np.asarray(upper)
+            return in_parts(_lower_ratio, log_lower), in_parts(np.exp, log_upper)
 
     @property
     def per_token(self) -> bool:
@@ -154,6 +153,13 @@ class Region(Live, ABC):
         )
         log_lower, log_upper = self.log_bounds(logp)
         return np.asarray((log_lower <= log_ratio) & (log_ratio <= log_upper))
+
+
+def _lower_ratio(log_lower: Float64Array) -> Float64Array:
+    """The ratios, above 0 where the log bounds are finite."""
+    lower = np.exp(log_lower)
+    underflowed = (lower == 0.0) & (log_lower > -np.inf)
+    return np.asarray(np.where(underflowed, _MIN_POSITIVE, lower))
 
 
 def _combined(kind: Literal["union", "intersection"], left: Region, right: object) -> Region:

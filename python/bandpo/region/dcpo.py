@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from bandpo.check import Float64Array, log_probs, positive_number
 from bandpo.region.base import Curves, Region
+from bandpo.region.parts import in_parts
 
 _MAX_Y = 600.0
 """Max ``-logp`` that is exponentiated; 1/p overflows at 709."""
@@ -42,8 +43,11 @@ class Dcpo(Region):
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the closed forms; see `Region.log_bounds`."""
-        y = np.maximum(-log_probs("logp", logp), 0.0)
-        return self._log_lower(y), self._log_upper(y)
+        tokens = log_probs("logp", logp)
+        return (
+            in_parts(lambda part: self._log_lower(np.maximum(-part, 0.0)), tokens),
+            in_parts(lambda part: self._log_upper(np.maximum(-part, 0.0)), tokens),
+        )
 
     def _log_upper(self, y: Float64Array) -> Float64Array:
         # With k = eps / p: r - 1 = 2 k / (1 + sqrt(1 + 4 k)).
