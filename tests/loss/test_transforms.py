@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -24,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bandpo
 from bandpo.error import InvalidTypeError
+from bandpo.loss import levels
 from bandpo.region import BySign
 from bandpo.schedule import Linear, ScheduledBand
 from bandpo.surrogate import Surrogate
@@ -463,6 +466,55 @@ def test_a_mask_may_be_made_in_inference_mode(
         torch.autograd.backward(result.loss)
         results.append(leaf.grad)
     torch.testing.assert_close(results[1], results[0])
+
+
+NEW: dict[str, Callable[[], Any]] = {
+    "clip": lambda: bandpo.Clip(0.2, 0.28),
+    "band": lambda: bandpo.Band("kl", 0.05).cap(10),
+    "deltas": lambda: bandpo.Band("kl", np.full((3, 7), 0.05)),
+    "source of a clip": lambda: ScheduledBand(
+        "kl", Linear(0.1, 0.01, steps=5), within=lambda band: bandpo.Clip(0.2)
+    ),
+    "source": lambda: ScheduledBand("kl", Linear(0.1, 0.01, steps=5)),
+    "signs": lambda: BySign(bandpo.Clip(0.1), bandpo.Band("tv", 0.05)),
+}
+"""Regions that no tensor has used."""
+
+
+@pytest.mark.parametrize("region", NEW)
+@pytest.mark.parametrize("surrogate", ["min-clip", "gamma-weight"])
+@pytest.mark.parametrize(
+    "name", ["grad", "jvp", "jacfwd", "vmap", "dual level", "functionalize", "inference_mode"]
+)
+def test_a_region_may_be_new_in_a_transform(
+    name: str,
+    surrogate: str,
+    region: str,
+    batch: Batch,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(levels, "_NO_CLIP", bandpo.Clip(1.0, math.inf))
+    used, new = NEW[region](), NEW[region]()
+
+    def loss_by(region: Any) -> Loss:
+        return lambda x: (
+            batch._replace(log_prob=x)
+            .loss(region=region, surrogate=SURROGATES[surrogate], backend=backend)
+            .loss
+        )
+
+    wanted = _backward(loss_by(used), batch.log_prob)
+    monkeypatch.setattr(levels, "_NO_CLIP", bandpo.Clip(1.0, math.inf))
+    ways = {
+        **VALUES,
+        **GRADIENTS,
+        **TANGENTS,
+        "functionalize": lambda loss, x: torch.func.functionalize(torch.func.grad(loss))(x),
+    }
+    for _ in range(2):  # a tensor of the first transform is dead in the second
+        ways[name](loss_by(new), batch.log_prob)
+    torch.testing.assert_close(_backward(loss_by(new), batch.log_prob), wanted)
 
 
 @pytest.mark.parametrize("exact", [False, True])

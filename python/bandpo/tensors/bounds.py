@@ -17,7 +17,7 @@ from bandpo.schedule import RegionSource
 from bandpo.tensors.cached import Cached, cached, check_no_capture, upload
 from bandpo.tensors.check import compute_dtype
 from bandpo.tensors.exact import exact_contains_op, exact_log_bounds_op
-from bandpo.tensors.internals import faked
+from bandpo.tensors.internals import faked, outside_transforms
 
 
 def bounds_of(
@@ -141,7 +141,8 @@ class _LiveBounds:
         kept = self._tensors.get((dtype, device))
         if kept is None:
             check_no_capture(device)
-            with torch.inference_mode(False):  # otherwise it could not be refilled later
+            # Otherwise it could not be refilled later, or would belong to a transform.
+            with torch.inference_mode(False), outside_transforms():
                 if isinstance(self._region, Clip):
                     tensor = torch.empty(2, dtype=dtype, device=device)
                 else:  # the next table may be larger
@@ -164,11 +165,12 @@ class _LiveBounds:
 
     def _fill(self, kept: Cached) -> None:
         tensor = kept.tensor
-        if isinstance(self._region, Clip):
-            tensor.copy_(_constants(self._region, tensor.dtype, tensor.device))
-        else:
-            words = upload(self._region.table().words, tensor.device)
-            tensor[: words.shape[0]].copy_(words)
+        with outside_transforms():
+            if isinstance(self._region, Clip):
+                tensor.copy_(_constants(self._region, tensor.dtype, tensor.device))
+            else:
+                words = upload(self._region.table().words, tensor.device)
+                tensor[: words.shape[0]].copy_(words)
         kept.mark_filled()
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from bandpo.error import InvalidValueError
 from bandpo.region import Region
+from bandpo.tensors.internals import outside_transforms
 
 
 class Cached:
@@ -71,7 +72,8 @@ def cached(
     found = _CACHED.get(key)
     if found is None:
         check_no_capture(device)
-        with torch.inference_mode(False):  # otherwise autograd could not save it later
+        # Otherwise autograd could not save it later, and it would belong to a transform.
+        with torch.inference_mode(False), outside_transforms():
             tensor = make()
         if type(tensor) is not torch.Tensor:  # a fake one would outlive its mode
             return tensor

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
+_no_transforms = getattr(torch._C, "_DisableFuncTorch", nullcontext)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _mode_of = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
 _mode_keys = getattr(torch._C, "_TorchDispatchModeKey", None)
@@ -21,6 +24,12 @@ def is_transformed() -> bool:
     Both treat a custom operator as a constant, so its tangent would silently be zero.
     """
     return _transforms_are_active() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """Returns a context without `torch.func` transforms, whose tensors outlive them."""
+    context: AbstractContextManager[object] = _no_transforms()
+    return context
 
 
 def is_concrete(tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
