@@ -147,6 +147,15 @@ def test_a_closed_standard_output_is_an_error_of_one_line(words: list[str], tmp_
     assert (done.returncode, done.stderr) == (2, expected)
 
 
+def test_a_closed_standard_input_is_an_error_of_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bandpo", "bounds", "-"], cwd=tmp_path, check=False,
+        capture_output=True, preexec_fn=lambda: os.close(0),
+    )  # fmt: skip
+    expected = b"bandpo: error: cannot read standard input: it is closed\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
 def test_closed_standard_error_leaves_output_and_exit_code(tmp_path: Path) -> None:
     def close() -> None:
         os.close(2)

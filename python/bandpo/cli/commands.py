@@ -404,6 +404,8 @@ def _numbers_and_specs(words: Sequence[str]) -> tuple[list[float], list[str]]:
 
 
 def _numbers_on_input() -> list[float]:
+    if sys.stdin is None:
+        raise InputPathError("cannot read standard input: it is closed")
     try:
         lines = sys.stdin.read().splitlines()
     except (OSError, ValueError) as error:
