@@ -201,7 +201,8 @@ def policy_loss(
             table of a band without a cap has no upper bound below a probability of e^-128.
         dp_size: Number of data-parallel ranks whose gradients are averaged.
         batch_num_tokens: Tokens that count in the global batch, a number or a 0-dim tensor, for
-            token-mean; by default those of this batch.
+            token-mean; by default those of this batch. It is finite and at least 0, which is
+            checked of a tensor on a CPU only.
         global_batch_size: The same of sequences, for the seq-mean modes.
         loss_scale_factor: Divisor of seq-mean-token-sum-norm; T by default, needed if packed, and
             with a dp_size or a count of the global batch, because widths of micro-batches differ.
