@@ -506,7 +506,7 @@ def test_a_region_may_be_new_in_a_transform(
 
     wanted = _backward(loss_by(used), batch.log_prob)
     monkeypatch.setattr(levels, "_NO_CLIP", bandpo.Clip(1.0, math.inf))
-    ways = {
+    ways: dict[str, Callable[[Loss, Tensor], Tensor]] = {
         **VALUES,
         **GRADIENTS,
         **TANGENTS,

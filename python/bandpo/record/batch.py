@@ -175,7 +175,7 @@ def _checked_mask(mask: NDArray[Any]) -> BoolArray:
     other = mask[(mask != 0) & (mask != 1)] if mask.dtype.kind == "f" else mask[:0]
     if other.size:
         raise InvalidValueError(f"response_mask must hold 0 and 1 if it is a float, got {other[0]}")
-    return mask != 0
+    return np.asarray(mask != 0)
 
 
 def _checked_offsets(offsets: NDArray[Any], total: int) -> Int64Array:
