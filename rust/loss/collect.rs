@@ -116,7 +116,8 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B,
                     Some(_) => lanes.sub(log_ratio, lanes.sub(anchor, old_log_prob)),
                     None => lanes.sub(log_prob, anchor),
                 };
-                (anchor, compared, with_nan_of(lanes, compared, neg_advantage))
+                let kept = with_nan_of(lanes, compared, neg_advantage);
+                (anchor, compared, with_nan_of(lanes, log_ratio, kept))
             }
             _ => (old_log_prob, log_ratio, neg_advantage),
         };

@@ -87,6 +87,27 @@ def assert_same(
         )
 
 
+@pytest.mark.filterwarnings("ignore::bandpo.error.MismatchWarning")
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize(("surrogate", "level", "region"), cases())
+def test_a_token_of_no_probability_under_both_policies_is_nan(
+    surrogate: str, level: str, region: str, anchored: bool, backend: str
+) -> None:
+    for dtype in (torch.float32, torch.float64):
+        given = batch(dtype)
+        if not anchored:
+            del given["anchor_log_prob"]
+        given["old_log_prob"][2, 1] = given["log_prob"][2, 1] = -math.inf
+        result, gradient = outcome(
+            given, region=REGIONS[region], surrogate=SURROGATES[surrogate], ratio_level=level,
+            backend=backend,
+        )  # fmt: skip
+        assert result.loss.isnan()
+        assert result.metrics["nonfinite_tokens"] >= 1
+        if backend == "native":  # autograd has no gradient at an infinity
+            assert gradient[2, 1].isnan()
+
+
 @pytest.mark.filterwarnings("ignore::bandpo.error.LogProbWarning")
 @pytest.mark.filterwarnings("ignore::bandpo.error.MismatchWarning")
 @pytest.mark.parametrize(("surrogate", "level", "region"), cases())
