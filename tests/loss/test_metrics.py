@@ -109,7 +109,7 @@ def test_batches_without_a_token_merge_to_the_metrics_of_nothing(backend: str) -
 @pytest.mark.filterwarnings("ignore::bandpo.error.LogProbWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rule", RULES)
-def test_positive_log_probs_are_counted(rule: str, dtype: torch.dtype, backend: str) -> None:
+def test_positive_log_probs_are_counted(rule: str, dtype: torch.dtype, backend: Any) -> None:
     generator = torch.Generator().manual_seed(5)
     shape = 9, 131  # several blocks of vectors, and an end
     # Above 0 by rounding, at the limit, and beyond it.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 
@@ -97,7 +98,6 @@ def test_workers_of_a_loader(wanted: list[str]) -> None:
 
 
 def test_workers_of_joblib(wanted: list[str]) -> None:
-    joblib = pytest.importorskip("joblib")
     jobs = [joblib.delayed(digest)(seed) for seed in range(4)]
     for backend in ("threading", "loky"):
         assert joblib.Parallel(2, backend=backend)(jobs) == wanted
