@@ -202,10 +202,11 @@ class Divergence:
         Args:
             text: ``u``, numbers, ``+ - * / ^`` (or ``**``), parentheses, and the functions ln
                 (log), exp, sqrt, abs, min, max, sin, cos. Any multiple of ``u - 1`` may be added.
-                Convexity is judged by the slope, on 1100 pairs of neighbours on each side of 1, for
-                ``abs(ln u) <= 700``, and beside each kink and pole of the text. A smooth dent that
-                lies between two pairs is not detected. The work of a judgement is limited to about
-                0.1 s, which some thirty terms or ten kinks take.
+                Convexity is judged by slope and f'', at 1100 points on each side of 1, for
+                ``abs(ln u) <= 700``, and beside each kink and pole of the text. Beyond them, to
+                ``abs(ln u) = 1e10``, f'' is judged at 60 points. A smooth dent that lies between
+                two points is not detected. The work of a judgement is limited to about 0.1 s, which
+                some thirty terms or ten kinks take.
             at_zero: The limit f(0), where it cannot be derived (the error then names it).
             slope_at_infinity: The limit f'(inf), likewise.
 

@@ -83,6 +83,48 @@ impl Wide {
         Self { error: self.error + ROUNDING * self.digits.hi.abs(), ..self }
     }
 
+    /// True for 0 without an error.
+    pub(crate) fn is_zero(self) -> bool {
+        self.digits.hi == 0.0 && self.error == 0.0
+    }
+
+    /// True for 1 without an error.
+    pub(crate) fn is_one(self) -> bool {
+        self.is_exact_double() && self.digits.hi == 1.0 && self.exponent == 0
+    }
+
+    /// True for a double without an error, up to its exponent.
+    fn is_exact_double(self) -> bool {
+        self.digits.lo == 0.0 && self.error == 0.0
+    }
+
+    /// The sum. That of two doubles has no error, which `+` adds as the error of a decimal.
+    pub(crate) fn plus_exact(self, other: Self) -> Self {
+        let sum = self + other;
+        let (gap, overflow) = self.exponent.overflowing_sub(other.exponent);
+        let near = self.is_zero() || other.is_zero() || !overflow && gap.abs() < 300;
+        let is_exact = near && self.is_exact_double() && other.is_exact_double();
+        if is_exact { Self { error: 0.0, ..sum } } else { sum }
+    }
+
+    /// The product. That of two doubles has no error.
+    pub(crate) fn times_exact(self, other: Self) -> Self {
+        let product = self * other;
+        let is_exact = self.is_exact_double() && other.is_exact_double();
+        if is_exact { Self { error: 0.0, ..product } } else { product }
+    }
+
+    /// The quotient. That by a power of two has no error.
+    pub(crate) fn over_exact(self, other: Self) -> Self {
+        let is_exact = other.is_exact_double() && other.digits.hi.abs() == 1.0;
+        if is_exact {
+            let digits = self.digits * other.digits;
+            Self::new(digits, self.error, self.exponent - other.exponent)
+        } else {
+            self / other
+        }
+    }
+
     /// True if a double-double holds all digits.
     fn is_double(self) -> bool {
         self.exponent.abs() < MAX_DOUBLE_EXPONENT

@@ -187,6 +187,60 @@ def test_bad_expressions_are_refused_with_reason_and_place(text: str, message: s
         Divergence.from_expression(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "f", "place"),
+    [
+        (
+            "abs(u-1) + 1e-9*(sqrt(u)-1) + u^-3 - 1",
+            lambda u: abs(u - 1) + mpf(1e-9) * (mp.sqrt(u) - 1) + u**-3 - 1,
+            1e12,
+        ),
+        (
+            "2*(u-1)^2/(u+2) + 1e-9*ln((1+u)/2)",
+            lambda u: 2 * (u - 1) ** 2 / (u + 2) + mpf(1e-9) * mp.log((1 + u) / 2),
+            1e13,
+        ),
+        (
+            "sqrt((u-1)^2+2) - sqrt(2) + 1e-9*(abs(ln(u)-1)-1)",
+            lambda u: mp.sqrt((u - 1) ** 2 + 2) - mp.sqrt(2) + mpf(1e-9) * (abs(mp.log(u) - 1) - 1),
+            1e11,
+        ),
+        (
+            "ln(1+exp(u)) - ln(1+exp(1)) + 1/u - 1 + 1e-9*u^-0.5 - 1e-9 + 1e-20*ln(u)",
+            lambda u: (
+                (u + mp.log1p(mp.exp(-u)) - mp.log1p(mp.e))
+                + (1 / u - 1 + mpf(1e-9) * (u**-0.5 - 1) + mpf(1e-20) * mp.log(u))
+            ),
+            1e30,
+        ),
+    ],
+)
+def test_a_small_concave_term_is_refused_where_it_outweighs_the_rest(
+    text: str, f: Callable[[mpf], mpf], place: float
+) -> None:
+    with pytest.raises(InvalidValueError, match="f must be convex, its slope falls"):
+        Divergence.from_expression(text)
+    with mp.workdps(300):
+        # The middle of a chord is above it: f is not convex.
+        assert abs(f(mpf(1))) < 1e-15
+        left, middle, right = mpf(place), 2 * mpf(place), 3 * mpf(place)
+        assert f(middle) > (f(left) + f(right)) / 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(u-2)^2/(u+2) - 1/3 - 1e-9*ln(u)",
+        "sqrt((u-1)^2+2) - sqrt(2)",
+        "ln(1+exp(u)) - ln(1+exp(1))",
+        "max(0.1*u+0.2*u-0.3, 0.3*u-0.3) + abs(u-1)",
+        "u*(1/u) - 1e-3*sqrt(u) - 0.999",
+    ],
+)
+def test_a_convex_expression_that_cancels_far_from_1_is_accepted(text: str) -> None:
+    assert Divergence.from_expression(text)
+
+
 def test_limits_may_be_given() -> None:
     divergence = Divergence.from_expression("1 - u^1e-14", at_zero=1.0, slope_at_infinity=0.0)
     log_lower, log_upper = Band(divergence, 1e-15).log_bounds(np.log(0.3))

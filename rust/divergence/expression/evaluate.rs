@@ -256,7 +256,7 @@ fn from_log<T: Real>(log: Option<(T, T)>) -> Jet<T> {
 }
 
 /// `base^exponent`, by repeated squaring.
-fn whole_power<T: Real>(base: T, exponent: i32) -> T {
+pub(super) fn whole_power<T: Real>(base: T, exponent: i32) -> T {
     let mut result = T::of(1.0);
     let mut square = base;
     let mut rest = exponent.unsigned_abs();

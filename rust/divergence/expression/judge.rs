@@ -1,5 +1,6 @@
 //! Judgement of a function: the conditions of a generator, and its limits.
 
+use super::curvature::Curvature;
 use super::evaluate::{Expression, FARTHEST, evaluate};
 use super::grammar::Node;
 use crate::divergence::point::Point;
@@ -13,7 +14,10 @@ const NEAREST: f64 = 1e-6;
 
 /// Points on each side of 1 where convexity is judged.
 const POINTS: u32 = 1100;
-/// Factor from the `ln u` of a point to that of its neighbour. f' falls between them wherever f'' < 0.
+/// Points on each side, from [`REACH`] to [`FARTHEST`], where f'' alone is judged.
+const FAR_POINTS: u32 = 60;
+/// Factor from the `ln u` of a point to that of its neighbour. The difference of their slopes replaces an f'' that
+/// is not known.
 const NEIGHBOUR: f64 = 1.0 + 1e-8;
 
 /// Rounding errors of a double, in units of those of a `Wide`. Decimals such as 0.1 may miss `f(1) = 0`, or the
@@ -34,8 +38,6 @@ struct Sample {
     log: f64,
     value: Wide,
     slope: Wide,
-    /// f' as the text has it. The tangent, which `slope` is less, would hide its change where it is small.
-    own_slope: Wide,
 }
 
 /// Samples from 1 towards 0 or infinity.
@@ -43,6 +45,8 @@ struct Way {
     samples: Vec<Sample>,
     /// True if f overflows after the last sample.
     overflows: bool,
+    /// True if the slope surely rises somewhere.
+    is_curved: bool,
 }
 
 impl Expression {
@@ -53,7 +57,7 @@ impl Expression {
         slope_at_infinity: Option<f64>,
     ) -> std::result::Result<(), String> {
         let mut work = Work { left: MAX_WORK };
-        // Before any evaluation, because a text of many terms takes a second.
+        // Before any evaluation, because a text of many terms takes a second. f'' takes as long as f.
         work.take(4 * u64::from(POINTS), work_of(&self.node))?;
         let one = evaluate(&self.node, Point::from_excess(Wide::of(0.0)));
         if !one.value.is_finite() || one.value.abs().is_above_error(DECIMALS) {
@@ -69,13 +73,14 @@ impl Expression {
             return Err("f'(1) must be finite".to_owned());
         }
         self.slope_at_one = tangent.to_dd();
-        let [to_zero, to_infinity] = [self.way(-1.0)?, self.way(1.0)?];
-        if let (Some(first), Some(last)) = (to_zero.samples.last(), to_infinity.samples.last())
-            && !(last.slope - first.slope).is_above_error(2.0)
-        {
+        let curvature = Curvature::of(&self.node);
+        judge_sign(curvature.at(Wide::of(1.0)), 0.0)?;
+        let [to_zero, to_infinity] = [self.way(-1.0, &curvature)?, self.way(1.0, &curvature)?];
+        if !to_zero.is_curved && !to_infinity.is_curved {
             return Err("f is linear: its divergence is 0 everywhere".to_owned());
         }
-        self.judge_sign_changes(&[&to_zero, &to_infinity], &mut work)?;
+        self.judge_sign_changes(&[&to_zero, &to_infinity], &curvature, &mut work)?;
+        judge_far(&curvature)?;
 
         let tangent = Wide::of_dd(self.slope_at_one);
         let far = [0.25, 0.5, 1.0].map(|share| share * FARTHEST);
@@ -102,45 +107,67 @@ impl Expression {
 
     /// Samples f from 1 towards 0 (`sign` -1) or infinity (1). Refuses a slope that falls and values that are not
     /// finite.
-    fn way(&self, sign: f64) -> std::result::Result<Way, String> {
+    fn way(&self, sign: f64, curvature: &Curvature) -> std::result::Result<Way, String> {
         let tangent = Wide::of_dd(self.slope_at_one);
         let (value, slope) = (Wide::of(0.0), Wide::of(0.0));
-        let mut samples = vec![Sample { log: 0.0, value, slope, own_slope: tangent }];
+        let mut samples = vec![Sample { log: 0.0, value, slope }];
+        let mut is_curved = false;
         for step in 0..POINTS {
             let share = f64::from(step) / f64::from(POINTS - 1);
-            let t = sign * NEAREST * (REACH / NEAREST).powf(share);
-            // The slope may fall by the rounding of decimals where pieces join, but not within a piece.
-            for (log, is_neighbour) in [(t, false), (t * NEIGHBOUR, true)] {
-                let at = Point::from_log(Wide::of(log));
-                let jet = evaluate(&self.node, at);
-                let own_slope = jet.slope / at.u;
-                let (value, slope) = (jet.value - tangent * at.excess, own_slope - tangent);
-                if !value.is_finite() || !slope.is_finite() {
-                    if samples.last().is_some_and(|last| last.value.to_f64() >= HUGE) {
-                        return Ok(Way { samples, overflows: true });
-                    }
-                    return Err(format!(
-                        "f must be finite on (0, inf), it is {} at u = {}",
-                        shown(value),
-                        shown_exp(log)
-                    ));
+            let log = sign * NEAREST * (REACH / NEAREST).powf(share);
+            let at = Point::from_log(Wide::of(log));
+            let jet = evaluate(&self.node, at);
+            let value = jet.value - tangent * at.excess;
+            let slope = jet.slope / at.u - tangent;
+            if !value.is_finite() || !slope.is_finite() {
+                if samples.last().is_some_and(|last| last.value.to_f64() >= HUGE) {
+                    return Ok(Way { samples, overflows: true, is_curved });
                 }
-                let outer = Sample { log, value, slope, own_slope };
-                if let Some(inner) = samples.last() {
-                    let (left, right) = if sign < 0.0 { (&outer, inner) } else { (inner, &outer) };
-                    let (fall, times) = if is_neighbour {
-                        (left.own_slope - right.own_slope, 2.0)
-                    } else {
-                        (left.slope - right.slope, DECIMALS)
-                    };
-                    if fall.is_above_error(times) {
-                        return Err(falls(fall, left.log, right.log));
-                    }
-                }
-                samples.push(outer);
+                return Err(format!(
+                    "f must be finite on (0, inf), it is {} at u = {}",
+                    shown(value),
+                    shown_exp(log)
+                ));
             }
+            let outer = Sample { log, value, slope };
+            // From 1 and from the point before.
+            for inner in samples.first().into_iter().chain(samples.last()) {
+                let (left, right) = if sign < 0.0 { (&outer, inner) } else { (inner, &outer) };
+                let fall = left.slope - right.slope;
+                // The slope may fall by the rounding of decimals where pieces join, but not within a piece.
+                if fall.is_above_error(DECIMALS) {
+                    return Err(falls(fall, left.log, right.log));
+                }
+                is_curved |= (-fall).is_above_error(2.0);
+            }
+            self.judge_bend(curvature, Dd::of(log), sign)?;
+            samples.push(outer);
         }
-        Ok(Way { samples, overflows: false })
+        Ok(Way { samples, overflows: false, is_curved })
+    }
+
+    /// Refuses a negative f''. Its place is approached from `side` if f'' is not known there.
+    fn judge_bend(
+        &self,
+        curvature: &Curvature,
+        log: Dd,
+        side: f64,
+    ) -> std::result::Result<(), String> {
+        let at = |log: Dd| Point::from_log(Wide::of_dd(log));
+        let bend = curvature.at(at(log).u);
+        if bend.is_finite() {
+            return judge_sign(bend, log.hi);
+        }
+        let far = log + Dd::of(side * (NEIGHBOUR - 1.0) * log.hi.abs().max(NEAREST));
+        let [near_slope, far_slope] = [log, far].map(|log| {
+            let at = at(log);
+            evaluate(&self.node, at).slope / at.u
+        });
+        let fall = (near_slope - far_slope) * Wide::of(side);
+        if fall.is_above_error(2.0) {
+            return Err(falls(fall, log.hi.min(far.hi), log.hi.max(far.hi)));
+        }
+        Ok(())
     }
 
     /// Judges both sides of every kink and pole. These lie where the argument of an `abs`, a divisor, the base of
@@ -149,12 +176,12 @@ impl Expression {
     fn judge_sign_changes(
         &self,
         ways: &[&Way; 2],
+        curvature: &Curvature,
         work: &mut Work,
     ) -> std::result::Result<(), String> {
         let mut parts = Vec::new();
         sign_changing(&self.node, &mut parts);
-        let mut grid: Vec<&Sample> =
-            ways.iter().flat_map(|way| way.samples.iter().step_by(2)).collect();
+        let mut grid: Vec<&Sample> = ways.iter().flat_map(|way| &way.samples).collect();
         grid.sort_by(|left, right| left.log.total_cmp(&right.log));
         for (part, other) in parts {
             let sign = |log: Dd| {
@@ -184,7 +211,7 @@ impl Expression {
                             beyond = middle;
                         }
                     }
-                    self.judge_beside(left, beyond, ends)?;
+                    self.judge_beside(left, beyond, ends, curvature)?;
                     (left, sign_left) = (beyond, sign(beyond));
                 }
             }
@@ -199,6 +226,7 @@ impl Expression {
         left: Dd,
         right: Dd,
         ends: &[&Sample],
+        curvature: &Curvature,
     ) -> std::result::Result<(), String> {
         let away = Dd::of(BESIDE * left.hi.abs().max(1.0));
         let (left, right) = (left - away, right + away);
@@ -227,14 +255,8 @@ impl Expression {
             return Err(falls(fall, left.hi, right.hi));
         }
         // A dent may begin here and end before the next sample.
-        for (near, slope, side) in [(left, slope_left, -1.0), (right, slope_right, 1.0)] {
-            let far = near + Dd::of(side * (NEIGHBOUR - 1.0) * near.hi.abs().max(NEAREST));
-            let fall = (slope - self.slope_at(far).1) * Wide::of(side);
-            if (fall - decimals).is_above_error(2.0) {
-                return Err(falls(fall, near.hi.min(far.hi), near.hi.max(far.hi)));
-            }
-        }
-        Ok(())
+        self.judge_bend(curvature, left, -1.0)?;
+        self.judge_bend(curvature, right, 1.0)
     }
 
     /// `f''(1)`, if the slope changes at the same rate at two distances from 1, on both sides.
@@ -246,6 +268,29 @@ impl Expression {
         let same = rates.iter().all(|rate| (rate / rates[3] - 1.0).abs() < 1e-6);
         (same && rates[3] > 0.0).then_some(0.5 * (rates[2] + rates[3]))
     }
+}
+
+/// Refuses a negative f'' beyond the samples. f itself may overflow there.
+fn judge_far(curvature: &Curvature) -> std::result::Result<(), String> {
+    for step in 1..=FAR_POINTS {
+        let log = REACH * (FARTHEST / REACH).powf(f64::from(step) / f64::from(FAR_POINTS));
+        for log in [-log, log] {
+            judge_sign(curvature.at(Wide::of(log).exp()), log)?;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses an f'' that is below 0 by more than its rounding error.
+fn judge_sign(bend: Wide, log: f64) -> std::result::Result<(), String> {
+    if (-bend).is_above_error(2.0) {
+        return Err(format!(
+            "f must be convex, its slope falls at the rate {} at u = {}",
+            shown(-bend),
+            shown_exp(log)
+        ));
+    }
+    Ok(())
 }
 
 /// Halvings after which two places agree to all digits.
@@ -417,7 +462,7 @@ fn shown(number: Wide) -> String {
 }
 
 fn shown_exp(log: f64) -> String {
-    shown_double(log.exp())
+    if log.abs() <= REACH { shown_double(log.exp()) } else { format!("e^{}", shown_double(log)) }
 }
 
 fn shown_double(number: f64) -> String {

@@ -5,6 +5,7 @@
 //! Evaluation carries the logarithm of every product of powers of `u`, so that `ln(u)` is exact where
 //! `u` itself underflows. It also carries derivatives (forward mode).
 
+mod curvature;
 mod derivative;
 mod evaluate;
 mod grammar;

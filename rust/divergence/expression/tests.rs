@@ -1,8 +1,10 @@
 //! Tests of generators given as text: reading, judging, evaluating.
 
+use super::curvature::Curvature;
 use super::evaluate::{evaluate, widened};
 use super::*;
 use crate::divergence::point::Point;
+use crate::number::wide::Wide;
 
 fn refused(text: &str) -> String {
     match Expression::parse(text, None, None) {
@@ -52,6 +54,79 @@ fn slopes_agree_with_differences() {
 }
 
 #[test]
+fn second_derivatives_agree_with_differences_of_slopes() {
+    for text in [
+        "u*ln(u)",
+        "u^2.5",
+        "sqrt(u)*exp(-u)",
+        "u^u",
+        "1/(1+u)",
+        "sin(u)*cos(u)",
+        "2^u",
+        "u^-3",
+        "(u-2)^2/(u+2)",
+        "sqrt((u-1)^2+2)",
+        "ln(1+exp(3*u))",
+        "abs(u-9)^3",
+        "max(u^3,1/u)",
+        "(u-9)^4",
+    ] {
+        let node = read(text).unwrap();
+        let curvature = Curvature::of(&node);
+        for x in [0.1, 0.7, 1.3, 5.0] {
+            let slope = |x: f64| evaluate(&node, Point::from_ratio(Wide::of(x))).slope.to_f64() / x;
+            let measured = (slope(x + 1e-6) - slope(x - 1e-6)) / 2e-6;
+            let bend = curvature.at(Wide::of(x)).to_f64();
+            assert!((bend - measured).abs() < 1e-6 * (1.0 + measured.abs()), "{text} {x}: {bend}");
+        }
+    }
+}
+
+#[test]
+fn second_derivatives_keep_their_digits_far_from_1() {
+    // f'' in closed form, as c u^power.
+    for (text, c, power) in [
+        ("(u-2)^2/(u+2)", 32.0, -3.0),
+        ("(u-2)^2/(u+2) - 1e-9*ln(u)", 1e-9, -2.0),
+        ("3*u - 1e-9*ln(1+u)", 1e-9, -2.0),
+        ("sqrt((u-1)^2+5)", 5.0, -3.0),
+        ("(u^3+1)/(u^2+u)", 2.0, -3.0),
+        ("(u-1)^2 - u^2 + 1/u", 2.0, -3.0),
+        ("ln(1+exp(u)) + 1/u", 2.0, -3.0),
+        ("u**1.0**0.5 + 1/u", 2.0, -3.0),
+        ("abs(u-1) + max(u-3,0) + u*(1-1/u) + 1/u", 2.0, -3.0),
+    ] {
+        let curvature = Curvature::of(&read(text).unwrap());
+        for log in [60.0, 300.0, 700.0, 1e6] {
+            let u = Wide::of(log).exp();
+            let expected = Wide::of(c) * Wide::of(power * log).exp();
+            let ratio = (curvature.at(u) / expected).to_f64();
+            assert!((ratio - 1.0).abs() < 1e-15, "{text} at e^{log}: {ratio}");
+        }
+    }
+    let bend = |text: &str, u: f64| Curvature::of(&read(text).unwrap()).at(Wide::of(u));
+    assert!(bend("2*(u-1)/3 - u*0.1 + abs(u-1)", 1e30).is_zero());
+    assert!(!bend("abs(u-2)", 2.0).is_finite() && !bend("max(u,2)", 2.0).is_finite());
+}
+
+#[test]
+fn nested_roots_and_logarithms_are_expanded_in_bounded_time() {
+    for (before, after) in
+        [("ln(1+exp(", "))"), ("sqrt(u^2+sqrt(", "))"), ("((u-2)^2+1/", ")/(u+2)")]
+    {
+        let text = format!("{}u{}", before.repeat(25), after.repeat(25));
+        let node = read(&text).unwrap();
+        let slope = |x: f64| {
+            let at = Point::from_ratio(Wide::of(x));
+            evaluate(&node, at).slope / at.u
+        };
+        let measured = ((slope(3.0 + 1e-6) - slope(3.0 - 1e-6)) / Wide::of(2e-6)).to_f64();
+        let bend = Curvature::of(&node).at(Wide::of(3.0)).to_f64();
+        assert!((bend / measured - 1.0).abs() < 1e-6, "{text}: {bend} {measured}");
+    }
+}
+
+#[test]
 fn errors_point_at_the_column() {
     assert!(refused("u*ln(v)").contains("column 6: \"v\" is not known"));
     assert!(refused("u*lnn(u)").contains("column 3: function \"lnn\" is not known"));
@@ -74,6 +149,25 @@ fn functions_that_break_a_condition_are_refused() {
     assert!(refused("3*(u-1)").contains("linear"));
     assert!(refused("1/(u-2)^2 - 1").contains("convex"));
     assert!(refused("ln(0.5) - ln(u-0.5)").contains("finite on (0, inf), it is NaN at u = 0.49"));
+}
+
+#[test]
+fn terms_that_outweigh_the_rest_far_from_1_decide() {
+    for concave in ["ln(u)", "sqrt(u)-1", "abs(ln(u)-1)-1", "ln(1+ln(1+u))-ln(1+ln(2))"] {
+        for line in ["abs(u-1)", "(u-1)^2/(u+2)", "sqrt((u-1)^2+2)-sqrt(2)", "u^-1.5-1"] {
+            let text = format!("{line} + 1e-9*({concave})");
+            let reason = refused(&text);
+            assert!(reason.contains("f must be convex, its slope falls"), "{text}: {reason}");
+        }
+    }
+    for convex in ["ln(u)", "sqrt(u)-1", "ln(1+ln(1+u))-ln(1+ln(2))"] {
+        let text = format!("(u-1)^2/(u+2) - 1e-9*({convex}) + abs(0.1*u+0.2*u-0.3)");
+        assert!(Expression::parse(&text, None, None).is_ok(), "{text}");
+    }
+    // Beyond the doubles.
+    assert!(refused("1/u - 1 + 1e-200*ln(u)").contains("slope falls at the rate"));
+    // f is no line, though its slope is unknown at u = 1e-304.
+    assert!(Expression::parse("u*(1/u) - 1e-3*sqrt(u) - 0.999", None, None).is_ok());
 }
 
 #[test]
