@@ -26,6 +26,16 @@ from reliability.result import Row, run_cases
 
 SEED = 20260304
 BITS = 256
+BESIDE_BITS = 4096
+"""Precision of the points beside a place that a refusal names. Their chords differ by little."""
+HALVINGS = 50
+"""Halvings of the distance between these points, towards a kink."""
+SHARE_OF_FAR = 0.3
+"""Share of the formulas whose f'' is small far from 1."""
+SMALL = (1e-3, 1e-6, 1e-9, 1e-12, 1e-30)
+"""Factors of a term that may outweigh the others."""
+MIN_KINK = 1e-12
+"""Min factor of a term with a kink. At a kink the slope may fall by the rounding of decimals."""
 
 
 class Formula(NamedTuple):
@@ -39,45 +49,83 @@ def _number(rng: np.random.Generator) -> float:
     return float(f"{rng.choice([rng.uniform(0.1, 3.0), 1.0, 2.0, rng.uniform(0.5, 1.5)]):.3g}")
 
 
+def _lines(c: float, a: float) -> list[Formula]:
+    """Convex functions that approach a line far from 1, so that their f'' hides nothing there."""
+    ball, other = arb(c), arb(a)
+    return [
+        Formula(f"abs(u-{c})", lambda u: abs(u - ball)),
+        Formula(f"max(u-{c},0)", lambda u: arb.max(u - ball, arb(0))),
+        Formula(f"max({c}-u,{a}*(u-{c}))", lambda u: arb.max(ball - u, other * (u - ball))),
+        Formula(f"u^-{c}", lambda u: (-ball * u.log()).exp()),
+        Formula("1/u", lambda u: 1 / u),
+        Formula(f"exp(-{c}*u)", lambda u: (-ball * u).exp()),
+        Formula(f"(u-{c})^2/(u+{a})", lambda u: (u - ball) ** 2 / (u + other)),
+        Formula(f"sqrt((u-1)^2+{c})", lambda u: ((u - 1) ** 2 + ball).sqrt()),
+        Formula(f"u**{c}**0.5", lambda u: (ball ** arb(0.5) * u.log()).exp()),
+        # The balls of exp overflow where ln(1+exp(x)) = x + ln(1+exp(-x)) does not.
+        Formula(f"ln(1+exp({c}*u))", lambda u: ball * u + (1 + (-ball * u).exp()).log()),
+    ]
+
+
+def _slow(c: float, a: float) -> list[Formula]:
+    """Functions that grow less than a line, most of them concave: they may decide far from 1."""
+    ball, other = arb(c), arb(a)
+    return [
+        Formula("-ln(u)", lambda u: -u.log()),
+        Formula("-sqrt(u)", lambda u: -u.sqrt()),
+        Formula(f"u^{c}", lambda u: (ball * u.log()).exp()),
+        Formula(f"ln(1+u*{c})", lambda u: (1 + u * ball).log()),
+        Formula(f"abs(ln(u)-{c}+1)", lambda u: abs(u.log() - ball + 1)),
+        Formula(f"min(u,{c})", lambda u: arb.min(u, ball)),
+        Formula(f"ln({a}+ln(1+u*{c}))", lambda u: (other + (1 + u * ball).log()).log()),
+        Formula(f"sqrt(u+{c})", lambda u: (u + ball).sqrt()),
+        Formula(f"u/(u+{c})", lambda u: u / (u + ball)),
+        Formula(f"u^2/(u^2+{c})", lambda u: u * u / (u * u + ball)),
+    ]
+
+
+def _others(rng: np.random.Generator, c: float) -> list[Formula]:
+    """Functions with one scale."""
+    ball = arb(c)
+    sharp = float(rng.choice([1.0, 100.0, 1e4]))
+    return [
+        Formula("u*ln(u)", lambda u: u * u.log()),
+        Formula(f"(u-{c})^2", lambda u: (u - ball) ** 2),
+        Formula(f"cos({c}*u)", lambda u: (ball * u).cos()),
+        # A dent of a width down to 0.01.
+        Formula(f"exp(-{sharp}*(u-{c})^2)", lambda u: (-arb(sharp) * (u - ball) ** 2).exp()),
+    ]
+
+
 def _atom(rng: np.random.Generator) -> Formula:
     """A convex function in most cases."""
     c, a = _number(rng), _number(rng)
-    ball = arb(c)
-    kinds: list[Callable[[], Formula]] = [
-        lambda: Formula("u*ln(u)", lambda u: u * u.log()),
-        lambda: Formula("-ln(u)", lambda u: -u.log()),
-        lambda: Formula(f"(u-{c})^2", lambda u: (u - ball) ** 2),
-        lambda: Formula(f"abs(u-{c})", lambda u: abs(u - ball)),
-        lambda: Formula(f"max(u-{c},0)", lambda u: arb.max(u - ball, arb(0))),
-        lambda: Formula(f"max({c}-u,{a}*(u-{c}))",
-                        lambda u: arb.max(ball - u, arb(a) * (u - ball))),
-        lambda: Formula(f"u^{c}", lambda u: (ball * u.log()).exp()),
-        lambda: Formula(f"u^-{c}", lambda u: (-ball * u.log()).exp()),
-        lambda: Formula("1/u", lambda u: 1 / u),
-        lambda: Formula("-sqrt(u)", lambda u: -u.sqrt()),
-        lambda: Formula(f"exp(-{c}*u)", lambda u: (-ball * u).exp()),
-        lambda: Formula(f"(u-{c})^2/(u+{a})", lambda u: (u - ball) ** 2 / (u + arb(a))),
-        lambda: Formula(f"abs(ln(u)-{c}+1)", lambda u: abs(u.log() - ball + 1)),
-        lambda: Formula(f"cos({c}*u)", lambda u: (ball * u).cos()),
-        lambda: Formula(f"min(u,{c})", lambda u: arb.min(u, ball)),
-        lambda: Formula(f"sqrt((u-1)^2+{c})", lambda u: ((u - 1) ** 2 + ball).sqrt()),
-        lambda: Formula(f"u**{c}**0.5", lambda u: (arb(c) ** arb(0.5) * u.log()).exp()),
-        lambda: Formula(f"ln(1+u*{c})", lambda u: (1 + u * ball).log()),
-    ]  # fmt: skip
-    return kinds[int(rng.integers(0, len(kinds)))]()
+    return _one(rng, [*_lines(c, a), *_slow(c, a), *_others(rng, c)])
+
+
+def _one(rng: np.random.Generator, kinds: list[Formula]) -> Formula:
+    return kinds[int(rng.integers(0, len(kinds)))]
 
 
 def formula(rng: np.random.Generator) -> Formula:
-    """A sum of atoms, some of them subtracted, less its value at 1."""
+    """A sum of functions, some of them subtracted, less its value at 1."""
     parts, signs = [], []
-    for _ in range(int(rng.integers(1, 5))):
-        part, factor = _atom(rng), _number(rng)
-        if rng.random() < 0.15:
-            part = _composed(rng, part)
-        sign = -1 if rng.random() < 0.12 else 1
-        small = rng.choice([1.0, 1.0, 1.0, 1e-3, 1e-9])
-        parts.append((part, float(f"{factor * small:.3g}")))
-        signs.append(sign)
+    if rng.random() < SHARE_OF_FAR:
+        # Two that approach a line, and one far below them that may outweigh them at last.
+        for kinds, size in ((_lines, 1.0), (_lines, 1.0), (_slow, float(rng.choice(SMALL)))):
+            part = _one(rng, kinds(_number(rng), _number(rng)))
+            if "abs" in part.text or "min" in part.text:
+                size = max(size, MIN_KINK)
+            parts.append((part, float(f"{_number(rng) * size:.3g}")))
+            signs.append(-1 if kinds is _slow and rng.random() < 0.5 else 1)
+    else:
+        for _ in range(int(rng.integers(1, 5))):
+            part, factor = _atom(rng), _number(rng)
+            if rng.random() < 0.15:
+                part = _composed(rng, part)
+            size = rng.choice([1.0, 1.0, 1.0, 1e-3, 1e-9])
+            parts.append((part, float(f"{factor * size:.3g}")))
+            signs.append(-1 if rng.random() < 0.12 else 1)
     text = "".join(
         f"{'-' if sign < 0 else '+'}{factor!r}*({part.text})"
         for sign, (part, factor) in zip(signs, parts, strict=True)
@@ -101,29 +149,62 @@ def _composed(rng: np.random.Generator, part: Formula) -> Formula:
     return Formula(f"({part.text})*({other.text})", lambda u: part.at(u) * other.at(u))
 
 
-def _points(rng: np.random.Generator, text: str) -> list[float]:
+def _points(rng: np.random.Generator, text: str) -> list[arb]:
     """Exact points: far ones, ordinary ones, and pairs beside each number of the text."""
-    far = np.exp(rng.uniform(-300.0, 300.0, 8))
+    far = np.exp(rng.uniform(-300.0, 300.0, 12))
     near = np.exp(rng.normal(0.0, 1.0, 24))
     at_one = 1.0 + rng.normal(size=10) * 10.0 ** rng.uniform(-9, -1, 10)
     numbers = np.array([float(number) for number in re.findall(r"\d+\.?\d*(?:e-?\d+)?", text)])
     numbers = numbers[(numbers > 1e-9) & (numbers < 1e6)]
-    steps = np.array([-1e-3, -1e-9, 0.0, 1e-9, 1e-3])
+    steps = np.array([-1e-2, -1e-3, -1e-9, 0.0, 1e-9, 1e-3, 1e-2])
     beside = (numbers[:, None] * (1.0 + steps)).ravel()
     found = np.unique(np.concatenate([far, near, at_one, beside]))
-    return [float(u) for u in found[found > 0.0]]
+    return [arb(float(u)) for u in found[found > 0.0]]
 
 
-def counterexample(law: Formula, points: list[float]) -> tuple[float, float, float] | None:
+def _beside(message: str) -> Iterator[list[arb]]:
+    """Three exact points around each place that a refusal names."""
+    for power, number in re.findall(r"(?:u = |to )(e\^)?(-?[\d.]+(?:e-?\d+)?)", message):
+        place = arb(float(number)).exp().mid() if power else arb(float(number))
+        for step in (0.5, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-9):
+            yield [(place * arb(1 + side * step)).mid() for side in (-1, 0, 1)]
+
+
+def _closer(law: Formula, points: list[arb]) -> list[arb]:
+    """Three points at half the distance, where the slope rises least: a kink is between them."""
+    a, b, c = points
+    left, right = ((a + b) / 2).mid(), ((b + c) / 2).mid()
+    values = {id(u): law.at(u) for u in (a, left, b, right, c)}
+
+    def rise(x: arb, y: arb, z: arb) -> float:
+        fx, fy, fz = (values[id(u)] for u in (x, y, z))
+        return float(((fz - fy) / (z - y) - (fy - fx) / (y - x)).mid())
+
+    return list(min([(a, left, b), (left, b, right), (b, right, c)], key=lambda of: rise(*of)))
+
+
+def counterexample(law: Formula, points: list[arb]) -> tuple[float, float, float] | None:
     """Three points that prove that f is not convex: the middle one is above the chord."""
-    flint.ctx.prec = BITS
-    values = [law.at(arb(u)) for u in points]
+    values = [law.at(u) for u in points]
     whole = [(u, v) for u, v in zip(points, values, strict=True) if v.is_finite()]
     for (a, fa), (b, fb), (c, fc) in zip(whole, whole[1:], whole[2:], strict=False):
-        left, right = arb(b) - arb(a), arb(c) - arb(b)
-        if (fb - fa) * right > (fc - fb) * left:
-            return a, b, c
+        if (fb - fa) * (c - b) > (fc - fb) * (b - a):
+            return float(a), float(b), float(c)
     return None
+
+
+def _proof(law: Formula, points: list[arb], message: str) -> bool:
+    """True if chords at the points, or at the places of the message, prove that f is not convex."""
+    flint.ctx.prec = BITS
+    if counterexample(law, points):
+        return True
+    flint.ctx.prec = BESIDE_BITS
+    for beside in _beside(message):
+        for _ in range(HALVINGS):
+            if counterexample(law, beside):
+                return True
+            beside = _closer(law, beside)
+    return False
 
 
 REASONS = (
@@ -157,19 +238,22 @@ def run(cases: int, seed: int = SEED) -> Found:
     accepted, disproved, refused = 0, 0, Counter[str]()
     unexplained, missed = [], []
     for _ in range(cases):
+        flint.ctx.prec = BITS
         law = formula(rng)
-        proof = counterexample(law, _points(rng, law.text))
+        points = _points(rng, law.text)
         try:
             Divergence.from_expression(law.text)
         except InvalidValueError as error:
-            message = str(error)
+            message = str(error).rpartition('": ')[2]
             kind = next((name for name, part in REASONS if part in message), message)
             refused[kind] += 1
-            disproved += proof is not None
-            if proof is None:
+            is_disproved = _proof(law, points, message)
+            disproved += is_disproved
+            if not is_disproved:
                 unexplained.append((law.text, message))
             continue
         accepted += 1
+        proof = counterexample(law, points)
         if proof is not None:
             missed.append((law.text, proof))
     return Found(accepted, missed, disproved, refused, unexplained)
