@@ -169,7 +169,7 @@ def test_an_expression_has_a_table() -> None:
         ("(u-1)^3", r"f must be convex, its slope falls by .* from u = 0\.99999"),
         ("ln(u)", "f must be convex"),
         # A fall of the slope that is far below the rounding of f'(1).
-        ("1e-9*ln(u)+2.42*u^-0.841-2.42", r"its slope falls by .* at u = .*e1[12]"),
+        ("1e-9*ln(u)+2.42*u^-0.841-2.42", r"its slope falls at the rate .* at u = 2\..*e11"),
         ("(u-1)^2-abs(u-77.7)+76.7", r"its slope falls by 2 at u = 77\.7"),
         ("1000*(u-1)^2 + min(u, 1.00123)/1e6 - 1e-6", r"its slope falls by 1e-6 at u = 1\.00123"),
         ("1e6*(u-1)^2 + 1e-9/(u-2)^2 - 1e-9", r"finite on \(0, inf\), it goes from .* at u = 2"),

@@ -156,9 +156,9 @@ fn curve(term: &Term, u: Wide) -> Curve {
 
 /// A polynomial, by Horner's scheme.
 #[inline(never)]
-fn polynomial(coefficients: &Polynomial, u: Wide) -> Curve {
+fn polynomial(coefficients: &[Wide], u: Wide) -> Curve {
     let zero = Wide::of(0.0);
-    match coefficients[..] {
+    match *coefficients {
         [] => return Curve { value: zero, slope: zero, bend: zero },
         [value] => return Curve { value, slope: zero, bend: zero },
         [value, slope] => return Curve { value: value + slope * u, slope, bend: zero },
@@ -309,7 +309,7 @@ impl Expanded {
             (Operation::Sum, Some(left), Some(right)) => left.plus(right),
             (Operation::Product, Some(left), Some(right)) => left.times(right),
             (Operation::Quotient, Some(left), Some(right)) => left.over(right),
-            (Operation::Power, Some(base), Some(exponent)) => base.to_the(exponent),
+            (Operation::Power, Some(base), Some(exponent)) => base.raised(exponent),
             (Operation::Sqrt, Some(inner), _) => inner.root(),
             (_, left, right) => {
                 let operands = left.into_iter().chain(right);
@@ -362,10 +362,10 @@ impl Expanded {
                 Self::pure(product(&self.polynomial, &other.polynomial))
             }
             (None, Some(rest)) if degree <= MAX_DEGREE + 2 => {
-                Self::scaled(self.polynomial, other.polynomial, rest)
+                Self::scaled(self.polynomial, &other.polynomial, rest)
             }
             (Some(rest), None) if degree <= MAX_DEGREE + 2 => {
-                Self::scaled(other.polynomial, self.polynomial, rest)
+                Self::scaled(other.polynomial, &self.polynomial, rest)
             }
             (left, right) => {
                 let left = Self { polynomial: self.polynomial, rest: left };
@@ -376,8 +376,8 @@ impl Expanded {
     }
 
     /// `factor * (polynomial + rest)`
-    fn scaled(factor: Polynomial, polynomial: Polynomial, rest: Term) -> Self {
-        let first = Self::pure(product(&factor, &polynomial));
+    fn scaled(factor: Polynomial, polynomial: &[Wide], rest: Term) -> Self {
+        let first = Self::pure(product(&factor, polynomial));
         if let Term::Of(Operation::Quotient, parts) = &rest
             && let [Term::Polynomial(above), Term::Polynomial(below)] = &parts[..]
             && factor.len() + above.len() <= MAX_DEGREE + 2
@@ -417,7 +417,7 @@ impl Expanded {
     }
 
     /// The power.
-    fn to_the(self, exponent: Self) -> Self {
+    fn raised(self, exponent: Self) -> Self {
         let order = exponent.number().map_or(f64::NAN, Wide::to_f64);
         let size = order.abs();
         if order == 0.5 {

@@ -140,18 +140,19 @@ impl Expression {
                 }
                 is_curved |= (-fall).is_above_error(2.0);
             }
-            self.judge_bend(curvature, Dd::of(log), sign)?;
+            self.judge_bend(curvature, Dd::of(log), sign, Wide::of(0.0))?;
             samples.push(outer);
         }
         Ok(Way { samples, overflows: false, is_curved })
     }
 
-    /// Refuses a negative f''. Its place is approached from `side` if f'' is not known there.
+    /// Refuses a negative f''. If it is not known, the slope may fall by `slack` at most towards `side`.
     fn judge_bend(
         &self,
         curvature: &Curvature,
         log: Dd,
         side: f64,
+        slack: Wide,
     ) -> std::result::Result<(), String> {
         let at = |log: Dd| Point::from_log(Wide::of_dd(log));
         let bend = curvature.at(at(log).u);
@@ -164,7 +165,7 @@ impl Expression {
             evaluate(&self.node, at).slope / at.u
         });
         let fall = (near_slope - far_slope) * Wide::of(side);
-        if fall.is_above_error(2.0) {
+        if (fall - slack).is_above_error(2.0) {
             return Err(falls(fall, log.hi.min(far.hi), log.hi.max(far.hi)));
         }
         Ok(())
@@ -255,8 +256,8 @@ impl Expression {
             return Err(falls(fall, left.hi, right.hi));
         }
         // A dent may begin here and end before the next sample.
-        self.judge_bend(curvature, left, -1.0)?;
-        self.judge_bend(curvature, right, 1.0)
+        self.judge_bend(curvature, left, -1.0, decimals)?;
+        self.judge_bend(curvature, right, 1.0, decimals)
     }
 
     /// `f''(1)`, if the slope changes at the same rate at two distances from 1, on both sides.
