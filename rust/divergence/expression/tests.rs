@@ -97,7 +97,7 @@ fn second_derivatives_keep_their_digits_far_from_1() {
         ("abs(u-1) + max(u-3,0) + u*(1-1/u) + 1/u", 2.0, -3.0),
     ] {
         let curvature = Curvature::of(&read(text).unwrap());
-        for log in [60.0, 300.0, 700.0, 1e6] {
+        for log in [80.0, 300.0, 700.0, 1e6] {
             let u = Wide::of(log).exp();
             let expected = Wide::of(c) * Wide::of(power * log).exp();
             let ratio = (curvature.at(u) / expected).to_f64();
