@@ -14,6 +14,7 @@
 
 use super::evaluate::whole_power;
 use super::grammar::Node;
+use super::judge::DECIMALS;
 use crate::number::Real;
 use crate::number::wide::Wide;
 
@@ -228,7 +229,8 @@ fn combined(operation: Operation, left: Curve, right: Curve) -> Curve {
         Operation::Extreme(greater) => {
             let difference = (left.value - right.value).to_f64();
             if difference == 0.0 {
-                let differs = |a: Wide, b: Wide| (a - b).abs().is_above_error(2.0);
+                // Two pieces may be the same but for decimals.
+                let differs = |a: Wide, b: Wide| (a - b).abs().is_above_error(DECIMALS);
                 let is_kink = differs(left.slope, right.slope) || differs(left.bend, right.bend);
                 return if is_kink { left.without_derivatives() } else { left };
             }

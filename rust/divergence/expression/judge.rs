@@ -22,7 +22,7 @@ const NEIGHBOUR: f64 = 1.0 + 1e-8;
 
 /// Rounding errors of a double, in units of those of a `Wide`. Decimals such as 0.1 may miss `f(1) = 0`, or the
 /// join of two pieces, by so much.
-const DECIMALS: f64 = 4.0 * f64::EPSILON / ROUNDING;
+pub(super) const DECIMALS: f64 = 4.0 * f64::EPSILON / ROUNDING;
 
 /// Distance in `ln u` from a change of sign to the slopes beside it. Rounding moves the change by less.
 const BESIDE: f64 = 1e-24;
