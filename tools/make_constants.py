@@ -174,6 +174,11 @@ EXACT = (
         "INVERSE_FACTORIAL",
         lambda: [c for n in range(2, 13) for c in parts(1 / mp.factorial(n), 300, 2, mp.nint)],
     ),
+    Digits(
+        "rust/simd/pairs.rs",
+        "INVERSE_ODD",
+        lambda: [c for n in range(1, 11) for c in parts(mpf(1) / (2 * n + 1), 300, 2, mp.nint)],
+    ),
 )
 
 

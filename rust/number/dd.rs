@@ -30,14 +30,14 @@ pub struct Dd {
 
 /// `ln 2` in three parts, by `tools/make_constants.py`. The first has 33 bits, because its product with an exponent
 /// has to be exact.
-pub(super) const LN_2_PARTS: [f64; 3] =
+pub(crate) const LN_2_PARTS: [f64; 3] =
     [0.6931471804855391, 7.440617110012397e-11, -1.3124698417785255e-27];
 
 /// `pi/2` in three parts, like [`LN_2_PARTS`].
 const HALF_PI_PARTS: [f64; 3] = [1.5707963267341256, 6.077100506506192e-11, 3.5215598651832e-27];
 
 /// `1/n!` for n = 2..=12, by `tools/make_constants.py`.
-const INVERSE_FACTORIAL: [Dd; 11] = [
+pub(crate) const INVERSE_FACTORIAL: [Dd; 11] = [
     Dd { hi: 0.5, lo: 0.0 },
     Dd { hi: 0.16666666666666666, lo: 9.25185853854297e-18 },
     Dd { hi: 0.041666666666666664, lo: 2.3129646346357427e-18 },

@@ -11,6 +11,7 @@ pub(crate) mod wide;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
 pub use dd::Dd;
+pub(crate) use dd::{INVERSE_FACTORIAL, LN_2_PARTS};
 
 /// Operations that formulas of a generator take from a number.
 pub trait Real:

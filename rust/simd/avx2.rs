@@ -54,7 +54,11 @@ impl Avx2Fused {
     pub fn run<W: WithDoubles>(self, work: W) {
         #[target_feature(enable = "avx2,fma,popcnt")]
         fn compiled<W: WithDoubles>(lanes: Avx2Fused, work: W) {
-            work.run(Interleaved(Interleaved(lanes)));
+            if W::NARROW {
+                work.run(Interleaved(lanes));
+            } else {
+                work.run(Interleaved(Interleaved(lanes)));
+            }
         }
         // SAFETY: `self` exists, so the processor has the instructions. All that have AVX2 have popcnt.
         unsafe { compiled(self, work) }

@@ -41,7 +41,11 @@ impl Avx512 {
     pub fn run_doubles<W: WithDoubles>(self, work: W) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,popcnt")]
         fn compiled<W: WithDoubles>(lanes: Avx512, work: W) {
-            work.run(Interleaved(Interleaved(lanes)));
+            if W::NARROW {
+                work.run(Interleaved(lanes));
+            } else {
+                work.run(Interleaved(Interleaved(lanes)));
+            }
         }
         // SAFETY: as in `run`.
         unsafe { compiled(self, work) }

@@ -171,6 +171,12 @@ impl<L: Doubles> Vector<L> {
         let words = self.lanes.sub_words(self.lanes.as_words(self.values), self.lanes.words(1));
         self.with(self.lanes.as_floats(words))
     }
+    /// The next double away from 0. Takes no infinity.
+    #[inline(always)]
+    pub fn next_outwards(self) -> Self {
+        let words = self.lanes.add_words(self.lanes.as_words(self.values), self.lanes.words(1));
+        self.with(self.lanes.as_floats(words))
+    }
     /// A polynomial in this number, by its coefficients from the highest power down.
     #[inline(always)]
     pub fn polynomial(self, coefficients: &[f64]) -> Self {

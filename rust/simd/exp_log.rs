@@ -137,6 +137,14 @@ pub struct Logarithm<L: Doubles> {
     pub gap: Vector<L>,
 }
 
+/// `mantissa 2^exponent`, with the mantissa between the roots of 1/2 and of 2.
+pub(super) struct Parts<L: Doubles> {
+    pub(super) mantissa: Vector<L>,
+    pub(super) exponent: Vector<L>,
+    /// `2^-exponent`
+    pub(super) unscale: Vector<L>,
+}
+
 impl<L: Doubles> Vector<L> {
     /// Exponentials of `-708 <= self <= 708`.
     #[inline(always)]
@@ -187,22 +195,32 @@ impl<L: Doubles> Vector<L> {
         (self - self.constant(1.0)).log_of(self, self.constant(0.0))
     }
 
-    /// Logarithm of `u + lost = 1 + self`, where `lost` is less than an ulp of `u`.
+    /// Splits a positive normal number.
     #[inline(always)]
-    fn log_of(self, u: Self, lost: Self) -> Logarithm<L> {
+    pub(super) fn parts(self) -> Parts<L> {
         let lanes = self.lanes;
-        // u = 2^k (1 + d). Around 1, where the gap would cancel, k = 0.
-        let shifted = lanes.add_words(lanes.as_words(u.values), lanes.words(ONE - ROOT_HALF));
+        let shifted = lanes.add_words(lanes.as_words(self.values), lanes.words(ONE - ROOT_HALF));
         let biased = lanes.exponent_down(shifted);
         let mantissa = lanes.add_words(
             lanes.and_words(shifted, lanes.words((1 << 52) - 1)),
             lanes.words(ROOT_HALF),
         );
-        let k = self.with(lanes.as_floats(lanes.add_words(biased, lanes.words(TWO_52))))
+        let exponent = self.with(lanes.as_floats(lanes.add_words(biased, lanes.words(TWO_52))))
             - self.constant(f64::from_bits(TWO_52) + 1023.0);
-        let unscale = self
-            .with(lanes.as_floats(lanes.exponent_up(lanes.sub_words(lanes.words(2046), biased))));
-        let d = lost.mul_add(unscale, self.with(lanes.as_floats(mantissa)) - self.constant(1.0));
+        let unscale = lanes.exponent_up(lanes.sub_words(lanes.words(2046), biased));
+        Parts {
+            mantissa: self.with(lanes.as_floats(mantissa)),
+            exponent,
+            unscale: self.with(lanes.as_floats(unscale)),
+        }
+    }
+
+    /// Logarithm of `u + lost = 1 + self`, where `lost` is less than an ulp of `u`.
+    #[inline(always)]
+    fn log_of(self, u: Self, lost: Self) -> Logarithm<L> {
+        // u = 2^k (1 + d). Around 1, where the gap would cancel, k = 0.
+        let Parts { mantissa, exponent: k, unscale } = u.parts();
+        let d = lost.mul_add(unscale, mantissa - self.constant(1.0));
         let near = self.constant(NEAR_ONE[0]).less(u) & u.less(self.constant(NEAR_ONE[1]));
         let d = near.select(self, d);
         let k = near.select(self.constant(0.0), k);
@@ -218,7 +236,7 @@ impl<L: Doubles> Vector<L> {
 }
 
 /// `1.5 * 2^52`. A double plus this is rounded to a whole number, which is in the low bits of the sum.
-const ROUNDING_F64: f64 = 6_755_399_441_055_744.0;
+pub(super) const ROUNDING_F64: f64 = 6_755_399_441_055_744.0;
 
 /// Bits of `2^52`. A whole number is in the low bits of its sum with that.
 const TWO_52: u64 = 1075 << 52;

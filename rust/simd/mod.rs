@@ -28,6 +28,7 @@ pub(crate) mod exp_log;
 mod interleaved;
 pub(crate) mod lanes;
 mod lookup;
+pub(crate) mod pairs;
 mod portable;
 #[cfg(test)]
 mod tests;
@@ -143,13 +144,19 @@ impl AnyDoubles {
         found
     }
 
+    /// True if the compiler fuses multiply-adds of the portable registers.
+    const PORTABLE_FUSES: bool = cfg!(target_arch = "aarch64");
+
     /// True if the processor fuses multiply-adds in these registers. Otherwise they are slower than scalars.
     fn fuses(self) -> bool {
-        cfg!(target_arch = "aarch64") || !matches!(self, Self::Portable)
+        Self::PORTABLE_FUSES || !matches!(self, Self::Portable)
     }
 
     pub(crate) fn run<W: WithDoubles>(self, work: W) {
         match self {
+            // Registers that do not fuse run in tests alone, and need not be compiled otherwise.
+            Self::Portable if !(Self::PORTABLE_FUSES || cfg!(test)) => {}
+            Self::Portable if W::NARROW => work.run(PortableDoubles),
             Self::Portable => work.run(Interleaved(PortableDoubles)),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(lanes) => lanes.run(work),
@@ -218,6 +225,8 @@ pub trait WithLanes<T> {
 
 /// Work of the solver on registers of any width.
 pub(crate) trait WithDoubles {
+    /// True for work on half as many lanes.
+    const NARROW: bool = false;
     fn run<L: Doubles>(self, lanes: L);
 }
 

@@ -476,3 +476,84 @@ mod doubles {
         }
     }
 }
+
+mod pairs {
+    use crate::number::{Dd, Real};
+    use crate::simd::doubles::{Doubles, MAX_DOUBLES, Vector};
+    use crate::simd::pairs::Pair;
+    use crate::simd::{AnyDoubles, WithDoubles};
+
+    /// Results of each operation on the numbers.
+    struct Each<'a> {
+        x: &'a [f64],
+        found: &'a mut Vec<[Dd; 6]>,
+    }
+
+    impl WithDoubles for Each<'_> {
+        const NARROW: bool = true;
+
+        #[inline(always)]
+        fn run<L: Doubles>(self, lanes: L) {
+            for part in self.x.chunks_exact(L::COUNT) {
+                let x = Vector::load(lanes, part);
+                let power = Pair::of(x).exponential();
+                let u = power.u;
+                let log = u.ln(power.excess);
+                let results = [u, power.excess, log, u / log, u * log, u.sqrt()];
+                let mut columns = [[[0.0; MAX_DOUBLES]; 2]; 6];
+                for (column, result) in columns.iter_mut().zip(results) {
+                    result.high.store(&mut column[0]);
+                    result.low.store(&mut column[1]);
+                }
+                for lane in 0..L::COUNT {
+                    self.found
+                        .push(columns.map(|[high, low]| Dd { hi: high[lane], lo: low[lane] }));
+                }
+            }
+        }
+    }
+
+    fn kinds(x: &[f64]) -> Vec<(AnyDoubles, Vec<[Dd; 6]>)> {
+        let on = |doubles: AnyDoubles| {
+            let mut found = Vec::new();
+            doubles.run(Each { x, found: &mut found });
+            (doubles, found)
+        };
+        AnyDoubles::all().into_iter().map(on).collect()
+    }
+
+    /// Numbers of every size up to 560, of both signs.
+    fn numbers() -> Vec<f64> {
+        let sizes =
+            (0..1 << 13).map(|i| (f64::from(i) * 0.00332 - 20.8).exp()).filter(|x| *x < 560.0);
+        let mut numbers: Vec<f64> = sizes.flat_map(|x| [x, -x]).collect();
+        numbers.resize(numbers.len().next_multiple_of(MAX_DOUBLES), 1.0);
+        numbers
+    }
+
+    /// Relative error of an operation, rounded up. A tenth of that of the residual of a bound.
+    const ERROR: f64 = 2e-31;
+
+    #[test]
+    fn operations_have_31_digits() {
+        let x = numbers();
+        for (&x, found) in x.iter().zip(&kinds(&x)[0].1) {
+            let wide = Dd::of(x);
+            let u = wide.exp();
+            let exact = [u, wide.exp_m1(), wide, u / wide, u * wide, u.sqrt()];
+            for (column, (found, exact)) in found.iter().zip(exact).enumerate() {
+                let error = ((*found - exact) / exact).abs().to_f64();
+                assert!(error < ERROR * (1.0 + x.abs()), "{column} at {x:e}: {error:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn all_registers_give_the_same_bits() {
+        let x = numbers();
+        let kinds = kinds(&x);
+        for (name, found) in &kinds {
+            assert!(found == &kinds[0].1, "{name:?}");
+        }
+    }
+}
