@@ -11,10 +11,10 @@ mod point;
 
 use std::sync::Arc;
 
-use crate::divergence::expression::Expression;
 use crate::error::{Error, Result};
 use crate::number::Real;
 
+pub(crate) use expression::{Expression, Step, Tape};
 pub(crate) use generator::Generator;
 pub use point::Point;
 

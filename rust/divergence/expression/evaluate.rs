@@ -1,6 +1,7 @@
 //! Value and slope of a syntax tree, in any number type.
 
 use super::grammar::Node;
+use super::tape::Tape;
 use crate::divergence::point::Point;
 use crate::number::wide::Wide;
 use crate::number::{Dd, Real};
@@ -18,8 +19,10 @@ pub(super) struct Jet<T> {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Expression {
     pub(super) node: Node,
+    /// The node for vectors, if they have all of its operations.
+    pub(crate) tape: Option<Tape>,
     /// A subgradient at 1. The normalised `f - slope_at_one (u-1)`, which is at least 0, is evaluated.
-    pub(super) slope_at_one: Dd,
+    pub(crate) slope_at_one: Dd,
     pub(crate) at_zero: Dd,
     pub(crate) slope_at_infinity: f64,
     pub(crate) curvature: Option<f64>,

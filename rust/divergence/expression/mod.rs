@@ -10,6 +10,7 @@ mod derivative;
 mod evaluate;
 mod grammar;
 mod judge;
+mod tape;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +19,7 @@ use crate::number::{Dd, Real};
 
 pub(crate) use evaluate::Expression;
 use grammar::read;
+pub(crate) use tape::{Step, Tape};
 
 impl Expression {
     /// Reads and judges `text`. `at_zero` and `slope_at_infinity` are the user's `f(0)` and `f'(inf)`, if any.
@@ -29,8 +31,10 @@ impl Expression {
         at_zero: Option<f64>,
         slope_at_infinity: Option<f64>,
     ) -> Result<Self> {
+        let node = read(text)?;
         let mut expression = Self {
-            node: read(text)?,
+            tape: Tape::of(&node),
+            node,
             slope_at_one: Dd::of(0.0),
             at_zero: Dd::of(0.0),
             slope_at_infinity: 0.0,
