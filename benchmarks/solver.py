@@ -20,6 +20,12 @@ DIVERGENCES = tuple(_core.DIVERGENCES)
 
 EXPRESSION = "u*ln(u) - u + 1"
 
+TEXTS = (
+    *("-ln(u) + u - 1", "(u-1)^2", "(sqrt(u)-1)^2", "0.3*(u*ln(u)-u+1) + 0.7*(u-1)^2"),
+    *("abs(u-1)", "(u^1.3 - 1 - 1.3*(u-1))/0.39"),
+)
+"""Typical expressions: sums, a mixture, a kink and a general power."""
+
 ORDERS = ("alpha:-0.5", "alpha:0.3", "alpha:1.37", "renyi:3.5", "vajda:4")
 """Orders without special formulas."""
 
@@ -71,7 +77,7 @@ def compare_to_find_root(divergence: str, size: int = SIZE, seconds: float = 2.0
 class Bounds:
     """Times of every divergence; find_root takes tokens whose two bounds are roots."""
 
-    params: ClassVar = [METHODS, (*DIVERGENCES, EXPRESSION, *ORDERS)]
+    params: ClassVar = [METHODS, (*DIVERGENCES, EXPRESSION, *ORDERS, *TEXTS)]
     param_names: ClassVar = ["method", "divergence"]
     timeout = 300
 

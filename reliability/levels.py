@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bandpo import Band, _core
+from bandpo import Band, Divergence, _core
 from reliability.result import Row, run_cases
 from reliability.tokens import NAMES, SEED, log_probs
 
@@ -26,6 +26,9 @@ FAMILIES = (
     *("vajda:1.5", "bwcs:0.3", "hockey-stick:1.2"),
 )
 """Divergences with a parameter, of every formula."""
+
+TEXTS = ("-ln(u) + u - 1", "(sqrt(u)-1)^2", "abs(u-1)", "u^1.3 - 1 - 1.3*(u-1)", "exp(u-1) - u")
+"""Divergences given as text, with most operations of vectors."""
 
 
 def levels(cases: int, seed: int = SEED) -> Iterator[Row]:
@@ -65,7 +68,8 @@ def print_bits(cases: int, seed: int) -> None:
     losses, exact = hashlib.sha256(), hashlib.sha256()
     for part in _parts(cases):
         logp = log_probs(rng, part)
-        for spec in (*NAMES, *FAMILIES):
+        texts = [Divergence.from_expression(text) for text in TEXTS]
+        for spec in (*NAMES, *FAMILIES, *texts):
             for bound in Band(spec, 0.05).log_bounds(logp[: max(1, part // 16)]):
                 exact.update(bound.tobytes())
         for spec in ("kl", "tv", "renyi:2"):

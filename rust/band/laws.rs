@@ -139,7 +139,7 @@ pub(super) struct Point<L: Doubles> {
 
 impl<L: Doubles> Point<L> {
     #[inline(always)]
-    fn from_log(log: Vector<L>) -> Self {
+    pub(super) fn from_log(log: Vector<L>) -> Self {
         let clamped = log.max(log.constant(MIN_LOG));
         let power = clamped.exponential();
         let u = log.less(clamped).select(log.constant(0.0), power.u);

@@ -28,6 +28,7 @@
 //!
 //! In a batch, `vector.rs` solves the ordinary tokens of the first case, and this file the others.
 
+mod jets;
 mod laws;
 mod limits;
 mod membership;
@@ -40,6 +41,7 @@ mod split;
 mod tails;
 #[cfg(test)]
 mod tests;
+mod text;
 mod vector;
 
 use rayon::prelude::*;

@@ -161,7 +161,7 @@ const LAST_NEWTON_STEP: f64 = 3e-9;
 const LAST_TEXT_STEP: f64 = 1e-5;
 
 /// Absolute error of `D` for an expression, rounded up. Smaller relative steps than its share of `D` are noise.
-const TEXT_ERROR: f64 = 100.0 * f64::EPSILON;
+pub(super) const TEXT_ERROR: f64 = 100.0 * f64::EPSILON;
 
 /// The relative step at which Newton's method on `D = target` stops.
 fn last_step(generator: &Generator, target: f64) -> f64 {

@@ -361,24 +361,26 @@ fn bounds_are_defined_for_every_logp() {
     }
 }
 
+/// Built-in divergences as text, up to a multiple of u - 1.
+const AS_TEXT: [(&str, &str); 13] = [
+    ("kl", "-ln(u) + u - 1"),
+    ("reverse-kl", "u*ln(u) - u + 1"),
+    ("reverse-kl", "u*log(u)"),
+    ("tv", "abs(u-1)/2"),
+    ("pearson-chi2", "u^2 - 1"),
+    ("neyman-chi2", "(u-1)**2/u"),
+    ("hellinger", "1 - sqrt(u)"),
+    ("le-cam", "(u-1)^2/(2*(u+1))"),
+    ("jensen-shannon", "(u*ln(u) - (u+1)*ln((u+1)/2))/2"),
+    ("jeffreys", "(u-1)*ln(u)"),
+    ("alpha:3", "(u^3 - 1)/6"),
+    ("alpha:-3", "(u^-3 - 1)/12"),
+    ("hockey-stick:1.25", "max(u-1.25, 0)"),
+];
+
 #[test]
 fn expressions_agree_with_built_ins() {
-    let pairs = [
-        ("kl", "-ln(u) + u - 1"),
-        ("reverse-kl", "u*ln(u) - u + 1"),
-        ("reverse-kl", "u*log(u)"),
-        ("tv", "abs(u-1)/2"),
-        ("pearson-chi2", "u^2 - 1"),
-        ("neyman-chi2", "(u-1)**2/u"),
-        ("hellinger", "1 - sqrt(u)"),
-        ("le-cam", "(u-1)^2/(2*(u+1))"),
-        ("jensen-shannon", "(u*ln(u) - (u+1)*ln((u+1)/2))/2"),
-        ("jeffreys", "(u-1)*ln(u)"),
-        ("alpha:3", "(u^3 - 1)/6"),
-        ("alpha:-3", "(u^-3 - 1)/12"),
-        ("hockey-stick:1.25", "max(u-1.25, 0)"),
-    ];
-    for (spec, text) in pairs {
+    for (spec, text) in AS_TEXT {
         let divergence = Divergence::from_expression(text, None, None).unwrap();
         for delta in [1e-8, 1e-5, 1e-3, 0.05, 0.7, 5.0] {
             let custom = Band::new(divergence.clone(), delta, delta).unwrap();
@@ -539,4 +541,50 @@ fn bad_deltas_are_refused_with_value_and_index() {
     assert_eq!(lower, [7.0; 2], "nothing is written");
     let refused = log_bounds(&kl, each, each, &[-1.0], &mut lower[..1], &mut upper[..1]);
     assert!(matches!(refused, Err(Error::Length { argument: "delta_low", .. })));
+}
+
+#[test]
+fn bounds_of_text_on_vectors_are_the_last_inside() {
+    let mut settled = 0;
+    let mut asked = 0;
+    for references in references().chunk_by(|a, b| a.spec == b.spec) {
+        let spec = references[0].spec.as_str();
+        let Some((_, text)) = AS_TEXT.iter().find(|(name, _)| *name == spec) else {
+            continue;
+        };
+        let divergence = Divergence::from_expression(text, None, None).unwrap();
+        let logp: Vec<f64> = references.iter().map(|reference| reference.logp).collect();
+        let radii: Vec<f64> = references.iter().map(|reference| reference.delta).collect();
+        let mut bounds = [vec![0.0; logp.len()], vec![0.0; logp.len()]];
+        let mut open = vec![[false; 2]; logp.len()];
+        let [lower, upper] = &mut bounds;
+        vector::log_bounds(
+            &divergence.generator,
+            [&radii, &radii],
+            &logp,
+            [lower, upper],
+            &mut |index, side, _| open[index][usize::from(side == Side::Upper)] = true,
+        );
+        for (index, reference) in references.iter().enumerate() {
+            for side in 0..2 {
+                asked += 1;
+                let found = bounds[side][index];
+                let (exact, rest, _) = reference.bounds[side];
+                if open[index][side] {
+                    continue;
+                }
+                settled += 1;
+                let place = format!("{text} logp={:e} delta={:e}", logp[index], radii[index]);
+                if exact.is_infinite() || exact == reference.logp.abs() && rest == 0.0 {
+                    assert_eq!(found, exact, "{place}");
+                    continue;
+                }
+                // The last double inside is the nearest one, or the one before it.
+                let beyond = if side == 0 { -rest } else { rest };
+                let expected = if beyond >= 0.0 { exact.abs() } else { exact.abs().next_down() };
+                assert_eq!(found.abs(), expected, "{place} side {side}: {rest:e}");
+            }
+        }
+    }
+    assert!(10 * settled > 7 * asked, "{settled} of {asked}");
 }
