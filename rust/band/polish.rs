@@ -43,10 +43,12 @@ pub(super) fn polish(
         }
         evaluations += 1;
         let residual = residual_at(log_ratio);
-        let slope = residual_slope(generator, logp, log_ratio);
+        let (slope, leverage) = residual_slope(generator, logp, log_ratio);
         let newton = -residual / slope;
-        if newton.abs() <= SHORT_STEP * log_ratio.abs() {
-            let doubt = SHORT_STEP_ERROR * newton.abs() + 2.0 * doubt / slope.abs();
+        let change = (newton * leverage).abs();
+        if newton.abs() <= SHORT_STEP * log_ratio.abs() && change < MAX_CHANGE {
+            let relative = SHORT_STEP_ERROR + CHANGE_ERROR * change;
+            let doubt = relative * newton.abs() + 2.0 * doubt / slope.abs();
             if let Some(inside) = last_before(log_ratio, newton, doubt, side).filter(|&b| valid(b))
             {
                 return (inside, evaluations);
@@ -100,6 +102,14 @@ pub(super) const SHORT_STEP: f64 = 1e-12;
 
 /// Relative error of a step of [`SHORT_STEP`], rounded up.
 pub(super) const SHORT_STEP_ERROR: f64 = 1e-8;
+
+/// Max relative change of the others' ratio by such a step. Next to the end of the upper side it changes much more than
+/// the bound.
+pub(super) const MAX_CHANGE: f64 = 1e-2;
+
+/// Relative error of the step for a relative change of 1 in the others, rounded up. It is half of the order of f where
+/// f is a power.
+pub(super) const CHANGE_ERROR: f64 = 32.0;
 
 /// The last double on the inner side of the root `at + step`, whose error is `doubt`. `None` if the error leaves
 /// it undecided.
@@ -161,8 +171,8 @@ impl ExactSplit {
     }
 }
 
-/// `dD/d log_ratio` in double precision.
-fn residual_slope(generator: &Generator, logp: f64, log_ratio: f64) -> f64 {
+/// `dD/d log_ratio` in double precision, and the relative change of the others' ratio for a change of `log_ratio`.
+fn residual_slope(generator: &Generator, logp: f64, log_ratio: f64) -> (f64, f64) {
     let split = Split::new(logp, Side::Lower);
     let (token, others) = split.outcomes(logp, log_ratio);
     let own = if token.u > 1.0 {
@@ -170,5 +180,6 @@ fn residual_slope(generator: &Generator, logp: f64, log_ratio: f64) -> f64 {
     } else {
         split.shrinking * generator.log_slope(token)
     };
-    own - split.shrinking * token.u * (generator.log_slope(others) / others.u)
+    let slope = own - split.shrinking * token.u * (generator.log_slope(others) / others.u);
+    (slope, split.shrinking / split.growing * token.u / others.u)
 }

@@ -8,7 +8,7 @@
 
 use crate::band::jets::{Jet, MAX_ARGUMENT, Place, Results};
 use crate::band::laws;
-use crate::band::polish::{RESIDUAL_ERROR, SHORT_STEP, SHORT_STEP_ERROR};
+use crate::band::polish::{CHANGE_ERROR, MAX_CHANGE, RESIDUAL_ERROR, SHORT_STEP, SHORT_STEP_ERROR};
 use crate::band::split::TEXT_ERROR;
 use crate::band::vector::{Arguments, Both, CLEAR_OF_SATURATION, Found};
 use crate::divergence::{Expression, Tape};
@@ -33,13 +33,6 @@ const MIN_REST: f64 = 1e-240;
 
 /// Min slope of `D` for each relative change of the token. A smaller one has lost digits.
 const MIN_SLOPE: f64 = 1e-7;
-
-/// Max relative change of the others by the last step.
-const MAX_CHANGE: f64 = 1e-2;
-
-/// Relative error of a step for a relative change of 1 in the others, rounded up. It is half of the order of f where f
-/// is a power.
-const CHANGE_ERROR: f64 = 32.0;
 
 /// A call of `vector::log_bounds` for a text.
 pub(super) struct TextSweep<'a, 'b> {
