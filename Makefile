@@ -151,11 +151,13 @@ bench-results: $(VENV)/bench.stamp
 results: $(VENV)/bench.stamp
 	$(BIN)/python tools/make_results.py
 
-# Long checks that try to break the package, then docs/reliability.md; about two hours. Each writes its counts to
-# reliability/results, and may be run alone with fewer cases.
+# Long checks that try to break the package, then docs/reliability.md; some hours. Each writes its counts to
+# reliability/results, and may be run alone with fewer cases. Mutation needs the data of coverage. cargo-mutants and
+# LLVM's tools are needed (cargo install cargo-mutants, rustup component add llvm-tools).
 reliability: export PYTHONPATH = python:tests:.
 reliability: $(VENV)/reliability.stamp
-	for part in fuzz fuzz_rust expressions convexity bounds losses levels faults long_run trust; do \
+	for part in fuzz fuzz_rust expressions convexity bounds losses levels faults long_run trust \
+	  coverage mutation mutation_rust; do \
 	  $(BIN)/python -m reliability.$$part || exit 1; done
 	$(BIN)/python tools/make_reliability.py
 

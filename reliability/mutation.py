@@ -1,140 +1,253 @@
-"""Changes of single operators of the loss, one at a time: tests that fail kill them.
+"""Changes of Python, one operator, number or condition at a time: a test that fails kills them.
 
-A change that no test kills is printed with its line, to be killed or explained.
+The changes are those of cosmic-ray. The tests are those that reach the changed line, as
+`python -m reliability.coverage` found them, up to half a minute of them, shortest first.
+A change that no test kills is printed with its line, to be killed, or explained in
+`reliability/survivors.json`.
 
-    python -m reliability.mutation --cases 100
+    python -m reliability.mutation --cases 500
 """
 
 from __future__ import annotations
 
-import ast
+import contextlib
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from reliability.result import Row, run_cases
-from reliability.tokens import SEED
+from reliability.survivors import reason
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "bandpo"
-FOLDER = PACKAGE / "loss"
+FOLDERS = ("loss", "region", "schedule", "record", "replay")
+SEED = 20260304
+FAILED = "failed.txt"
+"""The file with the name of the last test that failed, beside the copy of the package."""
 
-TESTS = (
-    *("policy", "metrics", "domain", "penalty", "budgets", "gamma_weight", "far_tokens"),
-    *("second_derivatives", "corrected", "anchor", "loss"),
+LIMIT = 30.0
+"""Seconds of tests for a change, by their times without it."""
+
+BINARY = ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "Mod_Add", "Pow_Mul")
+SETS = ("BitAnd_BitOr", "BitOr_BitAnd")
+COMPARED = (
+    *("Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Eq_NotEq", "NotEq_Eq", "Is_IsNot", "IsNot_Is"),
 )
-"""Files of tests/loss that take less than a minute; those that take a short time come first."""
-
-SWAPS: dict[type[ast.AST], type[ast.AST]] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.And: ast.Or,
-    ast.Or: ast.And, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.USub: ast.UAdd,
-}  # fmt: skip
-"""Operators, and what stands in place of each."""
-
-
-def _places(tree: ast.Module) -> Iterator[tuple[ast.AST, str, int]]:
-    """Parts that can be changed: a node, its field and the index in it. No annotation is one."""
-    hidden = {
-        id(inner)
-        for node in ast.walk(tree)
-        for name in ("annotation", "returns", "slice")
-        if isinstance(getattr(node, name, None), ast.AST)
-        for inner in ast.walk(getattr(node, name))
-        if name != "slice" or not isinstance(inner, ast.Constant)
-    }
-    for node in ast.walk(tree):
-        if id(node) in hidden:
-            continue
-        if isinstance(node, ast.Compare):
-            yield from ((node, "ops", k) for k, op in enumerate(node.ops) if type(op) in SWAPS)
-        elif isinstance(node, ast.BinOp | ast.BoolOp | ast.UnaryOp):
-            if type(node.op) in SWAPS:
-                yield node, "op", 0
-            elif isinstance(node.op, ast.Not):
-                yield node, "not", 0
-        elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
-            yield node, "value", 0
-        elif isinstance(node, ast.If | ast.IfExp):
-            yield node, "test", 0
+OPERATORS = (
+    *(f"ReplaceBinaryOperator_{pair}" for pair in (*BINARY, *SETS)),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in COMPARED),
+    *("ReplaceUnaryOperator_Delete_USub", "ReplaceUnaryOperator_Delete_Not", "AddNot"),
+    *("ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd"),
+    *("ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "NumberReplacer"),
+    "ZeroIterationForLoop",
+)
+"""Operators of cosmic-ray. Of each kind, those whose result may well be of the same type."""
 
 
-def mutants() -> list[tuple[Path, int]]:
-    """Every change: a file, and the number of the place in it."""
-    return [
-        (path, number)
-        for path in sorted(FOLDER.glob("*.py"))
-        for number, _ in enumerate(_places(ast.parse(path.read_text(encoding="utf-8"))))
-    ]
+class Change(NamedTuple):
+    """One change of one file."""
+
+    file: str
+    """From the root of the repository."""
+    line: int
+    operator: str
+    occurrence: int
+    """Number among the places of the operator in the file."""
+
+    @property
+    def text(self) -> str:
+        """The line before the change."""
+        return (ROOT / self.file).read_text(encoding="utf-8").splitlines()[self.line - 1].strip()
+
+    @property
+    def source(self) -> str:
+        """The changed file."""
+        from cosmic_ray.mutating import mutate_code
+        from cosmic_ray.operators.provider import OperatorProvider
+
+        operator = OperatorProvider()[self.operator]()
+        return str(
+            mutate_code((ROOT / self.file).read_text(encoding="utf-8"), operator, self.occurrence)
+        )
+
+    @property
+    def after(self) -> str:
+        """The line after the change."""
+        return self.source.splitlines()[self.line - 1].strip()
 
 
-def mutant(path: Path, number: int) -> tuple[str, str]:
-    """The source with one change, and the changed line."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    node, field, index = list(_places(tree))[number]
-    before = ast.unparse(node)
-    if field == "ops":
-        node.ops[index] = SWAPS[type(node.ops[index])]()  # type: ignore[attr-defined]
-    elif field == "op":
-        node.op = SWAPS[type(node.op)]()  # type: ignore[attr-defined]
-    elif field == "not":
-        node.op, node.operand = ast.Not(), ast.UnaryOp(ast.Not(), node.operand)  # type: ignore[attr-defined]
-    elif field == "test":
-        node.test = ast.UnaryOp(ast.Not(), node.test)  # type: ignore[attr-defined]
-    else:
-        value = node.value  # type: ignore[attr-defined]
-        node.value = not value if isinstance(value, bool) else value + 1  # type: ignore[attr-defined]
-    first, second = (text.partition("\n")[0] for text in (before, ast.unparse(node)))
-    place = f"{path.name}:{getattr(node, 'lineno', 0)}"
-    return ast.unparse(ast.fix_missing_locations(tree)), f"{place} {first} -> {second}"
-
-
-def is_killed(source: str, path: Path) -> bool:
-    """True if a test fails, or they do not end in ten minutes."""
-    with tempfile.TemporaryDirectory() as place:
-        copy = Path(place, "bandpo")
-        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-        (copy / path.relative_to(PACKAGE)).write_text(source, encoding="utf-8")
-        search = [place, str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-        files = [str(ROOT / "tests" / "loss" / f"test_{name}.py") for name in TESTS]
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(search)}, cwd=ROOT,
-                capture_output=True, check=False, timeout=600,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
+def _is_idle(node: Any) -> bool:
+    """True inside an annotation, which nothing evaluates, and for the `*` before keywords."""
+    if node.parent is not None and node.parent.type == "parameters":
+        return True
+    while node.parent is not None:
+        parent = node.parent
+        if parent.type == "annassign" and node is parent.children[1]:
             return True
-    return done.returncode != 0
+        if parent.type in ("param", "funcdef") and node is parent.annotation:
+            return True
+        if parent.type == "tfpdef" and node is parent.children[-1]:
+            return True
+        node = parent
+    return False
+
+
+def changes(folder: str) -> list[Change]:
+    """Every change of a package."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.operators.provider import OperatorProvider
+
+    found = []
+    for path in sorted((PACKAGE / folder).rglob("*.py")):
+        tree = get_ast(path.read_text(encoding="utf-8"))
+        file = path.relative_to(ROOT).as_posix()
+        for name in OPERATORS:
+            operator, occurrence = OperatorProvider()[name](), -1
+            for node in ast_nodes(tree):
+                for start, _ in operator.mutation_positions(node):
+                    occurrence += 1
+                    if not _is_idle(node):
+                        found.append(Change(file, start[0], name, occurrence))
+    return found
+
+
+class Failure:
+    """A plugin of pytest that writes the name of a test that fails."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Called by pytest after each test."""
+        if report.failed:
+            self._path.write_text(report.nodeid, encoding="utf-8")
+
+
+def run_tests(package: str, tests: list[str]) -> None:
+    """Runs tests on a copy of the package, and ends the process with 0 if they pass."""
+    import pytest
+
+    os.setsid()
+    sys.path.insert(0, package)
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONPATH"] = os.pathsep.join([package, str(ROOT / "tests"), str(ROOT)])
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    os.chdir(ROOT)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    words = ["-x", "-q", "-p", "no:cacheprovider", *tests]
+    os._exit(int(pytest.main(words, plugins=[Failure(Path(package, FAILED))])))
+
+
+class Tests:
+    """The tests of each line, from the data of `reliability.coverage`."""
+
+    def __init__(self) -> None:
+        from coverage import CoverageData
+
+        from reliability.coverage import DATA, tests
+
+        self._tests = tests()
+        self._data = CoverageData(basename=str(DATA))
+        self._data.read()
+
+    def of(self, change: Change) -> list[str]:
+        """Those that reach the changed line, then others that reach its file.
+
+        A line that runs at the import belongs to the test that imports it first, if to any.
+        """
+        lines = self._data.contexts_by_lineno(str(ROOT / change.file))
+        reached = self._tests.keys() & {name for names in lines.values() for name in names}
+        direct = set(lines.get(change.line, ()))
+        chosen, total = [], 0.0
+        for name in sorted(reached, key=lambda name: (name not in direct, self._tests[name])):
+            seconds, test = self._tests[name]
+            total += seconds
+            if total > LIMIT and chosen:
+                break
+            chosen.append(test)
+        return chosen
+
+
+class Copy:
+    """A copy of the package, in which one file at a time is changed."""
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._passing: set[str] = set()
+        # Processes that begin with their packages imported take three seconds less each.
+        self._processes = multiprocessing.get_context("forkserver")
+        self._processes.set_forkserver_preload(["numpy", "pytest", "torch"])
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(PACKAGE, Path(place, "bandpo"), ignore=ignored)
+
+    def passes(self, tests: list[str]) -> bool:
+        """True if the tests pass; they are ended after five times their limit."""
+        process = self._processes.Process(target=run_tests, args=(self._place, tests))
+        process.start()
+        process.join(5 * LIMIT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGKILL)  # those that tests started too
+        process.join()
+        return process.exitcode == 0
+
+    def kills(self, tests: list[str], change: Change) -> bool:
+        """True if a test fails, or they do not end, because of the change.
+
+        Raises:
+            AssertionError: If the test that fails does so without the change too.
+        """
+        failed = Path(self._place, FAILED)
+        failed.unlink(missing_ok=True)
+        path = Path(self._place, Path(change.file).relative_to("python"))
+        before = path.read_text(encoding="utf-8")
+        path.write_text(change.source, encoding="utf-8")
+        is_killed = not self.passes(tests)
+        path.write_text(before, encoding="utf-8")
+        if is_killed and failed.exists():
+            test = failed.read_text(encoding="utf-8")
+            assert test in self._passing or self.passes([test]), f"{test} fails without a change"
+            self._passing.add(test)
+        return is_killed
 
 
 def mutation(cases: int, seed: int = SEED) -> Iterator[Row]:
-    """A sample of the changes.
+    """A sample of the changes of each package, of the same size.
 
     Raises:
-        AssertionError: If the tests fail without a change.
+        AssertionError: If a test fails without a change.
     """
-    some = FOLDER / "policy.py"
-    assert not is_killed(some.read_text(encoding="utf-8"), some), "the tests fail without a change"
-    every = mutants()
-    chosen = random.Random(seed).sample(every, min(cases, len(every)))  # noqa: S311 -- no secret
-    survived = []
-    for path, number in chosen:
-        source, text = mutant(path, number)
-        if is_killed(source, path):
-            print(f"killed: {text}", flush=True)
-        else:
-            print(f"survived: {text}", flush=True)
-            survived.append(text)
-    check = f"changes of python/bandpo/loss, a sample of {len(every)}"
-    yield Row(check, len(chosen), {"killed": len(chosen) - len(survived)}, survived)
+    tests = Tests()
+    with tempfile.TemporaryDirectory() as place:
+        copy = Copy(place)
+        for folder in FOLDERS:
+            every = changes(folder)
+            share = min(cases // len(FOLDERS), len(every))
+            counts = {"killed": 0, "without an effect": 0, "survived": 0}
+            survived = []
+            chosen = random.Random(seed).sample(every, share)  # noqa: S311 -- no secret
+            assert copy.passes(tests.of(chosen[0])), "tests fail without a change"
+            for change in chosen:
+                reached = tests.of(change)
+                outcome = "killed"
+                if not reached or not copy.kills(reached, change):
+                    known = reason(change.file, change.text, change.after)
+                    outcome = "without an effect" if known else "survived"
+                text = f"{change.file}:{change.line} {change.text} -> {change.after}"
+                print(f"{outcome}: {text}", flush=True)
+                if outcome == "survived":
+                    survived.append(text)
+                counts[outcome] += 1
+            check = f"changes of python/bandpo/{folder}, of {len(every):,}"
+            yield Row(check, share, counts, survived)
 
 
 if __name__ == "__main__":
-    run_cases("mutation", __doc__, mutation, cases=100, seed=SEED, of="changes")
+    run_cases("mutation", __doc__, mutation, cases=500, seed=SEED, of="changes")

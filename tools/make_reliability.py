@@ -56,10 +56,23 @@ SECTIONS = {
         "in numpy. Masked tokens hold NaN and infinities; batches may be packed or weighted.",
     ),
     "mutation": (
-        "Mutation",
-        "An operator or a number of `python/bandpo/loss` is changed, and `tests/loss` is run. "
-        "This part is run alone. The change that survived has no effect: the sum that it is in is "
-        "replaced by an infinity.",
+        "Mutation of Python",
+        "An operator, a number or a condition is changed, and tests are run that reach its line, "
+        "for at most half a minute. A sample of equal size of each package. Listed changes "
+        "survived. Changes without an effect have their reasons in `reliability/survivors.json`.",
+    ),
+    "mutation_rust": (
+        "Mutation of Rust",
+        "An operator or a returned value is changed, and the tests of Rust of its folder are run. "
+        "Every n-th change is made. Listed changes survived; tests of Python, which are not run, "
+        "kill more.",
+    ),
+    "coverage": (
+        "Coverage",
+        "Lines and branches of Python that tests run, by package, without tests that compile a "
+        "loss or measure memory or threads. Packages that lack tests here, such as `integrations`, "
+        "have theirs in suites that are not run. Lines and regions of Rust that tests of Rust run; "
+        "tests of Python run more of it.",
     ),
     "levels": (
         "Levels",
@@ -95,7 +108,7 @@ def page() -> str:
         "part.\nA part may run in shards: `--shard 3/64 --into FOLDER` in each, then "
         "`python -m reliability.result FOLDER`.\nThe command above a table is the one that was "
         "run; `make reliability` runs the default numbers, which are larger.\n"
-        "Coverage and sanitizers are not part of it.\n"
+        "Sanitizers are not part of it.\n"
         "Tests of `tests/trust` run a small part of each.\n"
     ]
     for name, (heading, text) in SECTIONS.items():

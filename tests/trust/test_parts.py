@@ -172,3 +172,91 @@ def test_the_page_has_the_counts_of_the_last_long_run() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert page() == text
     assert re.findall(r"^\| .+ \| [\d,]+ \| .+ \|$", text, re.MULTILINE)
+
+
+def test_changes_of_python_are_of_one_line_and_of_no_annotation() -> None:
+    pytest.importorskip("cosmic_ray")
+    from reliability import mutation
+
+    changes = mutation.changes("schedule")
+    assert len(changes) > 100
+    for change in changes[::60]:
+        before = (ROOT / change.file).read_text(encoding="utf-8").splitlines()
+        after = change.source.splitlines()
+        assert change.text == before[change.line - 1].strip()
+        different = [number for number, lines in enumerate(zip(before, after, strict=True), 1)
+                     if lines[0] != lines[1]]  # fmt: skip
+        assert different == [change.line]
+        compile(change.source, change.file, "exec")
+    # The `*` before keywords and the `|` of an annotation are no operators.
+    some = [one for one in changes if one.operator.endswith(("Mul_Div", "BitOr_BitAnd"))]
+    assert some
+    assert not [one for one in some if re.search(r", \*,|: .* \| ", one.text)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes of Unix")
+def test_a_change_is_killed_by_its_test_alone(tmp_path: Path) -> None:
+    pytest.importorskip("cosmic_ray")
+    pytest.importorskip("torch")
+    from reliability import mutation
+
+    copy = mutation.Copy(str(tmp_path))
+    path = "tests/schedule/test_schedule.py"
+    formula = f"{path}::test_constant_linear_and_cosine_equal_their_formulas"
+    (change, *_) = (
+        one for one in mutation.changes("schedule")
+        if one.text.startswith("return (1.0 - share)") and one.operator.endswith("Add_Sub")
+    )  # fmt: skip
+    assert copy.kills([formula], change)
+    assert not copy.kills([f"{path}::test_bapo_updates_by_either_name"], change)
+
+
+def test_changes_without_an_effect_are_still_in_their_files() -> None:
+    from reliability import survivors
+
+    for one in survivors.survivors():
+        lines = (ROOT / one.file).read_text(encoding="utf-8").splitlines()
+        assert one.before in [line.strip() for line in lines], one
+        assert one.reason
+        assert survivors.reason(*one[:3]) == one.reason
+
+
+def test_lines_and_branches_are_added_up_by_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reliability import coverage
+
+    def summary(*numbers: int) -> dict[str, dict[str, int]]:
+        names = ("num_statements", "covered_lines", "num_branches", "covered_branches")
+        return {"summary": dict(zip(names, numbers, strict=True))}
+
+    files = {
+        "python/bandpo/loss/a.py": summary(10, 9, 0, 0),
+        "python/bandpo/loss/b/c.py": summary(30, 30, 8, 6),
+        "python/bandpo/check.py": summary(4, 4, 0, 0),
+    }
+    (tmp_path / "python.json").write_text(json.dumps({"files": files}), encoding="utf-8")
+    monkeypatch.setattr(coverage, "PLACE", tmp_path)
+    monkeypatch.setattr(coverage, "_run", lambda *words, **environment: "")
+    assert [(row.check, row.words()) for row in coverage.python()] == [
+        ("python/bandpo", "4 of 4 lines run (100.0 %), 0 of 0 branches run (none)"),
+        ("python/bandpo/loss", "39 of 40 lines run (97.5 %), 6 of 8 branches run (75.0 %)"),
+    ]
+
+
+def test_tests_have_the_names_of_coverage_and_of_pytest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reliability import coverage
+
+    cases = (
+        '<testcase classname="tests.loss.test_loss.TestMask" name="test_a[x.y]" time="0.5"/>'
+        '<testcase classname="tests.loss.test_loss.TestMask" name="test_a[z]" time="0.25"/>'
+        '<testcase classname="tests.test_check" name="test_b" time="1.0"/>'
+    )
+    (tmp_path / "loss.xml").write_text(f"<testsuite>{cases}</testsuite>", encoding="utf-8")
+    monkeypatch.setattr(coverage, "PLACE", tmp_path)
+    assert coverage.tests() == {
+        "test_loss.TestMask.test_a": (0.75, "tests/loss/test_loss.py::TestMask::test_a"),
+        "test_check.test_b": (1.0, "tests/test_check.py::test_b"),
+    }

@@ -1,0 +1,115 @@
+"""Changes of bounds, tables and losses in Rust, one at a time: a test that fails kills them.
+
+The changes are those of cargo-mutants (`cargo install cargo-mutants`), of which every n-th is made.
+Only tests of Rust are run, though those of Python would kill more. A change that no test kills is
+printed with its line, to be killed, or explained in `reliability/survivors.json`.
+
+    python -m reliability.mutation_rust --cases 200
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reliability.result import Row, run_cases
+from reliability.survivors import reason
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("band", "table", "loss")
+
+PLACE = ROOT / "build" / "mutants"
+COPIED = ("Cargo.toml", "Cargo.lock", "README.md", "rust", "cuda", "benchmarks", "tests/data")
+
+QUICK = {
+    "CARGO_INCREMENTAL": "1",
+    "CARGO_PROFILE_TEST_DEBUG": "false",
+    "CARGO_PROFILE_TEST_OPT_LEVEL": "0",
+    "CARGO_TARGET_DIR": str(PLACE / "target"),
+}
+"""A build of few seconds a change."""
+
+SLOW = "batched_bounds_agree_with_single_ones_and_are_inside"
+"""A test that takes minutes in such a build."""
+
+OUTCOMES = {"CaughtMutant": "killed", "Timeout": "killed", "MissedMutant": "survived"}
+"""Words of cargo-mutants; another one is a change that does not compile."""
+
+
+def copy() -> Path:
+    """A copy of the crate at a place of its own, so that a build continues the one before."""
+    place = PLACE / "crate"
+    shutil.rmtree(place, ignore_errors=True)
+    for name in COPIED:
+        to = place / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to)
+        else:
+            shutil.copy2(ROOT / name, to)
+    return place
+
+
+def files(folder: str) -> list[str]:
+    """The options for the files of a folder. Tests are none of them."""
+    return ["--file", f"rust/{folder}/**", "--exclude", "**/tests.rs"]
+
+
+def count(folder: str) -> int:
+    """The number of changes of a folder."""
+    command = ["cargo", "mutants", "--list", *files(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return len(done.stdout.splitlines())
+
+
+def outcomes(crate: Path, folder: str, step: int, first: int) -> list[tuple[str, dict[str, Any]]]:
+    """Every change of a folder at a distance of `step` to the one before, with its outcome.
+
+    Raises:
+        AssertionError: If the tests fail without a change, or cargo-mutants fails.
+    """
+    with tempfile.TemporaryDirectory() as output:
+        command = [
+            *("cargo", "mutants", "--in-place", *files(folder), "--output", output),
+            *("--shard", f"{first % step}/{step}", "--sharding", "round-robin", "--no-shuffle"),
+            *("--timeout", "300", "--", "--locked", "--lib", "--", f"{folder}::", "--skip", SLOW),
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=crate, env={**os.environ, **QUICK}, check=False)
+        assert done.returncode in (0, 2, 3), f"cargo mutants ended with {done.returncode}"
+        path = Path(output, "mutants.out", "outcomes.json")
+        found = json.loads(path.read_text(encoding="utf-8"))["outcomes"]
+    scenarios = ((one["summary"], one["scenario"]) for one in found)
+    return [(summary, one["Mutant"]) for summary, one in scenarios if one != "Baseline"]
+
+
+def mutation_rust(cases: int, seed: int = 0) -> Iterator[Row]:
+    """A sample of the changes of each folder, of the same size."""
+    crate = copy()
+    for folder in FOLDERS:
+        every = count(folder)
+        step = max(1, every * len(FOLDERS) // cases)
+        counts = {"killed": 0, "without an effect": 0, "survived": 0}
+        survived = []
+        for summary, change in outcomes(crate, folder, step, seed):
+            if (outcome := OUTCOMES.get(summary)) is None:
+                continue
+            file, line = change["file"], change["span"]["start"]["line"]
+            before = (ROOT / file).read_text(encoding="utf-8").splitlines()[line - 1].strip()
+            words = change["name"].split(": ", 1)[1]
+            if outcome == "survived" and reason(file, before, words):
+                outcome = "without an effect"
+            if outcome == "survived":
+                survived.append(f"{file}:{line} {before}: {words}")
+            counts[outcome] += 1
+        check = f"changes of rust/{folder}, of {every:,}"
+        yield Row(check, sum(counts.values()), counts, survived)
+
+
+if __name__ == "__main__":
+    run_cases("mutation_rust", __doc__, mutation_rust, cases=200, seed=0, of="changes")
