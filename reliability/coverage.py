@@ -30,7 +30,7 @@ DATA = PLACE / "python.data"
 SUITES = (
     *("schedule", "region", "record", "replay", "loss", "correction", "table", "divergence"),
     *("tensors", "generator", "cli", "conform", "band", "demo", "backends"),
-    *("test_check.py", "test_presets.py"),
+    *("test_check.py", "test_presets.py", "trust/test_untrusted_files.py"),
 )
 """Folders and files of tests; adapters to trainers and examples need the trainers."""
 
@@ -57,7 +57,7 @@ def run_suites(suites: Sequence[str]) -> None:
         print(f"tests/{suite}", flush=True)
         _run(
             *(sys.executable, "-m", "coverage", "run", "-m", "pytest", "-q", "-k", LEFT_OUT),
-            *("-p", "no:cacheprovider", "--junitxml", str(PLACE / f"{suite}.xml")),
+            *("-p", "no:cacheprovider", "--junitxml", str(PLACE / f"{suite.replace('/', '.')}.xml")),
             f"tests/{suite}", COVERAGE_FILE=str(DATA),
         )  # fmt: skip
     _run(sys.executable, "-m", "coverage", "combine", COVERAGE_FILE=str(DATA))
