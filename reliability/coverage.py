@@ -57,8 +57,9 @@ def run_suites(suites: Sequence[str]) -> None:
         print(f"tests/{suite}", flush=True)
         _run(
             *(sys.executable, "-m", "coverage", "run", "-m", "pytest", "-q", "-k", LEFT_OUT),
-            *("-p", "no:cacheprovider", "--junitxml", str(PLACE / f"{suite.replace('/', '.')}.xml")),
-            f"tests/{suite}", COVERAGE_FILE=str(DATA),
+            *("-p", "no:cacheprovider", f"tests/{suite}"),
+            *("--junitxml", str(PLACE / f"{suite.replace('/', '.')}.xml")),
+            COVERAGE_FILE=str(DATA),
         )  # fmt: skip
     _run(sys.executable, "-m", "coverage", "combine", COVERAGE_FILE=str(DATA))
 

@@ -9,16 +9,17 @@ printed with its line, to be killed, or explained in `reliability/survivors.json
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reliability.result import Row, run_cases
+from reliability.result import Row, write
 from reliability.survivors import reason
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +69,7 @@ def count(folder: str) -> int:
     return len(done.stdout.splitlines())
 
 
-def outcomes(crate: Path, folder: str, step: int, first: int) -> list[tuple[str, dict[str, Any]]]:
+def outcomes(crate: Path, folder: str, step: int) -> list[tuple[str, dict[str, Any]]]:
     """Every change of a folder at a distance of `step` to the one before, with its outcome.
 
     Raises:
@@ -77,7 +78,7 @@ def outcomes(crate: Path, folder: str, step: int, first: int) -> list[tuple[str,
     with tempfile.TemporaryDirectory() as output:
         command = [
             *("cargo", "mutants", "--in-place", *files(folder), "--output", output),
-            *("--shard", f"{first % step}/{step}", "--sharding", "round-robin", "--no-shuffle"),
+            *("--shard", f"0/{step}", "--sharding", "round-robin", "--no-shuffle"),
             *("--timeout", "300", "--", "--locked", "--lib", "--", f"{folder}::", "--skip", SLOW),
         ]  # fmt: skip
         done = subprocess.run(command, cwd=crate, env={**os.environ, **QUICK}, check=False)
@@ -88,15 +89,15 @@ def outcomes(crate: Path, folder: str, step: int, first: int) -> list[tuple[str,
     return [(summary, one["Mutant"]) for summary, one in scenarios if one != "Baseline"]
 
 
-def mutation_rust(cases: int, seed: int = 0) -> Iterator[Row]:
+def mutation_rust(cases: int, folders: Sequence[str] = FOLDERS) -> Iterator[Row]:
     """A sample of the changes of each folder, of the same size."""
     crate = copy()
-    for folder in FOLDERS:
+    for folder in folders:
         every = count(folder)
-        step = max(1, every * len(FOLDERS) // cases)
+        step = max(1, every * len(folders) // cases)
         counts = {"killed": 0, "without an effect": 0, "survived": 0}
         survived = []
-        for summary, change in outcomes(crate, folder, step, seed):
+        for summary, change in outcomes(crate, folder, step):
             if (outcome := OUTCOMES.get(summary)) is None:
                 continue
             file, line = change["file"], change["span"]["start"]["line"]
@@ -111,5 +112,17 @@ def mutation_rust(cases: int, seed: int = 0) -> Iterator[Row]:
         yield Row(check, sum(counts.values()), counts, survived)
 
 
+def main() -> None:
+    """Makes changes, runs the tests and writes the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=300, help="changes, in all folders")
+    parser.add_argument("folders", nargs="*", default=FOLDERS, help="in rust, default: all")
+    given = parser.parse_args()
+    chosen = () if given.folders is FOLDERS else given.folders
+    command = f"python -m reliability.mutation_rust --cases {given.cases}"
+    rows = list(mutation_rust(given.cases, given.folders))
+    write("mutation_rust", " ".join([command, *chosen]), rows)
+
+
 if __name__ == "__main__":
-    run_cases("mutation_rust", __doc__, mutation_rust, cases=200, seed=0, of="changes")
+    main()

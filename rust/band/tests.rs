@@ -337,6 +337,25 @@ fn bounds_agree_with_values_of_the_paper() {
     }
 }
 
+/// At p = 1 `D` is `f(r) + (1-r) f'(inf)`: `1 - r` for tv, `1 - sqrt(r)` for hellinger.
+#[test]
+fn membership_of_a_certain_token_has_its_closed_form() {
+    for delta in [1e-9_f64, 1e-3, 0.3, 0.9] {
+        for (spec, log_lower) in [("tv", (-delta).ln_1p()), ("hellinger", 2.0 * (-delta).ln_1p())] {
+            let divergence = Divergence::parse(spec).unwrap();
+            assert!(is_inside(&divergence, 0.0, 0.0, delta), "{spec} {delta}");
+            assert!(
+                is_inside(&divergence, 0.0, log_lower * (1.0 - RELATIVE), delta),
+                "{spec} {delta}"
+            );
+            assert!(
+                !is_inside(&divergence, 0.0, log_lower * (1.0 + RELATIVE), delta),
+                "{spec} {delta}"
+            );
+        }
+    }
+}
+
 #[test]
 fn bounds_are_defined_for_every_logp() {
     for &spec in SPECS.iter() {
