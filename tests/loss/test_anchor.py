@@ -131,6 +131,26 @@ def test_a_ratio_of_a_sequence_is_limited_by_its_ratio_to_the_anchor(
     assert (own == 0.0).sum() > 20
 
 
+@pytest.mark.parametrize("level", ["sequence", "sequence-product"])
+def test_a_whole_sequence_leaves_the_region_by_its_own_ratio_to_the_anchor(
+    level: str, backend: str
+) -> None:
+    """Its log-ratio is the mean or the sum of log_prob - anchor over its tokens."""
+    batch, anchor = anchored((200, 6))
+    valid = batch.response_mask.numpy()
+    log_ratio = np.where(valid, (batch.log_prob - anchor).numpy(), 0.0).sum(axis=1)
+    if level == "sequence":
+        log_ratio /= np.maximum(valid.sum(axis=1), 1)
+    inside = (log_ratio >= math.log(0.7)) & (log_ratio <= math.log(1.5))
+    options: dict[str, Any] = {"region": bandpo.Clip(0.3, 0.5), "anchor_log_prob": anchor}
+    options |= {"surrogate": Mask(truncation=None, whole_sequence=True), "ratio_level": level}
+    gradient = batch.gradient(**options, backend=backend, loss_agg_mode="token-sum").numpy()
+    kept = valid & (batch.advantages.numpy() != 0.0)
+    wanted = np.broadcast_to(inside[:, None], kept.shape)
+    assert np.array_equal((gradient != 0.0)[kept], wanted[kept])
+    assert 20 < inside.sum() < 180
+
+
 def test_a_sequence_leaves_the_region_with_any_of_its_tokens(backend: str) -> None:
     batch, anchor = anchored((40, 6))
     outside = ~KL.contains(anchor.numpy(), (batch.log_prob - anchor).numpy())
