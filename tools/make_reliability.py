@@ -58,8 +58,9 @@ SECTIONS = {
     "mutation": (
         "Mutation of Python",
         "An operator, a number or a condition is changed, and tests are run that reach its line, "
-        "for at most half a minute. A sample of equal size of each package. Listed changes "
-        "survived. Changes without an effect have their reasons in `reliability/survivors.json`.",
+        "for at most half a minute, of the suites of the last run of `coverage`. Each package has "
+        "a sample of the same size. Listed changes survived. `reliability/survivors.json` has the "
+        "reasons why others have no effect.",
     ),
     "mutation_rust": (
         "Mutation of Rust",
@@ -70,9 +71,9 @@ SECTIONS = {
     "coverage": (
         "Coverage",
         "Lines and branches of Python that tests run, by package, without tests that compile a "
-        "loss or measure memory or threads. Packages that lack tests here, such as `integrations`, "
-        "have theirs in suites that are not run. Lines and regions of Rust that tests of Rust run; "
-        "tests of Python run more of it.",
+        "loss or measure memory or threads. The command has the suites, by default all that need "
+        "neither a trainer nor a GPU; other packages are run in passing. Lines and regions of Rust "
+        "that tests of Rust run; tests of Python run more of it.",
     ),
     "levels": (
         "Levels",
