@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 from reliability.result import Row, run_cases
 from reliability.survivors import reason
+from reliability.tokens import SEED
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "bandpo"
 FOLDERS = ("loss", "region", "schedule", "record", "replay")
-SEED = 20260304
 FAILED = "failed.txt"
 """The file with the name of the last test that failed, beside the copy of the package."""
 
@@ -166,7 +166,8 @@ class Tests:
         lines = self._data.contexts_by_lineno(str(ROOT / change.file))
         reached = self._tests.keys() & {name for names in lines.values() for name in names}
         direct = set(lines.get(change.line, ()))
-        chosen, total = [], 0.0
+        chosen: list[str] = []
+        total = 0.0
         for name in sorted(reached, key=lambda name: (name not in direct, self._tests[name])):
             seconds, test = self._tests[name]
             total += seconds

@@ -22,6 +22,7 @@ from bandpo.replay import compare, rows_of
 from bandpo.replay.chunk import SIZE, Piece, chunk_of
 from bandpo.replay.estimate import T_95, quotient
 from bandpo.replay.rule import replayed_rule
+from bandpo.replay.table import texts_of
 from support.logs import random_log
 
 OF_TOKENS = (
@@ -178,6 +179,18 @@ def test_intervals_cover_the_truth_as_often_as_they_state() -> None:
         estimate = quotient(part, np.full(32, 300.0))
         covered += estimate.low <= truth <= estimate.high
     assert 0.92 <= covered / count <= 0.98
+
+
+def test_a_share_has_an_interval_in_text_if_there_are_several_sequences() -> None:
+    log = random_log(400, 6, step=0.8)
+    for count, has_interval in ((50, False), (400, True)):  # sequences of 50 tokens
+        [row] = rows_of(compare([select(log, slice(0, count))], ["ppo"]))
+        share, text = row["clip_fraction"], texts_of(row)["clipped"]
+        wanted = f"{share['value']:.2%}"
+        if has_interval:
+            wanted += f" ±{100 * (share['high'] - share['value']):.2f}"
+        assert text == wanted
+        assert share["value"] > 0.0
 
 
 def test_the_quantile_is_that_of_the_groups() -> None:

@@ -122,6 +122,15 @@ def test_a_log_causes_its_complaint_and_a_near_miss_does_not(name: str) -> None:
     assert name not in names(near(sampled()))
 
 
+@pytest.mark.parametrize("end", [0.0, 1.0])
+@pytest.mark.parametrize("column", ["old_log_prob", "log_prob"])
+def test_0_and_1_are_probabilities_too(column: str, end: float) -> None:
+    log = CASES["probabilities"][0](sampled())
+    assert "probabilities" in names(first(log, 3, **{column: end}))
+    beyond = np.nextafter(end, 10.0 * end - 5.0)
+    assert "probabilities" not in names(first(log, 3, **{column: beyond}))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_sound_log_has_none(seed: int) -> None:
     assert names(sampled(seed)) == []
