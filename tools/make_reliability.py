@@ -117,7 +117,8 @@ def page() -> str:
             parts.append(f"## {heading}\n\n{text}\n\nNot run yet.\n")
             continue
         found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        rows = [f"| {row.check} | {row.cases:,} | {row.words()} |" for row in rows_of(found)]
+        cells = [(row, row.words().replace("|", r"\|")) for row in rows_of(found)]
+        rows = [f"| {row.check} | {row.cases:,} | {words} |" for row, words in cells]
         command = f"`{found['command']}`"
         if found["shards"] > 1:
             command += f", in {found['shards']} shards"
