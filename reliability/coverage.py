@@ -127,6 +127,7 @@ def rust() -> Iterator[Row]:
     build = {
         "CARGO_PROFILE_TEST_OPT_LEVEL": "0",  # compiled in a third of the time
         "RUSTFLAGS": "-C instrument-coverage",
+        "RUST_MIN_STACK": str(2**26),  # such a build keeps every register of a vector on the stack
         "CARGO_TARGET_DIR": str(PLACE / "target"),
         "LLVM_PROFILE_FILE": str(PLACE / "rust-%p.profraw"),
     }
