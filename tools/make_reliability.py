@@ -74,7 +74,7 @@ SECTIONS = {
         "Lines and branches of Python that tests run, by package, without tests that compile a "
         "loss or measure memory or threads. The command has the suites, by default all that need "
         "neither a trainer nor a GPU; other packages are run in passing. Lines and regions of Rust "
-        "that tests of Rust run; tests of Python run more of it.",
+        "are those that tests of Rust run. They have not been measured yet.",
     ),
     "levels": (
         "Levels",
