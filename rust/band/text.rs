@@ -180,6 +180,7 @@ impl<L: Doubles> Solver<'_, L> {
             let gain = if ends { split.odds } else { -(split.odds * shrunk.excess) };
             let growth = gain + one;
             let mut jets = [Jet { value: zero, slope: zero }; 2];
+            let mut holds = never;
             for (jet, grows) in jets.iter_mut().zip([false, true]) {
                 let (u, log, excess) = if grows {
                     let log = if self.takes_log { gain.log_1p().log } else { gain };
@@ -188,7 +189,8 @@ impl<L: Doubles> Solver<'_, L> {
                     (shrunk.u, shrunk.log, shrunk.excess)
                 };
                 let place = Place { u, log, vanished: never, reach: zero };
-                let (of_text, _) = self.rough.evaluate(self.text.tape, place);
+                let of_text;
+                (of_text, holds) = self.rough.evaluate(self.text.tape, place);
                 *jet = Jet {
                     value: tangent.mul_add(excess, of_text.value),
                     slope: tangent.mul_add(u, of_text.slope),
@@ -200,8 +202,9 @@ impl<L: Doubles> Solver<'_, L> {
                 max_divergence = split.growing.mul_add(high.value, split.shrinking * at_zero);
                 let doubt = (max_divergence + radius + one) * TEXT_ERROR;
                 let doubt = max_divergence.mul_add(one.constant(CLEAR_OF_SATURATION), doubt);
-                saturated = (max_divergence + doubt).less(radius);
-                clear = clear & radius.less(max_divergence - doubt);
+                // The last outcome, which grows, may have left the range of a double.
+                saturated = holds & (max_divergence + doubt).less(radius);
+                clear = clear & holds & radius.less(max_divergence - doubt);
                 open = clear;
                 nearly = (max_divergence * 0.5).less(radius) & clear;
                 target = nearly.select(max_divergence - radius, radius);
@@ -295,6 +298,8 @@ impl<L: Doubles> Solver<'_, L> {
                 slopes[outcome] = one.constant(-tangent.hi).mul_add(place.u.high, jet.slope);
             }
             let slope = token.own.high * slopes[0] - token.others.high * leverage * slopes[1];
+            // A slope that overflows would make of any bound a root.
+            exact = exact & slope.abs().less(one.constant(f64::INFINITY));
             let step = -sum.high / slope;
             let change = (step * leverage).abs();
             let relative =
