@@ -69,7 +69,8 @@ def print_bits(cases: int, seed: int) -> None:
     for part in _parts(cases):
         logp = log_probs(rng, part)
         texts = [Divergence.from_expression(text) for text in TEXTS]
-        for spec in (*NAMES, *FAMILIES, *texts):
+        divergences: list[Divergence | str] = [*NAMES, *FAMILIES, *texts]
+        for spec in divergences:
             for bound in Band(spec, 0.05).log_bounds(logp[: max(1, part // 16)]):
                 exact.update(bound.tobytes())
         for spec in ("kl", "tv", "renyi:2"):

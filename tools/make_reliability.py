@@ -50,6 +50,10 @@ SECTIONS = {
         "Exact bounds against ball arithmetic, which encloses D_f. A bound is inside if the exact "
         "bound is at least as far out.",
     ),
+    "texts": (
+        "Bounds of formulas",
+        "The same for divergences that are given as text, random and accepted.",
+    ),
     "losses": (
         "Losses",
         "Losses and gradients of the backends against each other, and in float64 against formulas "

@@ -68,6 +68,23 @@ def test_bounds_are_inside_and_next_to_the_edge_of_ball_arithmetic() -> None:
     assert excess("kl", -1.0, float(upper) * (1.0 + 1e-14), 0.05) == 1
 
 
+def test_bounds_of_random_formulas_are_inside() -> None:
+    pytest.importorskip("flint")
+    from flint import arb
+
+    from bandpo import Band, Divergence
+    from reliability.convexity import Formula
+    from reliability.texts import _is_inside, texts
+
+    [row] = texts(12)
+    assert row.cases > 500
+    assert row.found["undecided"] == 0
+    law = Formula("(u-1)^2 + abs(u-1)", lambda u: (u - 1) ** 2 + abs(u - arb(1)))
+    _, upper = Band(Divergence.from_expression(law.text), 0.05).log_bounds(-1.0)
+    assert _is_inside(law, -1.0, float(upper), 0.05)
+    assert _is_inside(law, -1.0, float(upper) * (1.0 + 1e-14), 0.05) is False
+
+
 def test_losses_of_the_backends_agree_on_random_batches() -> None:
     pytest.importorskip("torch")
     from reliability import losses
