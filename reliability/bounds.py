@@ -21,7 +21,7 @@ from reliability.tokens import NAMES, SEED, log_probs
 NORMAL = sys.float_info.min
 """Min delta that keeps all of its digits."""
 
-PROMISED = (1e-12, 50.0)
+PROMISED = (1e-12, 10.0)
 """Deltas whose bounds are inside, by docs/accuracy.md."""
 
 TIGHT = 1e-14

@@ -40,10 +40,8 @@ SECTIONS = {
         "proves that f is not convex. Beside the places that a refusal names, chords are tried at "
         "ever smaller distances. The judgement samples slope and f'', so that a smooth dent "
         "between two samples escapes it, as `Divergence.from_expression` documents. At a kink the "
-        "slope may fall by the rounding of decimals, about 1e-15 of the slopes. The counts are "
-        "older than the judgement of f'': the formulas that were accepted and are not convex have "
-        "a concave term of about 1e-9, which outweighs the others beyond u = 1e8 to 1e50. The "
-        "slope hides it there. f'' shows it, and all of them are refused now.",
+        "slope may fall by the rounding of decimals, about 1e-15 of the slopes. The listed one has "
+        "a kink at u = 1.69, where the slope falls by 1e-55.",
     ),
     "bounds": (
         "Bounds",

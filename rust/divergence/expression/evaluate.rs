@@ -211,7 +211,9 @@ fn combined<T: Real>(node: &Node, left: Jet<T>, right: Jet<T>) -> Jet<T> {
         Node::Cos(_) => plain(left.value.cos(), -(left.slope * left.value.sin())),
         Node::Extreme(greater, ..) => {
             let difference = (left.value - right.value).to_f64();
-            if difference == 0.0 {
+            if difference.is_nan() {
+                from_log(None) // of overflows, where either may be the extreme
+            } else if difference == 0.0 {
                 plain(left.value, (left.slope + right.slope) * T::of(0.5))
             } else if (difference > 0.0) == *greater {
                 left
