@@ -41,7 +41,7 @@ SECTIONS = {
         "ever smaller distances. The judgement samples slope and f'', so that a smooth dent "
         "between two samples escapes it, as `Divergence.from_expression` documents. At a kink the "
         "slope may fall by the rounding of decimals, about 1e-15 of the slopes. The listed one has "
-        "a kink at u = 1.69, where the slope falls by 1e-55.",
+        "a kink at u = 1.69, where the slope falls by 3e-56.",
     ),
     "bounds": (
         "Bounds",
