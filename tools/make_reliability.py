@@ -50,7 +50,8 @@ SECTIONS = {
     ),
     "texts": (
         "Bounds of formulas",
-        "The same for divergences that are given as text, random and accepted.",
+        "The same for divergences that are given as text, random and accepted. Bounds that are "
+        "farther in are ratios below e^-700, of tokens with p below e^-100.",
     ),
     "losses": (
         "Losses",
