@@ -51,7 +51,7 @@ SECTIONS = {
     "texts": (
         "Bounds of formulas",
         "The same for divergences that are given as text, random and accepted. Bounds that are "
-        "farther in are ratios below e^-700, of tokens with p below e^-100.",
+        "farther in are ratios below e^-700, of tokens with p below e^-90.",
     ),
     "losses": (
         "Losses",
