@@ -874,7 +874,7 @@ class TestOperators:
         self, rule: tuple[str, list[float]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Otherwise they would take an operator for a constant."""
-        monkeypatch.setattr("bandpo.backends.autograd.needs_no_dispatcher", lambda tensor: False)
+        monkeypatch.setattr("bandpo.backends.autograd.needs_no_dispatcher", lambda *tensors: False)
         tokens = [tensor.nan_to_num() for tensor in batch((3, 40))]
         old, new = (tensor.to(dtype) for tensor in tokens[:2])
         advantages = tokens[2].to(torch.float64 if dtype == torch.float64 else torch.float32)
