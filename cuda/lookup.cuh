@@ -181,7 +181,7 @@ BAND_FUNCTION float in_cell(const unsigned* words, const Lane& lane, float logp)
 template <class Bounds, class T>
 BAND_FUNCTION bool each_surely_holds(const Bounds& bounds, Index first, const T (&logp)[WIDTH],
                                      const T (&log_ratio)[WIDTH]) {
-  bool all = !is_positive(largest(logp));
+  bool all = true;
 #pragma unroll
   for (int k = 0; k < WIDTH; ++k) all &= bounds.surely_holds(first + k, logp[k], log_ratio[k]);
   return all;
@@ -192,6 +192,13 @@ BAND_FUNCTION void bounds_at(const Bounds& bounds, Index first, const T (&logp)[
                              T (&bound)[WIDTH]) {
 #pragma unroll
   for (int k = 0; k < WIDTH; ++k) bound[k] = bounds.at(first + k, logp[k], lower[k]);
+}
+
+// True if no log-prob of a vector, old or new, is positive. It is combined with `&`, because a branch takes an instruction
+// a token.
+template <class T>
+BAND_FUNCTION bool none_positive(const T (&logp)[WIDTH], const T (&new_logp)[WIDTH]) {
+  return !is_positive(largest(logp)) && !is_positive(largest(new_logp));
 }
 
 // Min and max of a vector; NaN if a number is.
@@ -226,11 +233,11 @@ struct Constant {
   }
   BAND_FUNCTION bool surely_hold(Index first, const T (&logp)[WIDTH], const T (&new_logp)[WIDTH],
                                  const T (&log_ratio)[WIDTH]) const {
-    return !is_positive(largest(new_logp)) && each_surely_holds(*this, first, logp, log_ratio);
+    return none_positive(logp, new_logp) & each_surely_holds(*this, first, logp, log_ratio);
   }
   BAND_FUNCTION bool are_ordinary(const T (&logp)[WIDTH], const T (&new_logp)[WIDTH],
                                   const Range<T>& log_ratios) const {
-    return log_ratios.needs_no_clamp() && !is_positive(largest(logp)) && !is_positive(largest(new_logp));
+    return log_ratios.needs_no_clamp() && none_positive(logp, new_logp);
   }
   BAND_FUNCTION void at_ordinary(Index first, const T (&logp)[WIDTH], const bool (&lower)[WIDTH],
                                  T (&bound)[WIDTH]) const {
@@ -270,7 +277,7 @@ struct Table {
   // log-ratios that are given.
   BAND_FUNCTION bool surely_hold(Index first, const float (&logp)[WIDTH], const float (&)[WIDTH],
                                  const float (&log_ratio)[WIDTH]) const {
-    return each_surely_holds(*this, first, logp, log_ratio);
+    return !is_positive(largest(logp)) & each_surely_holds(*this, first, logp, log_ratio);
   }
   BAND_FUNCTION bool are_ordinary(const float (&logp)[WIDTH], const float (&new_logp)[WIDTH],
                                   const Range<float>& log_ratios) const {
@@ -327,11 +334,11 @@ struct PerToken {
   }
   BAND_FUNCTION bool surely_hold(Index first, const T (&logp)[WIDTH], const T (&new_logp)[WIDTH],
                                  const T (&log_ratio)[WIDTH]) const {
-    return !is_positive(largest(new_logp)) && each_surely_holds(*this, first, logp, log_ratio);
+    return none_positive(logp, new_logp) & each_surely_holds(*this, first, logp, log_ratio);
   }
   BAND_FUNCTION bool are_ordinary(const T (&logp)[WIDTH], const T (&new_logp)[WIDTH],
                                   const Range<T>& log_ratios) const {
-    return log_ratios.needs_no_clamp() && !is_positive(largest(logp)) && !is_positive(largest(new_logp));
+    return log_ratios.needs_no_clamp() && none_positive(logp, new_logp);
   }
   BAND_FUNCTION void at_ordinary(Index first, const T (&logp)[WIDTH], const bool (&lower)[WIDTH],
                                  T (&bound)[WIDTH]) const {
