@@ -6,7 +6,7 @@
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
 use crate::divergence::{Step, Tape};
-use crate::number::Dd;
+use crate::number::{Dd, Real};
 use crate::simd::doubles::{Doubles, Truth, Vector};
 use crate::simd::pairs::Pair;
 
@@ -127,7 +127,7 @@ impl<L: Doubles, N: Number<L>> Results<L, N> {
         let slope = like.constant(0.0);
         let mut jets = Vec::with_capacity(tape.steps().len());
         for step in tape.steps() {
-            let value = if let Step::Number(number) = *step { number } else { ZERO };
+            let value = if let Step::Number(number) = *step { number } else { Dd::of(0.0) };
             jets.push(Jet { value: N::constant(like, value), slope });
         }
         Self(jets)
@@ -225,5 +225,3 @@ impl<L: Doubles, N: Number<L>> Results<L, N> {
         (jet, exact)
     }
 }
-
-const ZERO: Dd = Dd { hi: 0.0, lo: 0.0 };

@@ -31,10 +31,9 @@ impl Expression {
         at_zero: Option<f64>,
         slope_at_infinity: Option<f64>,
     ) -> Result<Self> {
-        let node = read(text)?;
         let mut expression = Self {
-            tape: Tape::of(&node),
-            node,
+            node: read(text)?,
+            tape: None,
             slope_at_one: Dd::of(0.0),
             at_zero: Dd::of(0.0),
             slope_at_infinity: 0.0,
@@ -43,6 +42,8 @@ impl Expression {
         expression
             .judge(at_zero, slope_at_infinity)
             .map_err(|reason| Error::Generator { text: text.to_owned(), reason })?;
+        // After the judgement, which refuses a text of too many operations.
+        expression.tape = Tape::of(&expression.node);
         Ok(expression)
     }
 }

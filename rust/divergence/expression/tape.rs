@@ -3,7 +3,7 @@
 use super::evaluate::evaluate;
 use super::grammar::Node;
 use crate::divergence::point::Point;
-use crate::number::Dd;
+use crate::number::{Dd, Real};
 
 /// An operation on the results of earlier steps, which are given by their places.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -76,7 +76,6 @@ impl Tape {
         }
         let step = match node {
             Node::Variable => Step::Variable,
-            Node::Number(number) => Step::Number(Dd { hi: *number, lo: 0.0 }),
             Node::Negative(inner) => Step::Negative(self.compile(inner)?),
             Node::Add(left, right) => {
                 let left = self.compile(left)?;
@@ -104,7 +103,8 @@ impl Tape {
             Node::Extreme(greater, left, right) => {
                 Step::Extreme(*greater, self.compile(left)?, self.compile(right)?)
             }
-            Node::Sin(_) | Node::Cos(_) => return None,
+            // A number is a constant.
+            Node::Number(_) | Node::Sin(_) | Node::Cos(_) => return None,
         };
         Some(self.place(step))
     }
@@ -150,7 +150,7 @@ impl Tape {
                 square = self.place(Step::Multiply(square, square));
             }
         }
-        let one = Step::Number(Dd { hi: 1.0, lo: 0.0 });
+        let one = Step::Number(Dd::of(1.0));
         match product {
             Some(product) if order < 0 => {
                 let one = self.place(one);
@@ -164,7 +164,11 @@ impl Tape {
 
 /// The value of a part without `u`.
 fn constant(node: &Node) -> Option<Dd> {
-    let is_constant = match node {
+    is_constant(node).then(|| evaluate(node, Point::from_excess(Dd::of(0.0))).value)
+}
+
+fn is_constant(node: &Node) -> bool {
+    match node {
         Node::Variable => false,
         Node::Number(_) => true,
         Node::Negative(inner)
@@ -173,15 +177,11 @@ fn constant(node: &Node) -> Option<Dd> {
         | Node::Sqrt(inner)
         | Node::Abs(inner)
         | Node::Sin(inner)
-        | Node::Cos(inner) => constant(inner).is_some(),
+        | Node::Cos(inner) => is_constant(inner),
         Node::Add(left, right)
         | Node::Multiply(left, right)
         | Node::Divide(left, right)
         | Node::Power(left, right)
-        | Node::Extreme(_, left, right) => constant(left).is_some() && constant(right).is_some(),
-    };
-    is_constant.then(|| evaluate(node, Point { log: ZERO, excess: ZERO, u: ONE }).value)
+        | Node::Extreme(_, left, right) => is_constant(left) && is_constant(right),
+    }
 }
-
-const ZERO: Dd = Dd { hi: 0.0, lo: 0.0 };
-const ONE: Dd = Dd { hi: 1.0, lo: 0.0 };
