@@ -85,6 +85,19 @@ impl<L: Doubles> Pair<L> {
         let low = product.high - (high - constant);
         Self { high, low: low + (product.low + self.high.constant(addend.lo)) }
     }
+    /// The power series with these coefficients, the constant first. Those of `tail` follow, from the highest power
+    /// down, in double precision.
+    #[inline(always)]
+    fn series<const N: usize>(self, coefficients: &[Dd; N], tail: &[f64]) -> Self {
+        let last = coefficients[N - 1];
+        let mut sum =
+            Self::ordered(self.high.constant(last.hi), self.high * self.high.polynomial(tail));
+        sum.low = sum.low + self.high.constant(last.lo);
+        for &coefficient in coefficients.iter().rev().skip(1) {
+            sum = sum.horner(self, coefficient);
+        }
+        sum
+    }
     /// Multiplied by powers of two.
     #[inline(always)]
     fn scaled(self, scale: Vector<L>) -> Self {
@@ -108,13 +121,7 @@ impl<L: Doubles> Pair<L> {
         let low = k.mul_add(high.constant(third), product.low);
         let r = Self::ordered(r.high, r.low + (low + self.low));
         // e^r - 1 = r + r^2 (1/2! + r/3! + ...), with the powers beyond 12 in double precision.
-        let tail = r.high.polynomial(&INVERSE_FACTORIAL_TAIL);
-        let [.., last] = INVERSE_FACTORIAL;
-        let mut series = Self::ordered(high.constant(last.hi), r.high * tail);
-        series.low = series.low + high.constant(last.lo);
-        for &coefficient in INVERSE_FACTORIAL.iter().rev().skip(1) {
-            series = series.horner(r, coefficient);
-        }
+        let series = r.series(&INVERSE_FACTORIAL, &INVERSE_FACTORIAL_TAIL);
         let square = r.loose_product(r).loose_product(series);
         let e = Self::ordered(r.high, square.high);
         let e = Self::ordered(e.high, e.low + (square.low + r.low));
@@ -139,13 +146,7 @@ impl<L: Doubles> Pair<L> {
         // ln(1 + d) = 2 atanh s = 2 s + 2 s z (1/3 + z/5 + ...), z = s^2
         let s = d / (d + Self::of(one + one));
         let z = s * s;
-        let tail = z.high.polynomial(&INVERSE_ODD_TAIL);
-        let [.., last] = INVERSE_ODD;
-        let mut series = Self::ordered(one.constant(last.hi), z.high * tail);
-        series.low = series.low + one.constant(last.lo);
-        for &coefficient in INVERSE_ODD.iter().rev().skip(1) {
-            series = series.horner(z, coefficient);
-        }
+        let series = z.series(&INVERSE_ODD, &INVERSE_ODD_TAIL);
         let double = s.scaled(one + one);
         let rest = double.loose_product(z.loose_product(series));
         let log = Self::ordered(double.high, rest.high);
