@@ -84,14 +84,22 @@ _PLAIN = {
 
 
 def excess(spec: str, logp: float, log_ratio: Any, delta: float) -> int | None:
+    """The sign for a divergence with a name; see `excess_of`."""
+    return excess_of(generator(spec), logp, log_ratio, delta)
+
+
+def excess_of(law: Generator, logp: float, log_ratio: Any, delta: float) -> int | None:
     """The sign of D_f - delta at a log-ratio: 1, or -1 (0 included), or None if undecided.
 
-    ``log_ratio`` is a float, or a function that gives a ball. An infinite one is the end of the
-    simplex: -inf is a ratio of 0, inf one of 1/p.
+    Args:
+        law: The generator, which works in any precision.
+        logp: Log-prob of the token.
+        log_ratio: A float, or a function that gives a ball. An infinite one is the end of the
+            simplex: -inf is a ratio of 0, inf one of 1/p.
+        delta: Radius.
     """
     for bits in PRECISIONS:
         flint.ctx.prec = bits
-        law = generator(spec)
         difference = _divergence(law, logp, log_ratio) - law.radius(arb(delta))
         if difference > 0:
             return 1

@@ -10,23 +10,18 @@ name, and is left out here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import flint
 import numpy as np
-from flint import arb
 
 from bandpo import Band, Divergence
 from bandpo.error import InvalidValueError
 from reliability.convexity import Formula, formula
+from reliability.intervals import Generator, excess_of
 from reliability.result import Row, run_cases
 from reliability.tokens import SEED, log_probs
 
 TOKENS = 48
 """Tokens of a formula, half of them ordinary."""
-
-PRECISIONS = (300, 3000, 20000)
-"""Bits of a ball, tried in turn until the sign of D - delta is decided."""
 
 FARTHER_BY = 1e-11
 """Relative distance beyond a bound that is reported if it is inside."""
@@ -83,18 +78,8 @@ def _accepted(rng: np.random.Generator) -> tuple[Formula, Divergence]:
 
 def _is_inside(law: Formula, logp: float, log_ratio: float, delta: float) -> bool | None:
     """Whether D is at most delta; None if all precisions leave it open."""
-    for bits in PRECISIONS:
-        flint.ctx.prec = bits
-        excess = _divergence(law, arb(logp), arb(log_ratio)) - arb(delta)
-        if excess < 0 or excess > 0:
-            return bool(excess < 0)
-    return None
-
-
-def _divergence(law: Formula, logp: Any, log_ratio: Any) -> Any:
-    others = 1 - logp.exp()
-    of_others = (1 - (logp + log_ratio).exp()) / others
-    return logp.exp() * law.at(log_ratio.exp()) + others * law.at(of_others)
+    sign = excess_of(Generator(lambda u, x, t: law.at(u), None), logp, log_ratio, delta)
+    return None if sign is None else sign < 0
 
 
 if __name__ == "__main__":
