@@ -22,6 +22,9 @@ const MAX_ROUGH_STEPS: u32 = 12;
 /// Step relative to `m` after which Newton's method ends in double precision.
 const LAST_ROUGH_STEP: f64 = 3e-7;
 
+/// Ratio of the ends of a bracket of `m` that has one end.
+const OPEN_BRACKET: f64 = 256.0;
+
 /// Max evaluations of `D` in double-double arithmetic.
 const MAX_EXACT: u32 = 4;
 
@@ -112,6 +115,8 @@ struct Start<L: Doubles> {
     saturated: Truth<L>,
     /// True where it surely is not, and the token is ordinary.
     clear: Truth<L>,
+    /// True where it may or may not be: the text has lost its digits at the end. A bound decides.
+    unknown: Truth<L>,
 }
 
 /// A text with the results of its steps.
@@ -127,7 +132,7 @@ impl<L: Doubles> Solver<'_, L> {
     #[inline(always)]
     fn bound(&mut self, token: &Token<L>, radius: Vector<L>, upper: bool) -> Found<L> {
         let split = token.both.split(upper);
-        let Start { m, saturated, clear } = self.magnitude(&split, radius, token.ordinary);
+        let Start { m, saturated, clear, unknown } = self.magnitude(&split, radius, token.ordinary);
         let rough = if upper {
             let both = &token.both;
             let one = m.constant(1.0);
@@ -139,12 +144,12 @@ impl<L: Doubles> Solver<'_, L> {
         } else {
             -m
         };
-        let (log_ratio, found) = self.polished(token, radius, rough, upper);
+        let (log_ratio, found) = self.polished(token, radius, rough, clear, upper);
         let infinite = m.constant(f64::INFINITY);
         let edge = if upper { -token.both.logp } else { -infinite };
         Found {
             log_ratio: saturated.select(edge, log_ratio),
-            settled: token.both.ordinary & saturated | clear & found,
+            settled: token.both.ordinary & saturated | (clear | unknown) & found,
             rough: clear & log_ratio.abs().less(infinite),
         }
     }
@@ -166,7 +171,9 @@ impl<L: Doubles> Solver<'_, L> {
         let tangent = radius.constant(-expression.slope_at_one.hi);
         let curvature = expression.curvature.unwrap_or(1.0);
         let never = one.less(one);
-        let (mut saturated, mut clear) = (never, ordinary);
+        let (mut saturated, mut clear, mut unknown) = (never, ordinary, never);
+        // Largest m known to be inside, smallest known not to be.
+        let (mut inner, mut outer) = (zero, infinite);
         // The first turn of a text that saturates evaluates D at the end of the side.
         let mut ends = at_zero.is_finite();
         let mut max_divergence = infinite;
@@ -204,8 +211,9 @@ impl<L: Doubles> Solver<'_, L> {
                 let doubt = max_divergence.mul_add(one.constant(CLEAR_OF_SATURATION), doubt);
                 // The last outcome, which grows, may have left the range of a double.
                 saturated = holds & (max_divergence + doubt).less(radius);
+                unknown = clear & !holds;
                 clear = clear & holds & radius.less(max_divergence - doubt);
-                open = clear;
+                open = clear | unknown;
                 nearly = (max_divergence * 0.5).less(radius) & clear;
                 target = nearly.select(max_divergence - radius, radius);
                 let share = max_divergence / target;
@@ -225,12 +233,19 @@ impl<L: Doubles> Solver<'_, L> {
             let even = relative.mul_add(relative, one.constant(12.0));
             let odd = relative * 6.0;
             let scaled = m * (even + odd) / (even - odd);
-            let moved = (m + step).max(m * 0.25);
-            m = open.select(nearly.select(moved, scaled), m);
-            open = open & !converged & step.abs().less(infinite);
+            let moved = nearly.select((m + step).max(m * 0.25), scaled);
+            // Steep texts overflow, and flat ones have no slope, far from their bound.
+            let inside = d.less(radius);
+            inner = inside.select(inner.max(m), inner);
+            outer = inside.select(outer, outer.min(m));
+            let low = zero.less(inner).select(inner, outer * (1.0 / OPEN_BRACKET));
+            let middle = low.sqrt() * outer.min(m * OPEN_BRACKET).sqrt();
+            let sound = converged | inner.less(moved) & moved.less(outer);
+            m = open.select(sound.select(moved, middle), m);
+            open = open & !converged;
             steps += 1;
             if steps == MAX_ROUGH_STEPS || !open.any() {
-                return Start { m: zero.less(m).select(m, one), saturated, clear };
+                return Start { m: zero.less(m).select(m, one), saturated, clear, unknown };
             }
         }
     }
@@ -242,6 +257,7 @@ impl<L: Doubles> Solver<'_, L> {
         token: &Token<L>,
         radius: Vector<L>,
         rough: Vector<L>,
+        clear: Truth<L>,
         upper: bool,
     ) -> (Vector<L>, Truth<L>) {
         let zero = radius.constant(0.0);
@@ -254,7 +270,8 @@ impl<L: Doubles> Solver<'_, L> {
         let mut done = one.less(one);
         // Sizes of the last bound inside and of the first one outside.
         let mut inner = zero;
-        let mut outer = if upper { -token.both.logp } else { one.constant(f64::INFINITY) };
+        let edge = if upper { -token.both.logp } else { one.constant(f64::INFINITY) };
+        let mut outer = edge;
         let mut steps = 0;
         loop {
             let vanished = b.less(far);
@@ -318,7 +335,8 @@ impl<L: Doubles> Solver<'_, L> {
             inner = (exact & sum.high.less(-doubt)).select(size, inner);
             outer = (exact & doubt.less(sum.high)).select(size, outer);
             let (first, final_one) = (inner.next_outwards(), outer.next_inwards());
-            let adjacent = final_one.less(first);
+            // The edge is outside only if the side is known not to be saturated.
+            let adjacent = final_one.less(first) & (clear | outer.less(edge));
             let valid = zero.less(last) & last.less(outer);
             let by_step = exact & short & valid & (nearest | next);
             let found = adjacent.select(inner, last);
