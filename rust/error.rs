@@ -4,7 +4,7 @@ use std::path::Path;
 use std::{fmt, io};
 
 /// Result of every fallible function of this crate.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// An input that cannot be used. An error is returned before anything is written or changed.
 #[derive(Debug, Clone, PartialEq)]

@@ -7,7 +7,7 @@ use crate::loss::collect::clamp;
 use crate::loss::columns::{Columns, load, numbers};
 use crate::loss::nan::count_nonfinite;
 use crate::loss::scratch::{Candidates, Column};
-use crate::loss::surrogate::{MIN_WIDTH, Outcome, Rule, TokenVector};
+use crate::loss::surrogate::{MIN_WIDTH, Outcome, Rule, Selection, TokenVector};
 use crate::loss::totals::sum;
 use crate::loss::{Float, LOG_RATIO_LIMIT, Totals};
 use crate::simd::lanes::Lanes;
@@ -93,7 +93,7 @@ impl<T: Float, R: Rule, const ANCHORED: bool> Apply<'_, T, R, ANCHORED> {
         let log_prob = column(self.columns.log_prob);
         // The last two are for rules that need a width alone.
         let (compared, excess, loss_scale) = match self.columns.anchor_log_prob {
-            Some(anchor) if ANCHORED && R::NEEDS_WIDTH => {
+            Some(anchor) if ANCHORED && R::Selection::NEEDS_WIDTH => {
                 let anchor = column(anchor);
                 let compared = match self.columns.log_ratio {
                     Some(_) => {
@@ -110,9 +110,9 @@ impl<T: Float, R: Rule, const ANCHORED: bool> Apply<'_, T, R, ANCHORED> {
             _ => (log_ratio, lanes.add(exponentials.gap, log_ratio), lanes.splat(1.0)),
         };
         let clipped_ratio = if ANCHORED { lanes.abs(expanded) } else { expanded };
-        let lower = if ANCHORED && R::BY_LOG_RATIO && !R::NEEDS_WIDTH {
+        let lower = if ANCHORED && R::Selection::BY_LOG_RATIO && !R::Selection::NEEDS_WIDTH {
             lanes.less(expanded, zero) // for tokens beyond their bound, which is what it counts for
-        } else if R::BY_LOG_RATIO {
+        } else if R::Selection::BY_LOG_RATIO {
             lanes.less(compared, zero)
         } else {
             lanes.less(zero, neg_advantage)
@@ -129,7 +129,7 @@ impl<T: Float, R: Rule, const ANCHORED: bool> Apply<'_, T, R, ANCHORED> {
             excess,
             loss_scale,
             clamped: lanes.less(lanes.splat(LOG_RATIO_LIMIT), lanes.abs(unclamped)),
-            beyond: if R::NEEDS_WIDTH {
+            beyond: if R::Selection::NEEDS_WIDTH {
                 lanes.less(width, lanes.abs(excess))
             } else {
                 lanes.less(zero, clipped_ratio)

@@ -8,44 +8,44 @@ use crate::loss::clip::{ClipRatios, FindBounds, FindWidths};
 use crate::loss::collect::Collect;
 use crate::loss::columns::Columns;
 use crate::loss::scratch::Scratch;
-use crate::loss::surrogate::Rule;
-use crate::loss::{BLOCK, BoundSource, CHUNK, Float, Outputs, PARALLEL_FROM, Tokens, Totals};
+use crate::loss::surrogate::{Rule, Selection};
+use crate::loss::{
+    BLOCK, BoundSource, CHUNK, Float, GROUP, Outputs, PARALLEL_FROM, Tokens, Totals,
+};
 use crate::simd::Number;
 use crate::threads::map_parts;
 
-/// Writes the outputs of all tokens under a rule and returns their totals.
-pub(super) fn run<T: Float, R: Rule>(
-    rule: R,
-    tokens: &Tokens<'_, T>,
-    bounds: &BoundSource<'_, T>,
-    by_probability: bool,
-    outputs: Outputs<'_, T>,
-) -> Totals {
-    match *bounds {
-        BoundSource::Constant { log_lower, log_upper } => {
-            let [log_lower, log_upper] = [log_lower, log_upper].map(Number::to_f64);
-            let bounds = &Constant { log_lower, log_upper };
-            run_with(rule, bounds, tokens, by_probability, outputs)
-        }
-        BoundSource::Table(ref image) => run_with(rule, image, tokens, by_probability, outputs),
-        BoundSource::PerToken { log_lower, log_upper } => {
-            let bounds = &PerToken { log_lower, log_upper };
-            run_with(rule, bounds, tokens, by_probability, outputs)
-        }
-    }
+/// All tokens and what is to be written of them. After a group of chunks, `proceed` decides on the next one.
+pub(super) struct Batch<'a, T> {
+    pub(super) tokens: &'a Tokens<'a, T>,
+    pub(super) bounds: &'a BoundSource<'a, T>,
+    pub(super) by_probability: bool,
+    pub(super) outputs: Outputs<'a, T>,
+    pub(super) proceed: &'a mut dyn FnMut() -> bool,
 }
 
-fn run_with<T: Float, R: Rule, B: Bounds<T>>(
-    rule: R,
-    bounds: &B,
-    tokens: &Tokens<'_, T>,
-    by_probability: bool,
-    outputs: Outputs<'_, T>,
-) -> Totals {
-    if tokens.anchor_log_prob.is_some() {
-        Task::<T, R, B, true> { rule, bounds, tokens, by_probability }.run(outputs)
-    } else {
-        Task::<T, R, B, false> { rule, bounds, tokens, by_probability }.run(outputs)
+impl<T: Float> Batch<'_, T> {
+    /// Writes the outputs of all tokens under a rule and returns their totals.
+    pub(super) fn run<R: Rule>(self, rule: R) -> Totals {
+        match *self.bounds {
+            BoundSource::Constant { log_lower, log_upper } => {
+                let [log_lower, log_upper] = [log_lower, log_upper].map(Number::to_f64);
+                self.run_with(rule, &Constant { log_lower, log_upper })
+            }
+            BoundSource::Table(ref image) => self.run_with(rule, image),
+            BoundSource::PerToken { log_lower, log_upper } => {
+                self.run_with(rule, &PerToken { log_lower, log_upper })
+            }
+        }
+    }
+
+    fn run_with<R: Rule, B: Bounds<T>>(self, rule: R, bounds: &B) -> Totals {
+        let Self { tokens, by_probability, outputs, proceed, .. } = self;
+        if tokens.anchor_log_prob.is_some() {
+            Task::<T, R, B, true> { rule, bounds, tokens, by_probability }.run(outputs, proceed)
+        } else {
+            Task::<T, R, B, false> { rule, bounds, tokens, by_probability }.run(outputs, proceed)
+        }
     }
 }
 
@@ -60,9 +60,9 @@ struct Task<'a, T, R, B, const ANCHORED: bool> {
 
 impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Task<'_, T, R, B, ANCHORED> {
     /// Runs all chunks, on several threads if there are many. Totals are merged in the order of the tokens.
-    fn run(self, outputs: Outputs<'_, T>) -> Totals {
+    fn run(self, outputs: Outputs<'_, T>, proceed: &mut dyn FnMut() -> bool) -> Totals {
         let parallel = outputs.gradient.len() >= PARALLEL_FROM;
-        let chunks = outputs.parts(CHUNK).enumerate();
+        let mut chunks = outputs.parts(CHUNK).enumerate().peekable();
         let one = |(number, chunk): (usize, Outputs<'_, T>)| {
             let mut scratch = Scratch::new();
             let mut totals = Totals::default();
@@ -74,9 +74,16 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Task<'_, T, R, B, AN
             }
             totals
         };
-        let totals: Vec<Totals> =
-            if parallel { map_parts(chunks.collect(), one) } else { chunks.map(one).collect() };
-        totals.iter().fold(Totals::default(), Totals::merge)
+        let mut totals = Totals::default();
+        loop {
+            let group = chunks.by_ref().take(GROUP);
+            let found: Vec<Totals> =
+                if parallel { map_parts(group.collect(), &one) } else { group.map(one).collect() };
+            totals = found.iter().fold(totals, Totals::merge);
+            if chunks.peek().is_none() || !proceed() {
+                return totals;
+            }
+        }
     }
 
     /// Takes the tokens from `start` on through every step, as many as there are outputs.
@@ -92,8 +99,8 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Task<'_, T, R, B, AN
         let Outputs { per_token, gradient, weight } = outputs;
         let count = gradient.len();
         let columns = Columns::new(tokens, start, &mut advantages[..count]);
-        T::run(Collect::<T, R, B, ANCHORED> {
-            rule: PhantomData,
+        T::run(Collect::<T, R::Selection, B, ANCHORED> {
+            selection: PhantomData,
             bounds,
             start,
             columns,
@@ -103,7 +110,7 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Task<'_, T, R, B, AN
             totals,
         });
         T::run(FindBounds { bounds, candidates });
-        match (R::NEEDS_WIDTH, B::LOWER_IS_RATIO) {
+        match (R::Selection::NEEDS_WIDTH, B::LOWER_IS_RATIO) {
             (true, true) => T::run(FindWidths::<T, true> { candidates }),
             (true, false) => T::run(FindWidths::<T, false> { candidates }),
             (false, true) => T::run(ClipRatios::<T, true, ANCHORED> { candidates }),

@@ -9,15 +9,15 @@ use crate::loss::bounds::Bounds;
 use crate::loss::columns::{Columns, load, padded};
 use crate::loss::nan::{min_or_nan, sides, with_nan_of};
 use crate::loss::scratch::{Candidates, Column};
-use crate::loss::surrogate::Rule;
+use crate::loss::surrogate::Selection;
 use crate::loss::totals::{reduce, sum};
 use crate::loss::{Float, LOG_RATIO_LIMIT, MAX_LOG_PROB, Totals};
 use crate::simd::lanes::Lanes;
 use crate::simd::{LossLanes, WithLanes};
 
 /// Writes log-ratios and negated advantages, and packs the candidates side by side.
-pub(super) struct Collect<'a, T, R, B, const ANCHORED: bool> {
-    pub(super) rule: PhantomData<R>,
+pub(super) struct Collect<'a, T, S, B, const ANCHORED: bool> {
+    pub(super) selection: PhantomData<S>,
     pub(super) bounds: &'a B,
     pub(super) start: usize,
     pub(super) columns: Columns<'a, T>,
@@ -32,8 +32,8 @@ pub(super) fn clamp<L: Lanes>(lanes: L, log_ratio: L::Float) -> L::Float {
     lanes.clamp_min(-LOG_RATIO_LIMIT, lanes.clamp_max(LOG_RATIO_LIMIT, log_ratio))
 }
 
-impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> WithLanes<T>
-    for Collect<'_, T, R, B, ANCHORED>
+impl<T: Float, S: Selection, B: Bounds<T>, const ANCHORED: bool> WithLanes<T>
+    for Collect<'_, T, S, B, ANCHORED>
 {
     type Output = ();
 
@@ -67,7 +67,7 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> WithLanes<T>
     }
 }
 
-impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B, ANCHORED> {
+impl<T: Float, S: Selection, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, S, B, ANCHORED> {
     /// The number of tokens that count and have a log-prob above [`MAX_LOG_PROB`].
     #[inline(always)]
     fn count_positive<L: LossLanes<Scalar = T>>(&self, lanes: L) -> u64 {
@@ -124,7 +124,7 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B,
         lanes.store(log_ratio, &mut self.log_ratio[index..]);
         lanes.store(neg_advantage, &mut self.neg_advantage[index..]);
 
-        let (upper, lower) = if R::BY_LOG_RATIO {
+        let (upper, lower) = if S::BY_LOG_RATIO {
             (lanes.less(zero, compared), lanes.less(compared, zero))
         } else {
             sides(lanes, neg_advantage)
@@ -134,7 +134,7 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, R, B,
             let start = self.start + index;
             self.bounds.keys::<WHOLE, L>(lanes, start, log_prob_of_bounds, lower)
         };
-        let candidate = if R::NEEDS_WIDTH {
+        let candidate = if S::NEEDS_WIDTH {
             lanes.or(upper, lower)
         } else {
             let reach = self.bounds.reach(lanes, keys, lower);

@@ -48,10 +48,13 @@ mod tests;
 mod totals;
 
 use std::fmt::Debug;
+use std::marker::PhantomData;
 
 use crate::error::{Error, Result};
+use crate::loss::block::Batch;
 use crate::loss::surrogate::{
-    GradientPreserving, Mask, MinClip, Quadratic, SoftGate, Surrogate, Weight,
+    ByAdvantage, ByLogRatio, GradientPreserving, Mask, MinClip, Quadratic, SoftGate, Surrogate,
+    Weight,
 };
 use crate::simd::Number;
 use crate::threads::map_parts;
@@ -65,6 +68,9 @@ pub use crate::loss::totals::{
 
 /// Tokens of a part of the batch. Fixed, otherwise sums would depend on the number of threads.
 const CHUNK: usize = 8192;
+
+/// Chunks of a group, after which a call may be ended: some ten milliseconds.
+const GROUP: usize = 256;
 
 /// Min tokens to share among threads. Fewer are done sooner than other threads wake up.
 const PARALLEL_FROM: usize = 2 * CHUNK;
@@ -175,6 +181,55 @@ pub fn policy_loss<T: Float>(
     by_probability: bool,
     outputs: Outputs<'_, T>,
 ) -> Result<Totals> {
+    policy_loss_in_groups(tokens, bounds, surrogate, by_probability, outputs, || Ok(()))
+}
+
+/// Does as [`policy_loss`] in groups of 2^21 tokens, and calls `between` between two groups. An error of `between` ends
+/// the call; outputs of the groups that are left keep what they hold.
+///
+/// # Errors
+/// Those of [`policy_loss`], and the error of `between`.
+pub fn policy_loss_in_groups<T: Float, E: From<Error>>(
+    tokens: &Tokens<'_, T>,
+    bounds: &BoundSource<'_, T>,
+    surrogate: Surrogate,
+    by_probability: bool,
+    outputs: Outputs<'_, T>,
+    mut between: impl FnMut() -> Result<(), E>,
+) -> Result<Totals, E> {
+    check_lengths(tokens, bounds, &outputs)?;
+    surrogate.check()?;
+    let mut ended = Ok(());
+    let proceed = &mut || {
+        ended = between();
+        ended.is_ok()
+    };
+    let batch = Batch { tokens, bounds, by_probability, outputs, proceed };
+    let totals = match surrogate {
+        Surrogate::MinClip { dual_clip } => batch.run(MinClip { dual_clip }),
+        Surrogate::Mask { truncation, symmetric: false } => {
+            batch.run(Mask::<ByAdvantage> { truncation, selection: PhantomData })
+        }
+        Surrogate::Mask { truncation, symmetric: true } => {
+            batch.run(Mask::<ByLogRatio> { truncation, selection: PhantomData })
+        }
+        Surrogate::Weight => batch.run(Weight),
+        Surrogate::GradientPreserving { beta_low, beta_high } => {
+            batch.run(GradientPreserving { beta_low, beta_high })
+        }
+        Surrogate::SoftGate { tau_positive, tau_negative } => {
+            batch.run(SoftGate { tau_positive, tau_negative })
+        }
+        Surrogate::Quadratic => batch.run(Quadratic),
+    };
+    ended.map(|()| totals)
+}
+
+fn check_lengths<T: Float>(
+    tokens: &Tokens<'_, T>,
+    bounds: &BoundSource<'_, T>,
+    outputs: &Outputs<'_, T>,
+) -> Result<()> {
     let count = tokens.log_prob.len();
     let bound_lengths = match bounds {
         BoundSource::PerToken { log_lower, log_upper } => (log_lower.len(), log_upper.len()),
@@ -195,28 +250,7 @@ pub fn policy_loss<T: Float>(
             return Err(Error::Length { argument, actual, expected: count });
         }
     }
-    surrogate.check()?;
-    Ok(match surrogate {
-        Surrogate::MinClip { dual_clip } => {
-            block::run(MinClip { dual_clip }, tokens, bounds, by_probability, outputs)
-        }
-        Surrogate::Mask { truncation, symmetric: false } => {
-            block::run(Mask::<false> { truncation }, tokens, bounds, by_probability, outputs)
-        }
-        Surrogate::Mask { truncation, symmetric: true } => {
-            block::run(Mask::<true> { truncation }, tokens, bounds, by_probability, outputs)
-        }
-        Surrogate::Weight => block::run(Weight, tokens, bounds, by_probability, outputs),
-        Surrogate::GradientPreserving { beta_low, beta_high } => {
-            let rule = GradientPreserving { beta_low, beta_high };
-            block::run(rule, tokens, bounds, by_probability, outputs)
-        }
-        Surrogate::SoftGate { tau_positive, tau_negative } => {
-            let rule = SoftGate { tau_positive, tau_negative };
-            block::run(rule, tokens, bounds, by_probability, outputs)
-        }
-        Surrogate::Quadratic => block::run(Quadratic, tokens, bounds, by_probability, outputs),
-    })
+    Ok(())
 }
 
 /// Number of tokens that count, by the mask of [`Tokens`].
@@ -241,7 +275,7 @@ pub fn count_valid(mask: &[u8]) -> usize {
 pub fn scale<T: Float + std::ops::MulAssign>(gradient: &mut [T], factor: T) {
     let one = |part: &mut [T]| part.iter_mut().for_each(|gradient| *gradient *= factor);
     if gradient.len() >= PARALLEL_FROM {
-        map_parts(gradient.chunks_mut(CHUNK).collect(), one);
+        map_parts(gradient.chunks_mut(CHUNK).collect(), &one);
     } else {
         one(gradient);
     }

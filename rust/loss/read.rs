@@ -59,7 +59,7 @@ fn in_chunks<T: Sync, U: Send>(
     let parts = tokens.chunks(CHUNK).zip(outputs);
     let one = |(tokens, (first, second)): (&[T], (&mut [U], &mut [U]))| work(tokens, first, second);
     if expected >= PARALLEL_FROM {
-        map_parts(parts.collect(), one);
+        map_parts(parts.collect(), &one);
     } else {
         parts.for_each(one);
     }

@@ -27,6 +27,8 @@
 // A function of vectors has to become part of one that is compiled for their instructions.
 #![allow(clippy::inline_always)]
 
+use std::marker::PhantomData;
+
 use crate::error::{Error, Result};
 use crate::loss::nan::dropped;
 use crate::simd::LossLanes;
@@ -157,13 +159,44 @@ const POSITIVE: Range =
 /// width is 0, and a log-prob that rounding puts above 0 must not make the loss infinite.
 pub const MIN_WIDTH: f64 = 1e-6;
 
-/// Formulas of a surrogate.
-pub(crate) trait Rule: Copy + Sync {
+/// Part of a token's bounds that a rule needs. A type of its own, so that steps before the rule are compiled once for all
+/// rules that need the same.
+pub(crate) trait Selection: Copy + Sync {
     /// True if the sign of the log-ratio selects a token's bound, false if that of the advantage does.
     const BY_LOG_RATIO: bool;
     /// True if the width of the region at every token matters, not only which tokens are beyond their bound. Such
     /// a rule is by the log-ratio.
     const NEEDS_WIDTH: bool = false;
+}
+
+/// The bound on the side of the advantage's sign.
+#[derive(Clone, Copy)]
+pub(crate) struct ByAdvantage;
+
+impl Selection for ByAdvantage {
+    const BY_LOG_RATIO: bool = false;
+}
+
+/// The bound on the side of the log-ratio's sign.
+#[derive(Clone, Copy)]
+pub(crate) struct ByLogRatio;
+
+impl Selection for ByLogRatio {
+    const BY_LOG_RATIO: bool = true;
+}
+
+/// The width of the region on the side of the log-ratio's sign.
+#[derive(Clone, Copy)]
+pub(crate) struct Width;
+
+impl Selection for Width {
+    const BY_LOG_RATIO: bool = true;
+    const NEEDS_WIDTH: bool = true;
+}
+
+/// Formulas of a surrogate.
+pub(crate) trait Rule: Copy + Sync {
+    type Selection: Selection;
 
     fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L>;
 }
@@ -208,7 +241,7 @@ pub(crate) struct MinClip {
 }
 
 impl Rule for MinClip {
-    const BY_LOG_RATIO: bool = false;
+    type Selection = ByAdvantage;
 
     #[inline(always)]
     fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
@@ -229,20 +262,22 @@ impl Rule for MinClip {
     }
 }
 
+/// A mask on the side of the advantage's sign, or on both sides.
 #[derive(Clone, Copy)]
-pub(crate) struct Mask<const SYMMETRIC: bool> {
+pub(crate) struct Mask<S> {
     pub truncation: Option<f64>,
+    pub selection: PhantomData<S>,
 }
 
-impl<const SYMMETRIC: bool> Rule for Mask<SYMMETRIC> {
-    const BY_LOG_RATIO: bool = SYMMETRIC;
+impl<S: Selection> Rule for Mask<S> {
+    type Selection = S;
 
     #[inline(always)]
     fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
         let &TokenVector { log_prob, neg_advantage, ratio, beyond, .. } = tokens;
         let zero = lanes.splat(0.0);
-        // Without symmetry a token beyond has a side, and so no NaN.
-        let beyond = if SYMMETRIC { dropped(lanes, beyond, neg_advantage) } else { beyond };
+        // A token beyond on the side of its advantage has a side, and so no NaN.
+        let beyond = if S::BY_LOG_RATIO { dropped(lanes, beyond, neg_advantage) } else { beyond };
         let (limited, weight) = match self.truncation {
             None => (lanes.and_not(beyond, beyond), ratio),
             Some(c) => {
@@ -261,7 +296,7 @@ impl<const SYMMETRIC: bool> Rule for Mask<SYMMETRIC> {
 pub(crate) struct Weight;
 
 impl Rule for Weight {
-    const BY_LOG_RATIO: bool = true;
+    type Selection = ByLogRatio;
 
     #[inline(always)]
     fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
@@ -279,7 +314,7 @@ pub(crate) struct GradientPreserving {
 }
 
 impl Rule for GradientPreserving {
-    const BY_LOG_RATIO: bool = false;
+    type Selection = ByAdvantage;
 
     #[inline(always)]
     fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
@@ -301,8 +336,7 @@ pub(crate) struct SoftGate {
 }
 
 impl Rule for SoftGate {
-    const BY_LOG_RATIO: bool = true;
-    const NEEDS_WIDTH: bool = true;
+    type Selection = Width;
 
     #[inline(always)]
     fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {
@@ -337,8 +371,7 @@ const CLOSED: f64 = 40.0;
 pub(crate) struct Quadratic;
 
 impl Rule for Quadratic {
-    const BY_LOG_RATIO: bool = true;
-    const NEEDS_WIDTH: bool = true;
+    type Selection = Width;
 
     #[inline(always)]
     fn apply<L: LossLanes>(self, lanes: L, tokens: &TokenVector<L>) -> Outcome<L> {

@@ -290,6 +290,62 @@ fn weight_scales_only_the_gradient_and_losses_are_optional() {
 }
 
 #[test]
+fn a_long_call_may_be_ended_between_groups_and_their_number_changes_no_bit() {
+    let count = 2 * GROUP * CHUNK + 3;
+    let old: Vec<f32> = (0..count).map(|i| -2.0 - 2.0 * (i as f32 * 0.37).sin()).collect();
+    let new: Vec<f32> = (0..count).map(|i| old[i] + (i as f32 * 0.11).sin()).collect();
+    let tokens = Tokens {
+        old_log_prob: &old,
+        log_prob: &new,
+        log_ratio: None,
+        anchor_log_prob: None,
+        advantages: Advantages::PerRow { values: &[1.0], row_length: count },
+        mask: &vec![1; count],
+    };
+    let bounds = BoundSource::Constant { log_lower: -0.2, log_upper: 0.3 };
+    let call = |gradient: &mut [f32], last: usize| {
+        let mut calls = 0;
+        let outputs = Outputs { per_token: None, gradient, weight: 1.0 };
+        let totals = policy_loss_in_groups(&tokens, &bounds, MIN_CLIP, true, outputs, || {
+            calls += 1;
+            if calls <= last {
+                Ok(())
+            } else {
+                Err(Error::check_length("tokens", 0, 1).unwrap_err())
+            }
+        });
+        (totals, calls)
+    };
+    let mut gradient = vec![7.0; count];
+    let (totals, calls) = call(&mut gradient, 2);
+    assert_eq!(calls, 2);
+
+    let mut expected = Totals::default();
+    for start in (0..count).step_by(CHUNK) {
+        let part = start..count.min(start + CHUNK);
+        let mut alone = vec![7.0; part.len()];
+        let tokens = Tokens {
+            old_log_prob: &old[part.clone()],
+            log_prob: &new[part.clone()],
+            advantages: Advantages::PerRow { values: &[1.0], row_length: part.len() },
+            mask: &vec![1; part.len()],
+            ..tokens
+        };
+        let outputs = Outputs { per_token: None, gradient: &mut alone, weight: 1.0 };
+        let found = policy_loss(&tokens, &bounds, MIN_CLIP, true, outputs).unwrap();
+        expected = expected.merge(&found);
+        assert_eq!(alone, gradient[part]);
+    }
+    assert_eq!(totals, Ok(expected));
+
+    let mut ended = vec![7.0; count];
+    assert_eq!(call(&mut ended, 0), (Err(Error::check_length("tokens", 0, 1).unwrap_err()), 1));
+    let (first, rest) = ended.split_at(GROUP * CHUNK);
+    assert_eq!(first, &gradient[..first.len()]);
+    assert!(rest.iter().all(|&gradient| gradient == 7.0));
+}
+
+#[test]
 fn bad_arguments_are_refused_before_anything_is_written() {
     let tokens = Tokens {
         old_log_prob: &[-1.0, -1.0],

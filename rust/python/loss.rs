@@ -6,6 +6,7 @@ use numpy::{
 };
 use pyo3::prelude::*;
 
+use super::threads::in_parts;
 use crate::error::Error;
 use crate::loss::surrogate::Surrogate;
 use crate::loss::{self, Advantages, BoundSource, Float, Outputs, Tokens, Totals};
@@ -120,8 +121,19 @@ impl<'py> Arguments<'py> {
             weight: self.weight,
         };
         let (surrogate, by_probability) = (self.surrogate, self.by_probability);
+        #[allow(clippy::redundant_closure_for_method_calls)] // the method alone has one lifetime
+        let signals = || Python::attach(|py| py.check_signals());
         let run = |source: BoundSource<'_, T>| {
-            py.detach(|| loss::policy_loss(&tokens, &source, surrogate, by_probability, outputs))
+            py.detach(|| {
+                loss::policy_loss_in_groups(
+                    &tokens,
+                    &source,
+                    surrogate,
+                    by_probability,
+                    outputs,
+                    signals,
+                )
+            })
         };
         let totals = if let Ok(words) = self.bounds.extract::<PyReadonlyArray1<'_, u32>>() {
             run(BoundSource::Table(Image::new(words.as_slice()?)?))
@@ -203,7 +215,12 @@ fn table_bounds_of<T: Float + Element>(
     let mut log_upper: PyReadwriteArrayDyn<'_, T> = log_upper.extract()?;
     let (old_log_prob, lower, log_upper) =
         (old_log_prob.as_slice()?, lower.as_slice_mut()?, log_upper.as_slice_mut()?);
-    Ok(py.detach(|| loss::table_bounds(image, old_log_prob, lower, log_upper))?)
+    Error::check_length("lower", lower.len(), old_log_prob.len())?;
+    Error::check_length("log_upper", log_upper.len(), old_log_prob.len())?;
+    in_parts(py, old_log_prob.len(), |part| {
+        let (lower, log_upper) = (&mut lower[part.clone()], &mut log_upper[part.clone()]);
+        Ok(py.detach(|| loss::table_bounds(image, &old_log_prob[part], lower, log_upper))?)
+    })
 }
 
 /// The number of valid tokens.

@@ -9,12 +9,12 @@ use pyo3::types::PyBytes;
 
 use super::band::PyDivergence;
 use super::price::PyPriceBand;
-use super::threads::spread;
+use super::threads::{in_parts, spread};
 use crate::band::price::PriceBand;
 use crate::band::{Band, Side};
 use crate::error::Error;
-use crate::loss;
-use crate::table::{BandTable, Curve, MaxError, Stretches, Verification};
+use crate::loss::{self, Float};
+use crate::table::{BandTable, Curve, Image, MaxError, Stretches, Verification};
 
 /// A curve of a table, as Python passes it.
 #[derive(FromPyObject)]
@@ -183,12 +183,10 @@ impl PyBandTable {
         let (log_lower, log_upper) = (log_lower.as_slice_mut()?, log_upper.as_slice_mut()?);
         let image = self.0.image();
         if let Ok(logp) = logp.extract::<PyReadonlyArrayDyn<'_, f32>>() {
-            let logp = logp.as_slice()?;
-            return Ok(py.detach(|| loss::table_log_bounds(image, logp, log_lower, log_upper))?);
+            return log_bounds_of(py, image, logp.as_slice()?, log_lower, log_upper);
         }
         let logp: PyReadonlyArrayDyn<'_, f64> = logp.extract()?;
-        let logp = logp.as_slice()?;
-        Ok(py.detach(|| loss::table_log_bounds(image, logp, log_lower, log_upper))?)
+        log_bounds_of(py, image, logp.as_slice()?, log_lower, log_upper)
     }
 
     fn words<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<i32>> {
@@ -259,4 +257,19 @@ impl PyBandTable {
     fn exhaustive(&self) -> bool {
         self.0.verification() == Verification::Exhaustive
     }
+}
+
+fn log_bounds_of<T: Float>(
+    py: Python<'_>,
+    image: Image<'_>,
+    logp: &[T],
+    log_lower: &mut [f64],
+    log_upper: &mut [f64],
+) -> PyResult<()> {
+    Error::check_length("log_lower", log_lower.len(), logp.len())?;
+    Error::check_length("log_upper", log_upper.len(), logp.len())?;
+    in_parts(py, logp.len(), |part| {
+        let (lower, upper) = (&mut log_lower[part.clone()], &mut log_upper[part.clone()]);
+        Ok(py.detach(|| loss::table_log_bounds(image, &logp[part], lower, upper))?)
+    })
 }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 
-from bandpo import Band, Divergence, PriceBand, Region
+from bandpo import Band, Divergence, PriceBand, Region, _core
 from bandpo.check import Float64Array
 from bandpo.region import Dcpo, parts
 
@@ -26,14 +26,14 @@ class Stop(KeyboardInterrupt):
 
 
 @contextmanager
-def signal_soon() -> Iterator[None]:
-    """Raises `Stop` in the main thread after 0.2 s."""
+def signal_soon(seconds: float = 0.2) -> Iterator[None]:
+    """Raises `Stop` in the main thread."""
 
     def handler(*_: object) -> None:
         raise Stop
 
     before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
@@ -83,6 +83,33 @@ def test_a_signal_stops_a_call_that_would_take_minutes(name: str) -> None:
     with pytest.raises(Stop), signal_soon():
         call(logp)
     assert repr(call(tokens(100))) == repr(before)
+
+
+def test_a_signal_stops_a_native_loss_of_many_tokens() -> None:
+    logp = np.full(30_000_000, -1.0, np.float32)
+    mask, gradient = np.ones(len(logp), np.uint8), np.full_like(logp, 7.0)
+    one, bounds = np.ones(1, np.float32), np.array([-0.2, 0.2], np.float32)
+    rule = ("min-clip", [], False, None, 1.0, None)
+
+    def call() -> None:
+        _core.policy_loss(logp, logp, None, one, mask, bounds, len(logp), *rule, gradient)
+
+    with pytest.raises(Stop), signal_soon(0.01):
+        call()
+    assert gradient[-1] == 7.0
+    call()
+    assert (gradient == -1.0).all()
+
+
+def test_a_signal_stops_a_lookup_of_many_tokens() -> None:
+    logp = np.full(30_000_000, -1.0, np.float32)
+    table = Band("kl", 0.05).table()
+    lower, upper = np.full(len(logp), 7.0), np.full(len(logp), 7.0)
+    with pytest.raises(Stop), signal_soon(0.01):
+        table._core.log_bounds(logp, lower, upper)
+    assert upper[-1] == 7.0
+    table._core.log_bounds(logp, lower, upper)
+    assert np.array_equal([lower[-1], upper[-1]], np.ravel(table.log_bounds(logp[:1])))
 
 
 def test_another_thread_is_not_stopped() -> None:
