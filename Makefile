@@ -156,7 +156,7 @@ results: $(VENV)/bench.stamp
 # LLVM's tools are needed (cargo install cargo-mutants, rustup component add llvm-tools).
 reliability: export PYTHONPATH = python:tests:.
 reliability: $(VENV)/reliability.stamp
-	for part in fuzz fuzz_rust expressions convexity bounds texts losses levels faults long_run trust \
+	for part in fuzz fuzz_rust expressions convexity bounds texts losses levels faults suites long_run trust \
 	  coverage mutation mutation_rust; do \
 	  $(BIN)/python -m reliability.$$part || exit 1; done
 	$(BIN)/python tools/make_reliability.py

@@ -88,6 +88,11 @@ SECTIONS = {
         "A process is killed at random moments. Full disks, folders that cannot be written, closed "
         "outputs and odd paths are in `tests/trust/test_faults.py`.",
     ),
+    "suites": (
+        "Tests by what they try",
+        "Inputs and situations that were chosen by hand, from reports of users and for each kind "
+        "of call. One of the tests under sanitizers runs those of the kernels once more.",
+    ),
     "trust": (
         "Trust",
         "`python tools/list_unsafe.py` lists every `unsafe` with its reason, and what may panic. "
@@ -113,7 +118,6 @@ def page() -> str:
         "part.\nA part may run in shards: `--shard 3/64 --into FOLDER` in each, then "
         "`python -m reliability.result FOLDER`.\nThe command above a table is the one that was "
         "run; `make reliability` runs the default numbers, which are larger.\n"
-        "Sanitizers are not part of it.\n"
         "Tests of `tests/trust` run a small part of each.\n"
     ]
     for name, (heading, text) in SECTIONS.items():

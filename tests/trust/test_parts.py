@@ -191,6 +191,21 @@ def test_the_page_has_the_counts_of_the_last_long_run() -> None:
     assert re.findall(r"^\| .+ \| [\d,]+ \| .+ \|$", text, re.MULTILINE)
 
 
+def test_suites_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reliability import suites
+
+    for files in suites.SUITES.values():
+        assert all((ROOT / "tests" / name).is_file() for name in files if name.endswith(".py"))
+    file = tmp_path / "test_three.py"
+    file.write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert False\n"
+        "@pytest.mark.skip\ndef test_c(): pass\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setitem(suites.SUITES, "three", (str(file),))
+    assert suites.count("three") == result.Row("three", 3, {"failed": 1, "skipped": 1})
+
+
 def test_changes_of_python_are_of_one_line_and_of_no_annotation() -> None:
     pytest.importorskip("cosmic_ray")
     from reliability import mutation
