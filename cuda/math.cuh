@@ -53,18 +53,12 @@ BAND_FUNCTION Exponentials<double> exponentials(double x) {
   const double shifted = x * 1.4426950408889634 + rounding;
   const double k = shifted - rounding;
   const double t = (x - k * 0.6931471805599472) - k * -1.8641886737243033e-15;
-  double series = 2.0914750905027345e-09;
-  series = series * t + 2.5105306538858238e-08;
-  series = series * t + 2.755727348935914e-07;
-  series = series * t + 2.755725518490137e-06;
-  series = series * t + 2.4801587325669058e-05;
-  series = series * t + 0.0001984126987499051;
-  series = series * t + 0.0013888888888883713;
-  series = series * t + 0.008333333333326087;
-  series = series * t + 0.04166666666666667;
-  series = series * t + 0.1666666666666667;
-  series = series * t + 0.5;
-  const double gap = (t * t) * series;
+  const double square = t * t, fourth = square * square;
+  const double high = 2.0914750905027345e-09 * square + (2.5105306538858238e-08 * t + 2.755727348935914e-07);
+  const double middle = (2.755725518490137e-06 * t + 2.4801587325669058e-05) * square +
+                        (0.0001984126987499051 * t + 0.0013888888888883713);
+  const double low = (0.008333333333326087 * t + 0.04166666666666667) * square + (0.1666666666666667 * t + 0.5);
+  const double gap = square * ((high * fourth + middle) * fourth + low);
   const double scale = double_of((bits_of(shifted) + 1023) << 52);  // 2^k
   const double scaled = scale * (gap + t);
   Exponentials<double> result;

@@ -63,11 +63,18 @@ impl<D: LossDoubles> Exponentials for Wide<D> {
             self.mul(k, self.splat(LN_2_SHORT_F64[1])),
         );
         let t = self.sub(self.sub(x, high), low);
-        let mut series = self.splat(GAP_F64[0]);
-        for coefficient in &GAP_F64[1..] {
-            series = self.add(self.mul(series, t), self.splat(*coefficient));
-        }
-        let gap = self.mul(self.mul(t, t), series);
+        // Pairs of terms, then pairs of pairs. A Horner scheme, in which each step waits for the one before, makes a loss
+        // take a quarter longer.
+        let square = self.mul(t, t);
+        let fourth = self.mul(square, square);
+        let join = |high, power, low| self.add(self.mul(high, power), low);
+        let pair =
+            |place: usize| join(self.splat(GAP_F64[place]), t, self.splat(GAP_F64[place + 1]));
+        let high = join(self.splat(GAP_F64[0]), square, pair(1));
+        let middle = join(pair(3), square, pair(5));
+        let low = join(pair(7), square, pair(9));
+        let series = join(join(high, fourth, middle), fourth, low);
+        let gap = self.mul(square, series);
         let minus_one = self.add(gap, t);
         // 2^k from the low bits of k. The shift drops the bits above the exponent's.
         let exponent = doubles.add_words(doubles.as_words(shifted), doubles.words(1023));
