@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use crate::loss::apply::Apply;
 use crate::loss::bounds::{Bounds, Constant, PerToken};
-use crate::loss::clip::{ClipRatios, FindBounds, FindWidths};
+use crate::loss::clip::{ClipRatios, FindBounds, FindWidths, SharedWidths};
 use crate::loss::collect::Collect;
 use crate::loss::columns::Columns;
 use crate::loss::scratch::Scratch;
@@ -30,7 +30,8 @@ impl<T: Float> Batch<'_, T> {
         match *self.bounds {
             BoundSource::Constant { log_lower, log_upper } => {
                 let [log_lower, log_upper] = [log_lower, log_upper].map(Number::to_f64);
-                self.run_with(rule, &Constant { log_lower, log_upper })
+                let widths = T::run(SharedWidths { log_lower, log_upper });
+                self.run_with(rule, &Constant { log_lower, log_upper, widths })
             }
             BoundSource::Table(ref image) => self.run_with(rule, image),
             BoundSource::PerToken { log_lower, log_upper } => {
@@ -109,12 +110,14 @@ impl<T: Float, R: Rule, B: Bounds<T>, const ANCHORED: bool> Task<'_, T, R, B, AN
             candidates,
             totals,
         });
-        T::run(FindBounds { bounds, candidates });
-        match (R::Selection::NEEDS_WIDTH, B::LOWER_IS_RATIO) {
-            (true, true) => T::run(FindWidths::<T, true> { candidates }),
-            (true, false) => T::run(FindWidths::<T, false> { candidates }),
-            (false, true) => T::run(ClipRatios::<T, true, ANCHORED> { candidates }),
-            (false, false) => T::run(ClipRatios::<T, false, ANCHORED> { candidates }),
+        if !R::Selection::NEEDS_WIDTH || bounds.shared_widths().is_none() {
+            T::run(FindBounds { bounds, candidates });
+            match (R::Selection::NEEDS_WIDTH, B::LOWER_IS_RATIO) {
+                (true, true) => T::run(FindWidths::<T, true> { candidates }),
+                (true, false) => T::run(FindWidths::<T, false> { candidates }),
+                (false, true) => T::run(ClipRatios::<T, true, ANCHORED> { candidates }),
+                (false, false) => T::run(ClipRatios::<T, false, ANCHORED> { candidates }),
+            }
         }
         T::run(Apply::<T, R, ANCHORED> {
             rule,

@@ -34,6 +34,13 @@ pub(super) trait Bounds<T>: Sync {
     /// True if lower bounds are ratios. All other bounds are log-ratios.
     const LOWER_IS_RATIO: bool;
 
+    /// Widths of the region below and above a ratio of 1, if all tokens share them. They are then the keys of a rule
+    /// that needs no more.
+    #[inline(always)]
+    fn shared_widths(&self) -> Option<[f64; 2]> {
+        None
+    }
+
     /// Numbers that [`Self::find`] finds the bounds by, for the tokens from `index` on.
     ///
     /// # Safety
@@ -57,10 +64,16 @@ pub(super) trait Bounds<T>: Sync {
 pub(super) struct Constant {
     pub(super) log_lower: f64,
     pub(super) log_upper: f64,
+    pub(super) widths: [f64; 2],
 }
 
 impl<T> Bounds<T> for Constant {
     const LOWER_IS_RATIO: bool = false;
+
+    #[inline(always)]
+    fn shared_widths(&self) -> Option<[f64; 2]> {
+        Some(self.widths)
+    }
 
     #[inline(always)]
     unsafe fn keys<const WHOLE: bool, L: LossLanes<Scalar = T>>(

@@ -9,6 +9,7 @@ use crate::loss::Float;
 use crate::loss::LOG_RATIO_LIMIT;
 use crate::loss::bounds::Bounds;
 use crate::loss::collect::clamp;
+use crate::loss::columns::numbers;
 use crate::loss::scratch::Candidates;
 use crate::simd::{LossLanes, WithLanes};
 
@@ -106,8 +107,7 @@ impl<T: Float, const LOWER_IS_RATIO: bool> WithLanes<T> for FindWidths<'_, T, LO
         for index in (0..*count).step_by(L::COUNT) {
             let lower = lanes.less(lanes.load(&log_ratio[index..]), zero);
             let bound = lanes.load(&scratch[index..]);
-            let limited = lanes.clamp_min(NO_RATIO, lanes.clamp_max(LOG_RATIO_LIMIT, bound));
-            let rise = lanes.add(lanes.exp_and_gap(limited).gap, limited);
+            let rise = excess(lanes, bound);
             let fall = if LOWER_IS_RATIO {
                 lanes.sub(lanes.splat(1.0), bound)
             } else {
@@ -115,6 +115,30 @@ impl<T: Float, const LOWER_IS_RATIO: bool> WithLanes<T> for FindWidths<'_, T, LO
             };
             lanes.store(lanes.select(lower, fall, rise), &mut scratch[index..]);
         }
+    }
+}
+
+/// The distance from 1 to a bound as a ratio, negative below 1.
+#[inline(always)]
+fn excess<L: LossLanes>(lanes: L, bound: L::Float) -> L::Float {
+    let limited = lanes.clamp_min(NO_RATIO, lanes.clamp_max(LOG_RATIO_LIMIT, bound));
+    lanes.add(lanes.exp_and_gap(limited).gap, limited)
+}
+
+/// Widths as those of [`FindWidths`], below and above, of bounds that all tokens share.
+pub(super) struct SharedWidths {
+    pub(super) log_lower: f64,
+    pub(super) log_upper: f64,
+}
+
+impl<T: Float> WithLanes<T> for SharedWidths {
+    type Output = [f64; 2];
+
+    #[inline(always)]
+    fn run<L: LossLanes<Scalar = T>>(self, lanes: L) -> [f64; 2] {
+        let [below, above] = [self.log_lower, self.log_upper]
+            .map(|bound| numbers(lanes, excess(lanes, lanes.splat(bound)))[0].to_f64());
+        [0.0 - below, above]
     }
 }
 

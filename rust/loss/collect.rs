@@ -129,10 +129,16 @@ impl<T: Float, S: Selection, B: Bounds<T>, const ANCHORED: bool> Collect<'_, T, 
         } else {
             sides(lanes, neg_advantage)
         };
-        // SAFETY: required of the caller.
-        let keys = unsafe {
-            let start = self.start + index;
-            self.bounds.keys::<WHOLE, L>(lanes, start, log_prob_of_bounds, lower)
+        let keys = match self.bounds.shared_widths() {
+            Some(widths) if S::NEEDS_WIDTH => {
+                let [below, above] = widths.map(|width| lanes.splat(width));
+                lanes.select(lower, below, above)
+            }
+            // SAFETY: required of the caller.
+            _ => unsafe {
+                let start = self.start + index;
+                self.bounds.keys::<WHOLE, L>(lanes, start, log_prob_of_bounds, lower)
+            },
         };
         let candidate = if S::NEEDS_WIDTH {
             lanes.or(upper, lower)

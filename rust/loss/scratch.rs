@@ -26,7 +26,8 @@ pub(super) struct Scratch<T> {
 #[repr(align(64))]
 pub(super) struct Candidates<T> {
     /// Scratch column, reused by each step: lookup keys after `Collect`, bounds after `FindBounds`, and after
-    /// `ClipRatios` the clipped ratio, or 0 for tokens that are not clipped, or after `FindWidths` the width.
+    /// `ClipRatios` the clipped ratio, or 0 for tokens that are not clipped, or after `FindWidths` the width. Shared
+    /// widths are the keys.
     pub(super) scratch: Column<T>,
     /// Clamped log-ratios that the bounds are compared with, negative where the lower bound holds.
     pub(super) log_ratio: Column<T>,
