@@ -62,7 +62,7 @@ from bandpo.tensors.cached import Cached, upload
 from bandpo.tensors.lookup import read_table
 from bandpo.torch import clip, clip_ratio
 from conftest import REFERENCE_FILES, SANITIZED, Reference, read_reference
-from support.batches import Batch, random_batch
+from support.batches import Batch, every_end, random_batch
 from support.emulated import INDEXING_TESTS, SANITIZERS, Emulator, build, missing_compiler
 
 ROWS = SUMS + 1
@@ -318,6 +318,17 @@ class TestLoss:
         tokens = batch((3, 50))
         tokens[3] = torch.zeros_like(tokens[3])
         check_as_rust(device, tokens, bounds_of(KL, tokens[0]), RULES[0])
+
+    @pytest.mark.parametrize("anchored", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_equals_rust_at_every_end(
+        self, dtype: torch.dtype, anchored: bool, device: torch.device
+    ) -> None:
+        tokens, anchor = every_end(dtype, anchored=anchored)
+        for region in (KL, KL.cap(10), REGIONS[4]):
+            for rule in RULES:
+                bounds = bounds_of(region, tokens.old_log_prob)
+                check_as_rust(device, list(tokens), bounds, rule, None, anchor)
 
     @pytest.mark.parametrize("column", range(3))
     def test_a_nan_affects_its_token_alone(self, column: int, device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,6 +44,25 @@ def random_batch(
         tokens = with_extremes(tokens, seed)
     old, new, advantages = (torch.from_numpy(column).to(dtype) for column in tokens[:3])
     return Batch(old, new, advantages, torch.from_numpy(tokens.mask))
+
+
+def every_end(dtype: torch.dtype, *, anchored: bool) -> tuple[Batch, torch.Tensor | None]:
+    """Each old with each new log-prob of the ends of the floats, both signs, and an anchor.
+
+    Without old log-probs and anchors of -inf together, whose ratio has no value.
+    """
+    ends = (-math.inf, -3e38, -1.0, 0.0)
+    anchors = (*ends, math.nan) if anchored else (-1.0,)
+    advantages = (1.0, -1.0, 0.0, math.inf, -math.inf)
+    points = [
+        point
+        for point in itertools.product(ends, (*ends, math.inf, math.nan), advantages, anchors)
+        if not (anchored and point[0] == point[3] == -math.inf)
+    ]
+    rows = torch.tensor(points, dtype=torch.float64).T.to(dtype)
+    old, new, gains, anchor = (row.reshape(-1, 10) for row in rows)
+    made = Batch(old, new, gains, torch.ones(old.shape, dtype=torch.bool))
+    return made, anchor if anchored else None
 
 
 def assert_close(actual: torch.Tensor, wanted: Any, rtol: float, atol: float = 0.0) -> None:

@@ -108,9 +108,13 @@ def dual_clipped(tokens: BoundedTokens, dual_clip: float) -> BoolArray:
 
 def mask(tokens: BoundedTokens, truncation: float) -> LossAndGradient:
     """DPPO, arXiv 2602.04879: -A sg(min(r, c)) log pi, and 0 beyond a bound."""
-    weight = np.minimum(tokens.ratio, truncation)
-    gradient = np.where(tokens.beyond, 0.0, -tokens.advantage * weight)
-    return gradient * tokens.log_prob, gradient
+    return dropped(tokens, tokens.beyond, truncation)
+
+
+def dropped(tokens: BoundedTokens, which: BoolArray, truncation: float) -> LossAndGradient:
+    gradient = -tokens.advantage * np.minimum(tokens.ratio, truncation)
+    # Not 0 times the log-prob, which may be infinite.
+    return np.where(which, 0.0, gradient * tokens.log_prob), np.where(which, 0.0, gradient)
 
 
 def weight(tokens: BoundedTokens) -> LossAndGradient:
@@ -131,8 +135,7 @@ def gradient_preserving(
 def symmetric_mask(tokens: BoundedTokens, truncation: float) -> LossAndGradient:
     """IPO of prime-rl, #2798: a mask on both sides, whatever the sign of the advantage."""
     below, above = tokens.outside
-    weight = np.where(below | above, 0.0, np.minimum(tokens.ratio, truncation))
-    return -tokens.advantage * weight * tokens.log_prob, -tokens.advantage * weight
+    return dropped(tokens, below | above, truncation)
 
 
 def soft_gate(tokens: BoundedTokens, tau_positive: float, tau_negative: float) -> LossAndGradient:

@@ -185,7 +185,7 @@ def _soft_gate(tokens: _Tokens, parameters: list[float]) -> _Loss:
     tanh = (-falling.expm1() / (1.0 + e)).copysign(z)
     gate = torch.where(falling < -_CLOSED, 0.0, 4.0 * e / (1.0 + e).square())
     value = 2.0 / tau + 2.0 * width * tanh / tau
-    slope = torch.where(tokens.clamped, 0.0, tokens.r * gate)
+    slope = tokens.r * gate
     bend = slope * (1.0 - tau * (1.0 + excess) / width * tanh)
     return _with_derivatives(tokens, _scaled(value, tokens), slope, bend)
 
@@ -195,9 +195,8 @@ def _quadratic(tokens: _Tokens, parameters: list[float]) -> _Loss:
     sign = torch.where(tokens.cost < 0.0, 1.0, -1.0)
     share = sign * (excess / width)
     value = tokens.r - 0.5 * _scaled(excess, tokens) * share
-    unclipped = torch.where(tokens.clamped, 0.0, tokens.r)
-    slope = unclipped * (1.0 - share)
-    bend = slope - unclipped * sign * (1.0 + excess) / width
+    slope = tokens.r * (1.0 - share)
+    bend = slope - tokens.r * sign * (1.0 + excess) / width
     return _with_derivatives(tokens, value, slope, bend)
 
 
@@ -225,14 +224,13 @@ def _with_derivatives(
 
     Autograd would round them more. The cost stays outside, because it may be infinite.
     """
-    step = _gradient_of(tokens.log_prob)
+    # Where the clamp acts, even a cost that is infinite or NaN has no gradient, as in min-clip.
+    step = torch.where(tokens.clamped, 0.0, _gradient_of(tokens.log_prob))
     first, second = step * slope, step * (slope + 0.5 * bend * step)
     # The derivative of the second would take an infinite cost times the step, which is 0.
     factor = value + torch.where(tokens.cost.isinf(), first, second)
-    # Where the clamp acts, an infinite cost has no gradient, as in min-clip.
     gradient = torch.where(tokens.clamped, 0.0, tokens.cost * slope)
-    cost = torch.where(tokens.clamped, tokens.cost * value, tokens.cost * factor)
-    return cost, gradient, None
+    return tokens.cost * factor, gradient, None
 
 
 _RULES: dict[str, Callable[[_Tokens, list[float]], _Loss]] = {
@@ -285,8 +283,12 @@ def _width(bound: torch.Tensor, bound_is_ratio: bool, down: torch.Tensor) -> tor
 
 
 def _gradient_of(log_prob: torch.Tensor) -> torch.Tensor:
-    """Zero, with the gradient of the log-prob; an infinite one has none, and a NaN stays."""
-    return torch.where(log_prob.isinf(), 0.0, log_prob - log_prob.detach())
+    """Zero, with the gradient of the log-prob, of an infinite one as well; a NaN stays."""
+    step = log_prob - log_prob.detach()
+    # In place and unrecorded, because torch.where would drop the gradient with the value.
+    with torch.no_grad():
+        step.masked_fill_(log_prob.isinf(), 0.0)
+    return step
 
 
 def _gap(x: torch.Tensor) -> torch.Tensor:
