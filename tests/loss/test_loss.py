@@ -23,6 +23,8 @@ import bandpo
 import bandpo.torch
 from bandpo.backends.select import default_backend, gpu_report
 from bandpo.check import Float64Array
+from bandpo.correction import Correction
+from bandpo.error import InvalidValueError
 from bandpo.loss import (
     PROBABILITY_EDGES,
     PolicyLoss,
@@ -34,6 +36,7 @@ from bandpo.tensors.bounds import bounds_of
 from conftest import BACKENDS
 from support.batches import Batch, assert_close, random_batch
 from support.formulas import BoundedTokens, dual_clipped, min_clip
+from support.surrogates import SURROGATES
 from support.waits import Waits
 
 Array: TypeAlias = NDArray[Any]
@@ -225,6 +228,50 @@ class TestMinClip:
         assert batch.old_log_prob.grad is None
         assert batch.advantages.grad is None
         assert not any(metric.requires_grad for metric in result.metrics.values())
+
+    @pytest.mark.parametrize("mode", ["token-mean", "none"])
+    @pytest.mark.parametrize("argument", ["old_log_prob", "anchor_log_prob", "rollout_log_prob"])
+    def test_a_gradient_to_other_log_probs_alone_is_refused(
+        self, argument: str, mode: str, backend: str
+    ) -> None:
+        batch = random_batch((3, 4))
+        options: dict[str, Any] = {"region": KL, "backend": backend, "loss_agg_mode": mode}
+        other = batch.old_log_prob.clone().requires_grad_()
+        if argument == "rollout_log_prob":
+            options["correction"] = Correction(region=KL)
+        if argument == "old_log_prob":
+            batch = batch._replace(old_log_prob=other)
+        else:
+            options[argument] = other
+        wanted = rf"log_prob must require a gradient if {argument} does.*swapped.*\.detach\(\)"
+        with pytest.raises(InvalidValueError, match=wanted):
+            batch.loss(**options)
+        # Metrics alone, and training with log-probs that nobody detached, want none of it.
+        with torch.no_grad():
+            batch.loss(**options)
+        leaf = batch.log_prob.clone().requires_grad_()
+        batch._replace(log_prob=leaf).loss(**options).loss.sum().backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        assert other.grad is None
+        if argument == "old_log_prob":  # a transform hides that its tensors require one
+            hidden = torch.func.vmap(lambda x: batch._replace(log_prob=x).loss(**options).loss)
+            assert hidden(batch.log_prob[None]).isfinite().all()
+
+    @pytest.mark.parametrize("surrogate", [*SURROGATES])
+    def test_a_log_prob_beside_itself_has_the_gradient_of_a_step_on_policy(
+        self, surrogate: str, backend: str
+    ) -> None:
+        """The ratio is 1, but does not cancel: the loss takes the old log-prob for a constant."""
+        batch = random_batch((3, 4), dtype=torch.float64)
+        batch.response_mask[:] = True
+        leaf = batch.log_prob.requires_grad_()
+        for old in (leaf, leaf * 1.0, leaf.detach()):
+            loss = batch._replace(old_log_prob=old).loss(
+                region=KL, surrogate=SURROGATES[surrogate], backend=backend,
+                loss_agg_mode="token-sum",
+            ).loss  # fmt: skip
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            torch.testing.assert_close(gradient, -batch.advantages, rtol=1e-14, atol=0.0)
 
     def test_gradient_through_the_loss_of_each_token(self, backend: str) -> None:
         batch = random_batch((3, 40))

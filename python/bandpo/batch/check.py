@@ -7,7 +7,7 @@ import torch
 
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.tensors.check import check_float, check_tensor
-from bandpo.tensors.internals import needs_no_dispatcher
+from bandpo.tensors.internals import is_transformed, needs_no_dispatcher
 
 
 def check_tokens(
@@ -90,6 +90,23 @@ def check_alike(
                 )
     rows, width = shape if len(shape) == 2 else (1, shape[0])
     return rows, width
+
+
+def check_gradient(log_prob: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Raises InvalidValueError if other log-probs require a gradient and ``log_prob`` does not.
+
+    A loss has a gradient to ``log_prob`` alone, so the policy would not be trained. Transforms are
+    left out, because in one a tensor may hide that it requires a gradient.
+    """
+    if log_prob.requires_grad or not torch.is_grad_enabled() or is_transformed():
+        return
+    for argument, other in others.items():
+        if other is not None and other.requires_grad:
+            raise InvalidValueError(
+                f"log_prob must require a gradient if {argument} does, because a loss has one to "
+                f"log_prob alone: are the two swapped? Without training, pass "
+                f"{argument}.detach()"
+            )
 
 
 def check_mask(response_mask: torch.Tensor) -> None:

@@ -11,7 +11,13 @@ import torch
 
 from bandpo.backends.contract import Backend, Count
 from bandpo.backends.select import select
-from bandpo.batch.check import check_cu_seqlens, check_mask, check_tokens, check_weights
+from bandpo.batch.check import (
+    check_cu_seqlens,
+    check_gradient,
+    check_mask,
+    check_tokens,
+    check_weights,
+)
 from bandpo.batch.metrics import Metrics, Statistics
 from bandpo.batch.tokens import Tokens, shaped, shaped_by_row
 from bandpo.check import check_bool, check_name, nonnegative_number
@@ -107,7 +113,9 @@ def policy_loss(
     tokens have no gradient (GMPO, arXiv 2507.20673).
 
     The gradient flows to ``log_prob`` alone, never to ``old_log_prob``, ``advantages`` or
-    ``rollout_is_weights``. Everything is computed in float32, or in float64 if a log-prob is.
+    ``rollout_is_weights``. So ``old_log_prob`` needs no detach(): where it is ``log_prob`` itself,
+    r is 1 and the gradient is ``-A``, as on policy. Everything is computed in float32, or in
+    float64 if a log-prob is.
 
     A ``log_ratio_penalty`` c adds ``c (ln r)^2`` to the loss of every token that counts, also of
     dropped ones, with the token's own r at every level (prime-rl; Kimi k1.5, arXiv 2501.12599).
@@ -214,7 +222,8 @@ def policy_loss(
             ones.
         InvalidValueError: If shapes or devices do not match, a value is out of range or a name not
             known, arguments do not go together, ``cu_seqlens`` or a global count (for
-            ``dp_size > 1``) is missing, or the backend cannot run on the tensors' device.
+            ``dp_size > 1``) is missing, other log-probs require a gradient and ``log_prob`` does
+            not, or the backend cannot run on the tensors' device.
         MissingExtraError: With backend "cuda", if neither cuda-bindings nor CuPy is installed.
         BrokenExtraError: With backend "cuda", if the kernels cannot run.
     """
@@ -244,6 +253,12 @@ def policy_loss(
     )
     given = (old_log_prob, log_prob, advantages, response_mask, weights, anchor_log_prob)
     shape = check_tokens(*given)
+    check_gradient(
+        log_prob,
+        old_log_prob=old_log_prob,
+        anchor_log_prob=anchor_log_prob,
+        rollout_log_prob=rollout_log_prob,
+    )
     _check_sequences(rule, reduction, cu_seqlens, log_prob)
     chosen = select(backend, log_prob.device)
 
