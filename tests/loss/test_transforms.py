@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import bandpo
-from bandpo.error import InvalidTypeError
+from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.loss import levels
 from bandpo.region import BySign
 from bandpo.schedule import Linear, ScheduledBand
@@ -394,6 +394,23 @@ def test_masked_tensors_are_refused_with_what_to_pass(batch: Batch, backend: str
         masked = torch.masked.masked_tensor(batch.old_log_prob, batch.response_mask.bool())
         with pytest.raises(InvalidTypeError, match=r"old_log_prob must be .* \.get_data\(\)"):
             batch._replace(old_log_prob=masked).loss(region=REGIONS[0], backend=backend)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("region", REGIONS, ids=["table", "constants"])
+def test_a_trace_of_torchscript_is_refused_with_what_to_use(
+    batch: Batch, region: bandpo.Region, mode: str, backend: str
+) -> None:
+    module = bandpo.loss.PolicyLoss(region, backend=backend, loss_agg_mode=mode)  # type: ignore[arg-type]
+    example = tuple(batch)
+
+    def loss(*tokens: Tensor) -> Tensor:
+        return module(*tokens).loss
+
+    for traced in (loss, module):
+        with pytest.raises(InvalidValueError, match=r"outside of torch\.jit\.trace.*compile"):
+            torch.jit.trace(traced, example)  # type: ignore[no-untyped-call]
+    assert module(*batch).loss.isfinite()  # and nothing of the trace stays
 
 
 class _Wrapped(Tensor):

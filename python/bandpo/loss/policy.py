@@ -223,10 +223,15 @@ def policy_loss(
         InvalidValueError: If shapes or devices do not match, a value is out of range or a name not
             known, arguments do not go together, ``cu_seqlens`` or a global count (for
             ``dp_size > 1``) is missing, other log-probs require a gradient and ``log_prob`` does
-            not, or the backend cannot run on the tensors' device.
+            not, the backend cannot run on the tensors' device, or the call is in `torch.jit.trace`.
         MissingExtraError: With backend "cuda", if neither cuda-bindings nor CuPy is installed.
         BrokenExtraError: With backend "cuda", if the kernels cannot run.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise InvalidValueError(
+            "policy_loss must be called outside of torch.jit.trace, which would keep the shapes "
+            "and the region of one batch for all others: use torch.compile"
+        )
     rule = Rule.of(resolved(region), surrogate, dual_clip, ratio_level)
     # Not checked at every call, because the default needs no check.
     if type(log_ratio_penalty) is not float or log_ratio_penalty != 0.0:
