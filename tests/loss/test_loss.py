@@ -35,6 +35,7 @@ from bandpo.schedule import Linear, ScheduledBand
 from bandpo.tensors.bounds import bounds_of
 from conftest import BACKENDS
 from support.batches import Batch, assert_close, random_batch
+from support.elsewhere import Elsewhere
 from support.formulas import BoundedTokens, dual_clipped, min_clip
 from support.surrogates import SURROGATES
 from support.waits import Waits
@@ -880,6 +881,20 @@ def test_the_host_never_waits(mode: str, backend: str) -> None:
             ):
                 torch.autograd.backward(result.loss)
         assert waits.names == []
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("token-sum", "none")])
+def test_a_count_may_be_on_another_device_if_it_is_a_number(mode: str, backend: str) -> None:
+    batch = random_batch((4, 8))
+    options: dict[str, Any] = {"region": CLIP, "loss_agg_mode": mode, "backend": backend}
+    options["loss_scale_factor"] = 8.0
+    argument = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+    wanted = batch.loss(**options, **{argument: 9}).loss
+    found = batch.loss(**options, **{argument: Elsewhere(torch.tensor(9), "cuda:1")}).loss
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(InvalidValueError, match=f"{argument} must hold a number, got one on dev"):
+        batch.loss(**options, **{argument: torch.tensor(9, device="meta")})
 
 
 @pytest.mark.parametrize("mode", MODES)

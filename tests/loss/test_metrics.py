@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ import torch
 from torch.utils.data import default_collate
 
 from bandpo import Band, Clip, Mask
+from bandpo.batch.metrics import Statistics
 from bandpo.check import MAX_LOG_PROB
 from bandpo.correction import Correction, rollout_correction
 from bandpo.error import InvalidTypeError, InvalidValueError
 from bandpo.loss import Metrics, policy_loss
 from support.batches import Batch, random_batch
+from support.elsewhere import Elsewhere
 
 BAND = Band("kl", 0.05)
 
@@ -207,6 +210,56 @@ def test_metrics_of_a_compiled_loss_can_be_merged(backend: str) -> None:
     parts = [compiled(*part(batch, rows)) for rows in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11])]
     assert_same(Metrics.merge(parts), wanted)
     torch.compiler.reset()
+
+
+def moved(metrics: Metrics, device: str) -> Statistics:
+    """What metrics are made of on a device that this machine need not have."""
+    made_of = metrics._statistics
+    statistics = made_of if isinstance(made_of, Statistics) else made_of()  # type: ignore[misc]
+
+    def there(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: Elsewhere(tensor, device) for name, tensor in tensors.items()}
+
+    sums, minima, maxima = map(there, statistics[:3])
+    return statistics._replace(sums=sums, minima=minima, maxima=maxima)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_metrics_of_several_devices_are_merged_on_the_cpu(rule: str) -> None:
+    batch, options = whole_batch(), {**RULES[rule], "backend": "torch"}
+    parts = [part(batch, rows).loss(**options).metrics for rows in SPLIT]
+    devices = ("cuda:0", "cuda:1", "cpu", "cuda:1", "xpu")
+    apart = [
+        given if device == "cpu" else Metrics(partial(moved, given, device))
+        for given, device in zip(parts, devices, strict=True)
+    ]
+    merged = Metrics.merge(apart)
+    assert {type(value) for value in merged.values()} == {torch.Tensor}
+    assert_same(merged, Metrics.merge(parts))
+    # On one device nothing is copied.
+    there = Statistics.merged([moved(given, "cuda:1") for given in parts[:2]])
+    assert {str(value.device) for value in there.sums.values()} == {"cuda:1"}
+
+
+def on_meta(**options: Any) -> Metrics:
+    return Batch(*(column.to("meta") for column in whole_batch())).loss(**options).metrics
+
+
+def test_metrics_without_numbers_are_refused_where_numbers_are_needed() -> None:
+    with_numbers, without = whole_batch().loss(region=BAND).metrics, on_meta(region=BAND)
+    for parts in ([with_numbers, without], [without, with_numbers]):
+        with pytest.raises(InvalidValueError, match="parts must hold numbers, got 'valid' on dev"):
+            Metrics.merge(parts)
+    assert Metrics.merge([without, without])["entropy"].is_meta
+    for metrics in (without, Metrics({"loss": torch.ones(()), **without})):
+        with pytest.raises(InvalidValueError, match="metrics must hold numbers, got 'clip_fr"):
+            metrics.scalars()
+
+
+def test_scalars_of_several_devices_are_read_from_each() -> None:
+    there = Elsewhere(torch.tensor(0.25), "cuda:1")
+    metrics = Metrics({"here": torch.tensor(3, dtype=torch.int64), "there": there})
+    assert metrics.scalars() == {"here": 3.0, "there": 0.25}
 
 
 @pytest.mark.parametrize(

@@ -137,10 +137,14 @@ class Weight(NamedTuple):
         return self.numerator / max(count, 1)
 
     def times(self, total: torch.Tensor) -> torch.Tensor:
-        """Returns a total times the quotient, without waiting for a count on a device."""
+        """Returns a total times the quotient; waits for a count on another device alone."""
         numerator, count = self
         total = total if numerator == 1 else total * numerator
-        return total / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
+        if not isinstance(count, torch.Tensor):
+            return total / max(count, 1)
+        # Any device divides by a number of the CPU, without a copy.
+        count = count if count.is_cpu else count.to(total.device)
+        return total / count.clamp(min=1)
 
     def on(self, device: torch.device) -> tuple[float, torch.Tensor | None]:
         """Returns the numerator and the count, float64 on a device; None if that is 1."""

@@ -39,17 +39,22 @@ class Statistics(NamedTuple):
         return self.formula(self, *self.arguments)
 
     def on_cpu(self) -> Statistics:
-        """Returns the same on the CPU."""
+        """Returns the same on the CPU.
+
+        Raises:
+            InvalidValueError: If the tensors hold no numbers.
+        """
         return self._replace(
             sums=_on_cpu(self.sums), minima=_on_cpu(self.minima), maxima=_on_cpu(self.maxima)
         )
 
     @classmethod
     def merged(cls, parts: list[Statistics]) -> Statistics:
-        """Returns the statistics of several batches together.
+        """Returns the statistics of several batches together, on their device if it is one.
 
         Raises:
-            InvalidValueError: If there is none, or they are not made for the same metrics.
+            InvalidValueError: If there is none, they are not made for the same metrics, or some of
+                them alone hold no numbers.
         """
         if not parts:
             raise InvalidValueError("parts must hold at least one Metrics, got none")
@@ -61,6 +66,8 @@ class Statistics(NamedTuple):
                     f"{list(first.sums)} for {first.arguments} and of {list(part.sums)} for "
                     f"{part.arguments}"
                 )
+        if len({tensor.device for part in parts for tensor in part.sums.values()}) > 1:
+            parts = [part.on_cpu() for part in parts]
         sums = {name: [part.sums[name] for part in parts] for name in first.sums}
         minima = {name: [part.minima[name] for part in parts] for name in first.minima}
         maxima = {name: [part.maxima[name] for part in parts] for name in first.maxima}
@@ -121,15 +128,16 @@ class Metrics(Mapping[str, torch.Tensor]):
         tensor(0.5000)
 
         Args:
-            parts: Metrics of one rule; a rank of a group may have none.
+            parts: Metrics of one rule; a rank of a group may have none. Those of several devices
+                are merged on the CPU, for which the host waits.
             group: Process group of ranks whose metrics are merged as well, such as
                 ``torch.distributed.group.WORLD``. All of them must call. They get the same result,
                 on the CPU, for which the host waits.
 
         Raises:
             InvalidTypeError: If a part is no Metrics, on any rank.
-            InvalidValueError: If there is no part, or parts are of different rules or dtypes, or
-                were made from values alone, likewise.
+            InvalidValueError: If there is no part, or parts are of different rules or dtypes, were
+                made from values alone, or would leave the device meta, likewise.
         """
         if not isinstance(parts, Iterable):
             raise InvalidTypeError(f"parts must be several Metrics, got {type(parts).__name__}")
@@ -155,6 +163,7 @@ class Metrics(Mapping[str, torch.Tensor]):
 
         Raises:
             InvalidTypeError: If the prefix is not a str.
+            InvalidValueError: If a metric is on the device meta.
         """
         check_text("prefix", prefix)
         names: list[str] = []
@@ -165,7 +174,10 @@ class Metrics(Mapping[str, torch.Tensor]):
                 ends = [f"/{k}" for k in range(value.numel())] if value.ndim else [""]
             names += [prefix + name + end for end in ends]
         # One copy, because each waits. Float64 holds every count; MPS does not have it.
+        _check_numbers("metrics", values)
         parts = [value.reshape(-1) for value in values.values()]
+        if len({part.device for part in parts}) > 1:
+            parts = [part.cpu() for part in parts]
         on_mps = any(part.device.type == "mps" for part in parts)
         dtype = torch.float32 if on_mps else torch.float64
         row = torch.cat([part.to(dtype) for part in parts]).tolist() if parts else []
@@ -241,6 +253,7 @@ def _statistics_of(metrics: Metrics) -> Statistics:
 
 def _on_cpu(tensors: Tensors) -> Tensors:
     """The tensors on the CPU, by one copy for each dtype."""
+    _check_numbers("parts", tensors)
     found = dict(tensors)
     for dtype in {tensor.dtype for tensor in tensors.values()}:
         names = [name for name, tensor in tensors.items() if tensor.dtype == dtype]
@@ -249,6 +262,13 @@ def _on_cpu(tensors: Tensors) -> Tensors:
             size = tensors[name].numel()
             found[name], row = row[:size].reshape(tensors[name].shape), row[size:]
     return found
+
+
+def _check_numbers(argument: str, tensors: Tensors) -> None:
+    """Raises InvalidValueError if a tensor is on the device meta."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise InvalidValueError(f"{argument} must hold numbers, got {name!r} on device meta")
 
 
 def _texts(value: torch.Tensor) -> list[str]:

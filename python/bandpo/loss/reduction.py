@@ -148,7 +148,16 @@ class Reduction(NamedTuple):
         Args:
             valid_tokens: Returns how many tokens of the batch count; called only if needed.
             batch: The tokens.
+
+        Raises:
+            InvalidValueError: If a count has no number, and the tokens have.
         """
+        for argument, count in (
+            ("batch_num_tokens", self.tokens),
+            ("global_batch_size", self.sequences),
+        ):
+            if isinstance(count, torch.Tensor) and count.is_meta and not batch.log_prob.is_meta:
+                raise InvalidValueError(f"{argument} must hold a number, got one on device meta")
         if self.mode == "token-sum":
             return Weight(self.dp_size, 1)
         if self.mode == "token-mean":
