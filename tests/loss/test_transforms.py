@@ -132,6 +132,26 @@ def _traced(tracing: Any) -> Any:
     return run
 
 
+class _Called(torch.nn.Module):
+    """A module that is a loss, for `torch.export`."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.loss(x)
+
+
+def _exported(strict: bool) -> Any:
+    def run(loss: Loss, x: Tensor) -> Tensor:
+        example = (torch.zeros_like(x) - 3.0,)
+        program = torch.export.export(_Called(loss), example, strict=strict)
+        return _backward(program.module(), x)
+
+    return run
+
+
 def _compiled(function: Callable[[Loss, Tensor], Tensor]) -> Any:
     def run(loss: Loss, x: Tensor) -> Tensor:
         torch.compiler.reset()
@@ -276,6 +296,8 @@ GRADIENTS: dict[str, Callable[[Loss, Tensor], Tensor]] = {
     "make_fx, real": _traced("real"),
     "make_fx, fake": _traced("fake"),
     "make_fx, symbolic": _traced("symbolic"),
+    "export": _exported(False),
+    "export, strict": _exported(True),
     "compiled": lambda loss, x: _backward(torch.compile(loss, backend="aot_eager"), x),
     "compiled grad": _compiled(lambda loss, x: torch.func.grad(loss)(x)),
     "compiled vmap of grad": _compiled(
@@ -306,7 +328,7 @@ TANGENTS: dict[str, Callable[[Loss, Tensor], Tensor]] = {
 SLOW = [
     name
     for name in (*VALUES, *GRADIENTS, *TANGENTS)
-    if name.startswith(("compiled", "make_fx", "linearize"))
+    if name.startswith(("compiled", "make_fx", "export", "linearize"))
 ]
 """Ways that compile or trace."""
 
@@ -485,6 +507,36 @@ def test_a_mask_may_be_made_in_inference_mode(
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("name", ["response_mask", "advantages", "batch_num_tokens"])
+def test_a_compiled_loss_takes_copies_of_tensors_of_inference_mode(
+    batch: Batch, name: str, backend: str
+) -> None:
+    """Torch saves inputs of a graph for its backward pass, and refuses these; native needs few."""
+    given = {**batch._asdict(), "batch_num_tokens": torch.tensor(9.0)}
+    with torch.inference_mode():
+        made = given[name].clone()
+
+    def loss(log_prob: Tensor, made: Tensor) -> Tensor:
+        return bandpo.policy_loss(
+            **{**given, "log_prob": log_prob, name: made}, region=REGIONS[0], backend=backend
+        ).loss
+
+    def gradient(function: Callable[[Tensor, Tensor], Tensor], made: Tensor) -> Tensor:
+        leaf = batch.log_prob.detach().clone().requires_grad_()
+        return torch.autograd.grad(function(leaf, made), leaf)[0]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    wanted = gradient(loss, given[name])
+    assert made.is_inference()
+    torch.testing.assert_close(gradient(loss, made), wanted)
+    torch.testing.assert_close(gradient(compiled, made.clone()), wanted)
+    if backend == "native" and name != "batch_num_tokens":
+        torch.testing.assert_close(gradient(compiled, made), wanted)
+    else:
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            gradient(compiled, made)
+
+
 NEW: dict[str, Callable[[], Any]] = {
     "clip": lambda: bandpo.Clip(0.2, 0.28),
     "band": lambda: bandpo.Band("kl", 0.05).cap(10),
@@ -532,6 +584,26 @@ def test_a_region_may_be_new_in_a_transform(
     for _ in range(2):  # a tensor of the first transform is dead in the second
         ways[name](loss_by(new), batch.log_prob)
     torch.testing.assert_close(_backward(loss_by(new), batch.log_prob), wanted)
+
+
+@pytest.mark.parametrize("name", ["make_fx, fake", "make_fx, symbolic", "export", "export, strict"])
+@pytest.mark.parametrize("region", NEW)
+def test_a_graph_has_the_numbers_of_a_region_that_is_new_in_its_trace(
+    region: str, name: str, batch: Batch, backend: str
+) -> None:
+    """Its constants are of no trace, so that the graph does not hold memory that nothing fills."""
+    new = NEW[region]()
+
+    def loss(x: Tensor) -> Tensor:
+        return batch._replace(log_prob=x).loss(region=new, backend=backend).loss
+
+    found = GRADIENTS[name](loss, batch.log_prob)
+    wanted = _backward(
+        lambda x: batch._replace(log_prob=x).loss(region=NEW[region](), backend=backend).loss,
+        batch.log_prob,
+    )
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(_backward(loss, batch.log_prob), wanted)
 
 
 @pytest.mark.parametrize("exact", [False, True])

@@ -124,6 +124,9 @@ def policy_loss(
     Masked tokens have no effect, even if they hold NaN or inf. A NaN in a token that counts makes
     the loss NaN. If no token counts, the loss and its gradient are 0.
 
+    Tensors may be made in `torch.inference_mode`. A function that `torch.compile` compiles needs
+    clones of them, because torch saves its inputs for the backward pass and refuses these.
+
     Modes, over the tokens that count, as verl defines them; sequences without such a token do not
     count:
 

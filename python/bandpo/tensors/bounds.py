@@ -142,7 +142,7 @@ class _LiveBounds:
         if kept is None:
             check_no_capture(device)
             # Otherwise it could not be refilled later, or would belong to a transform.
-            with torch.inference_mode(False), outside_transforms():
+            with torch.inference_mode(False), outside_transforms(device):
                 if isinstance(self._region, Clip):
                     tensor = torch.empty(2, dtype=dtype, device=device)
                 else:  # the next table may be larger
@@ -165,7 +165,7 @@ class _LiveBounds:
 
     def _fill(self, kept: Cached) -> None:
         tensor = kept.tensor
-        with outside_transforms():
+        with outside_transforms(tensor.device):
             if isinstance(self._region, Clip):
                 tensor.copy_(_constants(self._region, tensor.dtype, tensor.device))
             else:

@@ -73,7 +73,7 @@ def cached(
     if found is None:
         check_no_capture(device)
         # Otherwise autograd could not save it later, and it would belong to a transform.
-        with torch.inference_mode(False), outside_transforms():
+        with torch.inference_mode(False), outside_transforms(device):
             tensor = make()
         if type(tensor) is not torch.Tensor:  # a fake one would outlive its mode
             return tensor

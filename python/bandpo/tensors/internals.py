@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.utils._python_dispatch
 
 _transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
 _no_transforms = getattr(torch._C, "_DisableFuncTorch", nullcontext)
+_no_modes = getattr(torch.utils._python_dispatch, "_disable_current_modes", nullcontext)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _mode_of = getattr(torch._C, "_get_dispatch_mode", lambda key: None)
 _mode_keys = getattr(torch._C, "_TorchDispatchModeKey", None)
+_exports = getattr(torch.compiler, "is_exporting", lambda: False)
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore: True)
 
@@ -26,10 +30,16 @@ def is_transformed() -> bool:
     return _transforms_are_active() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
-def outside_transforms() -> AbstractContextManager[object]:
-    """Returns a context without `torch.func` transforms, whose tensors outlive them."""
-    context: AbstractContextManager[object] = _no_transforms()
-    return context
+@contextmanager
+def outside_transforms(device: torch.device) -> Iterator[None]:
+    """A context without `torch.func` transforms, fake modes and traces; its tensors outlive them.
+
+    Args:
+        device: That of the tensors. A fake one may not exist here, and is left to its mode.
+    """
+    exists = device.type in ("cpu", "meta") or (device.type == "cuda" and torch.cuda.is_available())
+    with _no_transforms(), _no_modes() if exists else nullcontext():
+        yield
 
 
 def is_concrete(tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
@@ -78,7 +88,7 @@ def faked(tensor: torch.Tensor) -> torch.Tensor:
 
     A trace keeps its constants, so it gets the tensor itself.
     """
-    if _modes() == 0 or _mode_keys is None or _mode_of(_mode_keys.PROXY) is not None:
+    if _modes() == 0 or _mode_keys is None or _mode_of(_mode_keys.PROXY) is not None or _exports():
         return tensor
     mode = _mode_of(_mode_keys.FAKE)
     found: torch.Tensor = tensor if mode is None else mode.from_tensor(tensor)
