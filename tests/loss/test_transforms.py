@@ -512,14 +512,13 @@ def test_a_compiled_loss_takes_copies_of_tensors_of_inference_mode(
     batch: Batch, name: str, backend: str
 ) -> None:
     """Torch saves inputs of a graph for its backward pass, and refuses these; native needs few."""
-    given = {**batch._asdict(), "batch_num_tokens": torch.tensor(9.0)}
+    given: dict[str, Any] = {**batch._asdict(), "batch_num_tokens": torch.tensor(9.0)}
     with torch.inference_mode():
         made = given[name].clone()
+    given |= {"region": REGIONS[0], "backend": backend}
 
     def loss(log_prob: Tensor, made: Tensor) -> Tensor:
-        return bandpo.policy_loss(
-            **{**given, "log_prob": log_prob, name: made}, region=REGIONS[0], backend=backend
-        ).loss
+        return bandpo.policy_loss(**{**given, "log_prob": log_prob, name: made}).loss
 
     def gradient(function: Callable[[Tensor, Tensor], Tensor], made: Tensor) -> Tensor:
         leaf = batch.log_prob.detach().clone().requires_grad_()
