@@ -126,7 +126,8 @@ def rust() -> Iterator[Row]:
     """Lines and regions of each folder of Rust that its own tests run."""
     build = {
         "CARGO_PROFILE_TEST_OPT_LEVEL": "0",  # compiled in a third of the time
-        "RUSTFLAGS": "-C instrument-coverage",
+        # Not every build of LLVM's tools reads compressed names.
+        "RUSTFLAGS": "-C instrument-coverage -C llvm-args=-enable-name-compression=false",
         "RUST_MIN_STACK": str(2**26),  # such a build keeps every register of a vector on the stack
         "CARGO_TARGET_DIR": str(PLACE / "target"),
         "LLVM_PROFILE_FILE": str(PLACE / "rust-%p.profraw"),

@@ -131,6 +131,9 @@ impl<T: Float, R: Rule, const ANCHORED: bool> Apply<'_, T, R, ANCHORED> {
             clamped: lanes.less(lanes.splat(LOG_RATIO_LIMIT), lanes.abs(unclamped)),
             beyond: if R::Selection::NEEDS_WIDTH {
                 lanes.less(width, lanes.abs(excess))
+            } else if ANCHORED {
+                // Where anchor and old are 0, the place of the bound is 0/0, and the token is beyond it.
+                lanes.or(lanes.less(zero, clipped_ratio), lanes.is_nan(clipped_ratio))
             } else {
                 lanes.less(zero, clipped_ratio)
             },

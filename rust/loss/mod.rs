@@ -168,8 +168,8 @@ pub struct Outputs<'a, T> {
 /// Writes the loss of every token and its gradient with respect to `log_prob`. Returns the totals, which are
 /// independent of the weight.
 ///
-/// Tokens that do not count get 0 for both. A NaN makes loss and gradient of its token NaN. Results are the same
-/// bit for bit on any number of threads.
+/// Tokens that do not count get 0 for both. A NaN makes the loss of its token NaN, and the gradient where no bound or
+/// clamp makes that 0. Results are the same bit for bit on any number of threads.
 ///
 /// # Errors
 /// [`Error::Length`] if two slices differ in length, [`Error::Argument`] if a parameter of the surrogate

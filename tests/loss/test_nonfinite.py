@@ -261,7 +261,6 @@ def test_the_gradient_at_an_infinity_is_the_limit_of_those_before_it(
                 torch.testing.assert_close(*gradients, rtol=0.0, atol=0.0)
 
 
-@pytest.mark.xfail(reason="rust/loss/apply.rs takes a NaN bound for none")
 def test_bounds_at_an_anchor_that_divides_zero_by_zero_are_unknown() -> None:
     """Anchor and old log-prob are -inf: 1 is far beyond the cap, whose place is 0/0."""
     never = torch.tensor([[-math.inf]])
