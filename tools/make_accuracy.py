@@ -338,8 +338,8 @@ def exhaustive(path: Path) -> str:
 ## Every float32
 
 `bandpo table verify --exhaustive` compares a table with the solver at every float32 log-probability
-in [-104, 0]. The results are those of `docs/accuracy-exhaustive.json`. On two cores with AVX2 it took 60 s for kl. For a
-divergence given as text it takes about ten times as long.
+in [-104, 0]. The results are those of `docs/accuracy-exhaustive.json`. On two cores with AVX2 it
+took 60 s for kl. For a divergence given as text it takes about ten times as long.
 
 {table(["divergence", "delta", "values", "log_upper", "lower"], rows)}
 """
