@@ -44,16 +44,19 @@ OUTCOMES = {"CaughtMutant": "killed", "Timeout": "killed", "MissedMutant": "surv
 
 
 def copy() -> Path:
-    """A copy of the crate at a place of its own, so that a build continues the one before."""
+    """A copy of the crate at a place of its own, so that a build continues the one before.
+
+    Its files are of now, because the build before may be of a change that was interrupted.
+    """
     place = PLACE / "crate"
     shutil.rmtree(place, ignore_errors=True)
     for name in COPIED:
         to = place / name
         to.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, to)
+            shutil.copytree(ROOT / name, to, copy_function=shutil.copy)
         else:
-            shutil.copy2(ROOT / name, to)
+            shutil.copy(ROOT / name, to)
     return place
 
 
