@@ -82,7 +82,8 @@ def outcomes(crate: Path, folder: str, step: int) -> list[tuple[str, dict[str, A
         command = [
             *("cargo", "mutants", "--in-place", *files(folder), "--output", output),
             *("--shard", f"0/{step}", "--sharding", "round-robin", "--no-shuffle"),
-            *("--timeout", "300", "--", "--locked", "--lib", "--", f"{folder}::", "--skip", SLOW),
+            *("--timeout-multiplier", "5", "--minimum-test-timeout", "30"),
+            *("--", "--locked", "--lib", "--", f"{folder}::", "--skip", SLOW),
         ]  # fmt: skip
         done = subprocess.run(command, cwd=crate, env={**os.environ, **QUICK}, check=False)
         assert done.returncode in (0, 2, 3), f"cargo mutants ended with {done.returncode}"
