@@ -370,6 +370,65 @@ fn bad_arguments_are_refused_before_anything_is_written() {
 }
 
 #[test]
+fn every_slice_of_another_length_is_refused_by_its_name() {
+    let (one, two) = ([-1.0_f64], [-1.0_f64; 2]);
+    let fit = Tokens {
+        old_log_prob: &two,
+        log_prob: &two,
+        log_ratio: Some(&two),
+        anchor_log_prob: Some(&two),
+        advantages: Advantages::PerToken(&two),
+        mask: &[1, 1],
+    };
+    let rows = Advantages::PerRow { values: &two, row_length: 2 };
+    let bounds = |log_lower, log_upper| BoundSource::PerToken { log_lower, log_upper };
+    let short = [
+        ("old_log_prob", Tokens { old_log_prob: &one, ..fit }, bounds(&two, &two)),
+        ("log_ratio", Tokens { log_ratio: Some(&one), ..fit }, bounds(&two, &two)),
+        ("anchor_log_prob", Tokens { anchor_log_prob: Some(&one), ..fit }, bounds(&two, &two)),
+        (
+            "advantages",
+            Tokens { advantages: Advantages::PerToken(&one), ..fit },
+            bounds(&two, &two),
+        ),
+        ("advantages", Tokens { advantages: rows, ..fit }, bounds(&two, &two)),
+        ("mask", Tokens { mask: &[1], ..fit }, bounds(&two, &two)),
+        ("log_lower", fit, bounds(&one, &two)),
+        ("log_upper", fit, bounds(&two, &one)),
+    ];
+    let call = |tokens: &Tokens<'_, f64>, bounds: &BoundSource<'_, f64>, sizes: [usize; 2]| {
+        let [mut losses, mut gradient] = sizes.map(|size| vec![7.0; size]);
+        let result = policy_loss(tokens, bounds, MIN_CLIP, false, both(&mut losses, &mut gradient));
+        assert!(result.is_ok() || losses.iter().chain(&gradient).all(|&number| number == 7.0));
+        result.map_err(|error| error.to_string())
+    };
+    for (name, tokens, bounds) in short {
+        let actual = if matches!(tokens.advantages, Advantages::PerRow { .. }) { 4 } else { 1 };
+        let message = format!("{name} has {actual} elements, expected 2");
+        assert_eq!(call(&tokens, &bounds, [2, 2]), Err(message));
+    }
+    for (name, sizes) in [("per_token", [1, 2]), ("gradient", [2, 1])] {
+        let message = format!("{name} has 1 elements, expected 2");
+        assert_eq!(call(&fit, &bounds(&two, &two), sizes), Err(message));
+    }
+    assert!(call(&fit, &bounds(&two, &two), [2, 2]).is_ok());
+}
+
+#[test]
+fn advantages_of_rows_are_repeated_from_any_token_on() {
+    let each = [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 3.0, 3.0, 4.0, 4.0, 4.0];
+    let rows = Advantages::PerRow { values: &[1.0, 2.0, 3.0, 4.0], row_length: 3 };
+    for start in 0..each.len() {
+        for end in start..=each.len() {
+            let mut buffers = [vec![7.0; end - start], vec![7.0; end - start]];
+            let [of_rows, of_tokens] = &mut buffers;
+            assert_eq!(rows.block(start, of_rows), &each[start..end]);
+            assert_eq!(Advantages::PerToken(&each).block(start, of_tokens), &each[start..end]);
+        }
+    }
+}
+
+#[test]
 fn each_surrogate_equals_its_formula() {
     // (x, A): inside, at a bound, beyond on the side of A and on the other, beyond the clamp.
     let cases = [
