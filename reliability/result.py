@@ -112,6 +112,12 @@ def _write(
         print(f"{row.check}: {row.cases:,} cases; {row.words()}", flush=True)
 
 
+def read(part: str) -> list[Row]:
+    """The rows of the last run of a part."""
+    path = RESULTS / f"{part}.json"
+    return rows_of(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+
+
 def rows_of(content: Mapping[str, Any]) -> list[Row]:
     """The rows of a file that was read."""
     return [Row(**row) for row in content["rows"]]

@@ -89,10 +89,10 @@ def test_a_signal_stops_a_native_loss_of_many_tokens() -> None:
     logp = np.full(30_000_000, -1.0, np.float32)
     mask, gradient = np.ones(len(logp), np.uint8), np.full_like(logp, 7.0)
     one, bounds = np.ones(1, np.float32), np.array([-0.2, 0.2], np.float32)
-    rule = ("min-clip", [], False, None, 1.0, None)
 
     def call() -> None:
-        _core.policy_loss(logp, logp, None, one, mask, bounds, len(logp), *rule, gradient)
+        batch = (logp, logp, None, one, mask, bounds, len(logp))
+        _core.policy_loss(*batch, "min-clip", [], False, None, 1.0, None, gradient)
 
     with pytest.raises(Stop), signal_soon(0.01):
         call()
