@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike
 
-from bandpo import Band, Divergence, PriceBand, Region, _core
+from bandpo import Band, Clip, Divergence, PriceBand, Region, _core, generator, parts
 from bandpo.check import Float64Array
-from bandpo.region import Dcpo, parts
+from bandpo.region import Dcpo, sides
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals of Unix")
 
@@ -70,6 +70,10 @@ CALLS: dict[str, Callable[[Float64Array], object]] = {
     "prices": lambda logp: PriceBand("kl", 0.1).log_bounds(logp),
     "membership of a price": lambda logp: PriceBand("kl", 0.1).contains(logp, logp / 64.0),
     "diagnosis": lambda logp: Band("kl", 0.05).diagnose(logp),
+    "divergences of a function": lambda logp: [
+        Divergence.from_callable(square).between(logp, logp / 64.0) for _ in range(9)
+    ],
+    "membership of a clip": lambda logp: [Clip(0.2).contains(logp, logp / 64.0) for _ in range(99)],
     "closed form": lambda logp: [Dcpo().bounds(logp) for _ in range(99)],
     "ratios": lambda logp: [Stored().bounds(logp) for _ in range(999)],
 }
@@ -154,3 +158,37 @@ def test_parts_of_numpy_change_no_bit_and_take_every_shape(
         for a, b in zip(call(values), wanted, strict=True):
             assert a.shape == values.shape
             assert np.array_equal(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Clip(0.2).log_bounds,
+        lambda logp: Clip(0.2).contains(logp, logp / 8.0),
+        lambda logp: Dcpo().contains(logp, logp / 8.0),
+        (Clip(0.2) | Dcpo()).log_bounds,
+        (Clip(0.2) & Dcpo()).log_bounds,
+        lambda logp: (Clip(0.2) | Dcpo()).contains(logp, logp / 8.0),
+        lambda logp: (Clip(0.2) & Dcpo()).contains(logp, logp / 8.0),
+        lambda logp: sides(lower=Clip(0.2), upper=Dcpo()).contains(logp, logp / 8.0),
+    ],
+)
+def test_parts_of_regions_change_no_bit(
+    call: Callable[[Float64Array], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logp = np.append(tokens(1000), [-np.inf, np.nan, -800.0, -0.0]).reshape(4, -1)
+    whole = np.asarray(call(logp))
+    monkeypatch.setattr(parts, "_PART", 7)
+    found = np.asarray(call(logp))
+    assert found.dtype == whole.dtype
+    assert np.array_equal(found, whole, equal_nan=whole.dtype != np.bool_)
+
+
+def test_blocks_of_a_function_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    divergence = Divergence.from_callable(square)
+    band, logp = Band(divergence, np.linspace(0.01, 0.2, 1000)), tokens(1000)
+    ratios = np.random.default_rng(1).normal(size=1000)
+    whole = divergence.between(logp, ratios), band.contains(logp, ratios)
+    monkeypatch.setattr(generator, "BLOCK", 7)
+    found = divergence.between(logp, ratios), band.contains(logp, ratios)
+    assert np.array_equal(found, whole, equal_nan=True)

@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 import torch
 
 import bandpo
-from bandpo import Band, Clip
+from bandpo import Band, Clip, order
 from bandpo.correction import (
     MISMATCH_LIMIT,
     Correction,
@@ -27,6 +27,7 @@ from bandpo.correction import (
     rollout_correction,
     warning,
 )
+from bandpo.correction.metrics import _quantiles
 from bandpo.error import InvalidTypeError, InvalidValueError, MismatchWarning
 from bandpo.loss import LOG_RATIO_LIMIT, PROBABILITY_EDGES, PolicyLoss, policy_loss
 from bandpo.schedule import Linear, ScheduledBand
@@ -647,3 +648,20 @@ def test_a_mask_of_floats_has_0_and_1_alone(value: float) -> None:
     mask[1, 1] = value
     with pytest.raises(InvalidValueError, match="response_mask must hold 0 and 1 if it is a float"):
         Correction(Clip(0.2))(log_prob, log_prob, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ends", [(), (math.inf,), (math.nan,), (0.0, -0.0, 0.0)])
+def test_quantiles_of_many_weights_are_those_of_a_sort(
+    ends: tuple[float, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order, "_SORTED", 5)
+    weight = torch.randn(1000, dtype=dtype, generator=torch.Generator().manual_seed(3)).exp()
+    weight[: len(ends)] = torch.tensor(ends, dtype=dtype)
+    valid = torch.ones(1000, dtype=torch.bool)
+    valid[10:20] = False
+    found = _quantiles(weight, valid, valid.sum())
+    wanted = weight[valid].double()
+    for percent in (1, 50, 99):
+        quantile = torch.quantile(wanted, percent / 100.0).to(dtype)
+        torch.testing.assert_close(found(percent), quantile, equal_nan=True)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bandpo import Clip, Region
+from bandpo import Clip, Region, order, parts
 from bandpo.check import Float64Array
 from bandpo.error import InvalidTypeError, InvalidValueError
-from bandpo.schedule import Quantile, RegionSource, SecondMoment
+from bandpo.schedule import Bapo, Quantile, RegionSource, SecondMoment
 
 ROUNDING = 1e-13
 """Relative: sums of up to 10^4 squares, added up in another order."""
@@ -311,3 +311,50 @@ def test_a_budget_that_is_met_but_for_rounding_bounds_nothing_much() -> None:
         source = SecondMoment(float(np.nextafter((x**2).mean(), 0.0)))
         source.update(np.ones_like(x), x)
         assert source.width >= x.max() * (1.0 - 1e-6)
+
+
+def bisected_width(squares: Float64Array, budget: float) -> float:
+    """The width at which the capped squares have the budget as their mean, by halving."""
+    low, high = 0.0, float(squares.max())
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        inside = math.fsum(np.minimum(squares, middle)) <= budget * len(squares)
+        low, high = (middle, high) if inside else (low, middle)
+    return math.sqrt(low)
+
+
+@pytest.mark.parametrize("kind", ["random", "equal", "two values", "zeros", "one scale"])
+def test_many_log_ratios_are_ordered_by_their_bits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order, "_SORTED", 5)
+    monkeypatch.setattr(parts, "_PART", 64)
+    rng = np.random.default_rng(4)
+    moves = {
+        "random": 0.3 * rng.standard_t(2, 1000) * np.exp(rng.normal(size=1000) * 9.0),
+        "equal": np.full(1000, 0.3),
+        "two values": np.where(rng.random(1000) < 0.5, 0.1, 0.7),
+        "zeros": np.where(rng.random(1000) < 0.5, 0.0, rng.normal(size=1000)),
+        "one scale": 1.0 + 1e-9 * rng.random(1000),
+    }[kind]
+    for level in (1e-4, 0.25, 0.5, 0.9, 0.9995, 1.0):
+        source = Quantile(level)
+        source.update(np.ones(1000), moves)
+        assert source.width == np.quantile(np.abs(moves), level)
+    for budget in (1e-12, 1e-3, 0.04, 0.3, 2.0):
+        moment = SecondMoment(budget)
+        moment.update(np.sign(moves), moves)
+        squares = moves[moves != 0.0] ** 2
+        if math.fsum(squares) <= budget * len(squares) * (1.0 + ROUNDING):
+            continue
+        assert moment.width == pytest.approx(bisected_width(squares, budget), rel=1e-9)
+
+
+def test_a_sum_over_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    advantages, log_ratio = moved(1000)
+    logp = -np.random.default_rng(2).exponential(2.0, 1000)
+    whole, found = Bapo(), Bapo()
+    whole.update(advantages, log_ratio, logp)
+    monkeypatch.setattr(parts, "_PART", 7)
+    found.update(advantages, log_ratio, logp)
+    assert found.region == whole.region

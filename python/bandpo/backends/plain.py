@@ -109,8 +109,11 @@ def token_losses(inputs: LossInputs) -> TokenLosses:
 
 def probability_bin(old_log_prob: torch.Tensor) -> torch.Tensor:
     """Returns the bin of `PROBABILITY_EDGES` that each token is in, int64."""
-    edges = PROBABILITY_EDGES[1:-1]
-    return torch.stack([old_log_prob >= math.log(edge) for edge in edges]).sum(0)
+    first, *others = (math.log(edge) for edge in PROBABILITY_EDGES[1:-1])
+    found = (old_log_prob >= first).to(torch.int64)
+    for edge in others:
+        found = found + (old_log_prob >= edge)
+    return found
 
 
 class _Tokens(NamedTuple):

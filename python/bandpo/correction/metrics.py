@@ -11,7 +11,9 @@ from bandpo.backends.contract import PROBABILITY_BINS
 from bandpo.backends.plain import probability_bin
 from bandpo.batch.metrics import Statistics, Tensors
 from bandpo.correction.tokens import TwoPolicies
+from bandpo.order import of_rank
 from bandpo.surrogate import LOG_RATIO_LIMIT
+from bandpo.tensors.internals import needs_no_dispatcher
 
 
 def statistics_of(
@@ -88,15 +90,28 @@ def _quantiles(
     if weight.numel() == 0:
         return lambda percent: weight.sum()
     unknown = torch.where(valid, weight, 0.0).isnan().any()
-    ordered = torch.where(valid, weight, math.inf).reshape(-1).sort().values
+    counted = torch.where(valid, weight, math.inf).reshape(-1)
+    if needs_no_dispatcher(counted):
+        # A sort would take seconds, in which no interrupt is seen. A sum with 0 makes 0 of -0.
+        given = counted.double().numpy() + 0.0
+
+        def at(ranks: torch.Tensor) -> torch.Tensor:
+            found = [math.nan if unknown else of_rank(given, rank) for rank in ranks.tolist()]
+            return torch.tensor(found, dtype=weight.dtype, device="cpu")
+
+    else:
+        ordered = counted.sort().values
+
+        def at(ranks: torch.Tensor) -> torch.Tensor:
+            # Not by indexing, because the host would read the index.
+            return ordered.index_select(0, ranks)
 
     def quantile(percent: int) -> torch.Tensor:
         # In whole numbers, because not every device has float64 for a large count.
         hundredths = (count - 1) * percent
         low = hundredths // 100
         high = torch.minimum(low + 1, count - 1)
-        # Not by indexing, because the host would read the index.
-        below, above = ordered.index_select(0, torch.stack([low, high])).unbind()
+        below, above = at(torch.stack([low, high])).unbind()
         found = below + (hundredths % 100).to(weight.dtype) / 100.0 * (above - below)
         return torch.where(unknown, math.nan, found)
 

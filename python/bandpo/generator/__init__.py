@@ -153,6 +153,15 @@ class CallableGenerator:
             A bool array [n].
         """
         delta = np.where(log_ratio < 0.0, delta_low, delta_high)
+        inside = np.empty(logp.shape, np.bool_)
+        for start in range(0, logp.size, BLOCK):
+            block = slice(start, start + BLOCK)
+            inside[block] = self._block_contains(delta[block], logp[block], log_ratio[block])
+        return inside
+
+    def _block_contains(
+        self, delta: Float64Array, logp: Float64Array, log_ratio: Float64Array
+    ) -> BoolArray:
         tokens = np.minimum(logp, 0.0)
         # Exact, whatever the rounding: a ratio of 1 has no divergence, and a token of probability 0
         # has none at any ratio.
@@ -215,7 +224,14 @@ class CallableGenerator:
         Returns:
             A float64 array [n]; inf outside the simplex.
         """
-        divergences = np.where(log_ratio <= -logp, 0.0, np.inf)
+        found = np.empty(logp.shape)
+        for start in range(0, logp.size, BLOCK):
+            block = slice(start, start + BLOCK)
+            found[block] = self._block_divergences(logp[block], log_ratio[block])
+        return found
+
+    def _block_divergences(self, logp: Float64Array, log_ratio: Float64Array) -> Float64Array:
+        divergences: Float64Array = np.where(log_ratio <= -logp, 0.0, np.inf)
         solvable = (log_ratio <= -logp) & (log_ratio != 0.0)
         if solvable.any():
             with np.errstate(all="ignore"):

@@ -14,8 +14,8 @@ from bandpo import _core
 from bandpo.check import BoolArray, Float64Array, broadcast, float64_array, log_probs, real_number
 from bandpo.divergence import Sampler
 from bandpo.error import InvalidValueError, MissingExtraError
+from bandpo.parts import in_parts
 from bandpo.region.live import Live
-from bandpo.region.parts import in_parts
 
 if TYPE_CHECKING:
     from bandpo.table import BandTable
@@ -152,7 +152,12 @@ class Region(Live, ABC):
             logp=log_probs("logp", logp), log_ratio=float64_array("log_ratio", log_ratio)
         )
         log_lower, log_upper = self.log_bounds(logp)
-        return np.asarray((log_lower <= log_ratio) & (log_ratio <= log_upper))
+        return in_parts(_between, log_lower, log_ratio, log_upper, dtype=np.bool_)
+
+
+def _between(low: Float64Array, value: Float64Array, high: Float64Array) -> BoolArray:
+    inside: BoolArray = (low <= value) & (value <= high)
+    return inside
 
 
 def _lower_ratio(log_lower: Float64Array) -> Float64Array:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from bandpo.check import Float64Array, log_probs, positive_number, real_number
 from bandpo.error import ClipWarning, InvalidValueError, caller_level
+from bandpo.parts import in_parts
 from bandpo.region.base import Curves, Region
 
 
@@ -142,8 +143,8 @@ class Clip(Region):
 
     def log_bounds(self, logp: ArrayLike) -> tuple[Float64Array, Float64Array]:
         """Returns the same two bounds for every token; see `Region.log_bounds`."""
-        unknown = np.where(np.isnan(log_probs("logp", logp)), np.nan, 0.0)
-        return unknown + self.log_lower, unknown + self.log_upper
+        tokens = log_probs("logp", logp)
+        return _constant(self.log_lower, tokens), _constant(self.log_upper, tokens)
 
     def describe(self) -> dict[str, Any]:
         """Returns its two epsilons, or its widths in the log-ratio; see `Region.describe`."""
@@ -208,3 +209,8 @@ def _kl3(t: float) -> float:
         k += 1
         term *= t / k
     return total
+
+
+def _constant(bound: float, tokens: Float64Array) -> Float64Array:
+    """The bound at each token, NaN where its log-prob is."""
+    return in_parts(lambda part: np.where(np.isnan(part), np.nan, bound), tokens)

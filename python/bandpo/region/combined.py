@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from bandpo.check import BoolArray, Float64Array, float64_array
 from bandpo.error import InvalidTypeError
+from bandpo.parts import in_parts
 from bandpo.region.base import Curves, Region
 
 
@@ -54,19 +55,19 @@ class Combined(Region):
         (low_a, up_a), (low_b, up_b) = (part.log_bounds(logp) for part in self.parts)
         if self.kind == "sides":
             return low_a, up_b
-        if self.kind == "union":
-            return np.minimum(low_a, low_b), np.maximum(up_a, up_b)
-        return np.maximum(low_a, low_b), np.minimum(up_a, up_b)
+        first, second = (
+            (np.minimum, np.maximum) if self.kind == "union" else (np.maximum, np.minimum)
+        )
+        return in_parts(first, low_a, low_b), in_parts(second, up_a, up_b)
 
     def contains(self, logp: ArrayLike, log_ratio: ArrayLike) -> BoolArray:
         """Returns whether each log-ratio lies in one part, in both, or in the part of its side."""
         left, right = (part.contains(logp, log_ratio) for part in self.parts)
-        inside: BoolArray
         if self.kind == "sides":
-            inside = np.where(float64_array("log_ratio", log_ratio) < 0.0, left, right)
-        else:
-            inside = left | right if self.kind == "union" else left & right
-        return inside
+            ratios = np.broadcast_to(float64_array("log_ratio", log_ratio), left.shape)
+            return in_parts(_on_side, ratios, left, right, dtype=np.bool_)
+        both = np.logical_or if self.kind == "union" else np.logical_and
+        return in_parts(both, left, right, dtype=np.bool_)
 
     def describe(self) -> dict[str, Any]:
         """Returns its parts; see `Region.describe`."""
@@ -120,3 +121,8 @@ class Combined(Region):
 
     def __hash__(self) -> int:
         return hash((Combined, self.kind, self.parts))
+
+
+def _on_side(log_ratio: Float64Array, left: BoolArray, right: BoolArray) -> BoolArray:
+    inside: BoolArray = np.where(log_ratio < 0.0, left, right)
+    return inside

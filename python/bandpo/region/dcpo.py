@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bandpo.check import Float64Array, log_probs, positive_number
+from bandpo.parts import in_parts
 from bandpo.region.base import Curves, Region
-from bandpo.region.parts import in_parts
 
 _MAX_Y = 600.0
 """Max ``-logp`` that is exponentiated; 1/p overflows at 709."""

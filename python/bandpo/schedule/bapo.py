@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from bandpo.check import Float64Array, float64_array, positive_number, real_number
 from bandpo.error import InvalidTypeError, InvalidValueError
+from bandpo.parts import slices
 from bandpo.ranks import of_all_ranks
 from bandpo.region import Clip
 from bandpo.schedule.source import RegionSource
@@ -178,11 +179,27 @@ def _sums(
             finite |= values == -np.inf
         if not finite.all():
             raise InvalidValueError(f"{name} must be finite, got {values[~finite].flat[0]}")
-    ratio = np.exp(np.clip(given["log_ratio"], -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    weight = np.exp(np.minimum(given["old_log_prob"], 0.0)) * np.abs(given["advantages"])
-    positive, negative = given["advantages"] > 0.0, given["advantages"] < 0.0
-    rising = [weight[positive] @ np.minimum(ratio[positive], upper) for upper in uppers]
-    falling = [weight[negative] @ np.maximum(ratio[negative], lower) for lower in lowers]
+    flat = [values.reshape(-1) for values in given.values()]
+    sums = np.zeros(len(uppers) + len(lowers))
+    for part in slices(len(flat[0])):
+        sums += _sums_of_part(uppers, lowers, *(values[part] for values in flat))
+    return sums
+
+
+def _sums_of_part(
+    uppers: list[float],
+    lowers: list[float],
+    advantages: Float64Array,
+    log_ratio: Float64Array,
+    old_log_prob: Float64Array,
+) -> Float64Array:
+    ratio = np.exp(np.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    weight = np.exp(np.minimum(old_log_prob, 0.0)) * np.abs(advantages)
+    positive, negative = advantages > 0.0, advantages < 0.0
+    gain, rise = weight[positive], ratio[positive]
+    loss, fall = weight[negative], ratio[negative]
+    rising = [gain @ np.minimum(rise, upper) for upper in uppers]
+    falling = [loss @ np.maximum(fall, lower) for lower in lowers]
     return np.array(rising + falling)
 
 

@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike
 
 from bandpo.check import Float64Array, float64_array, positive_number, real_number
 from bandpo.error import InvalidValueError
+from bandpo.order import Int64Array, neighbourhood, of_rank
+from bandpo.parts import slices
 from bandpo.ranks import of_all_ranks
 from bandpo.region import Clip
 from bandpo.schedule.source import RegionSource
@@ -55,7 +57,7 @@ class _WidthOfBatch(RegionSource):
             InvalidValueError: If the shapes differ, or a value is NaN or infinite, on any rank.
         """
         values = of_all_ranks(lambda: self._checked_values(advantages, log_ratio), group)
-        self._move(self._width_of(np.concatenate(values)))
+        self._move(self._width_of(values[0] if len(values) == 1 else np.concatenate(values)))
 
     step = update
     """Alias of `update`."""
@@ -116,20 +118,32 @@ class SecondMoment(_WidthOfBatch):
         super().__init__()
 
     def _values_of(self, advantages: Float64Array, log_ratio: Float64Array) -> Float64Array:
-        return log_ratio[advantages * log_ratio > 0.0] ** 2
+        parts = slices(len(log_ratio))
+        return np.concatenate(
+            [_harmful(advantages[part], log_ratio[part]) for part in parts] or [log_ratio]
+        )
 
     def _width_of(self, values: Float64Array) -> float:
-        squares = np.sort(values)
-        count = len(squares)
+        count = len(values)
         allowed = self.budget * count
-        if squares.sum() <= allowed:
+        if values.sum() <= allowed:
             return math.inf
+
+        def last_below(numbers: Int64Array, sums: Float64Array, starts: Float64Array) -> int:
+            fewer = sums + (count - numbers) * starts < allowed
+            return max(int(fewer.sum()) - 1, 0)
+
         # With the k smallest below T, the sum is theirs and (count - k) T^2.
-        below = np.concatenate([[0.0], np.cumsum(squares[:-1])])
-        width = (allowed - below) / (count - np.arange(count))
-        if not (width <= squares).any():  # the sum exceeds what is allowed by its rounding
+        fewer, sum_of_fewer, squares = neighbourhood(values, last_below)
+        below = sum_of_fewer + np.concatenate([[0.0], np.cumsum(squares)])
+        left = count - fewer - np.arange(len(squares) + 1)
+        if left[-1] == 0:
+            below, left = below[:-1], left[:-1]
+        width = (allowed - below) / left
+        reached = width[: len(squares)] <= squares
+        k = int(np.argmax(reached)) if reached.any() else len(squares)
+        if k == len(width):  # the sum exceeds what is allowed by its rounding
             return math.inf
-        k = int(np.argmax(width <= squares))
         return math.sqrt(max(float(width[k]), 0.0))
 
     def __repr__(self) -> str:
@@ -164,7 +178,15 @@ class Quantile(_WidthOfBatch):
             raise InvalidValueError(
                 "log_ratio must hold a token that counts, got none: there is no quantile of nothing"
             )
-        return float(np.quantile(values, self.level))
+        place = (len(values) - 1) * self.level
+        first = math.floor(place)
+        ends = [of_rank(values, min(rank, len(values) - 1)) for rank in (first, first + 1)]
+        return float(np.quantile(ends, place - first))
 
     def __repr__(self) -> str:
         return f"Quantile({self.level})"
+
+
+def _harmful(advantages: Float64Array, log_ratio: Float64Array) -> Float64Array:
+    squares: Float64Array = log_ratio[advantages * log_ratio > 0.0] ** 2
+    return squares

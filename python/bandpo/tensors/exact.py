@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from bandpo.error import InvalidValueError
@@ -39,9 +38,12 @@ def _(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
 def log_bounds_on_host(old_log_prob: torch.Tensor, region: int) -> torch.Tensor:
     """Returns `exact_log_bounds_op` by `Region.log_bounds`, in float64."""
     tokens = old_log_prob.detach().to("cpu", torch.float64).clamp(max=0.0).numpy()
-    bounds = np.stack(exact_region(region).log_bounds(tokens))
-    _check_broadcast(bounds.shape[1:], tokens.shape)
-    return torch.from_numpy(bounds).to(old_log_prob.device, compute_dtype(old_log_prob))
+    bounds = exact_region(region).log_bounds(tokens)
+    _check_broadcast(bounds[0].shape, tokens.shape)
+    found = torch.empty((2, *tokens.shape), dtype=compute_dtype(old_log_prob), device="cpu")
+    for side, of_side in zip(found, bounds, strict=True):
+        side.copy_(torch.from_numpy(of_side))
+    return found.to(old_log_prob.device)
 
 
 @torch.library.custom_op(
