@@ -37,6 +37,7 @@ from bandpo.error import (
 from bandpo.loss import PROBABILITY_EDGES, policy_loss
 from bandpo.record import LoggedTokens, Recorder, parts, read_tokens, writer
 from bandpo.record.layout import concatenate
+from bandpo.record.parquet import encoded
 from bandpo.record.tokens import LogMetadata
 
 # torch's own, raised on the first import of its compiler.
@@ -798,6 +799,55 @@ def test_a_recorder_that_is_closed_takes_nothing_and_may_be_closed_again(tmp_pat
     for call in (record.flush, lambda: record(**batch(0))):
         with pytest.raises(InvalidValueError, match="the recorder is closed"):
             call()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals of Unix")
+def test_a_close_that_is_interrupted_writes_everything_at_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, write = threading.Event(), encoded
+
+    def slow(*arguments: Any) -> Any:
+        go_on.wait()
+        return write(*arguments)
+
+    def handler(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "encoded", slow)
+    record = Recorder(tmp_path, every=1)
+    record(**batch(0))
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            record.close()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(InvalidValueError, match="the recorder is closed"):
+        record(**batch(1))
+    threading.Timer(0.2, go_on.set).start()
+    record.close()
+    assert len(read(tmp_path).step) == int(batch(0)["response_mask"].sum())
+    assert "bandpo-record" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals of Unix")
+def test_a_process_that_ends_after_an_interrupted_close_writes_everything(tmp_path: Path) -> None:
+    code = (
+        "import signal, sys, time, numpy as np\n"
+        "from bandpo.record import Recorder, writer\n"
+        "encoded = writer.encoded\n"
+        "writer.encoded = lambda *arguments: (time.sleep(1.0), encoded(*arguments))[1]\n"
+        "numbers = -np.ones((2, 3))\n"
+        "signal.signal(signal.SIGALRM, signal.default_int_handler)\n"
+        "with Recorder(sys.argv[1], every=1) as record:\n"
+        "    record(numbers, numbers, numbers, np.ones((2, 3)))\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0.3)\n"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True)
+    assert b"KeyboardInterrupt" in outcome.stderr
+    assert check_steps(tmp_path, 6) == 1
 
 
 def test_a_fork_leaves_the_recorder_alone(tmp_path: Path) -> None:

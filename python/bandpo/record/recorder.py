@@ -139,6 +139,7 @@ class Recorder:
         self._seed = seed
         self._process = os.getpid()
         self._calls = 0
+        self._is_closed = False
         self._step: int | None = None  # the step under way, if it is recorded
         self._given: frozenset[str] | None = None
         parts = Parts(Path(path), rank, max_bytes)
@@ -213,8 +214,11 @@ class Recorder:
 
     def close(self) -> None:
         """Writes what was recorded and ends the thread; also at the end of the process."""
-        if self._finalizer.detach() is not None and os.getpid() == self._process:
+        self._is_closed = True
+        if self._finalizer.alive and os.getpid() == self._process:
             self._writer.close()
+            # Last, so that after an interrupt the next close waits, or the end of the process.
+            self._finalizer.detach()
             _warn(self._writer, stacklevel=2)
 
     def __enter__(self) -> Recorder:
@@ -237,7 +241,7 @@ class Recorder:
         return int.from_bytes(digest, "little") % self._every == place
 
     def _check_open(self) -> None:
-        if not self._finalizer.alive:
+        if self._is_closed:
             raise InvalidValueError("the recorder is closed")
         if os.getpid() != self._process:
             raise InvalidValueError("a recorder must be made in the process that uses it")

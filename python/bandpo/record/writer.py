@@ -62,6 +62,7 @@ class Writer:
         self._told: set[str] = set()
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._room = threading.Semaphore(MAX_WAITING)
+        self._has_ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="bandpo-record", daemon=True)
         self._thread.start()
 
@@ -92,6 +93,8 @@ class Writer:
         for task in (self._end_step, self._write, None):
             self._tasks.put(task)
         if threading.current_thread() is not self._thread:  # it may collect its own recorder
+            # First, because an interrupted join takes the thread for ended, up to Python 3.12.
+            self._has_ended.wait()
             self._thread.join()
 
     def problem(self) -> str | None:
@@ -102,6 +105,12 @@ class Writer:
             return None
 
     def _run(self) -> None:
+        try:
+            self._run_tasks()
+        finally:
+            self._has_ended.set()
+
+    def _run_tasks(self) -> None:
         while True:
             try:
                 task = self._tasks.get(timeout=self._seconds_left())
