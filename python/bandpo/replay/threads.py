@@ -30,19 +30,19 @@ def in_threads(work: Callable[[Chunk], Result], chunks: Iterable[Chunk]) -> Iter
         with torch.no_grad():
             return work(chunk)
 
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    has_ended = False
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                for chunk in chunks:
-                    waiting.append(pool.submit(worked, chunk))
-                    if len(waiting) > 2 * count:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        for chunk in chunks:
+            waiting.append(pool.submit(worked, chunk))
+            if len(waiting) > 2 * count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+        has_ended = True
     finally:
+        # After an interrupt nothing waits for the chunks under way, which may take seconds.
+        pool.shutdown(wait=has_ended, cancel_futures=True)
         torch.set_num_threads(before)
 
 
