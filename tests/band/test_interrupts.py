@@ -192,3 +192,21 @@ def test_blocks_of_a_function_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(generator, "BLOCK", 7)
     found = divergence.between(logp, ratios), band.contains(logp, ratios)
     assert np.array_equal(found, whole, equal_nan=True)
+
+
+def test_a_signal_stops_a_verification_between_few_values() -> None:
+    slow = Divergence.from_expression("(u - 1)^2 + 0.001 * (1 - cos(u - 1))")
+    table = Band(slow, 0.05).table()
+    reports: list[int] = []
+    with pytest.raises(Stop), signal_soon():
+        table.verify(progress=lambda done, _: reports.append(done))
+    assert reports == []  # it came within the first 2^20 values, which take 14 s
+    assert table.max_error == Band(slow, 0.05).table().max_error
+
+
+def test_parts_of_a_verification_change_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Band("kl", 0.05).table()
+    whole = table.verify(5000)
+    monkeypatch.setattr("bandpo.table.verification._PART", 7)
+    assert table.verify(5000) == whole
+    assert table.verify(5000).max_error == whole.max_error

@@ -17,6 +17,9 @@ from bandpo.error import InvalidValueError, OutputPathError
 _BLOCK = 1 << 20
 """Values that are compared between two reports of progress."""
 
+_PART = 1 << 13
+"""Values between which an interrupt is seen; some expressions take 15 us a value."""
+
 _SAVE_EVERY = 2.0
 """Seconds between two writes of a checkpoint."""
 
@@ -49,7 +52,9 @@ def verify(
     saved = time.monotonic()
     while state.done < count:
         stop = min(state.done + _BLOCK, count)
-        state.merge(core.errors_between(state.done, stop, count, exact), stop)
+        while state.done < stop:
+            end = min(state.done + _PART, stop)
+            state.merge(core.errors_between(state.done, end, count, exact), end)
         if progress is not None:
             progress(state.done, count)
         if time.monotonic() - saved >= _SAVE_EVERY:
