@@ -44,6 +44,9 @@ pub(super) fn polish(
         evaluations += 1;
         let residual = residual_at(log_ratio);
         let (slope, leverage) = residual_slope(generator, logp, log_ratio);
+        if !slope.is_finite() {
+            break; // any bound would seem to be a root
+        }
         let newton = -residual / slope;
         let change = (newton * leverage).abs();
         if newton.abs() <= SHORT_STEP * log_ratio.abs() && change < MAX_CHANGE {
@@ -51,7 +54,12 @@ pub(super) fn polish(
             let doubt = relative * newton.abs() + 2.0 * doubt / slope.abs();
             if let Some(inside) = last_before(log_ratio, newton, doubt, side).filter(|&b| valid(b))
             {
-                return (inside, evaluations);
+                // A text may have a kink within the step.
+                let is_smooth = !matches!(generator, Generator::Expression(_));
+                if is_smooth || residual_at(inside) <= residual_doubt(generator, radius.hi) {
+                    return (inside, evaluations + u32::from(!is_smooth));
+                }
+                break;
             }
         }
         let step = if saturates {

@@ -621,3 +621,32 @@ fn bounds_of_text_on_vectors_are_the_last_inside() {
     }
     assert!(10 * settled > 7 * asked, "{settled} of {asked}");
 }
+
+#[test]
+fn bounds_of_text_are_inside_beside_kinks_and_where_slopes_overflow() {
+    for (text, delta, logp) in [
+        ("u^(-5)+5*u-6", 0.3, -36.0),
+        ("max(u-1.25,0)*1e10", 1e-6, -0.1),
+        ("max(u-1.25,0)*1e10", 1e-9, -0.31180656419511327),
+        ("1e6*max(u-2,0)+1e6*max(0.5-u,0)", 1e-8, -0.43),
+    ] {
+        let divergence = Divergence::from_expression(text, None, None).unwrap();
+        let radius = Dd::of(delta);
+        let band = Band::new(divergence, delta, delta).unwrap();
+        let generator = &band.divergence.generator;
+        // One token is solved by scalars, many by vectors.
+        let (lower, upper) = band.log_bounds_of_many(&[logp; 64]);
+        let (lower_alone, upper_alone) = band.log_bounds(logp);
+        for (side, bound) in [
+            (Side::Lower, lower[0]),
+            (Side::Lower, lower_alone),
+            (Side::Upper, upper[0]),
+            (Side::Upper, upper_alone),
+        ] {
+            let residual = |b: f64| (exact_divergence(generator, logp, b) - radius).to_f64();
+            assert!(residual(bound) <= 0.0, "{text} {side:?} {bound:e}");
+            let end = bound == side.end(logp);
+            assert!(end || residual(bound * (1.0 + 1e-9)) > 0.0, "{text} {side:?} {bound:e}");
+        }
+    }
+}
