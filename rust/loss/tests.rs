@@ -415,6 +415,37 @@ fn every_slice_of_another_length_is_refused_by_its_name() {
 }
 
 #[test]
+fn log_probs_above_the_limit_are_counted_where_tokens_count() {
+    // Enough tokens for whole vectors and a part of one.
+    let count = 37;
+    let at = |places: &[usize], value: f64| {
+        let mut log_probs = vec![-1.0; count];
+        places.iter().for_each(|&place| log_probs[place] = value);
+        log_probs
+    };
+    let old = at(&[0, 5, 36], 0.5);
+    let new = at(&[5, 17, 20], MAX_LOG_PROB.next_up());
+    let mut mask = vec![1; count];
+    mask[20] = 0;
+    let limit = at(&[1, 2, 3], MAX_LOG_PROB);
+    for (old, new, expected) in [(&old, &new, 4), (&limit, &limit, 0)] {
+        let tokens = Tokens {
+            old_log_prob: old,
+            log_prob: new,
+            log_ratio: None,
+            anchor_log_prob: None,
+            advantages: Advantages::PerRow { values: &[1.0], row_length: count },
+            mask: &mask,
+        };
+        let bounds = BoundSource::Constant { log_lower: -0.2, log_upper: 0.2 };
+        let mut gradient = vec![0.0; count];
+        let outputs = Outputs { per_token: None, gradient: &mut gradient, weight: 1.0 };
+        let totals = policy_loss(&tokens, &bounds, MIN_CLIP, false, outputs).unwrap();
+        assert_eq!(totals.positive, expected);
+    }
+}
+
+#[test]
 fn advantages_of_rows_are_repeated_from_any_token_on() {
     let each = [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 3.0, 3.0, 3.0, 4.0, 4.0, 4.0];
     let rows = Advantages::PerRow { values: &[1.0, 2.0, 3.0, 4.0], row_length: 3 };
