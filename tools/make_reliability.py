@@ -69,8 +69,9 @@ SECTIONS = {
     "mutation_rust": (
         "Mutation of Rust",
         "An operator or a returned value is changed, and the tests of Rust of its folder are run. "
-        "Every n-th change is made. Three changes survived at first; one is killed by a test added "
-        "for it. Listed changes survived; tests of Python, which are not run, may kill them.",
+        "Every n-th change is made. Some survived at first, and are killed by tests added for "
+        "them. `reliability/survivors.json` has the reasons why others have no effect. Listed "
+        "changes survived; tests of Python, which are not run, may kill them.",
     ),
     "coverage": (
         "Coverage",
