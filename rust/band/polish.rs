@@ -51,12 +51,12 @@ pub(super) fn polish(
         let change = (newton * leverage).abs();
         if newton.abs() <= SHORT_STEP * log_ratio.abs() && change < MAX_CHANGE {
             let relative = SHORT_STEP_ERROR + CHANGE_ERROR * change;
-            let doubt = relative * newton.abs() + 2.0 * doubt / slope.abs();
-            if let Some(inside) = last_before(log_ratio, newton, doubt, side).filter(|&b| valid(b))
+            let error = relative * newton.abs() + 2.0 * doubt / slope.abs();
+            if let Some(inside) = last_before(log_ratio, newton, error, side).filter(|&b| valid(b))
             {
                 // A text may have a kink within the step.
                 let is_smooth = !matches!(generator, Generator::Expression(_));
-                if is_smooth || residual_at(inside) <= residual_doubt(generator, radius.hi) {
+                if is_smooth || residual_at(inside) <= doubt {
                     return (inside, evaluations + u32::from(!is_smooth));
                 }
                 break;

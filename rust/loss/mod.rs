@@ -246,9 +246,7 @@ fn check_lengths<T: Float>(
         ("per_token", outputs.per_token.as_ref().map_or(count, |losses| losses.len())),
         ("gradient", outputs.gradient.len()),
     ] {
-        if actual != count {
-            return Err(Error::Length { argument, actual, expected: count });
-        }
+        Error::check_length(argument, actual, count)?;
     }
     Ok(())
 }

@@ -50,11 +50,8 @@ fn in_chunks<T: Sync, U: Send>(
     work: impl Fn(&[T], &mut [U], &mut [U]) + Send + Sync,
 ) -> Result<()> {
     let expected = tokens.len();
-    for (argument, actual) in [(first_name, first.len()), (second_name, second.len())] {
-        if actual != expected {
-            return Err(Error::Length { argument, actual, expected });
-        }
-    }
+    Error::check_length(first_name, first.len(), expected)?;
+    Error::check_length(second_name, second.len(), expected)?;
     let outputs = first.chunks_mut(CHUNK).zip(second.chunks_mut(CHUNK));
     let parts = tokens.chunks(CHUNK).zip(outputs);
     let one = |(tokens, (first, second)): (&[T], (&mut [U], &mut [U]))| work(tokens, first, second);
