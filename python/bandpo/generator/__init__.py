@@ -14,6 +14,7 @@ from bandpo.generator.function import Function, checked_limit
 from bandpo.generator.limits import BLOCK, EPS, LOG_REACH, MAX_CALLS
 from bandpo.generator.problem import move_by_log_ratio
 from bandpo.generator.solve import Equation
+from bandpo.parts import in_parts, slices
 
 __all__ = ["BLOCK", "LOG_REACH", "MAX_CALLS", "CallableGenerator", "checked_limit"]
 
@@ -123,8 +124,7 @@ class CallableGenerator:
         low = np.broadcast_to(np.asarray(delta_low, dtype=np.float64), logp.shape)
         high = np.broadcast_to(np.asarray(delta_high, dtype=np.float64), logp.shape)
         with np.errstate(all="ignore"):
-            for start in range(0, logp.size, BLOCK):
-                block = slice(start, start + BLOCK)
+            for block in slices(logp.size, BLOCK):
                 log_lower[block], log_upper[block] = self._block_bounds(
                     low[block], high[block], logp[block]
                 )
@@ -153,11 +153,8 @@ class CallableGenerator:
             A bool array [n].
         """
         delta = np.where(log_ratio < 0.0, delta_low, delta_high)
-        inside = np.empty(logp.shape, np.bool_)
-        for start in range(0, logp.size, BLOCK):
-            block = slice(start, start + BLOCK)
-            inside[block] = self._block_contains(delta[block], logp[block], log_ratio[block])
-        return inside
+        tokens = (delta, logp, log_ratio)
+        return in_parts(self._block_contains, *tokens, dtype=np.bool_, size=BLOCK)
 
     def _block_contains(
         self, delta: Float64Array, logp: Float64Array, log_ratio: Float64Array
@@ -195,8 +192,8 @@ class CallableGenerator:
         status = np.select([np.isnan(logp), logp > 0.0, ~solved | (logp == 0.0)], [4, 3, 2], 0)
         places, radii = np.flatnonzero(solved), np.broadcast_to(np.asarray(delta), logp.shape)
         with np.errstate(all="ignore"):
-            for start in range(0, places.size, BLOCK):
-                block = places[start : start + BLOCK]
+            for part in slices(places.size, BLOCK):
+                block = places[part]
                 tokens = np.minimum(logp[block], 0.0)
                 problems = self._equation.problems_of(tokens, np.full(block.size, upper))
                 found = self._equation.solve(problems, radii[block])
@@ -224,11 +221,7 @@ class CallableGenerator:
         Returns:
             A float64 array [n]; inf outside the simplex.
         """
-        found = np.empty(logp.shape)
-        for start in range(0, logp.size, BLOCK):
-            block = slice(start, start + BLOCK)
-            found[block] = self._block_divergences(logp[block], log_ratio[block])
-        return found
+        return in_parts(self._block_divergences, logp, log_ratio, size=BLOCK)
 
     def _block_divergences(self, logp: Float64Array, log_ratio: Float64Array) -> Float64Array:
         divergences: Float64Array = np.where(log_ratio <= -logp, 0.0, np.inf)
