@@ -420,7 +420,9 @@ fn log_probs_above_the_limit_are_counted_where_tokens_count() {
     let count = 37;
     let at = |places: &[usize], value: f64| {
         let mut log_probs = vec![-1.0; count];
-        places.iter().for_each(|&place| log_probs[place] = value);
+        for &place in places {
+            log_probs[place] = value;
+        }
         log_probs
     };
     let old = at(&[0, 5, 36], 0.5);
