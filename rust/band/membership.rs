@@ -2,8 +2,9 @@
 
 use rayon::prelude::*;
 
+use crate::band::exact::exact_divergence;
 use crate::band::limits::CHUNK;
-use crate::band::polish::{exact_divergence, residual_doubt};
+use crate::band::polish::residual_doubt;
 use crate::band::side::{Delta, Side};
 use crate::band::split::{Split, weighted};
 use crate::band::tails::{FAR_RESIDUAL_ERROR, certain_divergence, far_divergence, is_far};

@@ -28,6 +28,7 @@
 //!
 //! In a batch, `vector.rs` solves the ordinary tokens of the first case, and this file the others.
 
+mod exact;
 mod jets;
 mod laws;
 mod limits;

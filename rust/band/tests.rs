@@ -5,8 +5,8 @@ use std::sync::LazyLock;
 
 use proptest::prelude::*;
 
+use super::exact::exact_divergence;
 use super::membership::is_inside;
-use super::polish::exact_divergence;
 use super::root::last_inside;
 use super::*;
 use crate::divergence::{ALL, Generator};
