@@ -21,8 +21,8 @@ from reliability.tokens import NAMES, SEED, log_probs
 NORMAL = sys.float_info.min
 """Min delta that keeps all of its digits."""
 
-PROMISED = (1e-12, 10.0)
-"""Deltas whose bounds are inside, by docs/accuracy.md."""
+USUAL = (1e-12, 10.0)
+"""Deltas that are counted apart from others."""
 
 TIGHT = 1e-14
 """Relative distance of a bound from the exact one, by docs/accuracy.md, if well-conditioned."""
@@ -62,17 +62,14 @@ def _deltas(rng: np.random.Generator, spec: str, logp: Any) -> Any:
 def bounds(cases: int, seed: int = SEED) -> Iterator[Row]:
     """Both bounds of random f, delta and p: inside, and next to the edge.
 
-    Deltas of the promise in docs/accuracy.md are counted apart from others, subnormal ones among
-    them.
-
     Raises:
-        AssertionError: If a bound of the promise is outside the exact one, or saturates where the
-            exact one does not.
+        AssertionError: If a bound is outside the exact one, or saturates where the exact one does
+            not.
     """
     rng = np.random.default_rng(seed)
     done = 0
-    promise = f"from {PROMISED[0]:g} to {PROMISED[1]:g}"
-    counts = {name: _Counts() for name in (promise, "others", "others, subnormal")}
+    usual = f"from {USUAL[0]:g} to {USUAL[1]:g}"
+    counts = {name: _Counts() for name in (usual, "others", "subnormal")}
     while done < cases:
         spec, count = _spec(rng), min(200, cases - done)
         logp = log_probs(rng, count)
@@ -80,27 +77,17 @@ def bounds(cases: int, seed: int = SEED) -> Iterator[Row]:
         log_lower, log_upper = Band(spec, delta).log_bounds(logp)
         for place in range(count):
             case = spec, float(logp[place]), float(delta[place])
-            promised = PROMISED[0] <= case[2] <= PROMISED[1]
-            name = "others" if case[2] >= NORMAL else "others, subnormal"
-            found = counts[promise if promised else name]
+            name = usual if USUAL[0] <= case[2] <= USUAL[1] else "others"
+            found = counts[name if case[2] >= NORMAL else "subnormal"]
             for side, bound in (("lower", log_lower[place]), ("upper", log_upper[place])):
-                inside = _inside(case, side, float(bound))
+                inside = is_inside(case, side, float(bound))
+                assert inside is not False, (case, side, bound, "outside")
                 found.sides += 1
                 found.undecided += inside is None
-                if inside is False:
-                    assert not promised, (case, side, bound, "outside")
-                    found.outside += 1
-                    found.excess = max(found.excess, _excess_of(case, float(bound)))
-                elif promised:
-                    found.farther += _is_far(case, side, float(bound))
+                found.farther += is_far(case, side, float(bound))
         done += count
     for name, each in counts.items():
-        words: dict[str, float] = {"outside": each.outside}
-        if each.outside:
-            words["of the bound"] = each.excess
-        if name == promise:
-            words[FARTHER] = each.farther
-        words["undecided at 40000 bits"] = each.undecided
+        words = {"outside": 0, FARTHER: each.farther, "undecided at 40000 bits": each.undecided}
         yield Row(f"sides of exact bounds, delta {name}", each.sides, words)
 
 
@@ -109,8 +96,6 @@ class _Counts:
     """What was found for some deltas."""
 
     sides: int = 0
-    outside: int = 0
-    excess: float = 0.0
     farther: int = 0
     undecided: int = 0
 
@@ -119,7 +104,7 @@ def _is_saturated(logp: float, side: str, bound: float) -> bool:
     return bound == -math.inf if side == "lower" else bound >= -logp
 
 
-def _inside(case: tuple[str, float, float], side: str, bound: float) -> bool | None:
+def is_inside(case: tuple[str, float, float], side: str, bound: float) -> bool | None:
     """Whether a bound is inside the exact one; None if that is undecided."""
     spec, logp, delta = case
     end = -math.inf if side == "lower" else math.inf
@@ -127,7 +112,7 @@ def _inside(case: tuple[str, float, float], side: str, bound: float) -> bool | N
     return None if sign is None else sign < 0
 
 
-def _is_far(case: tuple[str, float, float], side: str, bound: float) -> bool:
+def is_far(case: tuple[str, float, float], side: str, bound: float) -> bool:
     """True if the point `TIGHT` and a denormal farther out is still inside."""
     spec, logp, delta = case
     if _is_saturated(logp, side, bound):
@@ -140,18 +125,6 @@ def _is_far(case: tuple[str, float, float], side: str, bound: float) -> bool:
     if side == "upper" and bound * (1.0 + TIGHT) + 5e-324 >= -logp:
         return False
     return excess(spec, logp, outer, delta) == -1
-
-
-def _excess_of(case: tuple[str, float, float], bound: float) -> float:
-    """A relative distance inwards at which a bound that is outside is inside."""
-    from flint import arb
-
-    for power in range(-16, 0):
-        for digit in (1.0, 3.0):
-            share = digit * 10.0**power
-            if excess(case[0], case[1], lambda: arb(bound) * (1 - arb(share)), case[2]) == -1:  # noqa: B023
-                return share
-    return 1.0
 
 
 if __name__ == "__main__":

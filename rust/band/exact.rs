@@ -1,41 +1,46 @@
-//! `D` in double-double arithmetic.
+//! `D` in numbers with more digits than a double has: [`Dd`], or [`Wide`] where the range of doubles ends.
 
+use crate::band::limits::{MAX_RADIUS, MIN_RADIUS};
+use crate::band::root::{Root, last_inside};
+use crate::band::side::Side;
 use crate::band::split::{gone, weighted};
-use crate::divergence::{Generator, Point};
+use crate::band::tails::certain_divergence;
+use crate::divergence::{Divergence, Generator, Point};
+use crate::number::wide::Wide;
 use crate::number::{Dd, Real};
 
 /// `D` with about 30 digits.
-pub(super) fn exact_divergence(generator: &Generator, logp: f64, log_ratio: f64) -> Dd {
-    ExactSplit::new(logp).divergence(generator, log_ratio)
+pub(super) fn exact_divergence<T: Real>(generator: &Generator, logp: f64, log_ratio: f64) -> T {
+    ExactSplit::<T>::new(logp).divergence(generator, log_ratio)
 }
 
 /// The probabilities of the token and of everything else with about 30 digits, and their odds.
-pub(super) struct ExactSplit {
+pub(super) struct ExactSplit<T> {
     logp: f64,
-    token: Dd,
-    others: Dd,
-    odds: Dd,
+    token: T,
+    others: T,
+    odds: T,
 }
 
-impl ExactSplit {
+impl<T: Real> ExactSplit<T> {
     pub(super) fn new(logp: f64) -> Self {
-        let minus = Dd::of(logp).exp_m1();
+        let minus = T::of(logp).exp_m1();
         // A small p would cancel as 1 - (1 - p).
-        let token = if minus.hi < -0.5 { Dd::of(logp).exp() } else { minus + Dd::of(1.0) };
+        let token = if minus.to_f64() < -0.5 { T::of(logp).exp() } else { minus + T::of(1.0) };
         Self { logp, token, others: -minus, odds: token / -minus }
     }
 
     /// `D` with about 30 digits.
-    pub(super) fn divergence(&self, generator: &Generator, log_ratio: f64) -> Dd {
+    pub(super) fn divergence(&self, generator: &Generator, log_ratio: f64) -> T {
         let (token, others) = if log_ratio == f64::NEG_INFINITY {
-            (gone(), Point::from_ratio(Dd::of(1.0) / self.others))
+            (gone(), Point::from_excess(self.odds))
         } else {
-            let token = Point::from_log(Dd::of(log_ratio));
+            let token = Point::from_log(T::of(log_ratio));
             let lost = self.odds * token.excess;
-            let others = if lost.hi > 0.5 {
+            let others = if lost.to_f64() > 0.5 {
                 // Next to saturation the ratio of the others is computed without cancellation.
-                let left = -Dd::sum(self.logp, log_ratio).exp_m1() / self.others;
-                if left.hi <= 0.0 { gone() } else { Point::from_ratio(left) }
+                let left = -T::of_dd(Dd::sum(self.logp, log_ratio)).exp_m1() / self.others;
+                if left.to_f64() <= 0.0 { gone() } else { Point::from_ratio(left) }
             } else {
                 Point::from_excess(-lost)
             };
@@ -43,4 +48,63 @@ impl ExactSplit {
         };
         weighted(generator, self.token, token) + weighted(generator, self.others, others)
     }
+}
+
+/// `D - radius` at a log-ratio of the simplex, for any finite `logp <= 0` and any radius.
+pub(super) fn wide_residual(
+    divergence: &Divergence,
+    logp: f64,
+    log_ratio: f64,
+    delta: f64,
+) -> Wide {
+    let generator = &divergence.generator;
+    let d = if logp >= 0.0 {
+        certain_divergence(generator, Wide::of(log_ratio))
+    } else {
+        exact_divergence(generator, logp, log_ratio)
+    };
+    d - divergence.wide_radius(delta)
+}
+
+/// True for radii whose `D` keeps its digits in doubles and double-doubles. Factors of `D` are the odds, up to
+/// 1e300, and `(u-1)^2`.
+pub(super) fn is_ordinary(radius: f64) -> bool {
+    (MIN_RADIUS..=MAX_RADIUS).contains(&radius)
+}
+
+/// The last log-ratio of a side that is inside for sure, by halving bits, for any radius.
+pub(super) fn wide_bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Root {
+    last_inside(side.zero(), side.end(logp), |b| {
+        is_negative(wide_residual(divergence, logp, b, delta))
+    })
+}
+
+/// True if a residual is negative for sure.
+pub(super) fn is_negative(residual: Wide) -> bool {
+    (-residual).is_above_error(1.0)
+}
+
+/// True if a radius allows a whole side for sure.
+///
+/// A `D` that is less than the last digit below a radius is none, with two exceptions. `D` may be as large as the
+/// radius at an end where it is a logarithm, and no `D` reaches `f(0) + f'(inf)`.
+pub(super) fn allows_end(divergence: &Divergence, logp: f64, side: Side, delta: f64) -> bool {
+    if let Some(times) = divergence.times_log_loss() {
+        return match side {
+            Side::Upper => -logp * times <= delta,
+            Side::Lower => {
+                let log_token = Wide::of(logp);
+                let log_others = if logp < -0.7 {
+                    (-log_token.exp()).ln_1p()
+                } else {
+                    (-log_token.exp_m1()).ln()
+                };
+                is_negative(-log_others * Wide::of(times) - Wide::of(delta))
+            }
+        };
+    }
+    let limits = divergence.generator.constants::<Dd>();
+    let sup = limits.at_zero + limits.slope_at_infinity;
+    (sup - divergence.generator_radius::<Dd>(delta)).to_f64() <= 0.0
+        || is_negative(wide_residual(divergence, logp, side.end(logp), delta))
 }

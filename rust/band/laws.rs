@@ -475,7 +475,8 @@ impl Law for Hellinger {
         let two = radius.constant(2.0);
         let radius = radius * (1.0 / self.times);
         // sqrt(left) = 1 - e
-        let e = (radius * (two - radius) / split.odds).sqrt() + radius;
+        // Factor by factor, because the quotient of a small radius and large odds would be denormal.
+        let e = (radius * (two - radius)).sqrt() / split.odds.sqrt() + radius;
         let root = one - e;
         let left = root * root;
         let gain = split.odds * (e * (two - e));

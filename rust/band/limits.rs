@@ -16,5 +16,12 @@ pub(super) const FAR_TAIL: f64 = -690.9;
 /// Min `1 - p` of the fast formulas, for the same reason as [`FAR_TAIL`].
 pub(super) const FAR_REST: f64 = 1e-300;
 
+/// Min radius of the solvers in doubles and double-doubles. Below it the digits of `D` are lost to underflow, and the
+/// bits of the bound are halved in numbers of any size.
+pub(super) const MIN_RADIUS: f64 = 1e-280;
+
+/// Max radius of those solvers. Powers of u lose digits as their exponent grows.
+pub(super) const MAX_RADIUS: f64 = 1e20;
+
 /// Elements that a thread takes at a time.
 pub(super) const CHUNK: usize = 1024;

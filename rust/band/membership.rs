@@ -2,15 +2,14 @@
 
 use rayon::prelude::*;
 
-use crate::band::exact::exact_divergence;
+use crate::band::exact::{allows_end, is_ordinary, wide_residual};
 use crate::band::limits::CHUNK;
-use crate::band::polish::residual_doubt;
 use crate::band::side::{Delta, Side};
 use crate::band::split::{Split, weighted};
-use crate::band::tails::{FAR_RESIDUAL_ERROR, certain_divergence, far_divergence, is_far};
+use crate::band::tails::{certain_divergence, far_divergence, is_far};
 use crate::divergence::{Divergence, Generator};
 use crate::error::{Error, Result};
-use crate::number::{Dd, Real};
+use crate::number::Real;
 
 /// True for each log-ratio in the band, decided on the exact divergence. False for NaN.
 ///
@@ -78,7 +77,7 @@ pub fn divergences(divergence: &Divergence, logp: &[f64], log_ratio: &[f64]) -> 
 }
 
 /// Min distance of `D` from a radius, relative to the terms of `D`, at which double precision decides membership.
-/// Nearer, double-double arithmetic decides.
+/// Nearer, numbers with more digits decide.
 const CLEAR_OF_EDGE: f64 = 64.0 * f64::EPSILON;
 
 /// True if the exact `D` at a log-ratio is at most `delta` and the ratio is inside the simplex.
@@ -103,15 +102,15 @@ pub(super) fn decide(
     if log_ratio > Side::Upper.end(logp.min(0.0)) {
         return (false, 0);
     }
-    let radius = divergence.generator_radius::<f64>(delta);
     // At the end of a side D may equal the radius exactly, and is inside then. Rounding must not exclude it.
-    let at_the_end = Side::BOTH.iter().any(|side| log_ratio == side.end(logp));
-    let holds = |exact: Dd, doubt: f64| {
-        let residual = exact - divergence.generator_radius::<Dd>(delta);
-        residual.to_f64() <= if at_the_end { doubt } else { 0.0 }
+    let end = Side::BOTH.into_iter().find(|side| log_ratio == side.end(logp.min(0.0)));
+    let exactly = || match end {
+        Some(side) => allows_end(divergence, logp, side, delta),
+        None => wide_residual(divergence, logp, log_ratio, delta).to_f64() <= 0.0,
     };
-    if logp < 0.0 && is_far(logp) {
-        return (holds(far_divergence(generator, logp, log_ratio), FAR_RESIDUAL_ERROR * radius), 1);
+    let radius = divergence.generator_radius::<f64>(delta);
+    if !is_ordinary(radius) || logp < 0.0 && is_far(logp) {
+        return (exactly(), 1);
     }
     let (d, sensitivity) = if logp >= 0.0 {
         (certain_divergence(generator, log_ratio), 0.0)
@@ -123,15 +122,7 @@ pub(super) fn decide(
     }
     // An expression is accurate to a few ulp of 1.
     let scale = radius + sensitivity + if generator.cancels() { 1.0 + d.abs() } else { 0.0 };
-    if (d - radius).abs() > CLEAR_OF_EDGE * scale {
-        return (d < radius, 1);
-    }
-    let exact = if logp >= 0.0 {
-        certain_divergence(generator, Dd::of(log_ratio))
-    } else {
-        exact_divergence(generator, logp, log_ratio)
-    };
-    (holds(exact, residual_doubt(generator, radius)), 2)
+    if (d - radius).abs() > CLEAR_OF_EDGE * scale { (d < radius, 1) } else { (exactly(), 2) }
 }
 
 /// `D` in double precision at a log-ratio inside the simplex, for `logp < 0`, and its sensitivity: the change of `D`

@@ -24,7 +24,8 @@
 //!   error, and is inside.
 //! - It is larger, mostly near saturation of the lower side. Newton's method corrects the bound on a residual in
 //!   double-double arithmetic. The bound then moves inwards by single ulps until the residual is negative.
-//! - p or 1 - p is below 1e-300. The bits of the bound are halved on such a residual, evaluated in logarithms.
+//! - p or 1 - p is below 1e-300. The bits of the bound are halved on such a residual, evaluated in logarithms. For
+//!   radii beyond 1e-280 and 1e280 they are halved on one in numbers of any size, which carry their rounding error.
 //!
 //! In a batch, `vector.rs` solves the ordinary tokens of the first case, and this file the others.
 
@@ -47,6 +48,7 @@ mod vector;
 
 use rayon::prelude::*;
 
+use crate::band::exact::{is_ordinary, wide_bound};
 use crate::band::limits::{BENIGN_CONDITION, CHUNK, MARGIN, MAX_LOG_LOSS};
 use crate::band::membership::decide;
 use crate::band::polish::{MAX_INWARDS, MAX_POLISHING, polish};
@@ -280,9 +282,10 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
             return Bound { evaluations, ..exactly(end, Status::Saturated) };
         }
     }
-    let split = Split::new(logp, side);
-    if is_far(logp) {
-        let root = far_bound(divergence, logp, delta, side);
+    let ordinary = is_ordinary(divergence.generator_radius(delta));
+    if !ordinary || is_far(logp) {
+        let solve = if ordinary { far_bound } else { wide_bound };
+        let root = solve(divergence, logp, delta, side);
         return Bound {
             log_ratio: root.at,
             outside: side.outwards(root.at),
@@ -291,6 +294,7 @@ fn bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Bound {
         };
     }
 
+    let split = Split::new(logp, side);
     let root = split.magnitude(divergence, delta, &mut evaluations);
     let (rough, condition) = split.log_ratio(generator, root, side);
     evaluations += 1;

@@ -18,7 +18,7 @@ pub(super) fn polish(
 ) -> (f64, u32) {
     let generator = &divergence.generator;
     let radius = divergence.generator_radius::<Dd>(delta);
-    let exact = ExactSplit::new(logp);
+    let exact = ExactSplit::<Dd>::new(logp);
     let residual_at = |b: f64| (exact.divergence(generator, b) - radius).to_f64();
     let last = side.last_before_end(logp);
     let valid = |b: f64| side.spans(last, b);

@@ -1,5 +1,6 @@
 //! Bounds of tokens whose p or 1 - p is below 1e-300, and the limit p = 1.
 
+use crate::band::exact::{allows_end, is_ordinary, wide_bound};
 use crate::band::limits::{FAR_REST, FAR_TAIL, MARGIN};
 use crate::band::polish::residual_doubt;
 use crate::band::root::{Root, last_inside};
@@ -9,7 +10,7 @@ use crate::divergence::{Divergence, Generator, Point};
 use crate::number::{Dd, Real};
 
 /// Relative error of [`far_divergence`] in double-double arithmetic, rounded up. It adds logarithms of up to 750.
-pub(super) const FAR_RESIDUAL_ERROR: f64 = 1e-27;
+const FAR_RESIDUAL_ERROR: f64 = 1e-27;
 
 /// The last log-ratio of a side that is inside, by halving bits.
 pub(super) fn far_bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Root {
@@ -40,14 +41,18 @@ pub(super) fn lower_of_certain(divergence: &Divergence, delta: f64) -> (f64, u32
     if generator.constants::<f64>().slope_at_infinity == f64::INFINITY {
         return (0.0, 0);
     }
-    let radius = divergence.generator_radius::<Dd>(delta);
-    let doubt = residual_doubt(generator, radius.hi);
-    let residual_at = |b: f64| (certain_divergence(generator, Dd::of(b)) - radius).to_f64();
     let side = Side::Lower;
     let (zero, end, last) = (side.zero(), side.end(0.0), side.last_before_end(0.0));
-    if residual_at(end) <= doubt {
+    if allows_end(divergence, 0.0, side, delta) {
         return (end, 1);
     }
+    let radius = divergence.generator_radius::<Dd>(delta);
+    if !is_ordinary(radius.hi) {
+        let root = wide_bound(divergence, 0.0, delta, side);
+        return (root.at, 1 + root.evaluations);
+    }
+    let doubt = residual_doubt(generator, radius.hi);
+    let residual_at = |b: f64| (certain_divergence(generator, Dd::of(b)) - radius).to_f64();
     let rough = last_inside(zero, last, |b| certain_divergence(generator, b) <= radius.hi);
     let (inner, outer) = bracket(rough.at, MARGIN);
     if residual_at(inner) <= -doubt && residual_at(outer) > -doubt {

@@ -15,7 +15,7 @@ use crate::number::{Dd, Real};
 
 /// `D - delta` with about 30 digits, rounded once.
 fn exact_residual(generator: &Generator, logp: f64, log_ratio: f64, radius: Dd) -> f64 {
-    (exact_divergence(generator, logp, log_ratio) - radius).to_f64()
+    (exact_divergence::<Dd>(generator, logp, log_ratio) - radius).to_f64()
 }
 
 /// `tests/data/band_*.csv.gz`: 60-digit references, see the header of each.
@@ -643,7 +643,7 @@ fn bounds_of_text_are_inside_beside_kinks_and_where_slopes_overflow() {
             (Side::Upper, upper[0]),
             (Side::Upper, upper_alone),
         ] {
-            let residual = |b: f64| (exact_divergence(generator, logp, b) - radius).to_f64();
+            let residual = |b: f64| (exact_divergence::<Dd>(generator, logp, b) - radius).to_f64();
             assert!(residual(bound) <= 0.0, "{text} {side:?} {bound:e}");
             let end = bound == side.end(logp);
             assert!(end || residual(bound * (1.0 + 1e-9)) > 0.0, "{text} {side:?} {bound:e}");

@@ -10,7 +10,7 @@ use crate::band::jets::{Jet, MAX_ARGUMENT, Place, Results};
 use crate::band::laws;
 use crate::band::polish::{CHANGE_ERROR, MAX_CHANGE, RESIDUAL_ERROR, SHORT_STEP, SHORT_STEP_ERROR};
 use crate::band::split::TEXT_ERROR;
-use crate::band::vector::{Arguments, Both, CLEAR_OF_SATURATION, Found};
+use crate::band::vector::{Arguments, Both, CLEAR_OF_SATURATION, Found, is_ordinary};
 use crate::divergence::{Expression, Tape};
 use crate::simd::WithDoubles;
 use crate::simd::doubles::{Doubles, Truth, Vector};
@@ -132,7 +132,8 @@ impl<L: Doubles> Solver<'_, L> {
     #[inline(always)]
     fn bound(&mut self, token: &Token<L>, radius: Vector<L>, upper: bool) -> Found<L> {
         let split = token.both.split(upper);
-        let Start { m, saturated, clear, unknown } = self.magnitude(&split, radius, token.ordinary);
+        let ordinary = token.ordinary & is_ordinary(radius);
+        let Start { m, saturated, clear, unknown } = self.magnitude(&split, radius, ordinary);
         let rough = if upper {
             let both = &token.both;
             let one = m.constant(1.0);
@@ -149,7 +150,8 @@ impl<L: Doubles> Solver<'_, L> {
         let edge = if upper { -token.both.logp } else { -infinite };
         Found {
             log_ratio: saturated.select(edge, log_ratio),
-            settled: token.both.ordinary & saturated | (clear | unknown) & found,
+            settled: token.both.ordinary & is_ordinary(radius) & saturated
+                | (clear | unknown) & found,
             rough: clear & log_ratio.abs().less(infinite),
         }
     }

@@ -8,7 +8,9 @@
 #![allow(clippy::inline_always)]
 
 use crate::band::laws::{Law, Split, WithLaw, with_law};
-use crate::band::limits::{BENIGN_CONDITION, FAR_REST, FAR_TAIL, MARGIN, MAX_LOG_LOSS};
+use crate::band::limits::{
+    BENIGN_CONDITION, FAR_REST, FAR_TAIL, MARGIN, MAX_LOG_LOSS, MAX_RADIUS, MIN_RADIUS,
+};
 use crate::band::side::Side;
 use crate::band::text::{Text, TextSweep};
 use crate::divergence::Generator;
@@ -129,6 +131,12 @@ impl<W: Law> WithDoubles for Sweep<'_, W> {
     }
 }
 
+/// True for radii that keep the digits of `D`.
+#[inline(always)]
+pub(super) fn is_ordinary<L: Doubles>(radius: Vector<L>) -> Truth<L> {
+    radius.constant(MIN_RADIUS).less(radius) & radius.less(radius.constant(MAX_RADIUS))
+}
+
 /// A vector of bounds and their status.
 pub(super) struct Found<L: Doubles> {
     pub(super) log_ratio: Vector<L>,
@@ -182,6 +190,7 @@ impl<L: Doubles> Both<L> {
             // An infinite max never saturates.
             None => (one.less(one), !one.less(one), radius),
         };
+        let ordinary = self.ordinary & is_ordinary(radius);
         let solution = law.solve(&split, solvable);
         let log_left = solution.log_left;
         let (edge, rough, condition) = if upper {
@@ -192,7 +201,7 @@ impl<L: Doubles> Both<L> {
             let end = one.constant(f64::NEG_INFINITY);
             (end, log_left, (solution.condition / log_left).abs())
         };
-        let mut exact = self.ordinary & clear & solution.found;
+        let mut exact = ordinary & clear & solution.found;
         if max_divergence.is_some() {
             exact = exact & one.constant(-MAX_LOG_LOSS).less(log_left);
         }
@@ -205,7 +214,7 @@ impl<L: Doubles> Both<L> {
         };
         Found {
             log_ratio: saturated.select(edge, benign.select(inside, rough)),
-            settled: self.ordinary & saturated | exact & benign,
+            settled: ordinary & saturated | exact & benign,
             rough: exact,
         }
     }

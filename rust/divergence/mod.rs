@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::number::Real;
+use crate::number::wide::Wide;
 
 pub(crate) use expression::{Expression, Step, Tape};
 pub(crate) use generator::Generator;
@@ -142,6 +143,12 @@ fn cressie_read(order: f64) -> Generator {
     } else {
         Generator::Alpha(order)
     }
+}
+
+/// The radius of Cressie-Read for a delta of Renyi.
+fn renyi_radius<T: Real>(order: f64, delta: f64) -> T {
+    let rate = T::of(order) - T::of(1.0);
+    (rate * T::of(delta)).exp_m1() / (T::of(order) * rate)
 }
 
 /// A divergence between the old and the new policy.
@@ -281,12 +288,35 @@ impl Divergence {
         match self.units {
             Units::Same => T::of(delta),
             Units::Renyi(order) => {
-                let rate = T::of(order) - T::of(1.0);
-                let radius = (rate * T::of(delta)).exp_m1() / (T::of(order) * rate);
+                let small = ((order - 1.0) * delta).abs() < 1.0;
+                // The rounding of an exponent of 100 would cost 50 ulps.
+                let radius = if small {
+                    renyi_radius(order, delta)
+                } else {
+                    T::of_dd(renyi_radius(order, delta))
+                };
                 // Infinite radii are capped: max double allows every ratio that differs from 0.
                 if radius.to_f64() < f64::MAX { radius } else { T::of(f64::MAX) }
             }
             Units::Bhattacharyya => -T::of(-delta).exp_m1(),
+        }
+    }
+
+    /// [`Self::generator_radius`] of any size.
+    pub(crate) fn wide_radius(&self, delta: f64) -> Wide {
+        match self.units {
+            Units::Renyi(order) => renyi_radius(order, delta),
+            _ => self.generator_radius(delta),
+        }
+    }
+
+    /// `c` if the delta at each end of a band is `-c` times the logarithm of the probability that is left, which the
+    /// token or the others had before.
+    pub(crate) fn times_log_loss(&self) -> Option<f64> {
+        match (self.units, &self.generator) {
+            (Units::Renyi(_), _) | (_, Generator::ReverseKl) => Some(1.0),
+            (Units::Bhattacharyya, _) => Some(0.5),
+            _ => None,
         }
     }
 }

@@ -168,6 +168,8 @@ fn totals_are_sums_of_parts_on_any_number_of_threads() {
     assert!(totals.clipped_low > 0 && totals.clipped_high > 0 && totals.limited > 0);
     assert_eq!(totals.by_probability.iter().map(|bin| bin.valid).sum::<u64>(), totals.valid);
     assert!((totals.kl_k3 - parts.kl_k3).abs() < 1e-12 * totals.kl_k3);
+    let (sum, size) = loss.iter().fold((0.0, 0.0), |(sum, size), l| (sum + l, size + l.abs()));
+    assert!((totals.loss - sum).abs() < 1e-12 * size && sum.abs() > 1e-3 * size);
 }
 
 #[test]

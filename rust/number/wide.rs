@@ -298,6 +298,32 @@ impl Real for Wide {
     fn abs(self) -> Self {
         if self.digits.hi < 0.0 { -self } else { self }
     }
+
+    fn excess_over_ln_1p(self) -> Self {
+        if self.to_f64().abs() > 0.25 {
+            return self - self.ln_1p();
+        }
+        // With z = x/(2+x): x - ln(1+x) = z (x - 2 z^2 (1/3 + z^2/5 + z^4/7 + ...)), |z| <= 1/7.
+        let z = self / (Self::of(2.0) + self);
+        let square = z * z;
+        let mut tail = Self::of(0.0);
+        for odd in (3..=39).rev().step_by(2) {
+            tail = tail * square + Self::of(1.0) / Self::of(f64::from(odd));
+        }
+        z * (self - Self::of(2.0) * square * tail)
+    }
+
+    fn exp_excess(self) -> Self {
+        if self.to_f64().abs() > 0.25 {
+            return self.exp_m1() - self;
+        }
+        // Taylor: x^2/2 (1 + x/3 (1 + x/4 (1 + ...))).
+        let mut tail = Self::of(1.0);
+        for n in (3..=20).rev() {
+            tail = Self::of(1.0) + tail * self / Self::of(f64::from(n));
+        }
+        Self::of(0.5) * self * self * tail
+    }
 }
 
 impl Wide {

@@ -411,3 +411,12 @@ def test_saturation_is_decided_exactly_with_a_kink_away_from_1(g: float) -> None
                             others - mpf(g), 0
                         )
                         assert grown <= delta, (logp.hex(), delta.hex(), upper)
+
+
+def test_equality_at_an_end_saturates() -> None:
+    for spec, logp, delta in [("reverse-kl", -0.7, 0.7), ("renyi:3", -40.0, 40.0)]:
+        assert Band(spec, delta).log_bounds(logp)[1] == -logp
+        assert Band(spec, np.nextafter(delta, 0.0)).log_bounds(logp)[1] < -logp
+    for spec, sup in [("tv", 1.0), ("le-cam", 1.0), ("hellinger", 1.0), ("alpha:0.5", 4.0)]:
+        for logp in (-100.0, -1.0, -1e-100):
+            assert Band(spec, sup).log_bounds(logp) == (-np.inf, -logp)

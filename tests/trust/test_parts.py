@@ -9,8 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from bandpo import Band
 from reliability import fuzz, result
 from reliability.expressions import TEXTS
 
@@ -61,18 +63,60 @@ def test_bounds_are_inside_and_next_to_the_edge_of_ball_arithmetic() -> None:
 
     list(bounds(300))
     # A bound that was moved outwards is found to be outside.
-    from bandpo import Band
-
     _, upper = Band("kl", 0.05).log_bounds(-1.0)
     assert excess("kl", -1.0, float(upper), 0.05) == -1
     assert excess("kl", -1.0, float(upper) * (1.0 + 1e-14), 0.05) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "logp", "delta"),
+    [
+        ("vajda:2.0", -1.0174543191070628e-265, 1.0174543191070628e-265),  # D - delta is delta^2
+        ("hockey-stick:1.0", -84.98745253680839, 1.2314543927258161e-37),
+        ("hellinger", -357.21742992066953, 3.6425988833951764e-156),
+        ("renyi:4.590765259718671", -9.01424254084954e-193, 78.60574322720862),
+        ("renyi:3.5742071687211734", -1.0795820771388496e-117, 269.3258818796698),
+        ("jensen-shannon", -3.16e-322, 2e-323),
+        ("kl", -0.5, 5e-324),
+    ],
+)
+def test_bounds_of_extreme_radii_are_inside_and_next_to_the_edge(
+    spec: str, logp: float, delta: float
+) -> None:
+    pytest.importorskip("flint")
+    from reliability.bounds import is_far, is_inside
+
+    band = Band(spec, delta)
+    lower, upper = band.log_bounds(logp)
+    for side, bound in (("lower", float(lower)), ("upper", float(upper))):
+        assert is_inside((spec, logp, delta), side, bound)
+        assert not is_far((spec, logp, delta), side, bound)
+        assert band.contains(logp, bound)
+
+
+@pytest.mark.parametrize(
+    ("spec", "logp", "delta"),
+    [
+        ("bhattacharyya", -2.65249474e-315, 66.48559113529443),
+        ("alpha:2.0860509730213526", -1.0799840112144413e-183, 2.2691333470533086e198),
+    ],
+)
+def test_bounds_of_large_radii_next_to_saturation_are_inside(
+    spec: str, logp: float, delta: float
+) -> None:
+    pytest.importorskip("flint")
+    from reliability.bounds import is_inside
+
+    lower, _ = Band(spec, delta).log_bounds(logp)
+    assert is_inside((spec, logp, delta), "lower", float(lower))
+    assert float(lower) < -30.0
 
 
 def test_bounds_of_random_formulas_are_inside() -> None:
     pytest.importorskip("flint")
     from flint import arb
 
-    from bandpo import Band, Divergence
+    from bandpo import Divergence
     from reliability.convexity import Formula
     from reliability.texts import _is_inside, texts
 
