@@ -32,6 +32,7 @@ COPIED = ("Cargo.toml", "Cargo.lock", "README.md", "rust", "cuda", "benchmarks",
 QUICK = {
     "CARGO_INCREMENTAL": "1",
     "CARGO_PROFILE_TEST_DEBUG": "false",
+    "CARGO_PROFILE_TEST_LTO": "off",  # of the parts of a build, all of which it would compile again
     "CARGO_TARGET_DIR": str(PLACE / "target"),
     "RUST_MIN_STACK": str(2**26),  # without optimisation every register of a vector is on the stack
 }
@@ -83,7 +84,7 @@ def outcomes(crate: Path, folder: str, step: int) -> list[tuple[str, dict[str, A
         command = [
             *("cargo", "mutants", "--in-place", *files(folder), "--output", output),
             *("--shard", f"0/{step}", "--sharding", "round-robin", "--no-shuffle"),
-            *("--timeout-multiplier", "5", "--minimum-test-timeout", "30"),
+            *("--timeout-multiplier", "5", "--minimum-test-timeout", "15"),
             *("--", "--locked", "--lib", "--", f"{folder}::", "--skip", SLOW),
         ]  # fmt: skip
         environment = {**os.environ, **QUICK, "CARGO_PROFILE_TEST_OPT_LEVEL": FOLDERS[folder]}
