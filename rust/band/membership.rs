@@ -120,8 +120,9 @@ pub(super) fn decide(
     if d == f64::INFINITY {
         return (false, 1);
     }
-    // An expression is accurate to a few ulp of 1.
-    let scale = radius + sensitivity + if generator.cancels() { 1.0 + d.abs() } else { 0.0 };
+    // An expression is accurate to a few ulp of its terms.
+    let rounded = if generator.cancels() { generator.cancelled() + d.abs() } else { 0.0 };
+    let scale = radius + sensitivity + rounded;
     if (d - radius).abs() > CLEAR_OF_EDGE * scale { (d < radius, 1) } else { (exactly(), 2) }
 }
 

@@ -160,12 +160,17 @@ const LAST_NEWTON_STEP: f64 = 3e-9;
 /// Relative step at which it stops for an expression, whose bounds are polished afterwards.
 const LAST_TEXT_STEP: f64 = 1e-5;
 
-/// Absolute error of `D` for an expression, rounded up. Smaller relative steps than its share of `D` are noise.
+/// Error of `D` for an expression, relative to the size of its terms and rounded up. Smaller relative steps than its
+/// share of `D` are noise.
 pub(super) const TEXT_ERROR: f64 = 100.0 * f64::EPSILON;
 
 /// The relative step at which Newton's method on `D = target` stops.
 fn last_step(generator: &Generator, target: f64) -> f64 {
-    if generator.cancels() { (TEXT_ERROR / target).max(LAST_TEXT_STEP) } else { LAST_NEWTON_STEP }
+    if generator.cancels() {
+        (TEXT_ERROR * generator.cancelled() / target).max(LAST_TEXT_STEP)
+    } else {
+        LAST_NEWTON_STEP
+    }
 }
 
 /// `x^(1/k)`. A Newton step follows, because rounding 1/k alone costs `ln x` ulps.

@@ -171,6 +171,7 @@ impl<L: Doubles> Solver<'_, L> {
         let expression = self.text.expression;
         let at_zero = expression.at_zero.hi;
         let tangent = radius.constant(-expression.slope_at_one.hi);
+        let size = radius.constant(expression.size);
         let curvature = expression.curvature.unwrap_or(1.0);
         let never = one.less(one);
         let (mut saturated, mut clear, mut unknown) = (never, ordinary, never);
@@ -209,7 +210,7 @@ impl<L: Doubles> Solver<'_, L> {
             if ends {
                 ends = false;
                 max_divergence = split.growing.mul_add(high.value, split.shrinking * at_zero);
-                let doubt = (max_divergence + radius + one) * TEXT_ERROR;
+                let doubt = (max_divergence + radius + size) * TEXT_ERROR;
                 let doubt = max_divergence.mul_add(one.constant(CLEAR_OF_SATURATION), doubt);
                 // The last outcome, which grows, may have left the range of a double.
                 saturated = holds & (max_divergence + doubt).less(radius);
@@ -228,7 +229,7 @@ impl<L: Doubles> Solver<'_, L> {
             let side = nearly.select(max_divergence - d, d);
             let ratio = (side / target).max(one.constant(1e-30)).min(one.constant(1e30));
             let step = ratio.ln() * nearly.select(side, -d) / slope;
-            let last_step = (one.constant(TEXT_ERROR) / target).max(one.constant(LAST_ROUGH_STEP));
+            let last_step = (size * TEXT_ERROR / target).max(one.constant(LAST_ROUGH_STEP));
             let converged = step.abs().less(m * last_step);
             // The exponential of the relative step to fourth order, with the step clamped to 2.
             let relative = (step / m).min(two).max(-two);
@@ -267,7 +268,7 @@ impl<L: Doubles> Solver<'_, L> {
         let half = one.constant(0.5);
         let far = one.constant(-FAR_TEXT);
         let tangent = self.text.expression.slope_at_one;
-        let doubt = (radius + one) * RESIDUAL_ERROR;
+        let doubt = (radius + one.constant(self.text.expression.size)) * RESIDUAL_ERROR;
         let mut b = rough;
         let mut done = one.less(one);
         // Sizes of the last bound inside and of the first one outside.

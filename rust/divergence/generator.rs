@@ -212,11 +212,10 @@ impl Generator {
         matches!(self, Self::Expression(_))
     }
 
-    /// Size of the terms that cancel where `D` is small, times the weight of their outcome. That of an expression is
-    /// unknown and taken as 1.
+    /// Size of the terms that cancel where `D` is small, times the weight of their outcome.
     pub(crate) fn cancelled(&self) -> f64 {
         match *self {
-            Self::Expression(_) => 1.0,
+            Self::Expression(ref expression) => expression.size,
             // At the kink u = g. An outcome that grew g times had at most the weight 1/g.
             Self::HockeyStick(threshold) => (threshold - 1.0) / threshold,
             _ => 0.0,

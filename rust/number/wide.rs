@@ -73,6 +73,11 @@ impl Wide {
         Self::new(Dd::of(self.error * times), 0.0, self.exponent)
     }
 
+    /// The rounding error in [`ROUNDING`].
+    pub(crate) fn roundings(self) -> f64 {
+        self.absolute_error() / ROUNDING
+    }
+
     /// True if the number is neither infinite nor unknown.
     pub(crate) fn is_finite(self) -> bool {
         self.digits.hi.is_finite()

@@ -126,6 +126,11 @@ def test_bounds_of_random_formulas_are_inside() -> None:
     _, upper = Band(Divergence.from_expression(law.text), 0.05).log_bounds(-1.0)
     assert _is_inside(law, -1.0, float(upper), 0.05)
     assert _is_inside(law, -1.0, float(upper) * (1.0 + 1e-14), 0.05) is False
+    # The rounding errors of a large factor are large.
+    law = Formula("1e20*(u*ln(u)-u+1)", lambda u: arb(10) ** 20 * (u * u.log() - u + 1))
+    for bound in Band(Divergence.from_expression(law.text), 0.05).log_bounds(-20.0):
+        assert _is_inside(law, -20.0, float(bound), 0.05)
+        assert _is_inside(law, -20.0, float(bound) * (1.0 + 1e-7), 0.05) is False
 
 
 def test_losses_of_the_backends_agree_on_random_batches() -> None:

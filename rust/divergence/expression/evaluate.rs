@@ -26,6 +26,8 @@ pub(crate) struct Expression {
     pub(crate) at_zero: Dd,
     pub(crate) slope_at_infinity: f64,
     pub(crate) curvature: Option<f64>,
+    /// Size of the terms that cancel next to u = 1, at least 1. `f` has that many times the rounding errors of 1.
+    pub(crate) size: f64,
 }
 
 impl Expression {

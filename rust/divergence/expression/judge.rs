@@ -95,6 +95,7 @@ impl Expression {
         let slope = limit(symbol, name, &to_infinity, ratios, slope_at_infinity, -tangent)?;
         self.slope_at_infinity = slope.to_dd().to_f64();
         self.curvature = self.measured_curvature();
+        self.size = self.measured_size();
         Ok(())
     }
 
@@ -268,6 +269,14 @@ impl Expression {
         });
         let same = rates.iter().all(|rate| (rate / rates[3] - 1.0).abs() < 1e-6);
         (same && rates[3] > 0.0).then_some(0.5 * (rates[2] + rates[3]))
+    }
+
+    /// Rounding errors of the terms beside 1, in those of 1.
+    fn measured_size(&self) -> f64 {
+        [-BESIDE, BESIDE]
+            .map(|t| self.slope_at(Dd::of(t)).0.roundings())
+            .into_iter()
+            .fold(1.0, f64::max)
     }
 }
 

@@ -38,6 +38,7 @@ impl Expression {
             at_zero: Dd::of(0.0),
             slope_at_infinity: 0.0,
             curvature: None,
+            size: 1.0,
         };
         expression
             .judge(at_zero, slope_at_infinity)

@@ -209,3 +209,13 @@ fn random_text_is_evaluated_or_refused_without_panic() {
         })
         .unwrap();
 }
+
+#[test]
+fn sizes_are_those_of_the_terms_that_cancel() {
+    let size = |text: &str| Expression::parse(text, None, None).unwrap().size;
+    for (text, min) in
+        [("(u-1)^2", 1.0), ("abs(u-1)", 1.0), ("u*ln(u)-u+1", 1.0), ("1e20*(u*ln(u)-u+1)", 1e20)]
+    {
+        assert!((min..20.0 * min).contains(&size(text)), "{text}: {}", size(text));
+    }
+}
