@@ -35,7 +35,7 @@ impl BandTable {
     }
 
     /// The bytes of a file of a version of the format.
-    fn to_bytes_of(&self, version: &str) -> Result<Vec<u8>> {
+    pub(super) fn to_bytes_of(&self, version: &str) -> Result<Vec<u8>> {
         let data: Vec<u8> = self.words.iter().flat_map(|word| word.to_le_bytes()).collect();
         let mut metadata = self.metadata_of(version);
         let digest = checksum(&metadata, &data);

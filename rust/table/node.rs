@@ -103,3 +103,81 @@ pub(super) fn extrapolated(part: [Node; 2], cell: [Node; 2]) -> [Node; 2] {
     let [left, right] = cell;
     [if left.z == a.z { a } else { at(left.z) }, if right.z == b.z { b } else { at(right.z) }]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A polynomial, by its coefficients from the constant on, at 1 + a distance.
+    fn node(coefficients: [f64; 4], z: f64) -> Node {
+        let [a, b, c, d] = coefficients;
+        let x = z - 1.0;
+        Node { z, value: a + x * (b + x * (c + x * d)), slope: b + x * (2.0 * c + x * 3.0 * d) }
+    }
+
+    fn assert_same(found: Node, expected: Node) {
+        assert_eq!(found.z, expected.z);
+        assert!((found.value - expected.value).abs() < 1e-12, "{found:?} {expected:?}");
+        assert!((found.slope - expected.slope).abs() < 1e-12, "{found:?} {expected:?}");
+    }
+
+    #[test]
+    fn a_cubic_is_the_one_of_its_nodes() {
+        let of = |z: f64| node([0.3, -1.2, 0.7, 0.4], z);
+        for z in [0.5, 1.0, 1.4, 1.75, 3.0] {
+            assert_same(of(1.0).cubic(of(1.75), z), of(z));
+        }
+    }
+
+    #[test]
+    fn errors_of_a_cubic_are_those_of_higher_powers() {
+        let of = |z: f64| node([0.3, -1.2, 0.7, 0.4], z);
+        let (left, right) = (of(1.0), of(3.0));
+        assert!(of(2.0).cubic_error(left, right) < 1e-14);
+        // t^2 (1-t)^2 has the max 1/16 and is flat there.
+        let fourth = Node { value: of(2.0).value + 1.0 / 16.0, ..of(2.0) };
+        assert!((fourth.cubic_error(left, right) - 1.0 / 16.0).abs() < 1e-14);
+        // t^2 (1-t)^2 (t - 1/2) has the slope 1/16 in t.
+        let fifth = Node { slope: of(2.0).slope + 1.0 / 32.0, ..of(2.0) };
+        assert!((fifth.cubic_error(left, right) - 0.143 / 16.0).abs() < 1e-14);
+        let unknown = Node { value: f64::NAN, ..of(2.0) };
+        assert_eq!(unknown.cubic_error(left, right), f64::INFINITY);
+    }
+
+    #[test]
+    fn a_part_is_extended_by_its_cubic_or_its_parabola() {
+        let cubic = |z: f64| node([0.3, -1.2, 0.7, 0.4], z);
+        let cell = [cubic(0.0), cubic(2.0)];
+        for part in [[1.25, 1.5], [1.0, 1.0 + 2.0 / 1024.0], [0.0, 1.0]] {
+            for (found, end) in extrapolated(part.map(cubic), cell).into_iter().zip(cell) {
+                assert!((found.value - end.value).abs() < 1e-6 && found.z == end.z, "{found:?}");
+            }
+        }
+        let parabola = |z: f64| node([0.3, -1.2, 0.7, 0.0], z);
+        let noisy = |z: f64| Node { slope: parabola(z).slope + 1e-9, ..parabola(z) };
+        let [left, right] = extrapolated([noisy(1.0), noisy(1.0 + 1e-3)], cell);
+        for found in [left, right] {
+            assert!((found.value - parabola(found.z).value).abs() < 1e-8, "{found:?}");
+            assert!((found.slope - parabola(found.z).slope).abs() < 1e-8, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn ends_of_a_piece_cut_cells() {
+        let of = |z: f64| node([0.0, 1.0, 0.0, 0.0], z);
+        let ends = Ends { low: Some(of(1.0)), high: Some(of(2.0)) };
+        let cut = |left: f64, right: f64| {
+            ends.clip([of(left), of(right)]).map(|cell| cell.map(|node| node.z))
+        };
+        assert_eq!(cut(0.0, 1.0), None);
+        assert_eq!(cut(2.0, 3.0), None);
+        assert_eq!(cut(0.5, 1.5), Some([1.0, 1.5]));
+        assert_eq!(cut(1.0, 2.0), Some([1.0, 2.0]));
+        assert_eq!(cut(1.5, 2.5), Some([1.5, 2.0]));
+        assert!(ends.contain(1.0) && ends.contain(2.0));
+        assert!(!ends.contain(0.99) && !ends.contain(2.01));
+        assert_eq!(rounding_error(1.0, 3.0), f64::from(f32::EPSILON));
+        assert_eq!(rounding_error(LOG_RATIO_LIMIT + 1.0, LOG_RATIO_LIMIT + 2.0), 0.0);
+        assert!(rounding_error(LOG_RATIO_LIMIT, LOG_RATIO_LIMIT + 2.0) > 0.0);
+    }
+}

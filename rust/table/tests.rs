@@ -5,11 +5,15 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 
-use super::file::{FORMAT, TENSOR};
+use super::file::{FORMAT, TENSOR, VERSION_WITHOUT_NEAR};
+use super::verify::in_each_cell;
 use super::*;
 use crate::divergence::{ALL, Divergence};
 use crate::error::Error;
-use crate::image::{ENTRIES, ENTRY_BASE, FAR, MAX_BITS, MAX_BYTES, MAX_PIECES, MIN_BITS};
+use crate::image::{
+    ENTRIES, ENTRY_BASE, FAR, LOWER_REACH, MANTISSA_BITS, MAX_BITS, MAX_BYTES, MAX_PIECES,
+    MIN_BITS, NEAR, ORIGIN, REACH_RANGES, SCALE, START, UPPER_REACH,
+};
 
 fn band(spec: &str, low: f64, high: f64) -> Band {
     Band::new(Divergence::parse(spec).unwrap(), low, high).unwrap()
@@ -161,6 +165,146 @@ fn file_round_trip_keeps_the_table_and_the_bytes() {
     let again = BandTable::from_bytes(&bytes).unwrap();
     assert_eq!(again, table);
     assert_eq!(again.to_bytes().unwrap(), bytes);
+}
+
+#[test]
+fn sizes_and_metadata_are_those_of_the_table() {
+    let table = table("kl", 0.05, 0.05);
+    assert_eq!(table.nbytes(), 4 * table.words().len());
+    // 104 is 1.625 * 2^6.
+    assert_eq!(BandTable::checkable(), ((127 + 6) << 23) + (5 << 20) + 1);
+    let metadata: HashMap<_, _> = table.metadata().into_iter().collect();
+    assert_eq!(metadata["region"], table.region());
+    assert_eq!(metadata["verification"], "sampled");
+    assert_eq!(metadata["max_error_lower"], format!("{:?}", table.max_error().lower));
+}
+
+#[test]
+fn a_file_of_version_1_gets_the_words_that_it_lacks() {
+    let table = table("kl", 0.05, 0.05);
+    let mut old = table.clone();
+    old.words[NEAR..ENTRIES].fill(0);
+    let bytes = old.to_bytes_of(VERSION_WITHOUT_NEAR).unwrap();
+    assert_eq!(BandTable::from_bytes(&bytes).unwrap(), table);
+    let bytes = table.to_bytes_of(VERSION_WITHOUT_NEAR).unwrap();
+    let Err(Error::TableFile { reason }) = BandTable::from_bytes(&bytes) else {
+        panic!("words that version 1 leaves 0");
+    };
+    assert!(reason.contains("version 1 leaves 0"), "{reason}");
+}
+
+/// A little less than `ln(2) / 2`.
+const MAX_NEAR: f64 = 0.3466;
+
+/// Tables whose sides saturate, are steep, flat or apart.
+fn tables() -> Vec<(String, BandTable)> {
+    let mut specs: Vec<(String, f64, f64)> = Vec::new();
+    for spec in ALL {
+        for delta in [1e-3, 0.05, 0.4] {
+            specs.push(((*spec).to_owned(), delta, delta));
+        }
+    }
+    specs.push(("kl".to_owned(), 0.2, 1e-4));
+    specs.push(("tv".to_owned(), 1e-4, 0.3));
+    specs.into_iter().map(|(spec, low, high)| (spec.clone(), table(&spec, low, high))).collect()
+}
+
+/// Values of `-log p` over every octave from 2^-30 on, its ends included, and beyond [`FAR`].
+fn spread() -> impl Iterator<Item = f64> {
+    (-30..9).flat_map(|octave: i32| {
+        (0..=64).map(move |i| f64::from(octave).exp2() * (1.0 + f64::from(i) / 64.0))
+    })
+}
+
+#[test]
+fn reaches_are_the_extremes_of_the_bounds() {
+    for (name, table) in tables() {
+        for (range, &start) in REACH_RANGES.iter().enumerate() {
+            let end = REACH_RANGES.get(range + 1).map_or(f64::INFINITY, |&end| f64::from(end));
+            let of = |first: usize| f64::from(table.image().float(first + range));
+            let (share, log) = (of(UPPER_REACH), of(LOWER_REACH));
+            let (mut min_share, mut max_log) = (1.0_f64, f64::NEG_INFINITY);
+            let first = std::iter::once(f64::from(start));
+            for y in first.chain(spread()).filter(|&y| y >= f64::from(start) && y <= end) {
+                let (lower, upper) = table.log_bounds(-y);
+                min_share = min_share.min(if y > 0.0 { upper / y.min(FAR) } else { 1.0 });
+                max_log = max_log.max(lower);
+                assert!(
+                    y > FAR || upper >= share * y && lower <= log,
+                    "{name} {y}: {upper} {lower}"
+                );
+            }
+            // A cell takes the extremes of its control points.
+            assert!(share >= 0.45 * min_share && log <= 0.4 * max_log + 2e-6, "{name} {start}");
+        }
+    }
+}
+
+#[test]
+fn ratios_that_are_near_are_inside_the_bounds() {
+    for (name, table) in tables() {
+        let of = |index: usize| f64::from(table.image().float(NEAR + index));
+        let (slope, bend, floor, end) = (of(0), of(1), of(2), of(3));
+        let mut closest = f64::INFINITY;
+        let (mut min_room, mut saturated) = (-table.log_bounds(0.0).0, 0.0);
+        for y in spread() {
+            let (lower, upper) = table.log_bounds(-y);
+            let c = y.min(1.5);
+            let near = c * (slope - bend * c);
+            let room = upper.min(-lower);
+            assert!(near <= room && near < MAX_NEAR, "{name} {y}: {near} {room}");
+            closest = closest.min(room / near);
+            if y < end {
+                assert!(upper >= y && -lower >= floor, "{name} {y}");
+                min_room = min_room.min(-lower);
+            }
+            if upper >= y && saturated >= 0.98 * y - 1e-9 {
+                saturated = y;
+            }
+        }
+        let is_limited = 1.5 * (slope - 1.5 * bend) > 0.3464;
+        assert!(is_limited || closest < 1.6, "{name}: {closest}");
+        let is_tight = floor >= 0.98 * min_room.min(0.3465) - 3e-6 || end == 0.0;
+        assert!(is_tight && floor >= 0.0, "{name}: {floor} {min_room}");
+        assert!(end >= 0.3 * saturated.min(0.3465) - 1e-9, "{name}: {end} {saturated}");
+    }
+}
+
+#[test]
+fn samples_are_in_each_cell() {
+    const COUNT: u32 = 3;
+    for (name, table) in tables() {
+        let image = table.image();
+        let mut ys = in_each_cell(image, COUNT);
+        ys.sort_unstable_by(f32::total_cmp);
+        let below = |y: f64| ys.partition_point(|&sample| f64::from(sample) <= y);
+        let mut cells = 0;
+        for lane in image.pieces() {
+            let of = |first: usize| f64::from(image.float(first + lane));
+            let (start, last) = (of(START), f64::from(image.end(lane).next_down()));
+            let direction = if of(ORIGIN) > start { -1.0 } else { 1.0 };
+            for exponent in image.exponents(lane) {
+                let bottom = f64::from(f32::from_bits(exponent << MANTISSA_BITS));
+                let count = 1_u32 << image.entry(lane, exponent).halvings;
+                let ends = |cell: u32| {
+                    let z = bottom * (1.0 + f64::from(cell) / f64::from(count));
+                    of(ORIGIN) + direction * z / of(SCALE)
+                };
+                for cell in 0..count {
+                    let (a, b) = (ends(cell), ends(cell + 1));
+                    // A cell of a few floats has fewer of them.
+                    let is_wide = (b - a).abs() > 1e-6 * a.max(b) && a.max(b) > 1e-30;
+                    if is_wide && a.min(b) >= start && a.max(b) <= last {
+                        let found = below(a.max(b)) - below(a.min(b));
+                        assert!(found >= COUNT as usize, "{name}: {a} to {b}");
+                        cells += 1;
+                    }
+                }
+            }
+            assert!(ys.contains(&image.float(START + lane)) && ys.contains(&(last as f32)));
+        }
+        assert!(cells > 20, "{name}: {cells}");
+    }
 }
 
 #[test]
