@@ -35,9 +35,11 @@ def _spec(rng: np.random.Generator) -> str:
     if kind < 10:
         return NAMES[kind]
     parameter = {
-        10: lambda: f"alpha:{rng.choice([rng.uniform(-4, 5), rng.normal(0, 1e-3), 2.0, -1.0])!r}",
-        11: lambda: f"renyi:{rng.choice([rng.uniform(0.05, 5), 2.0, 1 + rng.normal(0, 1e-3)])!r}",
-        12: lambda: f"vajda:{rng.choice([1.0, 2.0, rng.uniform(1.01, 5)])!r}",
+        10: lambda: f"alpha:{rng.choice([rng.uniform(-4, 5), rng.normal(0, 1e-3), 2.0, -1.0, 0.5])!r}",
+        11: lambda: (
+            f"renyi:{rng.choice([rng.uniform(0.05, 5), 2.0, 0.5, 1 + rng.normal(0, 1e-3)])!r}"
+        ),
+        12: lambda: f"vajda:{rng.choice([1.0, 2.0, rng.uniform(1.01, 5), rng.uniform(5, 300)])!r}",
         13: lambda: f"bwcs:{rng.choice([0.0, 1.0, rng.uniform(0, 1)])!r}",
         14: lambda: f"hockey-stick:{rng.choice([1.0, rng.uniform(1, 5)])!r}",
     }
@@ -55,6 +57,7 @@ def _deltas(rng: np.random.Generator, spec: str, logp: Any) -> Any:
             edge = divergence.between(logp, ratios) * (1.0 + rng.integers(-3, 4, count) * 2.0**-52)
             usable = (kind == end) & np.isfinite(edge) & (edge > 0.0)
             delta[usable] = edge[usable]
+    delta[kind == 3] = (10.0 ** rng.uniform(-307.0, 2.0, count))[kind == 3]
     delta[kind == 2] = (5e-324 * 2.0 ** rng.integers(0, 60, count))[kind == 2]
     return delta
 

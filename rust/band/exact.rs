@@ -1,20 +1,21 @@
 //! `D` in numbers with more digits than a double has: [`Dd`], or [`Wide`] where the range of doubles ends.
 
 use crate::band::limits::{MAX_RADIUS, MIN_RADIUS};
+use crate::band::polish::residual_doubt;
 use crate::band::root::{Root, last_inside};
 use crate::band::side::Side;
 use crate::band::split::{gone, weighted};
-use crate::band::tails::certain_divergence;
+use crate::band::tails::{FAR_RESIDUAL_ERROR, certain_divergence, far_divergence, is_far};
 use crate::divergence::{Divergence, Generator, Point};
 use crate::number::wide::Wide;
 use crate::number::{Dd, Real};
 
-/// `D` with about 30 digits.
+/// `D` of a token for which [`is_far`] is false, or of any token in [`Wide`] numbers.
 pub(super) fn exact_divergence<T: Real>(generator: &Generator, logp: f64, log_ratio: f64) -> T {
     ExactSplit::<T>::new(logp).divergence(generator, log_ratio)
 }
 
-/// The probabilities of the token and of everything else with about 30 digits, and their odds.
+/// The probabilities of the token and of everything else, and their odds.
 pub(super) struct ExactSplit<T> {
     logp: f64,
     token: T,
@@ -30,7 +31,7 @@ impl<T: Real> ExactSplit<T> {
         Self { logp, token, others: -minus, odds: token / -minus }
     }
 
-    /// `D` with about 30 digits.
+    /// `D` at a log-ratio of the simplex.
     pub(super) fn divergence(&self, generator: &Generator, log_ratio: f64) -> T {
         let (token, others) = if log_ratio == f64::NEG_INFINITY {
             (gone(), Point::from_excess(self.odds))
@@ -50,22 +51,6 @@ impl<T: Real> ExactSplit<T> {
     }
 }
 
-/// `D - radius` at a log-ratio of the simplex, for any finite `logp <= 0` and any radius.
-pub(super) fn wide_residual(
-    divergence: &Divergence,
-    logp: f64,
-    log_ratio: f64,
-    delta: f64,
-) -> Wide {
-    let generator = &divergence.generator;
-    let d = if logp >= 0.0 {
-        certain_divergence(generator, Wide::of(log_ratio))
-    } else {
-        exact_divergence(generator, logp, log_ratio)
-    };
-    d - divergence.wide_radius(delta)
-}
-
 /// True for radii whose `D` keeps its digits in doubles and double-doubles. Factors of `D` are the odds, up to
 /// 1e300, and `(u-1)^2`.
 pub(super) fn is_ordinary(radius: f64) -> bool {
@@ -80,18 +65,65 @@ pub(super) fn wide_bound(divergence: &Divergence, logp: f64, delta: f64, side: S
 }
 
 /// True if a residual is negative for sure.
-pub(super) fn is_negative(residual: Wide) -> bool {
+fn is_negative(residual: Wide) -> bool {
     (-residual).is_above_error(1.0)
 }
 
-/// True if a radius allows a whole side for sure.
+/// `D - radius` at a log-ratio of the simplex, for any finite `logp <= 0` and any radius.
+fn wide_residual(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> Wide {
+    let generator = &divergence.generator;
+    let d = if logp >= 0.0 {
+        certain_divergence(generator, Wide::of(log_ratio))
+    } else {
+        exact_divergence(generator, logp, log_ratio)
+    };
+    d - divergence.wide_radius(delta)
+}
+
+/// True if `D` is at most the radius at a log-ratio of the simplex, as far as 30 digits show. At the end of a side it
+/// has to be so for sure.
+pub(super) fn holds_exactly(
+    divergence: &Divergence,
+    logp: f64,
+    log_ratio: f64,
+    delta: f64,
+) -> bool {
+    let end = Side::BOTH.into_iter().find(|side| log_ratio == side.end(logp));
+    if let Some(known) = end.and_then(|side| known_at_end(divergence, logp, side, delta)) {
+        return known;
+    }
+    let generator = &divergence.generator;
+    let radius = divergence.generator_radius::<Dd>(delta);
+    let is_far = logp < 0.0 && is_far(logp);
+    if !is_ordinary(radius.hi) || !is_far {
+        let residual = wide_residual(divergence, logp, log_ratio, delta);
+        if !is_ordinary(radius.hi) || residual.is_finite() {
+            let is_at_most = end.is_none() && residual.to_f64() <= 0.0;
+            return is_at_most || is_negative(residual);
+        }
+    }
+    // A power of a difference next to 0 has no known error.
+    let (d, doubt) = if is_far {
+        (far_divergence(generator, logp, log_ratio), FAR_RESIDUAL_ERROR * radius.hi)
+    } else {
+        let doubt = residual_doubt(generator, radius.hi);
+        let d = if logp >= 0.0 {
+            certain_divergence(generator, Dd::of(log_ratio))
+        } else {
+            exact_divergence(generator, logp, log_ratio)
+        };
+        (d, doubt)
+    };
+    (d - radius).to_f64() <= if end.is_none() { 0.0 } else { -doubt }
+}
+
+/// True if a radius allows a whole side, false if it does not, where no `D` has to be evaluated for that.
 ///
-/// A `D` that is less than the last digit below a radius is none, with two exceptions. `D` may be as large as the
-/// radius at an end where it is a logarithm, and no `D` reaches `f(0) + f'(inf)`.
-pub(super) fn allows_end(divergence: &Divergence, logp: f64, side: Side, delta: f64) -> bool {
+/// No `D` reaches `f(0) + f'(inf)`. Where `D` is a logarithm at the end, it may equal delta.
+fn known_at_end(divergence: &Divergence, logp: f64, side: Side, delta: f64) -> Option<bool> {
     if let Some(times) = divergence.times_log_loss() {
-        return match side {
-            Side::Upper => -logp * times <= delta,
+        return Some(match side {
+            Side::Upper => -logp <= delta / times,
             Side::Lower => {
                 let log_token = Wide::of(logp);
                 let log_others = if logp < -0.7 {
@@ -101,10 +133,10 @@ pub(super) fn allows_end(divergence: &Divergence, logp: f64, side: Side, delta: 
                 };
                 is_negative(-log_others * Wide::of(times) - Wide::of(delta))
             }
-        };
+        });
     }
     let limits = divergence.generator.constants::<Dd>();
     let sup = limits.at_zero + limits.slope_at_infinity;
-    (sup - divergence.generator_radius::<Dd>(delta)).to_f64() <= 0.0
-        || is_negative(wide_residual(divergence, logp, side.end(logp), delta))
+    let reaches = (sup - divergence.generator_radius::<Dd>(delta)).to_f64() <= 0.0;
+    reaches.then_some(true)
 }

@@ -20,7 +20,7 @@ pub(super) const FAR_REST: f64 = 1e-300;
 /// bits of the bound are halved in numbers of any size.
 pub(super) const MIN_RADIUS: f64 = 1e-280;
 
-/// Max radius of those solvers. Powers of u lose digits as their exponent grows.
+/// Max radius of those solvers. A larger one takes powers of u whose exponent has lost digits of `D`.
 pub(super) const MAX_RADIUS: f64 = 1e20;
 
 /// Elements that a thread takes at a time.

@@ -2,14 +2,13 @@
 
 use rayon::prelude::*;
 
-use crate::band::exact::{allows_end, is_ordinary, wide_residual};
+use crate::band::exact::{holds_exactly, is_ordinary};
 use crate::band::limits::CHUNK;
 use crate::band::side::{Delta, Side};
 use crate::band::split::{Split, weighted};
 use crate::band::tails::{certain_divergence, far_divergence, is_far};
 use crate::divergence::{Divergence, Generator};
 use crate::error::{Error, Result};
-use crate::number::Real;
 
 /// True for each log-ratio in the band, decided on the exact divergence. False for NaN.
 ///
@@ -99,15 +98,11 @@ pub(super) fn decide(
     if logp == f64::NEG_INFINITY {
         return (true, 0); // p = 0: no finite ratio gives the token any probability
     }
-    if log_ratio > Side::Upper.end(logp.min(0.0)) {
+    let logp = logp.min(0.0);
+    if log_ratio > Side::Upper.end(logp) {
         return (false, 0);
     }
-    // At the end of a side D may equal the radius exactly, and is inside then. Rounding must not exclude it.
-    let end = Side::BOTH.into_iter().find(|side| log_ratio == side.end(logp.min(0.0)));
-    let exactly = || match end {
-        Some(side) => allows_end(divergence, logp, side, delta),
-        None => wide_residual(divergence, logp, log_ratio, delta).to_f64() <= 0.0,
-    };
+    let exactly = || holds_exactly(divergence, logp, log_ratio, delta);
     let radius = divergence.generator_radius::<f64>(delta);
     if !is_ordinary(radius) || logp < 0.0 && is_far(logp) {
         return (exactly(), 1);
@@ -120,8 +115,12 @@ pub(super) fn decide(
     if d == f64::INFINITY {
         return (false, 1);
     }
-    // An expression is accurate to a few ulp of its terms.
-    let rounded = if generator.cancels() { generator.cancelled() + d.abs() } else { 0.0 };
+    let rounded = match *generator {
+        // An expression is accurate to a few ulp of its terms, a power to the ulps of its base.
+        Generator::Expression(_) => generator.cancelled(d.abs()) + d.abs(),
+        Generator::Vajda(order) => order * d,
+        _ => 0.0,
+    };
     let scale = radius + sensitivity + rounded;
     if (d - radius).abs() > CLEAR_OF_EDGE * scale { (d < radius, 1) } else { (exactly(), 2) }
 }

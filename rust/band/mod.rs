@@ -25,7 +25,7 @@
 //! - It is larger, mostly near saturation of the lower side. Newton's method corrects the bound on a residual in
 //!   double-double arithmetic. The bound then moves inwards by single ulps until the residual is negative.
 //! - p or 1 - p is below 1e-300. The bits of the bound are halved on such a residual, evaluated in logarithms. For
-//!   radii beyond 1e-280 and 1e280 they are halved on one in numbers of any size, which carry their rounding error.
+//!   radii below 1e-280 or above 1e20 they are halved on one in numbers of any size, which carry their rounding error.
 //!
 //! In a batch, `vector.rs` solves the ordinary tokens of the first case, and this file the others.
 

@@ -96,7 +96,7 @@ pub(super) const RESIDUAL_ERROR: f64 = 2e-30;
 
 /// The error of a `D` next to a radius. The error of terms that cancel does not shrink with `D`.
 pub(super) fn residual_doubt(generator: &Generator, radius: f64) -> f64 {
-    RESIDUAL_ERROR * (radius + generator.cancelled())
+    RESIDUAL_ERROR * (radius + generator.cancelled(radius))
 }
 
 /// Max Newton steps on the exact residual.

@@ -112,7 +112,10 @@ impl Split {
         // Relative change of D for a relative error of 1 in the odds.
         let grown = Point::from_excess(growth);
         let odds_error = self.growing * growth * generator.slope(grown) / d;
-        let condition = (1.0 + odds_error.abs()) / slope;
+        let mut condition = (1.0 + odds_error.abs()) / slope;
+        if let Generator::Vajda(order) = *generator {
+            condition *= order; // an ulp of the lost share, which is a root, is that many of D
+        }
         match side {
             Side::Lower => (-m, condition),
             Side::Upper => {
@@ -167,7 +170,7 @@ pub(super) const TEXT_ERROR: f64 = 100.0 * f64::EPSILON;
 /// The relative step at which Newton's method on `D = target` stops.
 fn last_step(generator: &Generator, target: f64) -> f64 {
     if generator.cancels() {
-        (TEXT_ERROR * generator.cancelled() / target).max(LAST_TEXT_STEP)
+        (TEXT_ERROR * generator.cancelled(target) / target).max(LAST_TEXT_STEP)
     } else {
         LAST_NEWTON_STEP
     }

@@ -1,6 +1,6 @@
 //! Bounds of tokens whose p or 1 - p is below 1e-300, and the limit p = 1.
 
-use crate::band::exact::{allows_end, is_ordinary, wide_bound};
+use crate::band::exact::{holds_exactly, is_ordinary, wide_bound};
 use crate::band::limits::{FAR_REST, FAR_TAIL, MARGIN};
 use crate::band::polish::residual_doubt;
 use crate::band::root::{Root, last_inside};
@@ -10,7 +10,7 @@ use crate::divergence::{Divergence, Generator, Point};
 use crate::number::{Dd, Real};
 
 /// Relative error of [`far_divergence`] in double-double arithmetic, rounded up. It adds logarithms of up to 750.
-const FAR_RESIDUAL_ERROR: f64 = 1e-27;
+pub(super) const FAR_RESIDUAL_ERROR: f64 = 1e-27;
 
 /// The last log-ratio of a side that is inside, by halving bits.
 pub(super) fn far_bound(divergence: &Divergence, logp: f64, delta: f64, side: Side) -> Root {
@@ -43,7 +43,7 @@ pub(super) fn lower_of_certain(divergence: &Divergence, delta: f64) -> (f64, u32
     }
     let side = Side::Lower;
     let (zero, end, last) = (side.zero(), side.end(0.0), side.last_before_end(0.0));
-    if allows_end(divergence, 0.0, side, delta) {
+    if holds_exactly(divergence, 0.0, end, delta) {
         return (end, 1);
     }
     let radius = divergence.generator_radius::<Dd>(delta);

@@ -491,6 +491,34 @@ fn saturation_is_exact() {
 }
 
 #[test]
+fn equality_at_an_end_saturates() {
+    // D is -c ln p at the end of the upper side, or less than f(0) + f'(inf).
+    for (spec, logp, delta) in
+        [("reverse-kl", -0.7, 0.7), ("renyi:3", -40.0, 40.0), ("bhattacharyya", -1.4, 0.7)]
+    {
+        let upper = |delta: f64| band(spec, delta).bound(logp, Side::Upper);
+        assert_eq!((upper(delta).log_ratio, upper(delta).status), (-logp, Status::Saturated));
+        assert!(upper(delta.next_down()).log_ratio < -logp, "{spec}");
+        assert_eq!(upper(delta.next_down()).status, Status::Converged);
+    }
+    for (spec, sup) in [("tv", 1.0), ("le-cam", 1.0), ("hellinger", 1.0), ("alpha:0.5", 4.0)] {
+        for logp in [-700.0, -100.0, -1.0, -1e-100, -1e-310] {
+            assert_eq!(band(spec, sup).log_bounds(logp), (f64::NEG_INFINITY, -logp), "{spec}");
+        }
+    }
+    // The rest of the probability is left at the end of the lower side.
+    for (spec, c) in [("reverse-kl", 1.0), ("renyi:0.5", 1.0), ("bhattacharyya", 0.5)] {
+        for logp in [-1e-3_f64, -0.5, -3.0, -40.0] {
+            let loss =
+                -c * (if logp < -0.7 { (-logp.exp()).ln_1p() } else { (-logp.exp_m1()).ln() });
+            let lower = |delta: f64| band(spec, delta).log_bounds(logp).0;
+            assert_eq!(lower(loss * (1.0 + 1e-14)), f64::NEG_INFINITY, "{spec} {logp}");
+            assert!(lower(loss * (1.0 - 1e-14)) > f64::NEG_INFINITY, "{spec} {logp}");
+        }
+    }
+}
+
+#[test]
 fn slopes_agree_with_differences_of_bounds() {
     for &spec in SPECS.iter() {
         let band = band(spec, 0.05);

@@ -172,6 +172,7 @@ impl<L: Doubles> Solver<'_, L> {
         let at_zero = expression.at_zero.hi;
         let tangent = radius.constant(-expression.slope_at_one.hi);
         let size = radius.constant(expression.size);
+        let relative_size = expression.relative_size;
         let curvature = expression.curvature.unwrap_or(1.0);
         let never = one.less(one);
         let (mut saturated, mut clear, mut unknown) = (never, ordinary, never);
@@ -210,7 +211,7 @@ impl<L: Doubles> Solver<'_, L> {
             if ends {
                 ends = false;
                 max_divergence = split.growing.mul_add(high.value, split.shrinking * at_zero);
-                let doubt = (max_divergence + radius + size) * TEXT_ERROR;
+                let doubt = ((max_divergence + radius) * relative_size + size) * TEXT_ERROR;
                 let doubt = max_divergence.mul_add(one.constant(CLEAR_OF_SATURATION), doubt);
                 // The last outcome, which grows, may have left the range of a double.
                 saturated = holds & (max_divergence + doubt).less(radius);
@@ -268,7 +269,9 @@ impl<L: Doubles> Solver<'_, L> {
         let half = one.constant(0.5);
         let far = one.constant(-FAR_TEXT);
         let tangent = self.text.expression.slope_at_one;
-        let doubt = (radius + one.constant(self.text.expression.size)) * RESIDUAL_ERROR;
+        let expression = self.text.expression;
+        let size = one.constant(expression.size);
+        let doubt = (radius * expression.relative_size + size) * RESIDUAL_ERROR;
         let mut b = rough;
         let mut done = one.less(one);
         // Sizes of the last bound inside and of the first one outside.

@@ -212,10 +212,13 @@ impl Generator {
         matches!(self, Self::Expression(_))
     }
 
-    /// Size of the terms that cancel where `D` is small, times the weight of their outcome.
-    pub(crate) fn cancelled(&self) -> f64 {
+    /// Size of the terms that cancel in a `D`, times the weight of their outcome. Those of a formula of this crate are
+    /// as large as `D` itself, and 0 is returned for them.
+    pub(crate) fn cancelled(&self, d: f64) -> f64 {
         match *self {
-            Self::Expression(ref expression) => expression.size,
+            Self::Expression(ref expression) => {
+                expression.size + (expression.relative_size - 1.0) * d
+            }
             // At the kink u = g. An outcome that grew g times had at most the weight 1/g.
             Self::HockeyStick(threshold) => (threshold - 1.0) / threshold,
             _ => 0.0,
@@ -251,7 +254,7 @@ impl Generator {
             Self::HockeyStick(_) => (T::of(0.0), one, None),
             Self::Expression(ref expression) => (
                 T::of_dd(expression.at_zero),
-                T::of(expression.slope_at_infinity),
+                T::of_dd(expression.slope_at_infinity),
                 expression.curvature,
             ),
         };

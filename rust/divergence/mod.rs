@@ -148,7 +148,8 @@ fn cressie_read(order: f64) -> Generator {
 /// The radius of Cressie-Read for a delta of Renyi.
 fn renyi_radius<T: Real>(order: f64, delta: f64) -> T {
     let rate = T::of(order) - T::of(1.0);
-    (rate * T::of(delta)).exp_m1() / (T::of(order) * rate)
+    // The rounding of an exponent of 100 would cost 50 ulps.
+    rate.product_exp_m1(T::of(delta)) / (T::of(order) * rate)
 }
 
 /// A divergence between the old and the new policy.
@@ -288,13 +289,7 @@ impl Divergence {
         match self.units {
             Units::Same => T::of(delta),
             Units::Renyi(order) => {
-                let small = ((order - 1.0) * delta).abs() < 1.0;
-                // The rounding of an exponent of 100 would cost 50 ulps.
-                let radius = if small {
-                    renyi_radius(order, delta)
-                } else {
-                    T::of_dd(renyi_radius(order, delta))
-                };
+                let radius: T = renyi_radius(order, delta);
                 // Infinite radii are capped: max double allows every ratio that differs from 0.
                 if radius.to_f64() < f64::MAX { radius } else { T::of(f64::MAX) }
             }

@@ -59,16 +59,42 @@ pub trait Real:
     fn abs(self) -> Self {
         if self.to_f64() < 0.0 { -self } else { self }
     }
-    /// `x - ln(1 + x) >= 0`, about `x^2/2` near 0. In double precision it is relatively accurate there; wider
-    /// types may lose digits to cancellation.
+    /// `x - ln(1 + x) >= 0`, about `x^2/2` near 0 and relatively accurate there.
     #[must_use]
     fn excess_over_ln_1p(self) -> Self {
-        self - self.ln_1p()
+        let size = self.to_f64().abs();
+        if size >= 0.25 || size.is_nan() {
+            return self - self.ln_1p();
+        }
+        // With z = x/(2+x): x - ln(1+x) = z (x - 2 z^2 (1/3 + z^2/5 + z^4/7 + ...)), |z| <= 1/7.
+        let z = self / (Self::of(2.0) + self);
+        let square = z * z;
+        let last = if size < 0.01 { 15 } else { 39 };
+        let mut tail = Self::of(0.0);
+        for odd in (3..=last).rev().step_by(2) {
+            tail = tail * square + Self::of(1.0) / Self::of(f64::from(odd));
+        }
+        z * (self - Self::of(2.0) * square * tail)
     }
     /// `e^x - 1 - x >= 0`, with the accuracy of [`Self::excess_over_ln_1p`].
     #[must_use]
     fn exp_excess(self) -> Self {
-        self.exp_m1() - self
+        let size = self.to_f64().abs();
+        if size >= 0.25 || size.is_nan() {
+            return self.exp_m1() - self;
+        }
+        // Taylor: x^2/2 (1 + x/3 (1 + x/4 (1 + ...))).
+        let mut tail = Self::of(1.0);
+        let last = if size < 0.01 { 14 } else { 22 };
+        for n in (3..=last).rev() {
+            tail = Self::of(1.0) + tail * self / Self::of(f64::from(n));
+        }
+        Self::of(0.5) * self * self * tail
+    }
+    /// `e^(x y) - 1`, without the rounding error of the product.
+    #[must_use]
+    fn product_exp_m1(self, other: Self) -> Self {
+        (self * other).exp_m1()
     }
 }
 
@@ -108,6 +134,12 @@ impl Real for f64 {
     }
     fn of_dd(value: Dd) -> Self {
         value.to_f64()
+    }
+
+    fn product_exp_m1(self, other: Self) -> Self {
+        let Dd { hi, lo } = Dd::product(self, other);
+        let power = f64::exp_m1(hi);
+        if power.is_finite() { lo.mul_add(power + 1.0, power) } else { power }
     }
 
     fn excess_over_ln_1p(self) -> Self {

@@ -82,3 +82,40 @@ fn excesses_agree_with_double_double_to_a_few_ulp() {
         x *= 1.07;
     }
 }
+
+/// Differences that would cancel, for any number with 30 digits.
+fn assert_differences<T: Real>() {
+    let of = T::of;
+    let near = |a: T, b: T| ((a / b - of(1.0)).to_f64()).abs() < 4e-30;
+    for x in [1e-200, 1e-40, -1e-40, 3e-9, -3e-9] {
+        let (x, third, quarter) = (of(x), of(1.0) / of(3.0), of(0.25));
+        let log = x * x * (of(0.5) - x * (third - x * (quarter - x * of(0.2))));
+        assert!(near(x.excess_over_ln_1p(), log));
+        let power = x * x * of(0.5) * (of(1.0) + x * third * (of(1.0) + x * quarter));
+        assert!(near(x.exp_excess(), power));
+    }
+    // The series, and the difference that loses few digits.
+    for x in [0.0099, -0.0099, 0.0101, 0.2, -0.2, 0.2499, 0.2501, 3.0] {
+        let x = of(x);
+        let lost = 1e-30 / x.to_f64().abs();
+        let close = |a: T, b: T| ((a / b - of(1.0)).to_f64()).abs() < 4.0 * lost;
+        assert!(close(x.excess_over_ln_1p(), x - x.ln_1p()), "{}", x.to_f64());
+        assert!(close(x.exp_excess(), x.exp_m1() - x), "{}", x.to_f64());
+    }
+}
+
+#[test]
+fn differences_keep_their_digits_next_to_0() {
+    assert_differences::<Dd>();
+    assert_differences::<crate::number::wide::Wide>();
+}
+
+#[test]
+fn a_product_in_an_exponent_is_not_rounded() {
+    for (x, y) in [(3.574_207_168_721_173, 79.3), (-0.95, 1e-3), (4.59, 78.605_743_227_208_62)] {
+        let exact = (Dd::of(x) * Dd::of(y)).exp_m1().to_f64();
+        assert!((x.product_exp_m1(y) / exact - 1.0).abs() < 4e-16, "{x} {y}");
+    }
+    assert_eq!(1e3_f64.product_exp_m1(1e3), f64::INFINITY);
+    assert_eq!((-1e3_f64).product_exp_m1(1e3), -1.0);
+}

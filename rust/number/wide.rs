@@ -14,7 +14,7 @@ use crate::number::{Dd, Real};
 /// Relative rounding error of one operation in double-double arithmetic, rounded up.
 pub(crate) const ROUNDING: f64 = 1e-30;
 
-/// Max exponent. A number beyond it is infinite, and below its negative 0. Up to it a double holds the whole
+/// Max exponent. A number beyond it is infinite, and below its negative 0 with an error. Up to it a double holds the whole
 /// number nearest to `x/ln 2`.
 const MAX_EXPONENT: i64 = 1 << 50;
 
@@ -31,6 +31,10 @@ pub(crate) struct Wide {
 }
 
 impl Wide {
+    /// A number too small to be held: 0 with an error.
+    const UNDERFLOW: Self =
+        Self { digits: Dd { hi: 0.0, lo: 0.0 }, error: 1.0, exponent: -MAX_EXPONENT };
+
     fn new(digits: Dd, error: f64, exponent: i64) -> Self {
         let size = digits.hi.abs().max(error);
         if !size.is_finite() || digits.hi.is_nan() {
@@ -50,8 +54,11 @@ impl Wide {
         }
         let shift = (size.to_bits() >> 52) as i32 - 1023;
         let exponent = exponent + i64::from(shift);
-        if exponent.abs() > MAX_EXPONENT {
-            let hi = if exponent < 0 { 0.0 } else { f64::INFINITY.copysign(digits.hi) };
+        if exponent < -MAX_EXPONENT {
+            return Self::UNDERFLOW;
+        }
+        if exponent > MAX_EXPONENT {
+            let hi = f64::INFINITY.copysign(digits.hi);
             return Self { digits: Dd { hi, lo: 0.0 }, error: 0.0, exponent: 0 };
         }
         let digits = digits.scaled_by_power_of_two(-shift);
@@ -229,7 +236,7 @@ impl Real for Wide {
             return self;
         }
         if x.hi.abs() > MAX_EXPONENT as f64 * std::f64::consts::LN_2 {
-            return Self::of(if x.hi < 0.0 { 0.0 } else { f64::INFINITY });
+            return if x.hi < 0.0 { Self::UNDERFLOW } else { Self::of(f64::INFINITY) };
         }
         let (exponent, minus_one) = x.reduced_exp_m1();
         let digits = minus_one + Dd::of(1.0);
@@ -302,32 +309,6 @@ impl Real for Wide {
 
     fn abs(self) -> Self {
         if self.digits.hi < 0.0 { -self } else { self }
-    }
-
-    fn excess_over_ln_1p(self) -> Self {
-        if self.to_f64().abs() > 0.25 {
-            return self - self.ln_1p();
-        }
-        // With z = x/(2+x): x - ln(1+x) = z (x - 2 z^2 (1/3 + z^2/5 + z^4/7 + ...)), |z| <= 1/7.
-        let z = self / (Self::of(2.0) + self);
-        let square = z * z;
-        let mut tail = Self::of(0.0);
-        for odd in (3..=39).rev().step_by(2) {
-            tail = tail * square + Self::of(1.0) / Self::of(f64::from(odd));
-        }
-        z * (self - Self::of(2.0) * square * tail)
-    }
-
-    fn exp_excess(self) -> Self {
-        if self.to_f64().abs() > 0.25 {
-            return self.exp_m1() - self;
-        }
-        // Taylor: x^2/2 (1 + x/3 (1 + x/4 (1 + ...))).
-        let mut tail = Self::of(1.0);
-        for n in (3..=20).rev() {
-            tail = Self::of(1.0) + tail * self / Self::of(f64::from(n));
-        }
-        Self::of(0.5) * self * self * tail
     }
 }
 

@@ -77,6 +77,10 @@ def test_bounds_are_inside_and_next_to_the_edge_of_ball_arithmetic() -> None:
         ("renyi:3.5742071687211734", -1.0795820771388496e-117, 269.3258818796698),
         ("jensen-shannon", -3.16e-322, 2e-323),
         ("kl", -0.5, 5e-324),
+        ("alpha:0.5", -2.78, 1e-150),
+        ("renyi:0.5", -0.003411789897797546, 1.5675307845615559e-46),
+        ("vajda:1000", -2.340345295380759, 0.08938714708756962),
+        ("bhattacharyya", -25e-324, 1e-323),
     ],
 )
 def test_bounds_of_extreme_radii_are_inside_and_next_to_the_edge(

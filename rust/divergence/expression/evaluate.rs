@@ -24,10 +24,12 @@ pub(crate) struct Expression {
     /// A subgradient at 1. The normalised `f - slope_at_one (u-1)`, which is at least 0, is evaluated.
     pub(crate) slope_at_one: Dd,
     pub(crate) at_zero: Dd,
-    pub(crate) slope_at_infinity: f64,
+    pub(crate) slope_at_infinity: Dd,
     pub(crate) curvature: Option<f64>,
-    /// Size of the terms that cancel next to u = 1, at least 1. `f` has that many times the rounding errors of 1.
+    /// Size of the terms that cancel around u = 1, at least 1. `f` has that many times the rounding errors of 1.
     pub(crate) size: f64,
+    /// Max size of the terms that cancel elsewhere, relative to `f`; at least 1.
+    pub(crate) relative_size: f64,
 }
 
 impl Expression {

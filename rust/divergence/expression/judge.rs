@@ -93,9 +93,9 @@ impl Expression {
         let symbol = "f'(inf)";
         let name = "slope_at_infinity";
         let slope = limit(symbol, name, &to_infinity, ratios, slope_at_infinity, -tangent)?;
-        self.slope_at_infinity = slope.to_dd().to_f64();
+        self.slope_at_infinity = slope.to_dd();
         self.curvature = self.measured_curvature();
-        self.size = self.measured_size();
+        (self.size, self.relative_size) = self.measured_sizes();
         Ok(())
     }
 
@@ -271,12 +271,18 @@ impl Expression {
         (same && rates[3] > 0.0).then_some(0.5 * (rates[2] + rates[3]))
     }
 
-    /// Rounding errors of the terms beside 1, in those of 1.
-    fn measured_size(&self) -> f64 {
-        [-BESIDE, BESIDE]
-            .map(|t| self.slope_at(Dd::of(t)).0.roundings())
-            .into_iter()
-            .fold(1.0, f64::max)
+    /// Sizes of the terms that cancel: near 1, and relative to `f` elsewhere.
+    fn measured_sizes(&self) -> (f64, f64) {
+        let max = |places: &[f64], min: f64| {
+            let both = places.iter().flat_map(|&log| [-log, log]);
+            let values = both.map(|log| self.slope_at(Dd::of(log)).0);
+            let sizes = values.map(|value| value.roundings() / value.to_f64().abs().max(min));
+            sizes.filter(|size| size.is_finite()).fold(1.0, f64::max)
+        };
+        // A text may be flat up to any of them.
+        let near = (-30..=-1).map(|half| 10_f64.powf(0.5 * f64::from(half)));
+        let near: Vec<f64> = near.chain([BESIDE]).collect();
+        (max(&near, 1.0), max(&[0.3, 1.0, 3.0, 10.0, 30.0], 0.0))
     }
 }
 

@@ -36,9 +36,10 @@ impl Expression {
             tape: None,
             slope_at_one: Dd::of(0.0),
             at_zero: Dd::of(0.0),
-            slope_at_infinity: 0.0,
+            slope_at_infinity: Dd::of(0.0),
             curvature: None,
             size: 1.0,
+            relative_size: 1.0,
         };
         expression
             .judge(at_zero, slope_at_infinity)

@@ -174,7 +174,7 @@ fn terms_that_outweigh_the_rest_far_from_1_decide() {
 fn limits_are_determined_or_required() {
     let found = |text: &str| {
         let f = Expression::parse(text, None, None).unwrap();
-        (f.at_zero.to_f64(), f.slope_at_infinity, f.curvature)
+        (f.at_zero.to_f64(), f.slope_at_infinity.to_f64(), f.curvature)
     };
     let (zero, slope, curvature) = found("u*ln(u)");
     assert!((zero - 1.0).abs() < 1e-15 && slope == f64::INFINITY);
