@@ -35,7 +35,9 @@ def _spec(rng: np.random.Generator) -> str:
     if kind < 10:
         return NAMES[kind]
     parameter = {
-        10: lambda: f"alpha:{rng.choice([rng.uniform(-4, 5), rng.normal(0, 1e-3), 2.0, -1.0, 0.5])!r}",
+        10: lambda: (
+            f"alpha:{rng.choice([rng.uniform(-4, 5), rng.normal(0, 1e-3), 2.0, -1.0, 0.5])!r}"
+        ),
         11: lambda: (
             f"renyi:{rng.choice([rng.uniform(0.05, 5), 2.0, 0.5, 1 + rng.normal(0, 1e-3)])!r}"
         ),

@@ -24,8 +24,8 @@ from reliability.survivors import reason
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"band": "0", "table": "1", "loss": "0"}
-"""Folders, and the optimisation of their tests: those of tables take minutes without any, and code for
-vectors takes minutes to compile with any."""
+"""Folders, and the optimisation of their tests: those of tables take minutes without any, and code
+for vectors takes minutes to compile with any."""
 
 PLACE = ROOT / "build" / "mutants"
 COPIED = ("Cargo.toml", "Cargo.lock", "README.md", "rust", "cuda", "benchmarks", "tests/data")

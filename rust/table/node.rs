@@ -147,8 +147,8 @@ mod tests {
     #[test]
     fn a_part_is_extended_by_its_cubic_or_its_parabola() {
         let cubic = |z: f64| node([0.3, -1.2, 0.7, 0.4], z);
-        let cell = [cubic(0.0), cubic(2.0)];
-        for part in [[1.25, 1.5], [1.0, 1.0 + 2.0 / 1024.0], [0.0, 1.0]] {
+        let cell = [cubic(0.0), cubic(3.0)];
+        for part in [[1.25, 1.5], [1.0, 1.0 + 4.0 / 1024.0], [0.0, 1.0]] {
             for (found, end) in extrapolated(part.map(cubic), cell).into_iter().zip(cell) {
                 assert!((found.value - end.value).abs() < 1e-6 && found.z == end.z, "{found:?}");
             }

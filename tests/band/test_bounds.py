@@ -424,8 +424,8 @@ def test_equality_at_an_end_saturates() -> None:
 
 def test_far_tokens_are_inside_their_own_bounds() -> None:
     text = Divergence.from_expression("abs(u-1)^1.5")
-    for divergence in [text, "vajda:1.5", "tv", "reverse-kl"]:
-        band = Band(divergence, 0.05)
+    for spec in [text, "vajda:1.5", "tv", "reverse-kl"]:
+        band = Band(spec, 0.05)
         for logp in (-300.0, -690.0, -691.0, -1e4, -7.9e14, -3.4028234663852886e38):
             lower, upper = band.log_bounds(logp)
             assert lower == -np.inf
