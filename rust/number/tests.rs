@@ -87,11 +87,14 @@ fn excesses_agree_with_double_double_to_a_few_ulp() {
 fn assert_differences<T: Real>() {
     let of = T::of;
     let near = |a: T, b: T| ((a / b - of(1.0)).to_f64()).abs() < 4e-30;
-    for x in [1e-200, 1e-40, -1e-40, 3e-9, -3e-9] {
+    for x in [1e-100, 1e-40, -1e-40, 3e-9, -3e-9] {
         let (x, third, quarter) = (of(x), of(1.0) / of(3.0), of(0.25));
         let log = x * x * (of(0.5) - x * (third - x * (quarter - x * of(0.2))));
         assert!(near(x.excess_over_ln_1p(), log));
-        let power = x * x * of(0.5) * (of(1.0) + x * third * (of(1.0) + x * quarter));
+        let power = x
+            * x
+            * of(0.5)
+            * (of(1.0) + x * third * (of(1.0) + x * quarter * (of(1.0) + x * of(0.2))));
         assert!(near(x.exp_excess(), power));
     }
     // The series, and the difference that loses few digits.
