@@ -491,6 +491,24 @@ fn saturation_is_exact() {
 }
 
 #[test]
+fn evaluations_are_counted() {
+    // One decides saturation, one gives the condition number; a saturated side has the first alone.
+    let tv = band("tv", 0.05);
+    assert_eq!(tv.bound(-1.0, Side::Lower).evaluations, 2);
+    assert_eq!(tv.bound(-4.0, Side::Lower).evaluations, 1);
+    let found = band("kl", 0.05).bound(-1.0, Side::Lower).evaluations;
+    assert!((3..12).contains(&found), "{found}");
+}
+
+#[test]
+fn membership_is_decided_for_each_token() {
+    let delta = Delta::Same(0.05);
+    let kl = Divergence::parse("kl").unwrap();
+    let inside = contains(&kl, delta, delta, &[-2.0; 4], &[0.5, 1.0, -1.0, -0.5]).unwrap();
+    assert_eq!(inside, [true, false, false, true]);
+}
+
+#[test]
 fn equality_at_an_end_saturates() {
     // D is -c ln p at the end of the upper side, or less than f(0) + f'(inf).
     for (spec, logp, delta) in

@@ -133,6 +133,23 @@ fn limits_are_those_of_rare_and_of_certain_tokens() {
 }
 
 #[test]
+fn each_side_has_its_price_and_a_token_without_probability_its_region() {
+    let region = PriceBand::new(Divergence::parse("kl").unwrap(), 0.2, 0.25).unwrap();
+    assert_eq!((region.price(Side::Lower), region.price(Side::Upper)), (0.2, 0.25));
+    // The bounds of p = 0 are 1/(1+w) and 1/(1-w).
+    let logp = f64::NEG_INFINITY;
+    for (log_ratio, inside) in
+        [(0.28, true), (0.29, false), (-0.18, true), (-0.19, false), (f64::INFINITY, false)]
+    {
+        assert_eq!(region.contains(logp, log_ratio), inside, "{log_ratio}");
+    }
+    let wide = PriceBand::new(Divergence::parse("kl").unwrap(), 1.0, 1.0).unwrap();
+    assert!(wide.contains(logp, f64::INFINITY) && wide.contains(logp, 300.0));
+    let many = wide.contains_many(&[logp, -1.0], &[f64::INFINITY, 1.5]).unwrap();
+    assert_eq!(many, [true, false]);
+}
+
+#[test]
 fn generators_that_are_linear_on_both_sides_allow_nothing_or_everything() {
     for (spec, jump) in [("tv", 1.0), ("vajda:1", 2.0)] {
         let below = region(spec, f64::next_down(jump));
