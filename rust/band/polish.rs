@@ -92,7 +92,7 @@ pub(super) fn polish(
 }
 
 /// Relative error of `D` in double-double arithmetic, rounded up. A residual below its negative is inside.
-pub(super) const RESIDUAL_ERROR: f64 = 2e-30;
+pub(super) const RESIDUAL_ERROR: f64 = 1e-29;
 
 /// The error of a `D` next to a radius. The error of terms that cancel does not shrink with `D`.
 pub(super) fn residual_doubt(generator: &Generator, radius: f64) -> f64 {

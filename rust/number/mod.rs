@@ -13,6 +13,10 @@ use std::ops::{Add, Div, Mul, Neg, Sub};
 pub use dd::Dd;
 pub(crate) use dd::{INVERSE_FACTORIAL, LN_2_PARTS};
 
+/// Max argument of the series of differences that would cancel. They are exact to 31 digits up to it, and a difference
+/// loses two digits there.
+const MAX_SERIES: f64 = 0.01;
+
 /// Operations that formulas of a generator take from a number.
 pub trait Real:
     Copy
@@ -62,16 +66,14 @@ pub trait Real:
     /// `x - ln(1 + x) >= 0`, about `x^2/2` near 0 and relatively accurate there.
     #[must_use]
     fn excess_over_ln_1p(self) -> Self {
-        let size = self.to_f64().abs();
-        if size >= 0.25 || size.is_nan() {
+        if self.to_f64().abs() > MAX_SERIES {
             return self - self.ln_1p();
         }
-        // With z = x/(2+x): x - ln(1+x) = z (x - 2 z^2 (1/3 + z^2/5 + z^4/7 + ...)), |z| <= 1/7.
+        // With z = x/(2+x): x - ln(1+x) = z (x - 2 z^2 (1/3 + z^2/5 + z^4/7 + ...)).
         let z = self / (Self::of(2.0) + self);
         let square = z * z;
-        let last = if size < 0.01 { 15 } else { 39 };
         let mut tail = Self::of(0.0);
-        for odd in (3..=last).rev().step_by(2) {
+        for odd in (3..=15).rev().step_by(2) {
             tail = tail * square + Self::of(1.0) / Self::of(f64::from(odd));
         }
         z * (self - Self::of(2.0) * square * tail)
@@ -79,17 +81,14 @@ pub trait Real:
     /// `e^x - 1 - x >= 0`, with the accuracy of [`Self::excess_over_ln_1p`].
     #[must_use]
     fn exp_excess(self) -> Self {
-        let size = self.to_f64().abs();
-        if size >= 0.25 || size.is_nan() {
+        if self.to_f64().abs() > MAX_SERIES {
             return self.exp_m1() - self;
         }
-        // Taylor: x^2/2 (1 + x/3 (1 + x/4 (1 + ...))).
-        let mut tail = Self::of(1.0);
-        let last = if size < 0.01 { 14 } else { 22 };
-        for n in (3..=last).rev() {
-            tail = Self::of(1.0) + tail * self / Self::of(f64::from(n));
+        let mut series = Self::of(0.0);
+        for coefficient in INVERSE_FACTORIAL.iter().rev() {
+            series = series * self + Self::of_dd(*coefficient);
         }
-        Self::of(0.5) * self * self * tail
+        self * self * series
     }
     /// `e^(x y) - 1`, without the rounding error of the product.
     #[must_use]
