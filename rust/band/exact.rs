@@ -10,9 +10,13 @@ use crate::divergence::{Divergence, Generator, Point};
 use crate::number::wide::Wide;
 use crate::number::{Dd, Real};
 
-/// `D` of a token for which [`is_far`] is false, or of any token in [`Wide`] numbers.
+/// `D` of a token for which [`is_far`] is false, or of any token in [`Wide`] numbers. `logp` is at most 0.
 pub(super) fn exact_divergence<T: Real>(generator: &Generator, logp: f64, log_ratio: f64) -> T {
-    ExactSplit::<T>::new(logp).divergence(generator, log_ratio)
+    if logp == 0.0 {
+        certain_divergence(generator, T::of(log_ratio))
+    } else {
+        ExactSplit::<T>::new(logp).divergence(generator, log_ratio)
+    }
 }
 
 /// The probabilities of the token and of everything else, and their odds.
@@ -71,12 +75,7 @@ fn is_negative(residual: Wide) -> bool {
 
 /// `D - radius` at a log-ratio of the simplex, for any finite `logp <= 0` and any radius.
 fn wide_residual(divergence: &Divergence, logp: f64, log_ratio: f64, delta: f64) -> Wide {
-    let generator = &divergence.generator;
-    let d = if logp >= 0.0 {
-        certain_divergence(generator, Wide::of(log_ratio))
-    } else {
-        exact_divergence(generator, logp, log_ratio)
-    };
+    let d: Wide = exact_divergence(&divergence.generator, logp, log_ratio);
     d - divergence.wide_radius(delta)
 }
 
@@ -94,32 +93,27 @@ pub(super) fn holds_exactly(
     }
     let generator = &divergence.generator;
     let radius = divergence.generator_radius::<Dd>(delta);
+    let ordinary = is_ordinary(radius.hi);
     let is_far = logp < 0.0 && is_far(logp);
-    if !is_ordinary(radius.hi) || !is_far {
+    if !ordinary || !is_far {
         let residual = wide_residual(divergence, logp, log_ratio, delta);
-        if !is_ordinary(radius.hi) || residual.is_finite() {
+        // A power of a difference next to 0 has no known error.
+        if !ordinary || residual.is_finite() {
             let is_at_most = end.is_none() && residual.to_f64() <= 0.0;
             return is_at_most || is_negative(residual);
         }
     }
-    // A power of a difference next to 0 has no known error.
-    let (d, doubt) = if is_far {
+    let (d, doubt): (Dd, f64) = if is_far {
         (far_divergence(generator, logp, log_ratio), FAR_RESIDUAL_ERROR * radius.hi)
     } else {
-        let doubt = residual_doubt(generator, radius.hi);
-        let d = if logp >= 0.0 {
-            certain_divergence(generator, Dd::of(log_ratio))
-        } else {
-            exact_divergence(generator, logp, log_ratio)
-        };
-        (d, doubt)
+        (exact_divergence(generator, logp, log_ratio), residual_doubt(generator, radius.hi))
     };
     (d - radius).to_f64() <= if end.is_none() { 0.0 } else { -doubt }
 }
 
-/// True if a radius allows a whole side, false if it does not, where no `D` has to be evaluated for that.
+/// True if a radius allows a whole side, and false if it does not; `None` if `D` has to be evaluated.
 ///
-/// No `D` reaches `f(0) + f'(inf)`. Where `D` is a logarithm at the end, it may equal delta.
+/// No `D` reaches `f(0) + f'(inf)`. A `D` that is a logarithm at the end may equal delta.
 fn known_at_end(divergence: &Divergence, logp: f64, side: Side, delta: f64) -> Option<bool> {
     if let Some(times) = divergence.times_log_loss() {
         return Some(match side {

@@ -14,8 +14,8 @@ use crate::number::{Dd, Real};
 /// Relative rounding error of one operation in double-double arithmetic, rounded up.
 pub(crate) const ROUNDING: f64 = 1e-30;
 
-/// Max exponent. A number beyond it is infinite, and below its negative 0 with an error. Up to it a double holds the whole
-/// number nearest to `x/ln 2`.
+/// Max exponent. A number beyond it is infinite, and below its negative 0 with an error. Up to it a double holds the
+/// whole number nearest to `x/ln 2`.
 const MAX_EXPONENT: i64 = 1 << 50;
 
 /// Max magnitude of the exponent for which both parts of the number surely fit into doubles.
